@@ -1,0 +1,80 @@
+"""What an allocator states, and the one place that turns wishes into whole pages."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from vllm_kvevict.registry import Registry
+
+
+class BudgetAllocator(ABC):
+    """Says how a request's pages are shared among layers and KV heads.
+
+    Subclasses are frozen dataclasses: their fields are the options that a user may set.
+    """
+
+    @abstractmethod
+    def wish(self, scores: torch.Tensor, num_tokens: float) -> torch.Tensor:
+        """Return [num_layers, num_kv_heads] float64, the tokens each head should keep; any scale, all >= 0.
+
+        scores:     [num_layers, num_kv_heads, kv_len] float32, protected tokens at +inf
+        num_tokens: tokens per (layer, head) that the request keeps on average
+        """
+
+
+ALLOCATORS: Registry[BudgetAllocator] = Registry(
+    "budget allocator",
+    BudgetAllocator,  # type: ignore[type-abstract]
+    "vllm_kvevict.allocators",
+)
+
+
+def round_to_pages(wish: torch.Tensor, total: int, minimum: int, maximum: int) -> torch.Tensor:
+    """Return [num_layers, num_kv_heads] int64 whole pages in proportion to ``wish`` that sum to ``total``.
+
+    What the limits cut off is shared again among the others in proportion to their wish; fractions go to the
+    largest remainders, ties to the first.
+
+    wish:             [num_layers, num_kv_heads] >= 0, any scale
+    minimum, maximum: pages that every (layer, head) gets at least, at most
+
+    Raises ValueError if no such allocation exists or a wish is negative or not finite.
+    """
+    count = wish.numel()
+    if not minimum * count <= total <= maximum * count:
+        raise ValueError(
+            f"total: expected between {minimum * count} and {maximum * count} pages for {count} heads, got {total}"
+        )
+    flat = wish.detach().to("cpu", torch.float64).flatten()
+    if not torch.isfinite(flat).all() or (flat < 0).any():
+        raise ValueError(f"wish: expected finite numbers of at least 0, got {wish.tolist()}")
+    share = _clamped_shares(flat, total, minimum, maximum)
+    pages = share.floor()
+    remainder = share - pages
+    missing = int(total - pages.sum().item())
+    # a head at its maximum has no remainder, so it is never rounded up past it
+    order = torch.argsort(remainder, descending=True, stable=True)
+    pages[order[:missing]] += 1
+    return pages.to(torch.int64).reshape(wish.shape)
+
+
+def _clamped_shares(wish: torch.Tensor, total: int, minimum: int, maximum: int) -> torch.Tensor:
+    """Scale ``wish`` so that its values, clamped to the limits, sum to ``total``: bisection on the scale.
+
+    The sum is monotone in the scale, so the answer does not depend on the order of the heads.
+    """
+    if wish.sum() == 0 or wish.min() == wish.max():
+        return torch.full_like(wish, total / wish.numel())
+    # a head that wishes for nothing may still have to take pages when all others are full
+    floor = wish.max() * 1e-12
+    weights = wish.clamp(min=floor.item())
+    low, high = 0.0, maximum / weights.min().item()
+    for _ in range(200):
+        middle = (low + high) / 2
+        if (weights * middle).clamp(minimum, maximum).sum() < total:
+            low = middle
+        else:
+            high = middle
+    return (weights * high).clamp(minimum, maximum)

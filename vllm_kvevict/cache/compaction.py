@@ -1,0 +1,138 @@
+"""Hole filling: move the survivors of freed pages into the slots of evicted tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.cache.plan import EvictionPlan
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """The moves of one request, and the page table that holds once they are done.
+
+    phases:     (source, destination) slots, int64 [num_moves] each, to run in this order. Inside a phase no slot is
+                both read and written, so a phase may run in any order and needs no scratch
+    page_table: [num_layers, num_kv_heads, max_pages] int64; full pages, then the tail page, then null page ids (0)
+    num_pages:  [num_layers, num_kv_heads] int64, pages of the row in use, the tail page included
+    kv_lens:    [num_layers, num_kv_heads] int64, tokens kept
+    """
+
+    phases: list[tuple[torch.Tensor, torch.Tensor]]
+    page_table: torch.Tensor
+    num_pages: torch.Tensor
+    kv_lens: torch.Tensor
+
+
+def plan_compaction(
+    kept: torch.Tensor, num_full_pages: torch.Tensor, block_ids: torch.Tensor, plan: EvictionPlan, pool: PagePool
+) -> Compaction:
+    """Lay the kept tokens of one request out in its kept blocks.
+
+    A survivor in a page that its head keeps stays where it is. Every other one moves, once, into a slot of an evicted
+    token or into a page that another head of the request gave away. Heads that give pages away come first: they
+    write only into their own pages, and once they are done what they gave is free.
+
+    kept:           [num_layers, num_kv_heads, num_tokens] bool, exactly num_full_pages * block_size + tail each
+    num_full_pages: [num_layers, num_kv_heads] int64, sums to the pages of the plan's full blocks
+    block_ids:      [num_blocks] the request's block table before the eviction
+
+    Raises ValueError if the pages do not add up to the blocks of the plan.
+    """
+    device = kept.device
+    num_full_pages = num_full_pages.to(device)
+    heads = num_full_pages.numel()
+    if int(num_full_pages.sum()) != plan.num_full_blocks * heads:
+        raise ValueError(
+            f"num_full_pages: expected a sum of {plan.num_full_blocks * heads} pages, got {int(num_full_pages.sum())}"
+        )
+    own = pool.page_ids(block_ids.to(device)).reshape(heads, plan.num_blocks)
+    want = num_full_pages.reshape(heads)
+    full_pages, stays = _assign_pages(own, want, plan)
+    page_table = _append_tail(full_pages, want, own, plan)
+
+    survives = _by_page(kept.reshape(heads, -1), plan)  # [heads, num_blocks, block_size]
+    lane = torch.arange(plan.block_size, device=device)
+    slots = own[..., None] * plan.block_size + lane
+    source_mask = survives & ~stays[..., None]
+    hole_mask, hole_slots = _holes(survives, stays, full_pages, want, slots, plan)
+
+    giver = want < plan.num_full_blocks
+    phases = []
+    for group in (giver, ~giver):
+        source = slots[source_mask & group[:, None, None]]
+        destination = hole_slots[hole_mask & group[:, None, None]]
+        if source.numel() != destination.numel():
+            raise ValueError(f"kept: expected as many survivors to move as holes, {destination.numel()}; "
+                             f"got {source.numel()}")
+        if source.numel():
+            phases.append((source, destination))
+    shape = num_full_pages.shape
+    tail = int(plan.num_tail_tokens > 0)
+    return Compaction(
+        phases,
+        page_table.reshape(*shape, -1),
+        (want + tail).reshape(shape),
+        (want * plan.block_size + plan.num_tail_tokens).reshape(shape),
+    )
+
+
+def _assign_pages(
+    own: torch.Tensor, want: torch.Tensor, plan: EvictionPlan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the full pages of each head [heads, max], 0 past its count, and which of its own pages it stays in.
+
+    A head keeps its own pages first, the latest of them; what it lacks comes from heads that want fewer.
+    """
+    heads, num_blocks = own.shape
+    device = own.device
+    block = torch.arange(num_blocks, device=device)
+    first, last = plan.first_kept_block, plan.first_kept_block + plan.num_full_blocks
+    stays_full = (block >= last - want[:, None]) & (block >= first) & (block < last)
+    stays_tail = (block >= last).expand(heads, -1)
+    given = own[((block >= first) & (block < last)) & ~stays_full]
+
+    column = torch.arange(max(int(want.max()), 1), device=device)
+    pages = torch.zeros(heads, column.numel(), dtype=torch.int64, device=device)
+    num_own = want.clamp(max=plan.num_full_blocks)[:, None]
+    pages[column < num_own] = own[stays_full]
+    pages[(column >= num_own) & (column < want[:, None])] = given
+    return pages, stays_full | stays_tail
+
+
+def _append_tail(pages: torch.Tensor, want: torch.Tensor, own: torch.Tensor, plan: EvictionPlan) -> torch.Tensor:
+    if plan.num_tail_tokens == 0:
+        return pages
+    table = torch.cat([pages, torch.zeros_like(pages[:, :1])], dim=1)
+    return table.scatter_(1, want[:, None], own[:, -1:])
+
+
+def _by_page(kept: torch.Tensor, plan: EvictionPlan) -> torch.Tensor:
+    padding = plan.num_blocks * plan.block_size - plan.num_tokens
+    return torch.nn.functional.pad(kept, (0, padding)).unflatten(1, (plan.num_blocks, plan.block_size))
+
+
+def _holes(
+    survives: torch.Tensor,
+    stays: torch.Tensor,
+    full_pages: torch.Tensor,
+    want: torch.Tensor,
+    slots: torch.Tensor,
+    plan: EvictionPlan,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a mask and slot ids [heads, pages, block_size] of the places each head has to fill.
+
+    Holes in the pages it stays in (short of the tail's end), and all slots of pages taken from other heads.
+    """
+    lane = torch.arange(plan.block_size, device=slots.device)
+    own_holes = stays[..., None] & ~survives
+    if plan.num_tail_tokens:
+        own_holes[:, -1] &= lane < plan.num_tail_tokens
+    num_own = stays.sum(dim=1) - int(plan.num_tail_tokens > 0)
+    column = torch.arange(full_pages.shape[1], device=slots.device)
+    taken = (column >= num_own[:, None]) & (column < want[:, None])
+    mask = torch.cat([own_holes, taken[..., None].expand(-1, -1, plan.block_size)], dim=1)
+    return mask, torch.cat([slots, full_pages[..., None] * plan.block_size + lane], dim=1)

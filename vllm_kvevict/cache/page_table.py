@@ -1,0 +1,152 @@
+"""Page tables and lengths of all evicted requests, one row per (layer, request, KV head)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_kvevict.cache.compaction import Compaction
+from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.cache.plan import EvictionPlan
+
+_PAGE_INCREMENT = 64
+
+
+@dataclass
+class FoldedBatch:
+    """What attention over evicted rows needs: every KV head of every request is a sequence of its own.
+
+    page_table: [num_layers, num_reqs * num_kv_heads, max_pages] int32; unused entries are page 0 (null block)
+    kv_lens:    [num_layers, num_reqs * num_kv_heads] int32, the new token included
+    """
+
+    page_table: torch.Tensor
+    kv_lens: torch.Tensor
+
+
+class PageTable:
+    """Where the kept tokens of evicted requests are, and how many there are.
+
+    The table grows with the longest row; a request takes a slot at eviction and gives it back when it ends.
+    ``fold`` is the per-step path: it only adds to lengths unless a request enters a new block or the batch changed.
+    """
+
+    def __init__(self, pool: PagePool, max_num_reqs: int) -> None:
+        layers, heads = pool.num_layers, pool.num_kv_heads
+        device = pool.layer_offset.device
+        self._pool = pool
+        self._pages = torch.zeros(layers, max_num_reqs, heads, _PAGE_INCREMENT, dtype=torch.int32, device=device)
+        self._kv_lens = torch.zeros(layers, max_num_reqs, heads, dtype=torch.int32, device=device)
+        self._num_pages = torch.zeros(layers, max_num_reqs, heads, dtype=torch.int64, device=device)
+        # per slot: tokens and blocks of the prompt, for what comes after them
+        self._num_tokens = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
+        self._num_blocks = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
+        self._free = list(range(max_num_reqs))[::-1]
+        self._slots: dict[str, int] = {}
+        self.generation = 0
+        empty = torch.empty(0, dtype=torch.int64, device=device)
+        self._folded = _Folded(-1, empty, empty, empty, empty, empty)
+
+    def __contains__(self, req_id: object) -> bool:
+        return req_id in self._slots
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def slot(self, req_id: str) -> int | None:
+        """Return the slot of a request, None if it is not evicted."""
+        return self._slots.get(req_id)
+
+    def add(self, req_id: str, compaction: Compaction, plan: EvictionPlan) -> None:
+        """Give ``req_id`` a slot that holds its compacted cache.
+
+        Raises ValueError if it has one, or none is left.
+        """
+        if req_id in self._slots:
+            raise ValueError(f"req_id: {req_id!r} has been evicted already")
+        if not self._free:
+            raise ValueError(f"req_id: no slot left for {req_id!r}, all {len(self._slots)} are in use")
+        slot = self._slots[req_id] = self._free.pop()
+        self._grow(compaction.page_table.shape[2])
+        self._pages[:, slot] = 0
+        self._pages[:, slot, :, : compaction.page_table.shape[2]] = compaction.page_table.to(torch.int32)
+        self._kv_lens[:, slot] = compaction.kv_lens.to(torch.int32)
+        self._num_pages[:, slot] = compaction.num_pages
+        self._num_tokens[slot] = plan.num_tokens
+        self._num_blocks[slot] = plan.num_blocks
+        self.generation += 1
+
+    def remove(self, req_id: str) -> None:
+        """Drop the row of a request that ended or was preempted; nothing happens if it has none."""
+        slot = self._slots.pop(req_id, None)
+        if slot is not None:
+            self._free.append(slot)
+            self.generation += 1
+
+    def pages_of(self, req_id: str, num_decode_blocks: int = 0) -> list[list[list[int]]]:
+        """Return page ids [num_layers][num_kv_heads][pages in use], for checks."""
+        slot = self._slots[req_id]
+        counts = (self._num_pages[:, slot] + num_decode_blocks).tolist()
+        rows = self._pages[:, slot].tolist()
+        return [
+            [row[:count] for row, count in zip(*layer, strict=True)] for layer in zip(rows, counts, strict=True)
+        ]
+
+    def fold(self, slots: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor) -> FoldedBatch:
+        """Return page tables and lengths for one decode step of the requests in ``slots``.
+
+        slots:       [num_reqs] int64
+        seq_lens:    [num_reqs] true lengths, the new token included
+        block_table: [num_reqs, max_blocks] vLLM's block table of these requests
+        """
+        seq_lens = seq_lens.to(torch.int64)
+        blocks = (seq_lens - 1) // self._pool.block_size
+        if not self._still_folded(slots, blocks):
+            self._enter_blocks(slots, blocks, block_table)
+            self._folded = _Folded(
+                self.generation,
+                slots,
+                blocks,
+                self._pages.index_select(1, slots).flatten(1, 2),
+                self._kv_lens.index_select(1, slots),
+                self._num_tokens[slots],
+            )
+        folded = self._folded
+        new_tokens = (seq_lens - folded.num_tokens).to(torch.int32)
+        return FoldedBatch(folded.page_table, (folded.kv_lens + new_tokens[:, None]).flatten(1, 2))
+
+    def _still_folded(self, slots: torch.Tensor, blocks: torch.Tensor) -> bool:
+        folded = self._folded
+        return (
+            folded.generation == self.generation
+            and torch.equal(folded.slots, slots)
+            and torch.equal(folded.blocks, blocks)
+        )
+
+    def _enter_blocks(self, slots: torch.Tensor, blocks: torch.Tensor, block_table: torch.Tensor) -> None:
+        """Append the page of the block that each request writes now; the tail page is there already, and rewritten."""
+        block_ids = block_table.gather(1, blocks[:, None])[:, 0]
+        pages = self._pool.page_ids(block_ids).transpose(1, 2)  # [num_layers, num_reqs, num_kv_heads]
+        columns = self._num_pages.index_select(1, slots) + (blocks - self._num_blocks[slots])[:, None]
+        self._grow(int(columns.max()) + 1)
+        layers = torch.arange(self._pages.shape[0], device=slots.device)[:, None, None]
+        heads = torch.arange(self._pages.shape[2], device=slots.device)
+        self._pages[layers, slots[:, None], heads, columns] = pages.to(torch.int32)
+
+    def _grow(self, num_pages: int) -> None:
+        missing = num_pages - self._pages.shape[3]
+        if missing > 0:
+            self._pages = torch.nn.functional.pad(self._pages, (0, max(missing, _PAGE_INCREMENT)))
+
+
+@dataclass(frozen=True)
+class _Folded:
+    """The last folded batch, good until a request enters a new block or the batch changes."""
+
+    generation: int
+    slots: torch.Tensor
+    blocks: torch.Tensor
+    page_table: torch.Tensor
+    kv_lens: torch.Tensor
+    num_tokens: torch.Tensor

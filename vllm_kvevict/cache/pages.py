@@ -1,0 +1,110 @@
+"""The page pool: one allocation of vLLM seen as pages of one KV head each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Packing = Literal["transposed", "interleaved"]
+
+
+@dataclass(frozen=True)
+class PagePool:
+    """Every page of a cache group, and where the page of (layer, block, KV head) lies.
+
+    pages:        [num_pages, page_elements] the whole allocation, one row a page
+    keys:         [num_pages, block_size, head_size] strided view: hides how a platform packs a page
+    values:       [num_pages, block_size, head_size] likewise
+    layer_offset: [num_layers] int64, page id of (layer, block 0, head 0)
+    block_stride: page ids from one block to the next
+    num_kv_heads: heads of one block lie in consecutive pages
+    """
+
+    pages: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    layer_offset: torch.Tensor
+    block_stride: int
+    num_kv_heads: int
+
+    @property
+    def block_size(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def head_size(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def num_layers(self) -> int:
+        return self.layer_offset.shape[0]
+
+    def page_ids(self, block_ids: torch.Tensor) -> torch.Tensor:
+        """Return [num_layers, num_kv_heads, *block_ids.shape] int64, the pages of these blocks."""
+        heads = torch.arange(self.num_kv_heads, device=self.layer_offset.device)
+        first = self.layer_offset[:, None] + heads  # [num_layers, num_kv_heads]
+        blocks = block_ids.to(torch.int64) * self.block_stride
+        return first.reshape(*first.shape, *[1] * block_ids.ndim) + blocks
+
+    def layer_page_ids(self, layer: int, block_ids: torch.Tensor) -> torch.Tensor:
+        """Return [num_kv_heads, *block_ids.shape] int64, the pages of these blocks in one layer."""
+        heads = torch.arange(self.num_kv_heads, device=self.layer_offset.device)
+        first = self.layer_offset[layer] + heads
+        return first.reshape(-1, *[1] * block_ids.ndim) + block_ids.to(torch.int64) * self.block_stride
+
+    @classmethod
+    def from_layers(cls, kv_caches: list[torch.Tensor], packing: Packing) -> PagePool:
+        """See the caches of all layers of one group as one pool.
+
+        kv_caches: per layer [num_blocks, num_kv_heads, block_size, 2 * head_size], views of one allocation
+        packing:   what a page holds. "transposed": K as [head_size, block_size], then V as [block_size, head_size]
+                   (vLLM's CPU attention); "interleaved": K and V side by side in every slot (FlashAttention)
+
+        Raises ValueError if the layers do not share one allocation, or a page is not contiguous or not aligned.
+        """
+        first = kv_caches[0]
+        num_blocks, num_kv_heads, block_size, content = first.shape
+        page_elements = block_size * content
+        for cache in kv_caches:
+            _check_layer(cache, first, page_elements)
+        storage = first.untyped_storage()
+        num_pages = storage.nbytes() // first.element_size() // page_elements
+        pages = first.new_empty(0).set_(storage, 0, (num_pages, page_elements), (page_elements, 1))
+        keys, values = _split(pages, packing, block_size, content // 2)
+        offsets = [cache.storage_offset() // page_elements for cache in kv_caches]
+        return cls(
+            pages,
+            keys,
+            values,
+            torch.tensor(offsets, dtype=torch.int64, device=first.device),
+            first.stride(0) // page_elements if num_blocks > 1 else num_kv_heads,
+            num_kv_heads,
+        )
+
+
+def _check_layer(cache: torch.Tensor, first: torch.Tensor, page_elements: int) -> None:
+    if cache.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+        raise ValueError("kv_caches: expected all layers in one allocation, got several")
+    expected = (first.stride(0), page_elements, first.shape[3], 1)
+    if cache.shape != first.shape or cache.stride() != expected:
+        raise ValueError(
+            f"kv_caches: expected pages of shape {tuple(first.shape)} with strides {expected}, "
+            f"got {tuple(cache.shape)} with {cache.stride()}"
+        )
+    if cache.storage_offset() % page_elements or cache.stride(0) % page_elements:
+        raise ValueError(f"kv_caches: expected layers and blocks to start at multiples of a page ({page_elements})")
+
+
+def _split(
+    pages: torch.Tensor, packing: Packing, block_size: int, head_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if packing == "transposed":
+        half = block_size * head_size
+        keys = pages[:, :half].unflatten(1, (head_size, block_size)).transpose(1, 2)
+        return keys, pages[:, half:].unflatten(1, (block_size, head_size))
+    if packing == "interleaved":
+        slots = pages.unflatten(1, (block_size, 2 * head_size))
+        return slots[:, :, :head_size], slots[:, :, head_size:]
+    raise ValueError(f"packing: expected 'transposed' or 'interleaved', got {packing!r}")

@@ -1,0 +1,73 @@
+"""How many blocks a prompt keeps: the arithmetic that the scheduler and the workers share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return ``a / b`` rounded up."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class EvictionPlan:
+    """The block counts of one eviction. Made by the scheduler, obeyed by every worker.
+
+    num_tokens:      tokens in the cache when the prefill ends
+    num_kept_blocks: blocks the request keeps: the last ones of its block table
+    block_size:      tokens per block
+    """
+
+    num_tokens: int
+    num_kept_blocks: int
+    block_size: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks before the eviction, the partly filled last one included."""
+        return cdiv(self.num_tokens, self.block_size)
+
+    @property
+    def first_kept_block(self) -> int:
+        """Blocks of the table before this one go back to vLLM's pool."""
+        return self.num_blocks - self.num_kept_blocks
+
+    @property
+    def num_tail_tokens(self) -> int:
+        """Tokens in the partly filled last block, 0 if the last block is full. Decode goes on behind them."""
+        return self.num_tokens % self.block_size
+
+    @property
+    def num_full_blocks(self) -> int:
+        """Kept blocks that are full; the pages of these are what an allocator shares out."""
+        return self.num_kept_blocks - (self.num_tail_tokens > 0)
+
+    @property
+    def num_kept_tokens(self) -> int:
+        """Prompt tokens kept per KV head and layer, averaged over them."""
+        return self.num_full_blocks * self.block_size + self.num_tail_tokens
+
+    @property
+    def num_evicted_tokens(self) -> int:
+        """Prompt tokens dropped per KV head and layer, averaged over them."""
+        return self.num_tokens - self.num_kept_tokens
+
+
+def plan_eviction(num_tokens: int, budget: int | float, block_size: int, num_protected: int) -> EvictionPlan | None:
+    """Return the plan for a prefill of ``num_tokens``, or None if its budget holds all of it.
+
+    budget:        tokens per (layer, KV head) if int, fraction of the prompt kept if float; rounded up to blocks
+    num_protected: tokens that must stay in every head; a fraction never keeps fewer blocks than these need
+    """
+    budget_tokens = budget if isinstance(budget, int) else math.ceil(budget * num_tokens)
+    num_kept = max(cdiv(budget_tokens, block_size), min_kept_blocks(num_protected, block_size))
+    if num_kept >= cdiv(num_tokens, block_size):
+        return None
+    return EvictionPlan(num_tokens, num_kept, block_size)
+
+
+def min_kept_blocks(num_protected: int, block_size: int) -> int:
+    """Return the fewest blocks that hold ``num_protected`` tokens even if the last block holds a single one."""
+    return cdiv(max(num_protected, 1) - 1, block_size) + 1

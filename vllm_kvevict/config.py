@@ -1,0 +1,154 @@
+"""What a user may set: checked once, at start-up, the same in every process; and per request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import lru_cache
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vllm_kvevict.budgets import ALLOCATORS
+from vllm_kvevict.cache.plan import min_kept_blocks
+from vllm_kvevict.evictor import Method
+from vllm_kvevict.policies import POLICIES
+from vllm_kvevict.registry import Registry
+
+REQUEST_POLICY = "kv_eviction"
+REQUEST_BUDGET = "kv_budget"
+NONE = "none"
+
+
+class EvictionConfig(BaseModel):
+    """How the prompts of a server are evicted. Travels as JSON in ``additional_config["kv_eviction"]``.
+
+    policy:            how tokens rank, a name of the registry of policies
+    budget:            what a prompt keeps: tokens per KV head and layer (int), or a fraction of it (0 < float < 1);
+                       rounded up to whole blocks
+    allocator:         how the budget is shared among layers and heads, a name of the registry of allocators
+    num_sink:          tokens at the start that always stay; None: what the policy's paper says
+    num_recent:        tokens at the end that always stay; None: what the policy's paper says
+    policy_options:    parameters of the policy
+    allocator_options: parameters of the allocator
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    policy: str
+    budget: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+    allocator: str = "uniform"
+    num_sink: Annotated[int, Field(ge=0)] | None = None
+    num_recent: Annotated[int, Field(ge=0)] | None = None
+    policy_options: dict[str, Any] = {}
+    allocator_options: dict[str, Any] = {}
+
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, name: str) -> str:
+        POLICIES.get(name)
+        return name
+
+    @field_validator("allocator")
+    @classmethod
+    def _known_allocator(cls, name: str) -> str:
+        ALLOCATORS.get(name)
+        return name
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> EvictionConfig:
+        """Return the config in ``values`` (plain JSON).
+
+        Raises ValueError, one sentence that names the field, what was given and what is allowed.
+        """
+        try:
+            config = cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ValueError(_one_sentence(error)) from None
+        config.method()
+        return config
+
+    def method(self) -> Method:
+        """Return the policy, the allocator and the protection this config names.
+
+        Raises ValueError for an option that the policy or the allocator does not take.
+        """
+        return _method(self.model_dump_json())
+
+    def check_block_size(self, block_size: int) -> None:
+        """Raise ValueError if the budget cannot hold the protected tokens in blocks of ``block_size``."""
+        num_protected = self.method().num_protected
+        least = min_kept_blocks(num_protected, block_size) * block_size
+        if isinstance(self.budget, int) and self.budget <= least - block_size:
+            raise ValueError(
+                f"kv_budget: expected at least {least - block_size + 1} tokens, since {num_protected} tokens are "
+                f"protected and blocks hold {block_size}; got {self.budget}. Raise the budget, or lower num_sink, "
+                f"num_recent or the policy's window"
+            )
+
+    def for_request(self, options: Mapping[str, Any] | None, block_size: int) -> EvictionConfig | None:
+        """Return the config of one request, None if it asked for no eviction.
+
+        options: the request's ``vllm_xargs``; only ``kv_eviction`` (a policy or "none") and ``kv_budget`` are read
+
+        Raises ValueError that names the field and what is allowed.
+        """
+        options = options or {}
+        policy, budget = options.get(REQUEST_POLICY), options.get(REQUEST_BUDGET)
+        if policy is not None and not isinstance(policy, str):
+            raise ValueError(f"{REQUEST_POLICY}: expected 'none' or the name of a policy, got {policy!r}")
+        changes: dict[str, Any] = {}
+        if policy not in (None, NONE, self.policy):
+            changes = {"policy": policy, "policy_options": {}}
+        if budget is not None:
+            changes["budget"] = budget
+        config = self if not changes else EvictionConfig.parse({**self.model_dump(), **changes})
+        config.check_block_size(block_size)
+        return None if policy == NONE else config
+
+
+@lru_cache(maxsize=256)
+def _method(config_json: str) -> Method:
+    config = EvictionConfig.model_validate_json(config_json)
+    policy = _build(POLICIES, config.policy, config.policy_options, "policy_options")
+    return Method(
+        policy,
+        _build(ALLOCATORS, config.allocator, config.allocator_options, "allocator_options"),
+        policy.num_sink if config.num_sink is None else config.num_sink,
+        policy.num_recent if config.num_recent is None else config.num_recent,
+    )
+
+
+def _build(registry: Registry[Any], name: str, options: Mapping[str, Any], field_name: str) -> Any:
+    cls = registry.get(name)
+    allowed = [f.name for f in fields(cls)]
+    unknown = [option for option in options if option not in allowed]
+    if unknown:
+        raise ValueError(
+            f"{field_name}: {registry.kind} {name!r} takes {', '.join(allowed) or 'no options'}; got {unknown[0]!r}"
+        )
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise ValueError(f"{field_name}: {registry.kind} {name!r}: {error}") from None
+
+
+_ALLOWED = {
+    "budget": "a whole number of tokens of at least 1, or a fraction between 0 and 1",
+    "num_sink": "a whole number of tokens of at least 0",
+    "num_recent": "a whole number of tokens of at least 0",
+}
+
+
+def _one_sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return f"kv_eviction: unknown field {name!r}. Available: {', '.join(EvictionConfig.model_fields)}"
+    if first["type"] == "missing":
+        return f"kv_eviction: {name!r} is missing. Give --kv-eviction POLICY and --kv-budget N"
+    if first["type"] == "value_error":
+        return f"kv_{name}: {first['ctx']['error']}"
+    prefix = "kv_" if name == "budget" else "kv_eviction."
+    allowed = _ALLOWED.get(name, first["msg"].lower())
+    return f"{prefix}{name}: expected {allowed}, got {first['input']!r}"

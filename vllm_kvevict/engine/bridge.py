@@ -1,0 +1,149 @@
+"""The worker's side of eviction: which rows of a batch are evicted, which are to be, and where their pages are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from vllm_kvevict.cache.page_table import FoldedBatch, PageTable
+from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.engine.prefill import PrefillRow, QueryWindow
+from vllm_kvevict.engine.step import STEP, EvictionReport, StepEvictions
+from vllm_kvevict.evictor import Eviction
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """A batch as attention must see it.
+
+    whole:        rows [num_whole] int64 whose cache is complete
+    evicted:      rows [num_evicted] int64 that read their own page tables; one new token each
+    whole_tokens: tokens [*] int64 of the whole rows, None if that is all of them
+    """
+
+    whole: torch.Tensor
+    evicted: torch.Tensor
+    whole_tokens: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """One step's batch: how it splits, what its evicted rows read, and which of its rows are to be scored."""
+
+    split: RowSplit
+    folded: FoldedBatch | None
+    evicted_tokens: torch.Tensor
+    prefills: list[PrefillRow]
+
+
+class EvictionBridge:
+    """Knows, in every step, the requests behind the rows. One per worker; the attention builder asks it."""
+
+    def __init__(self, runner: Any, pool: PagePool, layer_names: list[str], max_num_reqs: int) -> None:
+        self._runner = runner
+        self.pool = pool
+        self.layer_index = {name: index for index, name in enumerate(layer_names)}
+        self.page_table = PageTable(pool, max_num_reqs)
+        self._queries: dict[str, QueryWindow] = {}
+        self._step: StepEvictions | None = None
+        self._evictions: dict[str, Eviction] = {}
+        self._row_slots: tuple[list[str], int, torch.Tensor] = ([], -1, torch.empty(0, dtype=torch.int64))
+
+    def begin_step(self, output: SchedulerOutput) -> None:
+        """Forget the requests that ended, and take over the scheduler's decisions for this step."""
+        for req_id in output.finished_req_ids | (output.preempted_req_ids or set()):
+            self.page_table.remove(req_id)
+            self._queries.pop(req_id, None)
+        self._step = getattr(output, STEP)
+        self._evictions = {}
+
+    def end_step(self) -> dict[str, EvictionReport]:
+        """After the last layer: allocate, select and compact what the layers have scored."""
+        reports = {}
+        for req_id, eviction in self._evictions.items():
+            self.page_table.add(req_id, eviction.finish(), eviction.plan)
+            reports[req_id] = EvictionReport(eviction.plan, eviction.seconds)
+        self._step, self._evictions = None, {}
+        return reports
+
+    def rows(self, common: CommonAttentionMetadata) -> StepRows | None:
+        """Return what is special about this batch, None if stock attention serves all of it."""
+        step = self._step
+        if step is None or not (len(self.page_table) or step.prefilling or step.ending):
+            return None
+        req_ids = self._row_req_ids(common)
+        slots = self._slots(req_ids)
+        split = _split(slots, common)
+        prefills = self._prefill_rows(req_ids, common, step)
+        if not len(split.evicted) and not prefills:
+            return None
+        folded = None
+        if len(split.evicted):
+            evicted = split.evicted
+            folded = self.page_table.fold(
+                slots[evicted], common.seq_lens[evicted], common.block_table_tensor[evicted].to(torch.int64)
+            )
+        return StepRows(split, folded, common.query_start_loc[:-1].to(torch.int64)[split.evicted], prefills)
+
+    def _row_req_ids(self, common: CommonAttentionMetadata) -> list[str]:
+        if common.req_idx is not None:  # model runner V2
+            return [self._runner.req_states.index_to_req_id[index] for index in common.req_idx.tolist()]
+        return list(self._runner.input_batch.req_ids[: common.num_reqs])
+
+    def _slots(self, req_ids: list[str]) -> torch.Tensor:
+        """Return [num_reqs] int64 page-table slots, -1 for whole rows; found again only when the batch changes."""
+        known_ids, generation, slots = self._row_slots
+        if generation != self.page_table.generation or known_ids != req_ids:
+            found = [self.page_table.slot(req_id) for req_id in req_ids]
+            slots = torch.tensor([-1 if slot is None else slot for slot in found], device=self.pool.pages.device)
+            self._row_slots = (req_ids, self.page_table.generation, slots)
+        return slots
+
+    def _prefill_rows(
+        self, req_ids: list[str], common: CommonAttentionMetadata, step: StepEvictions
+    ) -> list[PrefillRow]:
+        if not (step.prefilling or step.ending):
+            return []
+        bounds = common.query_start_loc_cpu.tolist()
+        rows = []
+        for row, req_id in enumerate(req_ids):
+            if req_id in step.prefilling:
+                queries = self._query_window(req_id, step.prefilling[req_id])
+                rows.append(PrefillRow(bounds[row], bounds[row + 1], queries, None))
+            elif req_id in step.ending:
+                config, plan = step.ending[req_id]
+                if int(common.seq_lens[row]) != plan.num_tokens:
+                    raise RuntimeError(
+                        f"request {req_id}: the scheduler ends its prefill at {plan.num_tokens} tokens, "
+                        f"the worker holds {int(common.seq_lens[row])}"
+                    )
+                block_ids = common.block_table_tensor[row, : plan.num_blocks].to(torch.int64)
+                eviction = Eviction(config.method(), plan, self.pool, block_ids)
+                self._evictions[req_id] = eviction
+                queries = self._query_window(req_id, config)
+                self._queries.pop(req_id)
+                rows.append(PrefillRow(bounds[row], bounds[row + 1], queries, eviction))
+        return rows
+
+    def _query_window(self, req_id: str, config: EvictionConfig) -> QueryWindow:
+        if req_id not in self._queries:
+            self._queries[req_id] = QueryWindow(self.pool.num_layers, config.method().policy.query_window)
+        return self._queries[req_id]
+
+
+def _split(slots: torch.Tensor, common: CommonAttentionMetadata) -> RowSplit:
+    is_evicted = slots >= 0
+    evicted = is_evicted.nonzero()[:, 0]
+    whole = (~is_evicted).nonzero()[:, 0]
+    if not len(evicted):
+        return RowSplit(whole, evicted, None)
+    query_lens = common.naive_query_lens().to(torch.int64)
+    if int(query_lens[evicted].max()) != 1:
+        raise RuntimeError("an evicted request was given several tokens in one step")
+    token_is_whole = torch.repeat_interleave(~is_evicted, query_lens)
+    return RowSplit(whole, evicted, token_is_whole.nonzero()[:, 0])

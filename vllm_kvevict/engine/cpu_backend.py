@@ -1,0 +1,208 @@
+"""vLLM's CPU attention for whole rows, and the same kernel over folded page tables for evicted ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_kvevict.engine.bridge import EvictionBridge, StepRows
+from vllm_kvevict.engine.spec import EvictionSpec, evictable
+
+# the page packing that vLLM's kernel calls "vec": K as [head_size, block_size], then V as [block_size, head_size]
+_ISA = "vec"
+
+
+def register_cpu_backend() -> None:
+    """Put our backend in the place of vLLM's CPU attention, which the CPU platform always asks for."""
+    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.EvictionCPUBackend")
+
+
+class EvictionCPUBackend(CPUAttentionBackend):
+    """CPU attention whose full-attention layers can be evicted; other layers are served as before."""
+
+    @staticmethod
+    def get_impl_cls() -> type[EvictionCPUImpl]:
+        return EvictionCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[EvictionCPUMetadataBuilder]:
+        return EvictionCPUMetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return evictable(super().customize_spec(spec))
+
+
+@dataclass
+class EvictionCPUMetadata:
+    """A batch in which at least one row is evicted or to be scored.
+
+    whole:    stock metadata of the rows whose cache is complete, None if there are none
+    schedule: per layer, or one for all, the kernel's division of labour over the folded rows
+    """
+
+    rows: StepRows
+    bridge: EvictionBridge
+    whole: CPUAttentionMetadata | None
+    query_start_loc: torch.Tensor
+    schedule: list[torch.Tensor]
+
+
+class EvictionCPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Splits a batch into whole and evicted rows. ``bridge`` is set by the worker once the cache exists."""
+
+    bridge: EvictionBridge | None = None
+
+    def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], *args: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, *args, **kwargs)
+        if isinstance(kv_cache_spec, EvictionSpec):
+            self.isa = _ISA  # AMX packs K in a way of its own
+            self._set_isa_to_layers(layer_names)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
+        rows = None if self.bridge is None else self.bridge.rows(common_attn_metadata)
+        if self.bridge is None or rows is None:
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        whole = None
+        if len(rows.split.whole):
+            whole = super().build(common_prefix_len, _whole_rows(common_attn_metadata, rows), fast_build)
+        num_folded = len(rows.split.evicted) * self.num_kv_heads
+        query_start_loc = torch.arange(num_folded + 1, dtype=torch.int32)
+        return EvictionCPUMetadata(rows, self.bridge, whole, query_start_loc, self._schedule(rows, query_start_loc))
+
+    def _schedule(self, rows: StepRows, query_start_loc: torch.Tensor) -> list[torch.Tensor]:
+        if rows.folded is None:
+            return []
+        kv_lens = rows.folded.kv_lens
+        # uniform budgets: one schedule serves every layer
+        distinct = kv_lens[:1] if torch.equal(kv_lens, kv_lens[:1].expand_as(kv_lens)) else kv_lens
+        return [self._layer_schedule(layer_lens, query_start_loc) for layer_lens in distinct]
+
+    def _layer_schedule(self, kv_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
+        return ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(kv_lens),
+            num_heads=self.num_heads // self.num_kv_heads,
+            num_kv_heads=1,
+            head_dim=self.head_dim,
+            seq_lens=kv_lens,
+            dtype=self.dtype,
+            query_start_loc=query_start_loc,
+            causal=True,
+            sliding_window_size=-1,
+            isa=self.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+        )
+
+
+class EvictionCPUImpl(CPUAttentionBackendImpl):
+    """Runs whole rows as they are and evicted rows folded: each KV head of a request a sequence of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.attn_type == AttentionType.DECODER and self.sliding_window in (None, -1):
+            self._refuse_unsupported()
+
+    def _refuse_unsupported(self) -> None:
+        unsupported = {
+            "ALiBi": self.alibi_slopes is not None,
+            "attention sinks in the model": self.sinks is not None,
+            "logits soft-capping": bool(self.logits_soft_cap),
+            "KV sharing between layers": self.kv_sharing_target_layer_name is not None,
+        }
+        for name, is_on in unsupported.items():
+            if is_on:
+                raise ValueError(f"--kv-eviction does not work with {name}; leave --kv-eviction out for this model")
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if not isinstance(attn_metadata, EvictionCPUMetadata):
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+        rows, tokens = attn_metadata.rows, attn_metadata.rows.split.whole_tokens
+        if attn_metadata.whole is not None and tokens is None:
+            super().forward(layer, query, key, value, kv_cache, attn_metadata.whole, output)
+        elif attn_metadata.whole is not None:
+            part = torch.empty_like(output[tokens])
+            output[tokens] = super().forward(layer, query[tokens], key, value, kv_cache, attn_metadata.whole, part)
+        index = attn_metadata.bridge.layer_index[layer.layer_name]
+        if rows.folded is not None:
+            self._forward_folded(layer, index, query, attn_metadata, output)
+        for prefill in rows.prefills:
+            prefill.observe(index, query, self.scale)
+        return output
+
+    def _forward_folded(
+        self, layer: Any, index: int, query: torch.Tensor, metadata: EvictionCPUMetadata, output: torch.Tensor
+    ) -> None:
+        """query, output: [num_tokens, num_heads, head_size]; heads of one KV head are neighbours."""
+        folded, tokens = metadata.rows.folded, metadata.rows.evicted_tokens
+        if folded is None:
+            return
+        group = self.num_queries_per_kv
+        folded_query = query[tokens].reshape(-1, group, self.head_size)  # [num_evicted * num_kv_heads, group, D]
+        folded_output = torch.empty_like(folded_query)
+        pool = metadata.bridge.pool
+        pages = pool.pages.view(-1, 1, 2 * pool.block_size, self.head_size)
+        key_cache, value_cache = pages.chunk(2, dim=2)
+        ops.cpu_attention_with_kv_cache(
+            query=folded_query,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            output=folded_output,
+            query_start_loc=metadata.query_start_loc,
+            seq_lens=folded.kv_lens[index],
+            scale=self.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=folded.page_table[index],
+            softcap=0,
+            scheduler_metadata=metadata.schedule[index if len(metadata.schedule) > 1 else 0],
+            s_aux=None,
+        )
+        output[tokens] = folded_output.view(len(tokens), -1, self.head_size).view_as(output[tokens])
+
+
+def _whole_rows(common: CommonAttentionMetadata, rows: StepRows) -> CommonAttentionMetadata:
+    """Return ``common`` without its evicted rows."""
+    tokens, whole = rows.split.whole_tokens, rows.split.whole
+    if tokens is None:
+        return common
+    query_lens = common.naive_query_lens()[whole]
+    query_start_loc = torch.nn.functional.pad(query_lens.cumsum(0, dtype=torch.int32), (1, 0))
+    seq_lens = common.seq_lens[whole]
+    return common.replace(
+        query_start_loc=query_start_loc,
+        query_start_loc_cpu=query_start_loc,
+        seq_lens=seq_lens,
+        num_reqs=len(whole),
+        num_actual_tokens=len(tokens),
+        max_query_len=int(query_lens.max()),
+        max_seq_len=int(seq_lens.max()),
+        block_table_tensor=common.block_table_tensor[whole],
+        slot_mapping=common.slot_mapping[tokens],
+    )

@@ -1,0 +1,121 @@
+"""``--kv-eviction`` and its three companions, on every entry point that uses vLLM's parser."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vllm_kvevict.budgets import ALLOCATORS
+from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.policies import POLICIES
+
+FIELD = "kv_eviction"
+_DESTINATIONS = {
+    "policy": "kv_eviction",
+    "budget": "kv_budget",
+    "allocator": "kv_budget_allocator",
+}
+
+
+def with_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``EngineArgs.add_cli_args`` so that the parser knows our flags."""
+
+    @functools.wraps(add_cli_args)
+    def wrapper(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        _add_group(parser)
+        return add_cli_args(parser, *args, **kwargs)
+
+    return wrapper
+
+
+def with_config(from_cli_args: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``EngineArgs.from_cli_args`` so that our flags travel in ``additional_config``."""
+
+    @functools.wraps(from_cli_args)
+    def wrapper(cls: type, args: argparse.Namespace) -> Any:
+        engine_args = from_cli_args(cls, args)
+        values = _values(args)
+        if values:
+            given = engine_args.additional_config or {}
+            if FIELD in given:
+                raise ValueError(f"additional_config: {FIELD!r} and the --kv-eviction flags exclude each other")
+            config = EvictionConfig.parse(values)
+            engine_args.additional_config = {**given, FIELD: config.model_dump(exclude_unset=True)}
+        return engine_args
+
+    return wrapper
+
+
+def _add_group(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        title="KV eviction (vllm_kvevict)",
+        description="Keep a part of every prompt's KV cache and give the blocks of the rest back.",
+    )
+    group.add_argument(
+        "--kv-eviction",
+        metavar="POLICY",
+        choices=POLICIES.names(),
+        help=f"Switch eviction on; how tokens rank. One of: {', '.join(POLICIES.names())}.",
+    )
+    group.add_argument(
+        "--kv-budget",
+        metavar="N",
+        type=_budget,
+        help="Tokens per KV head and layer that a prompt keeps, or the fraction in (0, 1) of it; "
+        "rounded up to whole blocks.",
+    )
+    group.add_argument(
+        "--kv-budget-allocator",
+        metavar="NAME",
+        choices=ALLOCATORS.names(),
+        help=f"How the budget is shared among layers and heads. One of: {', '.join(ALLOCATORS.names())}.",
+    )
+    group.add_argument(
+        "--kv-eviction-config",
+        metavar="FILE-or-JSON",
+        type=_mapping,
+        help="Everything else, as a YAML or JSON file or a JSON text: num_sink, num_recent, policy_options, "
+        "allocator_options. The flags win over it.",
+    )
+
+
+def _values(args: argparse.Namespace) -> dict[str, Any]:
+    values = dict(getattr(args, "kv_eviction_config", None) or {})
+    for field, destination in _DESTINATIONS.items():
+        value = getattr(args, destination, None)
+        if value is not None:
+            values[field] = value
+    return values
+
+
+def _budget(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        message = f"expected a whole number of tokens, or a fraction between 0 and 1; got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    try:
+        if value.lstrip().startswith("{"):
+            parsed = json.loads(value)
+        else:
+            parsed = yaml.safe_load(Path(value).read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise argparse.ArgumentTypeError(f"expected a YAML or JSON file, or a JSON text; {error}") from None
+    if not isinstance(parsed, dict):
+        raise argparse.ArgumentTypeError(f"expected a mapping of field names to values, got {parsed!r}")
+    return parsed

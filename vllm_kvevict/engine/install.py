@@ -1,0 +1,157 @@
+"""Switch eviction on in a vLLM configuration, or refuse by name what it cannot work with."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+
+from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.engine.flags import FIELD, with_config, with_flags
+from vllm_kvevict.engine.metrics import with_eviction_metrics
+from vllm_kvevict.engine.patches import Patch, apply_patches
+from vllm_kvevict.engine.requests import with_checked_options
+from vllm_kvevict.engine.versions import check_version
+
+logger = logging.getLogger("vllm.kvevict")
+
+_WORKERS = {"vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvevict.engine.worker.EvictionCPUWorker"}
+_DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
+
+
+def install_flags() -> None:
+    """Wrap the methods of ``EngineArgs`` that read the command line and make the configuration."""
+    apply_patches(_FLAG_PATCHES)
+
+
+def eviction_config(vllm_config: VllmConfig) -> EvictionConfig | None:
+    """Return the eviction config that travels in ``vllm_config``, None if eviction is off."""
+    additional = vllm_config.additional_config
+    values = additional.get(FIELD) if isinstance(additional, dict) else None
+    return None if values is None else EvictionConfig.parse(values)
+
+
+def with_eviction(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``EngineArgs.create_engine_config``: check everything, then name our scheduler and worker."""
+
+    @functools.wraps(create_engine_config)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> VllmConfig:
+        if FIELD not in (self.additional_config or {}):
+            return create_engine_config(self, *args, **kwargs)
+        check_version()
+        config = EvictionConfig.parse(self.additional_config[FIELD])
+        if self.block_size is None:
+            self.block_size = _DEFAULT_BLOCK_SIZE.get(current_platform.device_type)
+        vllm_config: VllmConfig = create_engine_config(self, *args, **kwargs)
+        _switch_on(config, vllm_config)
+        return vllm_config
+
+    return wrapper
+
+
+def _switch_on(config: EvictionConfig, vllm_config: VllmConfig) -> None:
+    refuse_unsupported(vllm_config)
+    config.check_block_size(vllm_config.cache_config.block_size)
+    suffix = "AsyncEvictionScheduler" if vllm_config.scheduler_config.async_scheduling else "EvictionScheduler"
+    vllm_config.scheduler_config.scheduler_cls = f"vllm_kvevict.engine.scheduler.{suffix}"
+    vllm_config.parallel_config.worker_cls = _WORKERS[vllm_config.parallel_config.worker_cls]
+    apply_patches(_REQUEST_PATCHES)
+    method = config.method()
+    logger.info(
+        "KV eviction is on: policy=%s, budget=%s, allocator=%s, num_sink=%d, num_recent=%d, block_size=%d",
+        method.policy,
+        config.budget,
+        method.allocator,
+        method.num_sink,
+        method.num_recent,
+        vllm_config.cache_config.block_size,
+    )
+
+
+def refuse_unsupported(vllm_config: VllmConfig) -> None:
+    """Raise ValueError that names the first feature in ``vllm_config`` that eviction does not work with."""
+    for name, is_on, remedy in _unsupported(vllm_config):
+        if is_on:
+            raise ValueError(f"--kv-eviction does not work with {name}; {remedy} or leave --kv-eviction out")
+
+
+def _unsupported(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    ours = scheduler.scheduler_cls is None or "vllm_kvevict" in str(scheduler.scheduler_cls)
+    return [
+        (f"the {current_platform.device_type} platform yet", parallel.worker_cls not in _WORKERS, "use vLLM on a CPU"),
+        (f"the scheduler {scheduler.scheduler_cls!r}", not ours, "drop --scheduler-cls"),
+        ("multi-head latent attention (MLA)", model.use_mla, "use another model"),
+        ("encoder-decoder models", model.is_encoder_decoder, "use a decoder-only model"),
+        ("pooling models", model.runner_type == "pooling", "use a generating model"),
+        ("models without attention", model.is_attention_free, "use another model"),
+        ("hybrid models with recurrent layers", model.is_hybrid, "use another model"),
+        ("speculative decoding yet", vllm_config.speculative_config is not None, "drop --speculative-config"),
+        ("pipeline parallelism yet", parallel.pipeline_parallel_size > 1, "use --pipeline-parallel-size 1"),
+        ("context parallelism", parallel.decode_context_parallel_size > 1, "use -dcp 1"),
+        ("context parallelism", parallel.prefill_context_parallel_size > 1, "use -pcp 1"),
+        ("microbatching (DBO)", parallel.use_ubatching, "drop --enable-dbo and --ubatch-size"),
+        ("KV connectors", vllm_config.kv_transfer_config is not None, "drop --kv-transfer-config"),
+        (
+            f"a quantised KV cache ({cache.cache_dtype}) yet",
+            cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
+            "use --kv-cache-dtype auto",
+        ),
+        (
+            f"a head size of {model.get_head_size()} on CPU",
+            model.get_head_size() % 32 != 0,
+            "use a model whose head size is a multiple of 32",
+        ),
+        (
+            f"a block size of {cache.block_size} on CPU",
+            cache.block_size % 32 != 0,
+            "use a --block-size that is a multiple of 32",
+        ),
+    ]
+
+
+_FLAG_PATCHES = (
+    Patch(
+        "vllm.engine.arg_utils:EngineArgs.add_cli_args",
+        with_flags,
+        ("parser",),
+        "plugins cannot add flags",
+        "vLLM lets a general plugin add arguments to its parser",
+    ),
+    Patch(
+        "vllm.engine.arg_utils:EngineArgs.from_cli_args",
+        with_config,
+        ("args",),
+        "unknown arguments are dropped",
+        "vLLM hands a plugin's arguments to it",
+    ),
+    Patch(
+        "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+        with_eviction,
+        (),
+        "a plugin gets no configuration before the engine starts",
+        "vLLM calls general plugins with the VllmConfig",
+    ),
+)
+
+_REQUEST_PATCHES = (
+    Patch(
+        "vllm.v1.engine.input_processor:InputProcessor._validate_params",
+        with_checked_options,
+        ("params",),
+        "a wrong request option must be a 400 and not an error inside the engine",
+        "vLLM has a hook to validate vllm_xargs",
+    ),
+    Patch(
+        "vllm.v1.metrics.loggers:StatLoggerManager.record",
+        with_eviction_metrics,
+        ("scheduler_stats",),
+        "stat logger plugins are not loaded by LLMEngine, and SchedulerStats carries no plugin data",
+        "SchedulerStats has a field for plugins and both engines load stat logger plugins",
+    ),
+)

@@ -1,0 +1,93 @@
+"""Counters on /metrics. Scheduler and worker count; the front end exports."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+
+PAYLOAD = "kv_eviction"
+_LABELS = ("policy", "allocator")
+_FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+
+@dataclass
+class EvictionRecord:
+    """What one eviction did; plain JSON so that it fits into vLLM's stats.
+
+    evicted_tokens: tokens dropped, averaged over layers and KV heads
+    freed_blocks:   blocks given back to vLLM's pool
+    kept_fraction:  tokens kept / tokens of the prompt
+    seconds:        score + allocate + select + compact, in the worker; None for a record of freed blocks
+    """
+
+    policy: str
+    allocator: str
+    evicted_tokens: int = 0
+    freed_blocks: int = 0
+    kept_fraction: float = 0.0
+    seconds: float | None = None
+
+
+@dataclass
+class EvictionMetrics:
+    """Our collectors in one Prometheus registry."""
+
+    registry: CollectorRegistry = field(default_factory=lambda: REGISTRY)
+
+    def __post_init__(self) -> None:
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"kvevict:{name}", text, _LABELS, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"kvevict:{name}", text, _LABELS, buckets=buckets, registry=self.registry)
+
+        self.evictions = counter("evictions_total", "Prompts evicted.")
+        self.evicted_tokens = counter("evicted_tokens_total", "Prompt tokens dropped per KV head and layer.")
+        self.freed_blocks = counter("freed_blocks_total", "KV blocks given back to vLLM's pool.")
+        self.kept_fraction = histogram("kept_fraction", "Tokens kept / tokens of the prompt.", _FRACTIONS)
+        self.seconds = histogram("eviction_seconds", "Time of score, allocate, select and compact.", _SECONDS)
+
+    def observe(self, record: EvictionRecord) -> None:
+        """Count one record."""
+        labels = (record.policy, record.allocator)
+        self.freed_blocks.labels(*labels).inc(record.freed_blocks)
+        if record.seconds is not None:
+            self.evictions.labels(*labels).inc()
+            self.evicted_tokens.labels(*labels).inc(record.evicted_tokens)
+            self.kept_fraction.labels(*labels).observe(record.kept_fraction)
+            self.seconds.labels(*labels).observe(record.seconds)
+
+
+@functools.cache
+def process_metrics() -> EvictionMetrics:
+    """Return the collectors of this process's /metrics."""
+    return EvictionMetrics()
+
+
+def pack(records: list[EvictionRecord]) -> dict[str, Any]:
+    """Return the payload in which records travel from the engine to the front end."""
+    return {PAYLOAD: [asdict(record) for record in records]}
+
+
+def with_eviction_metrics(record: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``StatLoggerManager.record``: take our payload out of the stats before vLLM's loggers see it.
+
+    It travels in ``kv_connector_stats``, the one free-form field of SchedulerStats, which is ours alone since KV
+    connectors are refused with eviction.
+    """
+
+    @functools.wraps(record)
+    def wrapper(self: Any, scheduler_stats: Any, *args: Any, **kwargs: Any) -> Any:
+        payload = getattr(scheduler_stats, "kv_connector_stats", None)
+        if isinstance(payload, dict) and PAYLOAD in payload:
+            scheduler_stats.kv_connector_stats = None
+            for values in payload[PAYLOAD]:
+                process_metrics().observe(EvictionRecord(**values))
+        return record(self, scheduler_stats, *args, **kwargs)
+
+    return wrapper

@@ -1,0 +1,48 @@
+"""Per-request options: ``vllm_xargs={"kv_eviction": ..., "kv_budget": ...}``, wrong ones refused with a 400."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+from vllm_kvevict.config import REQUEST_BUDGET, REQUEST_POLICY, EvictionConfig
+from vllm_kvevict.engine.flags import FIELD
+
+
+def request_config(
+    config: EvictionConfig, params: SamplingParams | None, block_size: int
+) -> EvictionConfig | None:
+    """Return how a request is evicted, None if it is not: the server's config with the request's options on top.
+
+    Raises ValueError for a wrong option.
+    """
+    return None if params is None else config.for_request(params.extra_args, block_size)
+
+
+def with_checked_options(validate: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``InputProcessor._validate_params`` so that wrong eviction options end the request, not the engine."""
+
+    @functools.wraps(validate)
+    def wrapper(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        _check(self.vllm_config, params)
+        return validate(self, params, *args, **kwargs)
+
+    return wrapper
+
+
+def _check(vllm_config: VllmConfig, params: Any) -> None:
+    options = getattr(params, "extra_args", None) or {}
+    if REQUEST_POLICY not in options and REQUEST_BUDGET not in options:
+        return
+    values = (vllm_config.additional_config or {}).get(FIELD)
+    if values is None:
+        raise VLLMValidationError(f"{REQUEST_POLICY}: this engine was started without --kv-eviction")
+    try:
+        request_config(EvictionConfig.parse(values), params, vllm_config.cache_config.block_size)
+    except ValueError as error:
+        raise VLLMValidationError(str(error)) from None

@@ -1,0 +1,133 @@
+"""vLLM's schedulers, which also decide when a prompt is evicted and how many blocks it keeps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from vllm_kvevict.cache.plan import EvictionPlan, plan_eviction
+from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.engine.install import eviction_config
+from vllm_kvevict.engine.metrics import EvictionRecord, pack
+from vllm_kvevict.engine.requests import request_config
+from vllm_kvevict.engine.step import REPORTS, STEP, EvictionReport, StepEvictions
+from vllm_kvevict.engine.spec import EvictionManager, RequestEviction, cache_hits_up_to
+
+
+class EvictionMixin(Scheduler):
+    """Plans evictions while it schedules, and learns from the workers that they happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = eviction_config(self.vllm_config)
+        if config is None:
+            raise ValueError("additional_config: 'kv_eviction' is missing though the eviction scheduler was named")
+        self._eviction_config = config
+        self._evictions: dict[str, RequestEviction] = {}
+        self._unplanned: set[str] = set()
+        self._records: list[EvictionRecord] = []
+        self._manager = self._find_manager()
+        self._manager.evictions = self._evictions
+
+    def _find_manager(self) -> EvictionManager:
+        managers = [
+            manager
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+            if isinstance(manager, EvictionManager)
+        ]
+        if len(managers) != 1:
+            raise ValueError(
+                f"--kv-eviction needs a model with exactly one KV cache group of full attention, got {len(managers)}"
+            )
+        return managers[0]
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+        """Every prefill starts here, resumed ones too: decide whether it will be evicted, and cap its cache hit."""
+        self._evictions.pop(request.request_id, None)
+        eviction = self._will_evict(request)
+        if eviction is None:
+            return super()._get_local_prefix_cache_hit(request)
+        self._evictions[request.request_id] = eviction
+        self._unplanned.add(request.request_id)
+        with cache_hits_up_to(eviction.first_private_block * self._manager.block_size):
+            return super()._get_local_prefix_cache_hit(request)
+
+    def _will_evict(self, request: Request) -> RequestEviction | None:
+        config = request_config(self._eviction_config, request.sampling_params, self._manager.block_size)
+        plan = None if config is None else self._plan(request, config)
+        return None if config is None or plan is None else RequestEviction(config, plan.first_kept_block)
+
+    def _plan(self, request: Request, config: EvictionConfig) -> EvictionPlan | None:
+        num_protected = config.method().num_protected
+        return plan_eviction(request.num_tokens, config.budget, self._manager.block_size, num_protected)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        output = super().schedule(*args, **kwargs)
+        setattr(output, STEP, self._step_evictions(output))
+        return output
+
+    def _step_evictions(self, output: SchedulerOutput) -> StepEvictions:
+        step = StepEvictions({}, {})
+        self._unplanned &= self._evictions.keys()  # those that ended early are gone
+        for req_id in [req_id for req_id in self._unplanned if req_id in output.num_scheduled_tokens]:
+            eviction, request = self._evictions[req_id], self.requests[req_id]
+            if request.is_prefill_chunk:
+                step.prefilling[req_id] = eviction.config
+                continue
+            plan = self._plan(request, eviction.config)
+            if plan is None or plan.first_kept_block < eviction.first_private_block:
+                raise RuntimeError(f"request {req_id}: its prefill ended shorter than planned, {request.num_tokens}")
+            eviction.plan = plan
+            self._unplanned.remove(req_id)
+            step.ending[req_id] = (eviction.config, plan)
+        return step
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        step: StepEvictions = getattr(scheduler_output, STEP)
+        reports: dict[str, EvictionReport] = getattr(model_runner_output, REPORTS, {})
+        for req_id, (config, plan) in step.ending.items():
+            if req_id not in reports or reports[req_id].plan != plan:
+                raise RuntimeError(f"request {req_id}: the worker did not evict as planned ({plan})")
+            self._records.append(_evicted(config, plan, reports[req_id].seconds))
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        freed, self._manager.newly_freed = self._manager.newly_freed, []
+        records = self._records + _freed(freed)
+        self._records = []
+        if stats is not None and records:
+            stats.kv_connector_stats = pack(records)
+        return stats
+
+
+class EvictionScheduler(EvictionMixin):
+    """Eviction on vLLM's synchronous scheduler."""
+
+
+class AsyncEvictionScheduler(EvictionMixin, AsyncScheduler):
+    """Eviction on vLLM's asynchronous scheduler."""
+
+
+def _evicted(config: EvictionConfig, plan: EvictionPlan, seconds: float) -> EvictionRecord:
+    return EvictionRecord(
+        config.policy,
+        config.allocator,
+        evicted_tokens=plan.num_evicted_tokens,
+        kept_fraction=plan.num_kept_tokens / plan.num_tokens,
+        seconds=seconds,
+    )
+
+
+def _freed(evictions: list[RequestEviction]) -> list[EvictionRecord]:
+    blocks: Counter[tuple[str, str]] = Counter()
+    for eviction in evictions:
+        blocks[eviction.config.policy, eviction.config.allocator] += eviction.freed_blocks or 0
+    return [EvictionRecord(*labels, freed_blocks=count) for labels, count in blocks.items()]

@@ -1,0 +1,105 @@
+"""The cache spec of layers that are evicted, and the manager that frees what they evict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+from vllm.v1.request import Request
+
+from vllm_kvevict.cache.plan import EvictionPlan
+from vllm_kvevict.config import EvictionConfig
+
+_hit_limit: ContextVar[int | None] = ContextVar("kvevict_hit_limit", default=None)
+
+
+@contextmanager
+def cache_hits_up_to(num_tokens: int) -> Iterator[None]:
+    """Prefix-cache lookups inside this context cover at most ``num_tokens``."""
+    token = _hit_limit.set(num_tokens)
+    try:
+        yield
+    finally:
+        _hit_limit.reset(token)
+
+
+@dataclass
+class RequestEviction:
+    """What the scheduler knows of a request that is, or will be, evicted.
+
+    first_private_block: blocks from here on are neither taken from the prefix cache nor put into it
+    plan:                set by the step that ends the prefill
+    freed_blocks:        set once the blocks are back in the pool
+    """
+
+    config: EvictionConfig
+    first_private_block: int
+    plan: EvictionPlan | None = None
+    freed_blocks: int | None = None
+
+
+class EvictionManager(FullAttentionManager):
+    """Full attention whose requests give the blocks before their kept ones back after the prefill.
+
+    ``evictions`` is the scheduler's; it is set once, before the first request.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.evictions: dict[str, RequestEviction] = {}
+        self.newly_freed: list[RequestEviction] = []
+
+    @classmethod
+    def find_longest_cache_hit(cls, block_hashes: Any, max_length: int, *args: Any, **kwargs: Any) -> Any:
+        limit = _hit_limit.get()
+        if limit is not None:
+            max_length = min(max_length, limit)
+        return super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        eviction = self.evictions.get(request.request_id)
+        if eviction is not None:
+            # kept blocks are rewritten, and what follows them attends to the rewritten ones: no hash fits either
+            num_tokens = min(num_tokens, eviction.first_private_block * self.block_size)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        super().remove_skipped_blocks(request_id, processed_computed_tokens, num_prompt_tokens)
+        eviction = self.evictions.get(request_id)
+        if eviction is None or eviction.plan is None or eviction.freed_blocks is not None:
+            return
+        # with async scheduling the step that compacts may still be in flight
+        if processed_computed_tokens >= eviction.plan.num_tokens:
+            first_kept = eviction.plan.first_kept_block
+            self._remove_blocks_in_range(request_id, 0, first_kept)
+            eviction.freed_blocks = first_kept
+            self.newly_freed.append(eviction)
+
+    def pop_blocks_for_free(self, request_id: str) -> Any:
+        self.evictions.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+
+# the built-in specs register lazily, and only into an empty registry
+KVCacheSpecRegistry._ensure_registered()
+
+
+@register_kv_cache_spec(manager_class=EvictionManager, uniform_type_base_spec=FullAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class EvictionSpec(FullAttentionSpec):
+    """Full attention with eviction. Has no fields of its own: ``merge`` would drop them."""
+
+
+def evictable(spec: AttentionSpec) -> AttentionSpec:
+    """Return ``spec`` as an EvictionSpec if its layer sees the whole context, unchanged if not."""
+    if type(spec) is not FullAttentionSpec or spec.sliding_window is not None or spec.attention_chunk_size is not None:
+        return spec
+    return EvictionSpec(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init})

@@ -1,0 +1,31 @@
+"""What scheduler and workers tell each other in every step, as attributes on vLLM's own messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_kvevict.cache.plan import EvictionPlan
+from vllm_kvevict.config import EvictionConfig
+
+STEP = "kv_eviction_step"
+REPORTS = "kv_eviction_reports"
+
+
+@dataclass(frozen=True)
+class StepEvictions:
+    """Rides on a SchedulerOutput: scheduler and workers cannot disagree, since only one of them decides.
+
+    prefilling: requests of this step that will be evicted, still in the middle of their prompt
+    ending:     requests whose prefill ends in this step, to be evicted at its end
+    """
+
+    prefilling: dict[str, EvictionConfig]
+    ending: dict[str, tuple[EvictionConfig, EvictionPlan]]
+
+
+@dataclass(frozen=True)
+class EvictionReport:
+    """Rides back on a ModelRunnerOutput: what a worker did."""
+
+    plan: EvictionPlan
+    seconds: float

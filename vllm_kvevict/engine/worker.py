@@ -1,0 +1,89 @@
+"""vLLM's CPU worker with eviction: every step begins with the scheduler's decisions and ends with compaction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.engine.bridge import EvictionBridge
+from vllm_kvevict.engine.cpu_backend import EvictionCPUMetadataBuilder, register_cpu_backend
+from vllm_kvevict.engine.step import REPORTS, EvictionReport
+from vllm_kvevict.engine.spec import EvictionSpec
+
+
+class EvictionMixin(Worker):
+    """Wires the attention builders to an ``EvictionBridge`` and wraps each step."""
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        super().initialize_from_config(kv_cache_config)
+        layer_names = _evicted_layers(kv_cache_config)
+        context = self.vllm_config.compilation_config.static_forward_context
+        pool = PagePool.from_layers([context[name].kv_cache for name in layer_names], "transposed")
+        self.eviction = EvictionBridge(
+            self.model_runner, pool, layer_names, self.vllm_config.scheduler_config.max_num_seqs
+        )
+        self._reports: dict[str, EvictionReport] = {}
+        for builder in self._builders():
+            builder.bridge = self.eviction
+
+    def _builders(self) -> list[EvictionCPUMetadataBuilder]:
+        groups = [group for groups in self.model_runner.attn_groups for group in groups]
+        builders = [builder for group in groups for builder in group.metadata_builders]
+        ours = [builder for builder in builders if isinstance(builder, EvictionCPUMetadataBuilder)]
+        ours = [builder for builder in ours if isinstance(builder.kv_cache_spec, EvictionSpec)]
+        if not ours:
+            raise RuntimeError("vLLM built no attention metadata builder of ours; nothing would be evicted")
+        return ours
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        self.eviction.begin_step(scheduler_output)
+        output = super().execute_model(scheduler_output)
+        self._reports = self.eviction.end_step()
+        return self._with_reports(output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        return self._with_reports(super().sample_tokens(grammar_output))
+
+    def _with_reports(self, output: Any) -> Any:
+        """Attach this step's reports to whichever of the two calls returns the step's output."""
+        if output is None or not self._reports:
+            return output
+        reports, self._reports = self._reports, {}
+        if isinstance(output, AsyncModelRunnerOutput):
+            return _AsyncOutputWithReports(output, reports)
+        setattr(output, REPORTS, reports)
+        return output
+
+
+class _AsyncOutputWithReports(AsyncModelRunnerOutput):
+    def __init__(self, output: AsyncModelRunnerOutput, reports: dict[str, EvictionReport]) -> None:
+        self._output = output
+        self._reports = reports
+
+    def get_output(self) -> ModelRunnerOutput:
+        output = self._output.get_output()
+        setattr(output, REPORTS, self._reports)
+        return output
+
+
+class EvictionCPUWorker(EvictionMixin, CPUWorker):
+    """Eviction on vLLM's CPU worker, with model runner V1 or V2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        register_cpu_backend()
+        super().__init__(*args, **kwargs)
+
+
+def _evicted_layers(kv_cache_config: KVCacheConfig) -> list[str]:
+    groups = [group for group in kv_cache_config.kv_cache_groups if isinstance(group.kv_cache_spec, EvictionSpec)]
+    if len(groups) != 1:
+        raise ValueError(
+            f"--kv-eviction needs a model with exactly one KV cache group of full attention, got {len(groups)}"
+        )
+    return list(groups[0].layer_names)

@@ -1,0 +1,104 @@
+"""The five verbs of an eviction, in order: score -> allocate -> select -> compact -> free.  READ THIS FIRST.
+
+*Score* happens layer by layer while the last chunk of a prompt passes (``Eviction.score_layer``, called from the
+attention backend); *allocate*, *select* and *compact* once after the last layer (``Eviction.finish``); *free* is
+vLLM's own: its scheduler returns the blocks before ``plan.first_kept_block`` to its pool, since nothing of the
+request lives there any more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+
+from vllm_kvevict.budgets import BudgetAllocator, round_to_pages
+from vllm_kvevict.cache.compaction import Compaction, plan_compaction
+from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.cache.plan import EvictionPlan, cdiv
+from vllm_kvevict.cache.selection import protect, select
+from vllm_kvevict.kernels.move_tokens import move_tokens
+from vllm_kvevict.policies import EvictionPolicy, ScoreInputs
+
+
+@dataclass(frozen=True)
+class Method:
+    """A policy, an allocator, and how many tokens both ends of the prompt are protected by."""
+
+    policy: EvictionPolicy
+    allocator: BudgetAllocator
+    num_sink: int
+    num_recent: int
+
+    @property
+    def num_protected(self) -> int:
+        return self.num_sink + self.num_recent
+
+
+@dataclass
+class Eviction:
+    """One request's eviction, from its first scored layer to its compacted cache.
+
+    block_ids: [num_blocks] int64, the request's block table
+    seconds:   what scoring, allocation, selection and compaction took so far
+    """
+
+    method: Method
+    plan: EvictionPlan
+    pool: PagePool
+    block_ids: torch.Tensor
+    seconds: float = 0.0
+    _scores: list[torch.Tensor | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._scores = [None] * self.pool.num_layers
+
+    def score_layer(self, layer: int, query: torch.Tensor, scale: float) -> None:
+        """Score one layer whose keys and values are in the cache.
+
+        query: [window, num_heads, head_size], the last queries of the prompt
+        """
+        start = perf_counter()
+        inputs = ScoreInputs(
+            query,
+            self.pool.keys,
+            self.pool.values,
+            self.pool.layer_page_ids(layer, self.block_ids),
+            self.plan.num_tokens,
+            scale,
+        )
+        self._scores[layer] = self.method.policy.score(inputs)
+        self.seconds += perf_counter() - start
+
+    def finish(self) -> Compaction:
+        """Allocate, select and compact. The pool's pages change; the caller puts the result in its page table.
+
+        Raises RuntimeError if a layer was not scored.
+        """
+        start = perf_counter()
+        scores = protect(self._all_scores(), self.method.num_sink, self.method.num_recent)
+        num_full_pages = self._allocate(scores)
+        kept = select(scores, num_full_pages * self.plan.block_size + self.plan.num_tail_tokens)
+        compaction = plan_compaction(kept, num_full_pages, self.block_ids, self.plan, self.pool)
+        for source, destination in compaction.phases:
+            move_tokens(self.pool.keys, self.pool.values, source, destination)
+        self.seconds += perf_counter() - start
+        return compaction
+
+    def _all_scores(self) -> torch.Tensor:
+        missing = [layer for layer, scores in enumerate(self._scores) if scores is None]
+        if missing:
+            raise RuntimeError(f"layers {missing} were not scored at the end of the prefill; nothing was evicted")
+        return torch.stack([scores for scores in self._scores if scores is not None])
+
+    def _allocate(self, scores: torch.Tensor) -> torch.Tensor:
+        plan = self.plan
+        heads = scores.shape[0] * scores.shape[1]
+        minimum = cdiv(max(self.method.num_protected - plan.num_tail_tokens, 0), plan.block_size)
+        return round_to_pages(
+            self.method.allocator.wish(scores, plan.num_kept_tokens),
+            plan.num_full_blocks * heads,
+            min(minimum, plan.num_full_blocks),
+            plan.num_tokens // plan.block_size,
+        )
