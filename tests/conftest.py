@@ -1,0 +1,49 @@
+"""Settings every test shares. Engines run in the test's process; model runner V2 runs through Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from pathlib import Path
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 2)))
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+USES_V2_RUNNER = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+
+if USES_V2_RUNNER:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.backends
+
+    # vLLM uses Triton only where a driver is active; the interpreter needs none
+    driver = type("InterpreterDriver", (), {"is_active": staticmethod(lambda: True)})
+    triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny_llama import build_tiny_llama
+
+    return build_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    from tools.build_model import build_model
+
+    folder = os.environ.get("KVEVICT_MODEL", ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct")
+    return build_model(Path(folder))

@@ -1,0 +1,46 @@
+"""The same model in plain transformers, with the evicted tokens masked: what the engine must compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, LlamaForCausalLM
+
+
+class DenseModel:
+    """A causal LM whose later queries may see only a part of the prompt, another part in every layer and head."""
+
+    def __init__(self, folder: Path) -> None:
+        AttentionInterface.register("kvevict_dense", self._attention)
+        self.model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="kvevict_dense")
+        self._kept: torch.Tensor | None = None
+        self.queries: list[torch.Tensor] = []
+        self.keys: list[torch.Tensor] = []
+
+    @torch.inference_mode()
+    def logits(self, tokens: list[int], kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Return [num_tokens, vocab_size] float32.
+
+        kept: [num_layers, num_kv_heads, num_prompt_tokens] bool; queries behind the prompt see only these of it
+        """
+        self._kept, self.queries, self.keys = kept, [], []
+        return self.model(torch.tensor([tokens]), use_cache=False).logits[0]
+
+    def _attention(
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        """query: [1, num_heads, num_tokens, head_size]; key, value: [1, num_kv_heads, num_tokens, head_size]."""
+        self.queries.append(query[0].transpose(0, 1))
+        self.keys.append(key[0])
+        num_tokens = query.shape[2]
+        visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril().expand(key.shape[1], -1, -1).clone()
+        if self._kept is not None:
+            kept = self._kept[module.layer_idx]
+            visible[:, kept.shape[1] :, : kept.shape[1]] &= kept[:, None]
+        group = query.shape[1] // key.shape[1]
+        visible = visible.repeat_interleave(group, 0)
+        logits = query[0] @ key[0].repeat_interleave(group, 0).transpose(1, 2) * module.scaling
+        weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
+        return (weights @ value[0].repeat_interleave(group, 0)).transpose(0, 1)[None], None

@@ -1,0 +1,161 @@
+"""A real engine in the test's process, stepped one step at a time with its invariants checked after each."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.outputs import RequestOutput
+
+from vllm_kvevict import kv_eviction_args
+
+
+class Engine:
+    """A vLLM engine with its scheduler and worker in reach."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self.core = llm.llm_engine.engine_core.engine_core
+        self.scheduler = self.core.scheduler
+        self.block_pool = self.scheduler.kv_cache_manager.block_pool
+        self.worker = self.core.model_executor.driver_worker.worker
+        self._poison = False
+        self.max_running = 0
+        self._free_at_start = self.num_free_blocks
+        self._next_id = 0
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self.block_pool.get_num_free_blocks()
+
+    @property
+    def bridge(self) -> Any:
+        return getattr(self.worker, "eviction", None)
+
+    def add(self, prompt: list[int], request_id: str | None = None, **params: Any) -> str:
+        """Queue a greedy request; ``extra_args`` and every other sampling parameter may be given."""
+        request_id = request_id or f"request-{self._next_id}"
+        self._next_id += 1
+        sampling = SamplingParams(**{"temperature": 0.0, "max_tokens": 16, "ignore_eos": True, **params})
+        self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": prompt}, sampling)
+        return request_id
+
+    def step(self) -> list[RequestOutput]:
+        outputs = self.llm.llm_engine.step()
+        self.max_running = max(self.max_running, len(self.scheduler.running))
+        self.check()
+        return outputs
+
+    def run(self) -> dict[str, RequestOutput]:
+        """Step until every request has ended; return the last output of each."""
+        last: dict[str, RequestOutput] = {}
+        while self.llm.llm_engine.has_unfinished_requests():
+            last.update({output.request_id: output for output in self.step()})
+        return last
+
+    def generate(self, prompts: list[list[int]], **params: Any) -> list[RequestOutput]:
+        ids = [self.add(prompt, **params) for prompt in prompts]
+        outputs = self.run()
+        return [outputs[request_id] for request_id in ids]
+
+    def tokens(self, prompts: list[list[int]], **params: Any) -> list[list[int]]:
+        return [list(output.outputs[0].token_ids) for output in self.generate(prompts, **params)]
+
+    def blocks_held(self, internal_id: str) -> list[int]:
+        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(internal_id)
+        return [block for block in blocks if block != self.block_pool.null_block.block_id]
+
+    def check(self) -> None:
+        """Pages held == blocks held * layers * heads; no page in two tables; the null block in none."""
+        if self.bridge is None:
+            return
+        owner: dict[int, str] = {}
+        running = {request.request_id: request for request in self.scheduler.running}
+        for request_id, request in running.items():
+            pages = self._pages_of(request_id, request)
+            held = torch.tensor(self.blocks_held(request_id))
+            if request_id in self.bridge.page_table and self._has_freed(request_id):
+                assert sorted(pages) == sorted(self.bridge.pool.page_ids(held).flatten().tolist())
+            for page in pages:
+                assert page not in owner, f"page {page} belongs to {owner[page]} and {request_id}"
+                owner[page] = request_id
+        null_pages = self.bridge.pool.page_ids(torch.tensor([0])).flatten().tolist()
+        assert not owner.keys() & set(null_pages)
+        if self._poison:
+            self._poison_free_blocks()
+
+    def _has_freed(self, request_id: str) -> bool:
+        eviction = self.scheduler._evictions.get(request_id)
+        return eviction is not None and eviction.freed_blocks is not None
+
+    def _pages_of(self, request_id: str, request: Any) -> list[int]:
+        """Pages in the tables of an evicted request, after the decode blocks it has entered; none for whole ones."""
+        table = self.bridge.page_table
+        if request_id not in table:
+            return []
+        plan = self.scheduler._evictions[request_id].plan
+        blocks = -(-request.num_computed_tokens // plan.block_size)
+        rows = table.pages_of(request_id, blocks - plan.num_blocks)
+        return [page for layer in rows for row in layer for page in row]
+
+    def poison_unowned_memory(self) -> None:
+        """From now on every block that nobody owns, the null block included, holds NaN.
+
+        Blocks are cleared when a request gets them: vLLM's kernels multiply slots past a sequence's end by zero.
+        """
+        self._poison = True
+        execute_model = self.worker.execute_model
+
+        def clear_then_execute(output: Any) -> Any:
+            new_blocks = [request.block_ids[0] for request in output.scheduled_new_reqs]
+            new_blocks += [ids[0] for ids in output.scheduled_cached_reqs.new_block_ids if ids is not None]
+            pages = self.bridge.pool.page_ids(torch.tensor(sum(new_blocks, []), dtype=torch.int64)).flatten()
+            self.bridge.pool.pages[pages] = self.bridge.pool.pages[pages].nan_to_num(0.0)
+            return execute_model(output)
+
+        self.worker.execute_model = clear_then_execute
+        self._poison_free_blocks()
+
+    def _poison_free_blocks(self) -> None:
+        blocks = self.block_pool.free_block_queue.get_all_free_blocks()
+        unowned = [block.block_id for block in blocks if block.block_hash is None]
+        pages = self.bridge.pool.page_ids(torch.tensor([self.block_pool.null_block.block_id, *unowned])).flatten()
+        self.bridge.pool.pages[pages] = float("nan")
+
+    def check_all_free(self) -> None:
+        """Every block is back once all requests have ended."""
+        assert not self.scheduler.running and not self.scheduler.requests
+        assert self.num_free_blocks == self._free_at_start
+        if self.bridge is not None:
+            assert not self.scheduler._evictions
+
+
+@contextmanager
+def engine(
+    model: Path, policy: str | None = "snapkv", budget: int | float = 96, fields: Any = None, **kwargs: Any
+) -> Iterator[Engine]:
+    """Start an engine, with eviction unless ``policy`` is None, and end it."""
+    eviction = {"block_size": 32} if policy is None else kv_eviction_args(policy, budget, **(fields or {}))
+    settings = {
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 2048,
+        "seed": 0,
+        "dtype": "float32",
+        **eviction,
+        **kwargs,
+    }
+    llm = LLM(str(model), **settings)
+    try:
+        yield Engine(llm)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
