@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
+from vllm.v1.attention import selector
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -25,9 +28,19 @@ from vllm_kvevict.engine.spec import EvictionSpec, evictable
 _ISA = "vec"
 
 
-def register_cpu_backend() -> None:
-    """Put our backend in the place of vLLM's CPU attention, which the CPU platform always asks for."""
-    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.EvictionCPUBackend")
+@contextmanager
+def cpu_backend() -> Iterator[None]:
+    """Layers built inside this context use our backend, which the CPU platform finds under vLLM's own name.
+
+    Scoped, so that an engine without eviction in the same process gets vLLM's.
+    """
+    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{EvictionCPUBackend.__name__}")
+    selector._cached_get_attn_backend.cache_clear()
+    try:
+        yield
+    finally:
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+        selector._cached_get_attn_backend.cache_clear()
 
 
 class EvictionCPUBackend(CPUAttentionBackend):

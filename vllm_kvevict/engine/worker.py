@@ -12,7 +12,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.engine.bridge import EvictionBridge
-from vllm_kvevict.engine.cpu_backend import EvictionCPUMetadataBuilder, register_cpu_backend
+from vllm_kvevict.engine.cpu_backend import EvictionCPUMetadataBuilder, cpu_backend
 from vllm_kvevict.engine.step import REPORTS, EvictionReport
 from vllm_kvevict.engine.spec import EvictionSpec
 
@@ -75,9 +75,9 @@ class _AsyncOutputWithReports(AsyncModelRunnerOutput):
 class EvictionCPUWorker(EvictionMixin, CPUWorker):
     """Eviction on vLLM's CPU worker, with model runner V1 or V2."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        register_cpu_backend()
-        super().__init__(*args, **kwargs)
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        with cpu_backend():
+            super().load_model(*args, **kwargs)
 
 
 def _evicted_layers(kv_cache_config: KVCacheConfig) -> list[str]:

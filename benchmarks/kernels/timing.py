@@ -1,0 +1,83 @@
+"""What the kernel benchmarks share: measuring, and the CSV row that says where a number comes from."""
+
+import csv
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: the median, and the 20th and 80th percentile beside it."""
+
+    median: float
+    p20: float
+    p80: float
+
+    def __str__(self) -> str:
+        return f"{self.median * 1e3:8.3f} ms (p20 {self.p20 * 1e3:.3f}, p80 {self.p80 * 1e3:.3f})"
+
+
+def measure(call: Callable[[], object], repeats: int) -> Timing:
+    """Time ``repeats`` calls one by one, after a tenth as many (at least 2) that do not count."""
+    for _ in range(max(2, repeats // 10)):
+        call()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    fifths = statistics.quantiles(seconds, n=5)
+    return Timing(statistics.median(seconds), fifths[0], fifths[3])
+
+
+def append_row(name: str, row: dict[str, object], native: Timing, reference: Timing) -> None:
+    """Add a row to benchmarks/results/<name>.csv: provenance, ``row``, then both timings in milliseconds."""
+    timings = {
+        f"{label}_{field}_ms": round(getattr(timing, field) * 1e3, 4)
+        for label, timing in (("native", native), ("reference", reference))
+        for field in ("median", "p20", "p80")
+    }
+    full = {**provenance(), **row, **timings}
+    path = RESULTS / f"{name}.csv"
+    RESULTS.mkdir(exist_ok=True)
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, full)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(full)
+    print(f"row added to {path}")
+
+
+def provenance() -> dict[str, object]:
+    """The machine, the software and the state of the checkout."""
+    return {
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": git("rev-parse", "--short", "HEAD") or "none",
+        "tree": "dirty" if git("status", "--porcelain") else "clean",
+    }
+
+
+def machine() -> str:
+    """The processor's name and the widest vectors that torch found, which our kernels use too."""
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    return f"{named[1] if named else platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def git(*arguments: str) -> str:
+    """The output of a git command in this checkout; empty if it fails."""
+    done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""

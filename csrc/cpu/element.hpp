@@ -1,0 +1,42 @@
+// Conversion of stored elements to float, written so that loops over it vectorise.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "vector.hpp"
+
+namespace kvevict {
+
+// The numbers are shared with DTYPE_CODES in vllm_kvevict/kernels/window_attention.py.
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+KVEVICT_INLINE float float_from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+KVEVICT_INLINE float to_float(float value) { return value; }
+
+KVEVICT_INLINE float to_float(BFloat16 value) { return float_from_bits(static_cast<uint32_t>(value.bits) << 16); }
+
+KVEVICT_INLINE float to_float(Float16 value) {
+  const uint32_t bits = value.bits;
+  const uint32_t magnitude = (bits & 0x7fffu) << 13;
+  // 2^112 is the difference of the exponent biases; the product is exact, also for subnormal halves.
+  const float finite = float_from_bits(magnitude) * 0x1p112f;
+  const float special = float_from_bits(magnitude | 0x7f800000u);
+  const float result = (bits & 0x7c00u) == 0x7c00u ? special : finite;
+  return (bits & 0x8000u) ? -result : result;
+}
+
+}  // namespace kvevict

@@ -1,0 +1,113 @@
+"""move_tokens moves exactly what it is told to, for every implementation that can run here."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_kvevict.kernels import move_tokens as module
+from vllm_kvevict.kernels.move_tokens import move_tokens, move_tokens_reference
+from vllm_kvevict.kernels.native import library
+
+NATIVE = pytest.param(
+    move_tokens,
+    id="native",
+    marks=pytest.mark.skipif(
+        library() is None, reason="the CPU kernels are not built: run `python setup.py build_ext --inplace`"
+    ),
+)
+IMPLEMENTATIONS = [pytest.param(move_tokens_reference, id="reference"), NATIVE]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8]
+
+
+def make_pool(num_pages, block_size, head_size, dtype, packing, generator):
+    """Random bits, NaN patterns among them: (storage as bytes, keys, values), K and V sharing each page."""
+    page_elements = block_size * head_size
+    page_bytes = 2 * page_elements * dtype.itemsize
+    storage = torch.randint(0, 256, (num_pages, page_bytes), generator=generator, dtype=torch.uint8)
+    elements = storage.view(dtype)
+    if packing == "transposed":
+        keys = elements[:, :page_elements].view(num_pages, head_size, block_size).transpose(1, 2)
+        values = elements[:, page_elements:].view(num_pages, block_size, head_size)
+    else:
+        interleaved = elements.view(num_pages, block_size, 2 * head_size)
+        keys, values = interleaved[:, :, :head_size], interleaved[:, :, head_size:]
+    return storage, keys, values
+
+
+def bits(tensor):
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+@pytest.mark.parametrize("move", IMPLEMENTATIONS)
+@pytest.mark.parametrize("packing", ["plain", "transposed"])
+@settings(max_examples=40, deadline=None)
+@given(
+    num_pages=st.integers(2, 12),
+    block_size=st.sampled_from([1, 16, 32, 64]),
+    head_size=st.sampled_from([1, 40, 64, 128]),
+    dtype=st.sampled_from(DTYPES),
+    fraction=st.floats(0, 1),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_moves_exactly(move, packing, num_pages, block_size, head_size, dtype, fraction, seed):
+    generator = torch.Generator().manual_seed(seed)
+    storage, keys, values = make_pool(num_pages, block_size, head_size, dtype, packing, generator)
+    slots = torch.randperm(num_pages * block_size, generator=generator)
+    num_tokens = int(fraction * (slots.numel() // 2))
+    destination = slots[:num_tokens].contiguous()
+    # sources may repeat: one token copied to two places is not forbidden
+    source = slots[torch.randint(num_tokens, slots.numel(), (num_tokens,), generator=generator)]
+
+    expected_storage = storage.clone()
+    offset = keys.storage_offset(), values.storage_offset()
+    expected = [
+        bits(expected_storage.view(dtype).as_strided(pool.shape, pool.stride(), at))
+        for pool, at in zip((keys, values), offset, strict=True)
+    ]
+    for old, new in zip(source.tolist(), destination.tolist(), strict=True):
+        for pool in expected:
+            pool[new // block_size, new % block_size] = pool[old // block_size, old % block_size].clone()
+
+    move(keys, values, source, destination)
+    assert storage.equal(expected_storage)
+
+
+@pytest.mark.parametrize("move", IMPLEMENTATIONS)
+def test_values_may_have_another_head_size(move):
+    keys, values = torch.randn(4, 16, 64), torch.randn(4, 16, 32)
+    expected_key, expected_value = keys[0, 3].clone(), values[0, 3].clone()
+    move(keys, values, torch.tensor([3]), torch.tensor([2 * 16 + 5]))
+    assert keys[2, 5].equal(expected_key)
+    assert values[2, 5].equal(expected_value)
+
+
+def test_reference_without_library(monkeypatch):
+    monkeypatch.setattr(module, "library", lambda: None)
+    keys, values = torch.randn(2, 16, 8), torch.randn(2, 16, 8)
+    expected = keys[0, 1].clone()
+    move_tokens(keys, values, torch.tensor([1]), torch.tensor([20]))
+    assert keys[1, 4].equal(expected)
+
+
+POOL = torch.zeros(4, 16, 8)
+SLOTS = torch.tensor([1, 2])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((POOL[0], POOL, SLOTS, SLOTS), "`keys`: expected .num_pages, block_size, head_size., got shape .16, 8."),
+        ((POOL.double(), POOL, SLOTS, SLOTS), "`keys`: expected elements of 1, 2 or 4 bytes, got torch.float64"),
+        ((POOL, POOL[:3], SLOTS, SLOTS), "`values`: expected .4, 16, head_size., got shape .3, 16, 8."),
+        ((POOL, POOL.half(), SLOTS, SLOTS), "`values`: expected elements of 4 bytes on cpu, got torch.float16"),
+        ((POOL, POOL, SLOTS.int(), SLOTS), "`source`: expected contiguous int64 slots"),
+        ((POOL, POOL, SLOTS, torch.arange(4)[::2]), "`destination`: expected contiguous int64 slots"),
+        ((POOL, POOL, SLOTS, SLOTS[:1]), "`destination`: expected as many slots as `source` .2., got 1"),
+        ((POOL, POOL, SLOTS - 2, SLOTS), "`source`: expected slots 0 to 63, got -1 to 0"),
+        ((POOL, POOL, SLOTS, SLOTS + 62), "`destination`: expected slots 0 to 63, got 63 to 64"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        move_tokens(*arguments)

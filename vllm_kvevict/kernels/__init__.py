@@ -1,0 +1,1 @@
+"""One file per operation: launcher, dispatch, reference. C++ twins live in csrc/cpu."""
