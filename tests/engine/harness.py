@@ -26,6 +26,9 @@ class Engine:
         self.worker = self.core.model_executor.driver_worker.worker
         self._poison = False
         self.max_running = 0
+        self.num_evictions = 0
+        if self.bridge is not None:
+            self._count_evictions()
         self._free_at_start = self.num_free_blocks
         self._next_id = 0
 
@@ -36,6 +39,16 @@ class Engine:
     @property
     def bridge(self) -> Any:
         return getattr(self.worker, "eviction", None)
+
+    def _count_evictions(self) -> None:
+        end_step = self.bridge.end_step
+
+        def count() -> Any:
+            reports = end_step()
+            self.num_evictions += len(reports)
+            return reports
+
+        self.bridge.end_step = count
 
     def add(self, prompt: list[int], request_id: str | None = None, **params: Any) -> str:
         """Queue a greedy request; ``extra_args`` and every other sampling parameter may be given."""
@@ -149,6 +162,7 @@ def engine(
         "max_num_batched_tokens": 2048,
         "seed": 0,
         "dtype": "float32",
+        "kv_cache_memory_bytes": 64 << 20,
         **eviction,
         **kwargs,
     }

@@ -1,0 +1,95 @@
+"""Chunks, async scheduling, preemption, tight memory: engines started with other settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from vllm.config import VllmConfig
+
+from tests.engine.harness import engine
+from tests.tiny_llama import random_prompt
+
+BUDGET = 96
+
+
+@pytest.mark.parametrize("chunk", [2048, 256, 96, 33])
+def test_chunk_size_does_not_change_what_is_kept(
+    tiny_llama: Path, kept_masks: list[torch.Tensor], chunk: int
+) -> None:
+    """333 = 10 * 33 + 3: the last chunk is far shorter than the observation window."""
+    prompt = random_prompt(333, seed=7)
+    for max_num_batched_tokens in (2048, chunk):
+        with engine(tiny_llama, budget=BUDGET, max_num_batched_tokens=max_num_batched_tokens) as running:
+            running.tokens([prompt], max_tokens=2)
+    assert torch.equal(*kept_masks)
+
+
+@pytest.fixture
+def async_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's CPU platform switches async scheduling off at start-up, though the engine can run it there."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    check_and_update_config = CpuPlatform.check_and_update_config.__func__
+
+    def keep_async(cls: type, vllm_config: VllmConfig) -> None:
+        check_and_update_config(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep_async))
+
+
+def test_async_scheduling_gives_the_same_answers(tiny_llama: Path, request: pytest.FixtureRequest) -> None:
+    prompts = [random_prompt(length, seed=length) for length in (40, 333, 700, 1200)]
+    with engine(tiny_llama, budget=BUDGET, enable_prefix_caching=False) as synchronous:
+        assert type(synchronous.scheduler).__name__ == "EvictionScheduler"
+        expected = synchronous.tokens(prompts, max_tokens=40)
+    request.getfixturevalue("async_on_cpu")
+    with engine(tiny_llama, budget=BUDGET, async_scheduling=True, enable_prefix_caching=False) as asynchronous:
+        assert type(asynchronous.scheduler).__name__ == "AsyncEvictionScheduler"
+        assert asynchronous.tokens(prompts, max_tokens=40) == expected
+        asynchronous.check_all_free()
+
+
+def test_repeated_preemption_ends_well(tiny_llama: Path) -> None:
+    """24 blocks for prompts of 13 blocks each: requests push each other out again and again."""
+    prompts = [random_prompt(400, seed=index) for index in range(6)]
+    answers = []
+    for _ in range(2):
+        with engine(
+            tiny_llama, budget=256, num_gpu_blocks_override=24, max_model_len=640, enable_prefix_caching=False
+        ) as tight:
+            tight.poison_unowned_memory()
+            preemptions = []
+            preempt = tight.scheduler._preempt_request
+            tight.scheduler._preempt_request = lambda *args, **kwargs: (
+                preemptions.append(args[0].request_id),
+                preempt(*args, **kwargs),
+            )
+            answers.append(tight.tokens(prompts, max_tokens=150))
+            tight.check_all_free()
+            assert len(preemptions) >= 3
+    assert all(len(tokens) == 150 for tokens in answers[0])
+    assert answers[0] == answers[1]
+
+
+def test_more_requests_decode_at_once(tiny_llama: Path) -> None:
+    """Memory for 3,000 tokens, 16 prompts of 1,000."""
+    prompts = [random_prompt(1000, seed=index) for index in range(16)]
+    most = {}
+    for policy in (None, "snapkv"):
+        with engine(
+            tiny_llama, policy, budget=64, num_gpu_blocks_override=96, max_model_len=1200, enable_prefix_caching=False
+        ) as tight:
+            tight.tokens(prompts, max_tokens=60)
+            most[policy] = tight.max_running
+    assert most["snapkv"] >= 2.5 * most[None]
+
+
+def test_a_worker_that_does_not_evict_stops_the_engine(tiny_llama: Path) -> None:
+    with engine(tiny_llama, budget=BUDGET) as broken:
+        broken.bridge.end_step = dict
+        broken.add(random_prompt(300, seed=5))
+        with pytest.raises(RuntimeError, match="the worker did not evict as planned"):
+            broken.step()
