@@ -127,7 +127,8 @@ class Engine:
         def clear_then_execute(output: Any) -> Any:
             new_blocks = [request.block_ids[0] for request in output.scheduled_new_reqs]
             new_blocks += [ids[0] for ids in output.scheduled_cached_reqs.new_block_ids if ids is not None]
-            pages = self.bridge.pool.page_ids(torch.tensor(sum(new_blocks, []), dtype=torch.int64)).flatten()
+            block_ids = [block_id for ids in new_blocks for block_id in ids]
+            pages = self.bridge.pool.page_ids(torch.tensor(block_ids, dtype=torch.int64)).flatten()
             self.bridge.pool.pages[pages] = self.bridge.pool.pages[pages].nan_to_num(0.0)
             return execute_model(output)
 

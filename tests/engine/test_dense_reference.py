@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests.e2e.prompts import chat_tokens, long_text
 from tests.engine.dense import DenseModel
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import VOCAB_SIZE, random_prompt
@@ -57,3 +59,42 @@ def test_logits_equal_masked_dense_forward(
     whole = dense.logits(prompt + tokens[:-1])[length - 1 :]
     assert (logits[0] - whole[0]).abs().max() < 1e-3, "the first token must come from the full cache"
     assert (logits[1:] - whole[1:]).abs().max() > 0.1
+
+
+def dense_snapkv_scores(dense: DenseModel, length: int, window: int = 32, kernel: int = 7) -> torch.Tensor:
+    """SnapKV's scores from dense queries and keys, from the paper: [num_layers, num_kv_heads, length - window]."""
+    layers = []
+    for query, keys in zip(dense.queries, dense.keys, strict=True):
+        group = query.shape[1] // keys.shape[0]
+        last = query[length - window : length].transpose(0, 1)
+        logits = last @ keys[:, :length].repeat_interleave(group, 0).transpose(1, 2) / query.shape[2] ** 0.5
+        hidden = torch.ones(window, length, dtype=torch.bool).triu(length - window + 1)
+        attention = logits.masked_fill(hidden, float("-inf")).softmax(-1)
+        scores = attention.mean(1).unflatten(0, (-1, group)).mean(1)[:, : length - window]
+        layers.append(torch.nn.functional.max_pool1d(scores, kernel, stride=1, padding=kernel // 2))
+    return torch.stack(layers)
+
+
+def test_smollm2_keeps_what_snapkv_says_and_continues_like_the_masked_model(
+    smollm2: Path, kept_masks: list[torch.Tensor]
+) -> None:
+    prompt = chat_tokens(smollm2, long_text(60))
+    length = len(prompt)
+    with engine(smollm2, budget=256, max_num_batched_tokens=300, kv_cache_memory_bytes=256 << 20) as running:
+        (output,) = running.generate([prompt], max_tokens=NUM_STEPS, logprobs=1)
+    tokens = list(output.outputs[0].token_ids)
+    (kept,) = kept_masks
+    dense = DenseModel(smollm2)
+    dense.logits(prompt)
+    scores = dense_snapkv_scores(dense, length)
+    assert kept[..., -32:].all()
+    # max-pooling makes plateaus, so the set is not unique; but no evicted token may score above a kept one
+    inner = kept[..., :-32]
+    lowest_kept = scores.masked_fill(~inner, float("inf")).amin(-1)
+    highest_evicted = scores.masked_fill(inner, float("-inf")).amax(-1)
+    # float32 rounding over 30 layers moves a score by less than 1e-3 of itself
+    assert (highest_evicted <= lowest_kept * (1 + 1e-3) + 1e-7).all()
+    logprobs = dense.logits(prompt + tokens[:-1], kept)[length - 1 :].log_softmax(-1)
+    steps = zip(output.outputs[0].logprobs, tokens, strict=True)
+    engine_logprobs = torch.tensor([step[token].logprob for step, token in steps])
+    assert (engine_logprobs - logprobs[torch.arange(NUM_STEPS), tokens]).abs().max() < 1e-3

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 
@@ -49,9 +50,7 @@ def test_alone_and_in_a_batch_are_the_same(running: Engine) -> None:
         running.tokens([prompt], max_tokens=40, extra_args=extra)[0]
         for prompt, extra in zip(prompts, options, strict=True)
     ]
-    ids = [
-        running.add(prompt, max_tokens=40, extra_args=extra) for prompt, extra in zip(prompts, options, strict=True)
-    ]
+    ids = [running.add(prompt, max_tokens=40, extra_args=extra) for prompt, extra in zip(prompts, options, strict=True)]
     outputs = running.run()
     assert [list(outputs[request_id].outputs[0].token_ids) for request_id in ids] == alone
     running.check_all_free()

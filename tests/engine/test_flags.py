@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,9 @@ def test_help_has_a_group_with_the_policies() -> None:
         ([*FLAGS, "--kv-eviction-config", "{broken"], "expected a YAML or JSON file"),
     ],
 )
-def test_the_parser_refuses(parse: Parse, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_parser_refuses(
+    parse: Parse, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         parse(arguments)
     assert message in capsys.readouterr().err
@@ -106,9 +109,8 @@ def test_the_parser_refuses(parse: Parse, arguments: list[str], message: str, ca
     ],
 )
 def test_the_config_refuses(parse: Parse, arguments: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         parse(arguments)
-    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,7 @@ BUDGET = 96
 
 
 @pytest.mark.parametrize("chunk", [2048, 256, 96, 33])
-def test_chunk_size_does_not_change_what_is_kept(
-    tiny_llama: Path, kept_masks: list[torch.Tensor], chunk: int
-) -> None:
+def test_chunk_size_does_not_change_what_is_kept(tiny_llama: Path, kept_masks: list[torch.Tensor], chunk: int) -> None:
     """333 = 10 * 33 + 3: the last chunk is far shorter than the observation window."""
     prompt = random_prompt(333, seed=7)
     for max_num_batched_tokens in (2048, chunk):
@@ -52,7 +51,20 @@ def test_async_scheduling_gives_the_same_answers(tiny_llama: Path, request: pyte
         asynchronous.check_all_free()
 
 
-def test_repeated_preemption_ends_well(tiny_llama: Path) -> None:
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
+    """Return a list that grows by the first argument of every call of ``owner.name``."""
+    calls: list[Any] = []
+    original = getattr(owner, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args[0])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+def test_repeated_preemption_ends_well(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """24 blocks for prompts of 13 blocks each: requests push each other out again and again."""
     prompts = [random_prompt(400, seed=index) for index in range(6)]
     answers = []
@@ -61,12 +73,7 @@ def test_repeated_preemption_ends_well(tiny_llama: Path) -> None:
             tiny_llama, budget=256, num_gpu_blocks_override=24, max_model_len=640, enable_prefix_caching=False
         ) as tight:
             tight.poison_unowned_memory()
-            preemptions = []
-            preempt = tight.scheduler._preempt_request
-            tight.scheduler._preempt_request = lambda *args, **kwargs: (
-                preemptions.append(args[0].request_id),
-                preempt(*args, **kwargs),
-            )
+            preemptions = count_calls(monkeypatch, tight.scheduler, "_preempt_request")
             answers.append(tight.tokens(prompts, max_tokens=150))
             tight.check_all_free()
             assert len(preemptions) >= 3

@@ -66,8 +66,9 @@ def plan_compaction(
         source = slots[source_mask & group[:, None, None]]
         destination = hole_slots[hole_mask & group[:, None, None]]
         if source.numel() != destination.numel():
-            raise ValueError(f"kept: expected as many survivors to move as holes, {destination.numel()}; "
-                             f"got {source.numel()}")
+            raise ValueError(
+                f"kept: expected as many survivors to move as holes, {destination.numel()}; got {source.numel()}"
+            )
         if source.numel():
             phases.append((source, destination))
     shape = num_full_pages.shape
@@ -80,9 +81,7 @@ def plan_compaction(
     )
 
 
-def _assign_pages(
-    own: torch.Tensor, want: torch.Tensor, plan: EvictionPlan
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _assign_pages(own: torch.Tensor, want: torch.Tensor, plan: EvictionPlan) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the full pages of each head [heads, max], 0 past its count, and which of its own pages it stays in.
 
     A head keeps its own pages first, the latest of them; what it lacks comes from heads that want fewer.
@@ -112,7 +111,8 @@ def _append_tail(pages: torch.Tensor, want: torch.Tensor, own: torch.Tensor, pla
 
 def _by_page(kept: torch.Tensor, plan: EvictionPlan) -> torch.Tensor:
     padding = plan.num_blocks * plan.block_size - plan.num_tokens
-    return torch.nn.functional.pad(kept, (0, padding)).unflatten(1, (plan.num_blocks, plan.block_size))
+    padded: torch.Tensor = torch.nn.functional.pad(kept, (0, padding))
+    return padded.reshape(len(kept), plan.num_blocks, plan.block_size)
 
 
 def _holes(

@@ -89,9 +89,7 @@ class PageTable:
         slot = self._slots[req_id]
         counts = (self._num_pages[:, slot] + num_decode_blocks).tolist()
         rows = self._pages[:, slot].tolist()
-        return [
-            [row[:count] for row, count in zip(*layer, strict=True)] for layer in zip(rows, counts, strict=True)
-        ]
+        return [[row[:count] for row, count in zip(*layer, strict=True)] for layer in zip(rows, counts, strict=True)]
 
     def fold(self, slots: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor) -> FoldedBatch:
         """Return page tables and lengths for one decode step of the requests in ``slots``.

@@ -97,9 +97,7 @@ def _check_layer(cache: torch.Tensor, first: torch.Tensor, page_elements: int) -
         raise ValueError(f"kv_caches: expected layers and blocks to start at multiples of a page ({page_elements})")
 
 
-def _split(
-    pages: torch.Tensor, packing: Packing, block_size: int, head_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _split(pages: torch.Tensor, packing: Packing, block_size: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     if packing == "transposed":
         half = block_size * head_size
         keys = pages[:, :half].unflatten(1, (head_size, block_size)).transpose(1, 2)

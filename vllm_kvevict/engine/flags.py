@@ -110,10 +110,7 @@ def _mapping(value: Any) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
     try:
-        if value.lstrip().startswith("{"):
-            parsed = json.loads(value)
-        else:
-            parsed = yaml.safe_load(Path(value).read_text())
+        parsed = json.loads(value) if value.lstrip().startswith("{") else yaml.safe_load(Path(value).read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise argparse.ArgumentTypeError(f"expected a YAML or JSON file, or a JSON text; {error}") from None
     if not isinstance(parsed, dict):

@@ -14,9 +14,7 @@ from vllm_kvevict.config import REQUEST_BUDGET, REQUEST_POLICY, EvictionConfig
 from vllm_kvevict.engine.flags import FIELD
 
 
-def request_config(
-    config: EvictionConfig, params: SamplingParams | None, block_size: int
-) -> EvictionConfig | None:
+def request_config(config: EvictionConfig, params: SamplingParams | None, block_size: int) -> EvictionConfig | None:
     """Return how a request is evicted, None if it is not: the server's config with the request's options on top.
 
     Raises ValueError for a wrong option.

@@ -17,8 +17,8 @@ from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.install import eviction_config
 from vllm_kvevict.engine.metrics import EvictionRecord, pack
 from vllm_kvevict.engine.requests import request_config
-from vllm_kvevict.engine.step import REPORTS, STEP, EvictionReport, StepEvictions
 from vllm_kvevict.engine.spec import EvictionManager, RequestEviction, cache_hits_up_to
+from vllm_kvevict.engine.step import REPORTS, STEP, EvictionReport, StepEvictions
 
 
 class EvictionMixin(Scheduler):

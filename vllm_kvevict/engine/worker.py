@@ -13,8 +13,8 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.engine.bridge import EvictionBridge
 from vllm_kvevict.engine.cpu_backend import EvictionCPUMetadataBuilder, cpu_backend
-from vllm_kvevict.engine.step import REPORTS, EvictionReport
 from vllm_kvevict.engine.spec import EvictionSpec
+from vllm_kvevict.engine.step import REPORTS, EvictionReport
 
 
 class EvictionMixin(Worker):

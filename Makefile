@@ -1,0 +1,44 @@
+# Everything a fresh checkout needs. `make help` lists the targets.
+#   PYTHON          interpreter for the virtual environment, 3.11 or newer
+#   TORCH_INDEX     extra package index that has PyTorch's CPU builds; empty: the one pip is configured for
+#   KVEVICT_MODELS  folder for the models; empty: .cache/models
+#   PYTEST_ARGS     further arguments for pytest in `make test`
+#   BENCH_ARGS      arguments for the benchmarks in `make bench`
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV_PYTHON := .venv/bin/python
+export TORCH_INDEX KVEVICT_MODELS
+
+.DEFAULT_GOAL := help
+.PHONY: demo test lint bench build clean help setup model
+
+demo: model ## serve a real model with eviction and ask it about a long text
+	$(VENV_PYTHON) -m tools.demo
+
+test: lint model ## lint, types and every test
+	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+lint: setup ## ruff and mypy
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m mypy
+
+bench: model ## every script of benchmarks/, one after the other
+	set -e; for script in $$(find benchmarks -name 'bench_*.py' | sort); do \
+		echo "== $$script"; PYTHONPATH=. $(VENV_PYTHON) $$script $(BENCH_ARGS); done
+
+build: setup ## sdist and wheel in dist/
+	$(VENV_PYTHON) -m build --no-isolation
+
+clean: ## remove what the targets made, except .venv, the kernels it uses and the models
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST) | sort
+
+setup:
+	@$(PYTHON) tools/setup_venv.py
+
+model: setup
+	@$(VENV_PYTHON) -m tools.build_model

@@ -1,0 +1,165 @@
+"""The real server, the real client: many requests at once, wrong options, metrics, and every block back at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import BadRequestError, OpenAI
+
+from tests.e2e.prompts import long_text
+from tools.server import Server, ServerError
+
+BUDGET = 256
+NONE = {"vllm_xargs": {"kv_eviction": "none"}}
+
+
+@pytest.fixture(scope="module")
+def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    flags = ["--kv-eviction", "snapkv", "--kv-budget", str(BUDGET)]
+    sizes = ["--max-model-len", "8192", "--max-num-seqs", "16", "--enforce-eager", "--served-model-name", "model"]
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "TRITON_INTERPRET": "0"}
+    with Server(smollm2, log, *flags, *sizes, env=env) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0)
+
+
+def blocks_in_use(server: Server) -> float:
+    return server.metrics()["vllm:kv_cache_usage_perc"]
+
+
+def wait_until_idle(server: Server) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        metrics = server.metrics()
+        if metrics["vllm:num_requests_running"] == 0 and metrics["vllm:kv_cache_usage_perc"] == 0:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"blocks are still in use: {blocks_in_use(server)}")
+
+
+def chat(client: OpenAI, text: str, max_tokens: int = 12, **kwargs: Any) -> Any:
+    messages = [{"role": "user", "content": text}]
+    return client.chat.completions.create(
+        model="model", messages=messages, max_tokens=max_tokens, temperature=0, **kwargs
+    )
+
+
+def test_one_line_at_the_start_says_what_is_on(server: Server) -> None:
+    lines = [line for line in server.log_path.read_text().splitlines() if "KV eviction is on" in line]
+    assert len(lines) == 1
+    assert "SnapKV(window=32, pool='max', pool_kernel=7" in lines[0] and f"budget={BUDGET}" in lines[0]
+
+
+def test_usage_falls_once_the_prompt_is_evicted(server: Server, client: OpenAI) -> None:
+    """About 4,000 tokens: at least 90 % of the blocks are back within three decode steps."""
+    wait_until_idle(server)
+    before = server.metrics()
+    usage, tokens = [], 0
+    for chunk in chat(client, long_text(230), max_tokens=400, stream=True, extra_body={"ignore_eos": True}):
+        tokens += bool(chunk.choices and chunk.choices[0].delta.content)
+        if tokens in (40, 60, 80):
+            usage.append(blocks_in_use(server))
+    wait_until_idle(server)
+    after = server.metrics()
+    total_blocks = 1024**3 // (2 * 30 * 3 * 64 * 2 * 32)
+    prompt_blocks = (after["vllm:prompt_tokens_total"] - before["vllm:prompt_tokens_total"]) / 32
+    freed = after["kvevict:freed_blocks_total"] - before.get("kvevict:freed_blocks_total", 0)
+    assert prompt_blocks > 110
+    assert freed >= 0.9 * prompt_blocks
+    # what is left: 8 kept blocks and those of the answer so far
+    assert max(usage) * total_blocks <= 8 + 400 / 32 + 1
+
+
+def test_metrics_count_evictions(server: Server, client: OpenAI) -> None:
+    before = server.metrics()
+    prompt_tokens = chat(client, long_text(60)).usage.prompt_tokens
+    wait_until_idle(server)
+    after = server.metrics()
+    kept = (BUDGET // 32 - 1) * 32 + (prompt_tokens % 32 or 32)
+
+    def grew(name: str) -> float:
+        return after[name] - before.get(name, 0.0)
+
+    assert grew("kvevict:evictions_total") == 1
+    assert grew("kvevict:evicted_tokens_total") == prompt_tokens - kept
+    assert grew("kvevict:freed_blocks_total") == -(-prompt_tokens // 32) - BUDGET // 32
+    assert grew("kvevict:kept_fraction_sum") == pytest.approx(kept / prompt_tokens)
+    assert 0 < grew("kvevict:eviction_seconds_sum") < 10
+    labels = [sample.labels for sample in server.samples() if sample.name == "kvevict:evictions_total"]
+    assert labels == [{"policy": "snapkv", "allocator": "uniform"}]
+
+
+def test_eviction_can_be_switched_off_or_widened_by_a_request(server: Server, client: OpenAI) -> None:
+    before = server.metrics().get("kvevict:evictions_total", 0.0)
+    chat(client, long_text(40), extra_body=NONE)
+    client.completions.create(model="model", prompt=long_text(40), max_tokens=4, extra_body=NONE)
+    chat(client, long_text(40), extra_body={"vllm_xargs": {"kv_budget": 8000}})
+    assert server.metrics().get("kvevict:evictions_total", 0.0) == before
+    client.completions.create(
+        model="model", prompt=long_text(40), max_tokens=4, extra_body={"vllm_xargs": {"kv_budget": 0.2}}
+    )
+    assert server.metrics()["kvevict:evictions_total"] == before + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_eviction": "snapkvv"}, "unknown eviction policy 'snapkvv'. Did you mean 'snapkv'?"),
+        ({"kv_eviction": 1}, "kv_eviction: expected 'none' or the name of a policy, got 1"),
+        ({"kv_budget": -5}, "kv_budget: expected a whole number of tokens of at least 1"),
+        ({"kv_budget": 1.5}, "or a fraction between 0 and 1, got 1.5"),
+        ({"kv_budget": "much"}, "kv_budget: expected a whole number of tokens"),
+        ({"kv_budget": 8}, "kv_budget: expected at least 33 tokens, since 32 tokens are protected"),
+    ],
+)
+def test_wrong_options_are_a_400_that_names_the_field(
+    server: Server, client: OpenAI, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadRequestError) as error:
+        chat(client, long_text(20), extra_body={"vllm_xargs": options})
+    assert message in str(error.value)
+    with pytest.raises(BadRequestError):
+        client.completions.create(model="model", prompt="hello", max_tokens=2, extra_body={"vllm_xargs": options})
+    assert server.is_healthy()
+    assert chat(client, "Hello", max_tokens=2).choices[0].message.content
+
+
+def test_sixteen_requests_at_once_streamed_aborted_whole_and_evicted(server: Server, client: OpenAI) -> None:
+    wait_until_idle(server)
+
+    def one(index: int) -> str:
+        extra = {**(NONE if index % 5 == 0 else {}), "ignore_eos": True}
+        text = long_text(10 + 9 * index, fact_at=index / 16)
+        if index % 4 == 3:  # aborted half-way
+            stream = chat(client, text, max_tokens=300, stream=True, extra_body=extra)
+            for seen, _ in enumerate(stream):
+                if seen == 3 + index:
+                    stream.close()
+                    break
+            return "aborted"
+        if index % 2:
+            chunks = chat(client, text, max_tokens=30, stream=True, extra_body=extra)
+            return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        return chat(client, text, max_tokens=30, extra_body=extra).choices[0].message.content
+
+    with ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(one, range(16)))
+    assert len(answers) == 16 and all(answers)
+    wait_until_idle(server)
+    assert server.is_healthy()
+
+
+def test_a_server_with_wrong_flags_ends_with_one_clear_line(smollm2: Path, tmp_path: Path) -> None:
+    server = Server(smollm2, tmp_path / "log", "--kv-eviction", "snapkv", "--kv-budget", "16", "--enforce-eager")
+    with pytest.raises(ServerError, match="kv_budget: expected at least 33 tokens"), server:
+        pass

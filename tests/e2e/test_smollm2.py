@@ -1,0 +1,51 @@
+"""A real model, in the test's process: blocks come back, the answer stays, a whole cache is stock vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.prompts import chat_tokens, long_text
+from tests.engine.harness import engine
+
+SETTINGS = {"max_model_len": 8192, "dtype": "bfloat16", "kv_cache_memory_bytes": 512 << 20}
+
+
+def test_ninety_percent_of_the_blocks_return_within_three_decode_steps(smollm2: Path) -> None:
+    prompt = chat_tokens(smollm2, long_text(250))
+    with engine(smollm2, budget=256, max_num_batched_tokens=8192, **SETTINGS) as running:
+        free = running.num_free_blocks
+        running.add(prompt, max_tokens=20)
+        running.step()
+        prompt_blocks = -(-len(prompt) // 32)
+        assert 3900 < len(prompt) < 4400 and free - running.num_free_blocks == prompt_blocks
+        usage = running.scheduler.get_kv_cache_usage()
+        for _ in range(3):
+            running.step()
+        returned = prompt_blocks - (free - running.num_free_blocks)
+        assert returned >= 0.9 * prompt_blocks
+        assert running.scheduler.get_kv_cache_usage() <= 0.1 * usage
+        running.run()
+        running.check_all_free()
+
+
+@pytest.mark.parametrize("chunk", [2048, 256])
+def test_the_fact_survives_a_quarter_of_the_cache(smollm2: Path, chunk: int) -> None:
+    from transformers import AutoTokenizer
+
+    prompt = chat_tokens(smollm2, long_text(60))
+    with engine(smollm2, budget=0.25, max_num_batched_tokens=chunk, **SETTINGS) as running:
+        (tokens,) = running.tokens([prompt], max_tokens=24)
+        assert running.num_evictions == 1
+    assert "47" in AutoTokenizer.from_pretrained(smollm2).decode(tokens)
+
+
+def test_budget_above_the_prompt_is_byte_identical_to_stock(smollm2: Path) -> None:
+    prompts = [chat_tokens(smollm2, long_text(2 + index, fact_at=index / 32)) for index in range(32)]
+    answers = []
+    for policy in (None, "snapkv"):
+        with engine(smollm2, policy, budget=1024, max_num_seqs=32, **SETTINGS) as running:
+            answers.append(running.tokens(prompts, max_tokens=24))
+            assert not running.num_evictions
+    assert answers[0] == answers[1]

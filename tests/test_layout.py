@@ -1,0 +1,97 @@
+"""Rules about files: who may import vLLM, what a kernel comes with, how long a file gets, what no file may name."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "vllm_kvevict"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+KERNELS = [path.stem for path in MODULES if path.parent.name == "kernels" and path.stem not in ("__init__", "native")]
+MAX_LINES = 400
+MAX_README_LINES = 200
+# In pieces, so that this file does not name them either.
+REGISTRY_HOSTS = [
+    "pypi" + ".org",
+    "pypi" + ".python.org",
+    "python" + "hosted.org",
+    "download" + ".pytorch.org",
+    "anaconda" + ".org",
+    "registry" + ".npmjs",
+    "proxy" + ".golang",
+    "ghcr" + ".io",
+]
+MACHINE_PATH = re.compile(r"(?<![\w./~:-])/(?:work|root|tmp|home)(?:/|\b)")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported_roots(path: Path) -> set[str]:
+    """Top-level packages that a file imports anywhere, also inside functions."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.append(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.fixture(scope="module")
+def tracked_files() -> list[Path]:
+    """Every text file that git tracks or would track."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    files = [ROOT / name for name in names if name]
+    return [file for file in files if file.is_file() and b"\0" not in file.read_bytes()]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_the_engine_folder_imports_vllm(path: Path) -> None:
+    if PACKAGE / "engine" not in path.parents:
+        assert "vllm" not in imported_roots(path)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_files_stay_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+def test_no_file_is_called_utils() -> None:
+    assert not [name_of(path) for path in MODULES if path.stem in ("utils", "util", "helpers", "common")]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_has_a_test_and_a_benchmark_of_its_name(kernel: str) -> None:
+    assert (ROOT / "tests" / "kernels" / f"test_{kernel}.py").is_file()
+    assert (ROOT / "benchmarks" / "kernels" / f"bench_{kernel}.py").is_file()
+
+
+def test_no_file_names_the_host_of_a_package_registry(tracked_files: list[Path]) -> None:
+    found = [(name_of(path), host) for path in tracked_files for host in REGISTRY_HOSTS if host in path.read_text()]
+    assert not found
+
+
+def test_no_file_holds_a_path_of_somebodys_machine(tracked_files: list[Path]) -> None:
+    found = [(name_of(path), match[0]) for path in tracked_files if (match := MACHINE_PATH.search(path.read_text()))]
+    assert not found
+
+
+def test_readme_is_short_and_names_every_policy_and_allocator() -> None:
+    from vllm_kvevict.budgets import ALLOCATORS
+    from vllm_kvevict.policies import POLICIES
+
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < MAX_README_LINES
+    for name in (*POLICIES.names(), *ALLOCATORS.names()):
+        assert f"`{name}`" in text

@@ -1,0 +1,113 @@
+"""The package as a user installs it: sdist and wheel, into an empty folder, with and without a compiler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md", "csrc", "vllm_kvevict")
+NOT_COPIED = shutil.ignore_patterns("*.so", "__pycache__")
+SAY_WHERE = "import vllm_kvevict; print(vllm_kvevict.__file__)"
+SAY_KERNELS = "from vllm_kvevict.kernels.native import library; print(library() is not None)"
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the sdist and the wheel, the wheel built from the sdist."""
+    checkout = tmp_path_factory.mktemp("checkout")
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, checkout / name, ignore=NOT_COPIED)
+        else:
+            shutil.copy(source, checkout / name)
+    run("build", "--no-isolation", "--outdir", "dist", cwd=checkout)
+    return checkout / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel_names(dist: Path) -> list[str]:
+    return zipfile.ZipFile(only(dist, "*.whl")).namelist()
+
+
+def test_wheel_holds_every_module_of_the_package(wheel_names: list[str]) -> None:
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "vllm_kvevict").rglob("*.py")}
+    assert modules <= set(wheel_names)
+
+
+def test_wheel_holds_the_license_and_nothing_beside_the_package(wheel_names: list[str]) -> None:
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel_names)
+    tops = {name.split("/")[0] for name in wheel_names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"vllm_kvevict"}
+    assert not [name for name in wheel_names if name.endswith((".cpp", ".hpp", ".cu"))]
+
+
+def test_wheel_names_its_plugin_and_the_vllm_it_supports(dist: Path) -> None:
+    wheel = zipfile.ZipFile(only(dist, "*.whl"))
+    info = next(name for name in wheel.namelist() if name.endswith("METADATA")).removesuffix("METADATA")
+    metadata = wheel.read(f"{info}METADATA").decode()
+    assert "[vllm.general_plugins]\nkvevict = vllm_kvevict:register" in wheel.read(f"{info}entry_points.txt").decode()
+    assert "Requires-Dist: vllm<0.34,>=0.32" in metadata
+    assert "License-Expression: Apache-2.0" in metadata
+
+
+def test_wheel_imports_from_an_empty_folder(dist: Path, tmp_path: Path) -> None:
+    install(tmp_path, only(dist, "*.whl"))
+    assert tmp_path in Path(python(SAY_WHERE, tmp_path)).parents
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
+def test_wheel_brings_the_compiled_kernels(dist: Path, tmp_path: Path) -> None:
+    install(tmp_path, only(dist, "*.whl"))
+    assert python(SAY_KERNELS, tmp_path) == "True"
+
+
+def test_sdist_installs_without_a_compiler(dist: Path, tmp_path: Path) -> None:
+    install(tmp_path, only(dist, "*.tar.gz"), "--no-build-isolation", CC="/bin/false", CXX="/bin/false")
+    assert tmp_path in Path(python(SAY_WHERE, tmp_path)).parents
+    assert python(SAY_KERNELS, tmp_path) == "False"
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (found,) = folder.glob(pattern)
+    return found
+
+
+def install(target: Path, package: Path, *flags: str, **environment: str) -> None:
+    arguments = ["--quiet", "--no-index", "--no-deps", "--no-cache-dir", "--target", str(target), *flags, str(package)]
+    run("pip", "install", *arguments, **environment)
+
+
+def python(code: str, path: Path) -> str:
+    """Run ``code`` with the package in ``path`` and the other packages of this environment."""
+    # -S: the finder of an editable install, a .pth file, would step in for a module that ``path`` lacks
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(path), sysconfig.get_path("purelib")])},
+        cwd=path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def run(module: str, *arguments: str, cwd: Path | None = None, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env={**os.environ, **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
