@@ -7,6 +7,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV_PYTHON := .venv/bin/python
+V2_TESTS := tests/engine --ignore=tests/engine/test_flags.py --ignore=tests/engine/test_patches.py
 export TORCH_INDEX KVEVICT_MODELS
 
 .DEFAULT_GOAL := help
@@ -15,8 +16,9 @@ export TORCH_INDEX KVEVICT_MODELS
 demo: model ## serve a real model with eviction and ask it about a long text
 	$(VENV_PYTHON) -m tools.demo
 
-test: lint model ## lint, types and every test
+test: lint model ## lint, types and every test; those that start an engine once more on model runner V2
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+	VLLM_USE_V2_MODEL_RUNNER=1 $(VENV_PYTHON) -m pytest $(V2_TESTS) $(PYTEST_ARGS)
 
 lint: setup ## ruff and mypy
 	$(VENV_PYTHON) -m ruff check .
@@ -25,7 +27,7 @@ lint: setup ## ruff and mypy
 
 bench: model ## every script of benchmarks/, one after the other
 	set -e; for script in $$(find benchmarks -name 'bench_*.py' | sort); do \
-		echo "== $$script"; PYTHONPATH=. $(VENV_PYTHON) $$script $(BENCH_ARGS); done
+		echo "== $$script"; $(VENV_PYTHON) -m $$(echo $${script%.py} | tr / .) $(BENCH_ARGS); done
 
 build: setup ## sdist and wheel in dist/
 	$(VENV_PYTHON) -m build --no-isolation

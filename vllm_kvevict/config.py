@@ -76,13 +76,14 @@ class EvictionConfig(BaseModel):
         return _method(self.model_dump_json())
 
     def check_block_size(self, block_size: int) -> None:
-        """Raise ValueError if the budget cannot hold the protected tokens in blocks of ``block_size``."""
-        num_protected = self.method().num_protected
-        least = min_kept_blocks(num_protected, block_size) * block_size
-        if isinstance(self.budget, int) and self.budget <= least - block_size:
+        """Raise ValueError if the budget cannot hold the tokens that must stay in blocks of ``block_size``."""
+        method = self.method()
+        smallest = (min_kept_blocks(method.min_tokens, block_size) - 1) * block_size + 1
+        if isinstance(self.budget, int) and self.budget < smallest:
             raise ValueError(
-                f"kv_budget: expected at least {least - block_size + 1} tokens, since {num_protected} tokens are "
-                f"protected and blocks hold {block_size}; got {self.budget}. Raise the budget, or lower num_sink, "
+                f"kv_budget: expected at least {smallest} tokens, since blocks hold {block_size} and {self.policy!r} "
+                f"needs {method.min_tokens} tokens in every head ({method.num_protected} protected, "
+                f"{method.policy.query_window} observed); got {self.budget}. Raise the budget, or lower num_sink, "
                 f"num_recent or the policy's window"
             )
 
@@ -133,6 +134,7 @@ def _build(registry: Registry[Any], name: str, options: Mapping[str, Any], field
         raise ValueError(f"{field_name}: {registry.kind} {name!r}: {error}") from None
 
 
+_FLAGS = {"policy": "kv_eviction", "budget": "kv_budget", "allocator": "kv_budget_allocator"}
 _ALLOWED = {
     "budget": "a whole number of tokens of at least 1, or a fraction between 0 and 1",
     "num_sink": "a whole number of tokens of at least 0",
@@ -147,8 +149,7 @@ def _one_sentence(error: ValidationError) -> str:
         return f"kv_eviction: unknown field {name!r}. Available: {', '.join(EvictionConfig.model_fields)}"
     if first["type"] == "missing":
         return f"kv_eviction: {name!r} is missing. Give --kv-eviction POLICY and --kv-budget N"
+    field = _FLAGS.get(name, f"kv_eviction.{name}")
     if first["type"] == "value_error":
-        return f"kv_{name}: {first['ctx']['error']}"
-    prefix = "kv_" if name == "budget" else "kv_eviction."
-    allowed = _ALLOWED.get(name, first["msg"].lower())
-    return f"{prefix}{name}: expected {allowed}, got {first['input']!r}"
+        return f"{field}: {first['ctx']['error']}"
+    return f"{field}: expected {_ALLOWED.get(name, first['msg'].lower())}, got {first['input']!r}"

@@ -35,6 +35,14 @@ class Method:
     def num_protected(self) -> int:
         return self.num_sink + self.num_recent
 
+    @property
+    def min_tokens(self) -> int:
+        """Tokens that a budget must hold: the protected ones, and those whose queries the policy looks at.
+
+        A prefix-cache hit never covers kept blocks, so these queries are always computed and never scored in part.
+        """
+        return max(self.num_protected, self.policy.query_window)
+
 
 @dataclass
 class Eviction:

@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from benchmarks.kernels.timing import append_row, measure
+from benchmarks.timing import append_row, measure
 from vllm_kvevict.kernels.move_tokens import move_tokens, move_tokens_reference
 from vllm_kvevict.kernels.native import library
 

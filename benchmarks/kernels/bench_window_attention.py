@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.kernels.timing import append_row, measure
+from benchmarks.timing import append_row, measure
 from vllm_kvevict.kernels.native import library
 from vllm_kvevict.kernels.window_attention import window_attention, window_attention_reference
 

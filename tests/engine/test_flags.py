@@ -149,5 +149,5 @@ def test_what_cannot_work_is_refused_by_name(tiny_llama: Path, settings: dict[st
 
 
 def test_a_budget_that_cannot_hold_the_window_is_refused(tiny_llama: Path) -> None:
-    with pytest.raises(ValueError, match="kv_budget: expected at least 33 tokens, since 32 tokens are protected"):
+    with pytest.raises(ValueError, match="kv_budget: expected at least 33 tokens, since blocks hold 32 and"):
         created(tiny_llama, **kv_eviction_args("snapkv", 32))

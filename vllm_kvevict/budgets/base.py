@@ -50,9 +50,9 @@ def round_to_pages(wish: torch.Tensor, total: int, minimum: int, maximum: int) -
     flat = wish.detach().to("cpu", torch.float64).flatten()
     if not torch.isfinite(flat).all() or (flat < 0).any():
         raise ValueError(f"wish: expected finite numbers of at least 0, got {wish.tolist()}")
-    share = _clamped_shares(flat, total, minimum, maximum)
+    share = _clamped_shares(flat / max(flat.max().item(), 1e-308), total, minimum, maximum)
     pages = share.floor()
-    remainder = share - pages
+    remainder = (share - pages).round(decimals=9)  # equal wishes must tie in spite of rounding
     missing = int(total - pages.sum().item())
     # a head at its maximum has no remainder, so it is never rounded up past it
     order = torch.argsort(remainder, descending=True, stable=True)
@@ -61,15 +61,14 @@ def round_to_pages(wish: torch.Tensor, total: int, minimum: int, maximum: int) -
 
 
 def _clamped_shares(wish: torch.Tensor, total: int, minimum: int, maximum: int) -> torch.Tensor:
-    """Scale ``wish`` so that its values, clamped to the limits, sum to ``total``: bisection on the scale.
+    """Scale ``wish`` (0 to 1) so that its values, clamped to the limits, sum to ``total``: bisection on the scale.
 
     The sum is monotone in the scale, so the answer does not depend on the order of the heads.
     """
     if wish.sum() == 0 or wish.min() == wish.max():
         return torch.full_like(wish, total / wish.numel())
     # a head that wishes for nothing may still have to take pages when all others are full
-    floor = wish.max() * 1e-12
-    weights = wish.clamp(min=floor.item())
+    weights = wish.clamp(min=1e-12)
     low, high = 0.0, maximum / weights.min().item()
     for _ in range(200):
         middle = (low + high) / 2

@@ -55,19 +55,19 @@ class EvictionPlan:
         return self.num_tokens - self.num_kept_tokens
 
 
-def plan_eviction(num_tokens: int, budget: int | float, block_size: int, num_protected: int) -> EvictionPlan | None:
+def plan_eviction(num_tokens: int, budget: int | float, block_size: int, min_tokens: int) -> EvictionPlan | None:
     """Return the plan for a prefill of ``num_tokens``, or None if its budget holds all of it.
 
-    budget:        tokens per (layer, KV head) if int, fraction of the prompt kept if float; rounded up to blocks
-    num_protected: tokens that must stay in every head; a fraction never keeps fewer blocks than these need
+    budget:     tokens per (layer, KV head) if int, fraction of the prompt kept if float; rounded up to blocks
+    min_tokens: a budget never keeps fewer blocks than these tokens need
     """
     budget_tokens = budget if isinstance(budget, int) else math.ceil(budget * num_tokens)
-    num_kept = max(cdiv(budget_tokens, block_size), min_kept_blocks(num_protected, block_size))
+    num_kept = max(cdiv(budget_tokens, block_size), min_kept_blocks(min_tokens, block_size))
     if num_kept >= cdiv(num_tokens, block_size):
         return None
     return EvictionPlan(num_tokens, num_kept, block_size)
 
 
-def min_kept_blocks(num_protected: int, block_size: int) -> int:
-    """Return the fewest blocks that hold ``num_protected`` tokens even if the last block holds a single one."""
-    return cdiv(max(num_protected, 1) - 1, block_size) + 1
+def min_kept_blocks(min_tokens: int, block_size: int) -> int:
+    """Return the fewest blocks that hold ``min_tokens`` tokens even if the last block holds a single one."""
+    return cdiv(max(min_tokens, 1) - 1, block_size) + 1

@@ -12,7 +12,7 @@ def protect(scores: torch.Tensor, num_sink: int, num_recent: int) -> torch.Tenso
     """
     protected = torch.nan_to_num(scores, nan=float("-inf"))
     protected[..., :num_sink] = float("inf")
-    protected[..., scores.shape[-1] - num_recent :] = float("inf")
+    protected[..., max(scores.shape[-1] - num_recent, 0) :] = float("inf")
     return protected
 
 

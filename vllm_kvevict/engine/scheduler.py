@@ -65,8 +65,7 @@ class EvictionMixin(Scheduler):
         return None if config is None or plan is None else RequestEviction(config, plan.first_kept_block)
 
     def _plan(self, request: Request, config: EvictionConfig) -> EvictionPlan | None:
-        num_protected = config.method().num_protected
-        return plan_eviction(request.num_tokens, config.budget, self._manager.block_size, num_protected)
+        return plan_eviction(request.num_tokens, config.budget, self._manager.block_size, config.method().min_tokens)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)

@@ -35,10 +35,10 @@ class SnapKV(EvictionPolicy):
     group: Literal["mean", "max", "sum"] = "mean"
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"snapkv.window: expected at least 1 token, got {self.window}")
-        if self.pool_kernel < 1 or self.pool_kernel % 2 == 0:
-            raise ValueError(f"snapkv.pool_kernel: expected an odd number of at least 1, got {self.pool_kernel}")
+        if type(self.window) is not int or self.window < 1:
+            raise ValueError(f"snapkv.window: expected at least 1 token, got {self.window!r}")
+        if type(self.pool_kernel) is not int or self.pool_kernel < 1 or self.pool_kernel % 2 == 0:
+            raise ValueError(f"snapkv.pool_kernel: expected an odd number of at least 1, got {self.pool_kernel!r}")
         if self.pool not in ("max", "avg"):
             raise ValueError(f"snapkv.pool: expected 'max' or 'avg', got {self.pool!r}")
         if self.group not in ("mean", "max", "sum"):
@@ -53,11 +53,15 @@ class SnapKV(EvictionPolicy):
         return self.window
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        window = len(inputs.query)
+        num_kv_heads = inputs.page_table.shape[0]
+        if window >= inputs.kv_len:  # every token observes: none is to be judged
+            return inputs.query.new_zeros(num_kv_heads, inputs.kv_len, dtype=torch.float32)
         attention = window_attention(inputs.query, inputs.keys, inputs.page_table, inputs.kv_len, inputs.scale)
-        grouped = self._reduce_group(attention.unflatten(0, (inputs.page_table.shape[0], -1)) / self.window)
+        grouped = self._reduce_group(attention.unflatten(0, (num_kv_heads, -1)) / window)
         # the window's own columns are cut off before pooling, so that they lend nothing to their neighbours
-        pooled = self._pool(grouped[:, : -self.window])
-        return torch.cat([pooled, pooled.amax().expand(pooled.shape[0], self.window)], dim=1)
+        pooled = self._pool(grouped[:, :-window])
+        return torch.cat([pooled, pooled.amax().expand(num_kv_heads, window)], dim=1)
 
     def _reduce_group(self, attention: torch.Tensor) -> torch.Tensor:
         if self.group == "max":

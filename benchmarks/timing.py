@@ -1,4 +1,4 @@
-"""What the kernel benchmarks share: measuring, and the CSV row that says where a number comes from."""
+"""What the benchmarks share: measuring, and the CSV row that says where a number comes from."""
 
 import csv
 import platform
@@ -8,11 +8,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,12 @@ def append_row(name: str, row: dict[str, object], native: Timing, reference: Tim
         for label, timing in (("native", native), ("reference", reference))
         for field in ("median", "p20", "p80")
     }
-    full = {**provenance(), **row, **timings}
+    write_row(name, {**row, **timings})
+
+
+def write_row(name: str, row: dict[str, object]) -> None:
+    """Add a row to benchmarks/results/<name>.csv, behind what says where it comes from."""
+    full = {**provenance(), **row}
     path = RESULTS / f"{name}.csv"
     RESULTS.mkdir(exist_ok=True)
     is_new = not path.exists()
@@ -56,7 +62,7 @@ def append_row(name: str, row: dict[str, object], native: Timing, reference: Tim
         if is_new:
             writer.writeheader()
         writer.writerow(full)
-    print(f"row added to {path}")
+    print(f"row added to {path.relative_to(RESULTS.parents[1])}")
 
 
 def provenance() -> dict[str, object]:
@@ -65,6 +71,7 @@ def provenance() -> dict[str, object]:
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "vllm": version("vllm"),
         "commit": git("rev-parse", "--short", "HEAD") or "none",
         "tree": "dirty" if git("status", "--porcelain") else "clean",
     }

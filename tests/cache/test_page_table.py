@@ -1,0 +1,283 @@
+"""The page table against a model in plain Python, for requests that come, grow by a token per step, and go."""
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.paged import LAYOUTS, PagedCache, make_pool
+from vllm_kvevict.cache.compaction import Compaction
+from vllm_kvevict.cache.page_table import FoldedBatch, PageTable
+from vllm_kvevict.cache.plan import EvictionPlan
+
+LAYERS, HEADS, BLOCKS = 2, 3, 400
+MAX_NUM_REQS = 4
+FIRST_CAPACITY = 64  # pages per row that a new table has room for
+
+
+@dataclass
+class RequestModel:
+    """What a reader of the documentation expects of one evicted request.
+
+    pages:   [num_layers][num_kv_heads] page ids
+    kv_lens: [num_layers][num_kv_heads] tokens held
+    blocks:  vLLM's block table; freed blocks are the null block
+    """
+
+    seq_len: int
+    pages: list[list[list[int]]]
+    kv_lens: list[list[int]]
+    blocks: list[int] = field(default_factory=list)
+
+    def generate(self, cache: PagedCache, rng: random.Random) -> None:
+        """Take a token, and a new block for it if the last one is full."""
+        if self.seq_len % cache.pool.block_size == 0:
+            self.blocks.append(rng.randrange(1, BLOCKS))
+            for layer, rows in enumerate(self.pages):
+                for head, row in enumerate(rows):
+                    row.append(cache.page_id(layer, self.blocks[-1], head))
+        self.seq_len += 1
+        self.kv_lens = [[kv_len + 1 for kv_len in row] for row in self.kv_lens]
+
+
+def evict(
+    cache: PagedCache, rng: random.Random, most_pages: int, num_tokens: int | None = None
+) -> tuple[Compaction, EvictionPlan, RequestModel]:
+    """Make up a compaction with random ragged pages, and the model of its request."""
+    block_size = cache.pool.block_size
+    num_full = [[rng.randrange(most_pages) for _ in range(HEADS)] for _ in range(LAYERS)]
+    num_tokens = num_tokens or rng.randrange(most_pages * block_size, (most_pages + 2) * block_size)
+    plan = EvictionPlan(num_tokens, rng.randint(1, -(-num_tokens // block_size) - 1), block_size)
+    has_tail = plan.num_tail_tokens > 0
+    blocks = [0] * plan.first_kept_block + [rng.randrange(1, BLOCKS) for _ in range(plan.num_kept_blocks)]
+    last_page = [[cache.page_id(layer, blocks[-1], head) for head in range(HEADS)] for layer in range(LAYERS)]
+    pages = [
+        [
+            [rng.randrange(cache.pool.pages.shape[0]) for _ in range(num_full[layer][head])]
+            + [last_page[layer][head]] * has_tail
+            for head in range(HEADS)
+        ]
+        for layer in range(LAYERS)
+    ]
+    table = torch.zeros(LAYERS, HEADS, max(len(row) for rows in pages for row in rows) + 1, dtype=torch.int64)
+    for layer, rows in enumerate(pages):
+        for head, row in enumerate(rows):
+            table[layer, head, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    kv_lens = torch.tensor(num_full) * block_size + plan.num_tail_tokens
+    compaction = Compaction([], table, torch.tensor(num_full) + has_tail, kv_lens)
+    return compaction, plan, RequestModel(num_tokens, pages, kv_lens.tolist(), blocks)
+
+
+def fold(table: PageTable, batch: dict[str, RequestModel]) -> FoldedBatch:
+    """Call ``fold`` as a decode step of these requests does: rows of other lengths are padded with garbage."""
+    width = max(len(model.blocks) for model in batch.values()) + 2
+    block_table = torch.full((len(batch), width), 2**40)
+    for row, model in enumerate(batch.values()):
+        block_table[row, : len(model.blocks)] = torch.tensor(model.blocks)
+    slots = torch.tensor([table.slot(req_id) for req_id in batch])
+    seq_lens = torch.tensor([model.seq_len for model in batch.values()], dtype=torch.int32)
+    return table.fold(slots, seq_lens, block_table)
+
+
+def check(folded: FoldedBatch, batch: dict[str, RequestModel]) -> None:
+    """Every row holds its pages in order and then zeros, and its length counts the new token."""
+    assert folded.page_table.dtype == folded.kv_lens.dtype == torch.int32
+    rows, kv_lens = folded.page_table.tolist(), folded.kv_lens.tolist()
+    for layer in range(LAYERS):
+        assert len(rows[layer]) == len(kv_lens[layer]) == len(batch) * HEADS
+        assert kv_lens[layer] == [kv_len for model in batch.values() for kv_len in model.kv_lens[layer]]
+        expected = [pages for model in batch.values() for pages in model.pages[layer]]
+        for row, pages in zip(rows[layer], expected, strict=True):
+            assert row == pages + [0] * (len(row) - len(pages))
+
+
+def decode(table: PageTable, cache: PagedCache, batch: dict[str, RequestModel], rng: random.Random) -> FoldedBatch:
+    for model in batch.values():
+        model.generate(cache, rng)
+    folded = fold(table, batch)
+    check(folded, batch)
+    return folded
+
+
+EVENTS = ["add", "remove", "preempt", "decode", "decode", "decode some"]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    block_size=st.sampled_from([2, 16, 32, 64]),
+    layout=st.sampled_from(LAYOUTS),
+    most_pages=st.sampled_from([2, 10, FIRST_CAPACITY + 20]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_follows_the_model(block_size, layout, most_pages, seed):
+    rng = random.Random(seed)
+    cache = make_pool(LAYERS, HEADS, BLOCKS, block_size, 1, layout=layout)
+    table, models, named = PageTable(cache.pool, MAX_NUM_REQS), {}, 0
+    for event in ["add", *rng.choices(EVENTS, k=25)]:
+        if event == "add" and len(models) < MAX_NUM_REQS:
+            named += 1
+            compaction, plan, models[f"r{named}"] = evict(cache, rng, most_pages)
+            table.add(f"r{named}", compaction, plan)
+        elif event == "remove" and models:
+            req_id = rng.choice(list(models))
+            del models[req_id]
+            table.remove(req_id)
+        elif event == "preempt" and models:
+            req_id = rng.choice(list(models))
+            table.remove(req_id)
+            compaction, plan, models[req_id] = evict(cache, rng, most_pages, models[req_id].seq_len + 2 * block_size)
+            table.add(req_id, compaction, plan)
+        elif event.startswith("decode") and models:
+            req_ids = list(models) if event == "decode" else rng.sample(list(models), rng.randint(1, len(models)))
+            for _ in range(rng.randint(1, 2 * block_size)):
+                decode(table, cache, {req_id: models[req_id] for req_id in req_ids}, rng)
+    assert len(table) == len(models)
+    assert all(req_id in table for req_id in models)
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    return random.Random(0)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+@pytest.mark.parametrize("tail", [0, 1, 15])
+def test_every_step_over_several_block_boundaries(block_size, tail, rng):
+    cache = make_pool(LAYERS, HEADS, BLOCKS, block_size, 1)
+    table = PageTable(cache.pool, 1)
+    compaction, plan, model = evict(cache, rng, 5, 7 * block_size + tail)
+    table.add("a", compaction, plan)
+    for _ in range(3 * block_size + 1):
+        decode(table, cache, {"a": model}, rng)
+
+
+def test_a_row_outgrows_the_table_by_decoding(rng):
+    cache = make_pool(LAYERS, HEADS, BLOCKS, 2, 1)
+    table = PageTable(cache.pool, 2)
+    models = {}
+    for req_id in ("a", "b"):
+        compaction, plan, models[req_id] = evict(cache, rng, 6, 17)
+        table.add(req_id, compaction, plan)
+    first = decode(table, cache, models, rng).page_table.shape[-1]
+    for _ in range(2 * 2 * FIRST_CAPACITY + 8):
+        folded = decode(table, cache, models, rng)
+    assert first == FIRST_CAPACITY
+    assert folded.page_table.shape[-1] >= 2 * FIRST_CAPACITY
+
+
+def test_a_compaction_wider_than_the_table(rng):
+    cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
+    table = PageTable(cache.pool, 2)
+    models = {}
+    for req_id, most_pages in (("small", 4), ("wide", 5 * FIRST_CAPACITY)):
+        compaction, plan, models[req_id] = evict(cache, rng, most_pages)
+        table.add(req_id, compaction, plan)
+        decode(table, cache, models, rng)
+
+
+def test_a_reused_slot_shows_nothing_of_its_last_owner(rng):
+    cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
+    table = PageTable(cache.pool, 1)
+    for most_pages in (40, 2, 20):
+        compaction, plan, model = evict(cache, rng, most_pages)
+        table.add("a", compaction, plan)
+        decode(table, cache, {"a": model}, rng)
+        table.remove("a")
+
+
+def test_order_of_a_batch_may_change(rng):
+    cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
+    table = PageTable(cache.pool, 3)
+    models = {}
+    for req_id in "abc":
+        compaction, plan, models[req_id] = evict(cache, rng, 5)
+        table.add(req_id, compaction, plan)
+    for order in ("abc", "cab", "ab", "ba", "b", "cba"):
+        decode(table, cache, {req_id: models[req_id] for req_id in order}, rng)
+
+
+@pytest.mark.parametrize("block_size", [2, 16])
+def test_a_step_leaves_the_batches_of_earlier_steps_alone(block_size, rng):
+    """The engine may still read the last step's batch while it prepares the next one."""
+    cache = make_pool(LAYERS, HEADS, BLOCKS, block_size, 1)
+    table = PageTable(cache.pool, 1)
+    compaction, plan, model = evict(cache, rng, 5)
+    table.add("a", compaction, plan)
+    earlier = decode(table, cache, {"a": model}, rng)
+    pages, kv_lens = earlier.page_table.clone(), earlier.kv_lens.clone()
+    for _ in range(5):
+        decode(table, cache, {"a": model}, rng)
+    assert earlier.page_table.equal(pages)
+    assert earlier.kv_lens.equal(kv_lens)
+
+
+def test_membership_and_slots(rng):
+    cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
+    table = PageTable(cache.pool, 2)
+    assert len(table) == 0
+    assert "a" not in table
+    assert table.slot("a") is None
+    for req_id in "ab":
+        table.add(req_id, *evict(cache, rng, 5)[:2])
+    assert len(table) == 2
+    assert "a" in table
+    assert {table.slot("a"), table.slot("b")} == {0, 1}
+    table.remove("a")
+    table.remove("a")
+    table.remove("never there")
+    assert len(table) == 1
+    assert "a" not in table
+    assert "b" in table
+
+
+def test_pages_of_counts_decode_blocks_when_asked(rng):
+    cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
+    table = PageTable(cache.pool, 1)
+    compaction, plan, model = evict(cache, rng, 5, 16 * 7)
+    table.add("a", compaction, plan)
+    prompt_pages = [[list(row) for row in rows] for rows in model.pages]
+    assert table.pages_of("a") == prompt_pages
+    decode(table, cache, {"a": model}, rng)
+    assert table.pages_of("a") == prompt_pages
+    assert table.pages_of("a", 1) == model.pages
+
+
+def test_generation_tells_that_rows_changed(rng):
+    cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
+    table = PageTable(cache.pool, 1)
+    seen = [table.generation]
+    compaction, plan, model = evict(cache, rng, 5)
+    table.add("a", compaction, plan)
+    seen.append(table.generation)
+    decode(table, cache, {"a": model}, rng)
+    assert table.generation == seen[-1]
+    table.remove("a")
+    seen.append(table.generation)
+    assert len(set(seen)) == 3
+
+
+def test_a_request_is_added_once(rng):
+    cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
+    table = PageTable(cache.pool, 2)
+    compaction, plan, _ = evict(cache, rng, 5)
+    table.add("a", compaction, plan)
+    with pytest.raises(ValueError, match="req_id: 'a' has been evicted already"):
+        table.add("a", compaction, plan)
+    assert len(table) == 1
+
+
+def test_no_slot_left(rng):
+    cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
+    table = PageTable(cache.pool, 2)
+    compaction, plan, _ = evict(cache, rng, 5)
+    table.add("a", compaction, plan)
+    table.add("b", compaction, plan)
+    with pytest.raises(ValueError, match="req_id: no slot left for 'c', all 2 are in use"):
+        table.add("c", compaction, plan)
+    assert "c" not in table
+    table.remove("a")
+    table.add("c", compaction, plan)
+    assert "c" in table

@@ -1,0 +1,99 @@
+"""What every registered policy must do, whatever it computes."""
+
+import pytest
+import torch
+
+from tests.paged import LAYOUTS, PACKINGS, make_pool, random_kv, scrambled_blocks
+from vllm_kvevict.policies import POLICIES, ScoreInputs
+
+KV_HEADS, GROUP, HEAD_SIZE, LAYER = 2, 3, 16, 1
+LENGTHS = [100, 160, 257]
+
+
+@pytest.fixture(params=POLICIES.names())
+def policy(request):
+    return POLICIES.get(request.param)()
+
+
+def make_inputs(policy, kv_len, block_size=32, packing="transposed", layout="LBHNC", content_seed=0, block_seed=0):
+    """The last queries, K and V come from one seed, the places of the blocks from the other; the rest is NaN."""
+    content = torch.Generator().manual_seed(content_seed)
+    keys, values = random_kv(2, KV_HEADS, kv_len, HEAD_SIZE, content)
+    query = torch.randn(policy.query_window, KV_HEADS * GROUP, HEAD_SIZE, generator=content)
+    num_blocks = -(-kv_len // block_size)
+    cache = make_pool(2, KV_HEADS, num_blocks + 5, block_size, HEAD_SIZE, packing, layout)
+    block_ids = scrambled_blocks(cache, num_blocks, torch.Generator().manual_seed(block_seed))
+    cache.write(keys, values, block_ids)
+    pool = cache.pool
+    page_table = pool.layer_page_ids(LAYER, block_ids)
+    return ScoreInputs(query, pool.keys, pool.values, page_table, kv_len, HEAD_SIZE**-0.5), cache
+
+
+@pytest.mark.parametrize("kv_len", LENGTHS)
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_scores_are_finite_numbers_for_every_token(policy, kv_len, block_size, packing):
+    """NaN fills what no request owns and the slots past the last token, so none of it reached a score."""
+    inputs, _ = make_inputs(policy, kv_len, block_size, packing)
+    scores = policy.score(inputs)
+    assert scores.shape == (KV_HEADS, kv_len)
+    assert scores.dtype == torch.float32
+    assert torch.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("kv_len", LENGTHS)
+def test_scores_rank_tokens(policy, kv_len):
+    scores = policy.score(make_inputs(policy, kv_len)[0])
+    assert (scores.amax(1) > scores.amin(1)).all()
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_places_of_blocks_do_not_matter(policy, packing, layout):
+    expected = policy.score(make_inputs(policy, 257, packing=packing)[0])
+    for block_seed in (1, 2):
+        inputs, _ = make_inputs(policy, 257, packing=packing, layout=layout, block_seed=block_seed)
+        assert policy.score(inputs).equal(expected)
+
+
+def test_memory_of_others_does_not_matter(policy):
+    inputs, cache = make_inputs(policy, 257)
+    expected = policy.score(inputs)
+    unowned = cache.pool.pages.isnan()
+    assert unowned.any()
+    cache.pool.pages[unowned] = 1e30
+    assert policy.score(inputs).equal(expected)
+
+
+def test_entries_past_the_prompt_do_not_matter(policy):
+    inputs, cache = make_inputs(policy, 257)
+    wide = torch.nn.functional.pad(inputs.page_table, (0, 3), value=cache.pool.pages.shape[0] - 1)
+    widened = ScoreInputs(inputs.query, inputs.keys, inputs.values, wide, inputs.kv_len, inputs.scale)
+    assert policy.score(widened).equal(policy.score(inputs))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_inputs_are_only_read(policy, packing):
+    inputs, cache = make_inputs(policy, 257, packing=packing)
+    before = [inputs.query.clone(), cache.pool.pages.clone(), inputs.page_table.clone()]
+    policy.score(inputs)
+    for tensor, copy in zip([inputs.query, cache.pool.pages, inputs.page_table], before, strict=True):
+        torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_a_policy_asks_for_is_a_number_of_tokens(policy):
+    for value in (policy.query_window, policy.num_sink, policy.num_recent):
+        assert isinstance(value, int)
+        assert value >= 0
+
+
+@pytest.mark.parametrize("kv_len", [1, 2, 7])
+def test_prompts_shorter_than_the_window(policy, kv_len):
+    """Possible where num_recent is set below the window; the engine then holds fewer queries than it was asked for."""
+    inputs, _ = make_inputs(policy, kv_len, block_size=16)
+    short = ScoreInputs(
+        inputs.query[:kv_len], inputs.keys, inputs.values, inputs.page_table, inputs.kv_len, inputs.scale
+    )
+    scores = policy.score(short)
+    assert scores.shape == (KV_HEADS, kv_len)
+    assert torch.isfinite(scores).all()

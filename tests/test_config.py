@@ -1,0 +1,312 @@
+"""What a user may set, and that every refusal names the field, what was given and what is allowed."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from vllm_kvevict.budgets import ALLOCATORS
+from vllm_kvevict.budgets.uniform import Uniform
+from vllm_kvevict.cache.plan import plan_eviction
+from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.policies import POLICIES
+from vllm_kvevict.policies.snapkv import SnapKV
+
+
+@dataclass(frozen=True)
+class SnapTwo(SnapKV):
+    """A policy with other defaults, for requests that change theirs."""
+
+    window: int = 8
+
+    @property
+    def num_sink(self) -> int:
+        return 4
+
+
+@dataclass(frozen=True)
+class Tilted(Uniform):
+    """An allocator that has an option."""
+
+    slope: float = 0.5
+
+
+@pytest.fixture(autouse=True)
+def more_names(monkeypatch):
+    monkeypatch.setitem(POLICIES._classes, "test-two", SnapTwo)
+    monkeypatch.setitem(ALLOCATORS._classes, "test-tilted", Tilted)
+
+
+def parse(**values):
+    return EvictionConfig.parse({"policy": "snapkv", "budget": 1024, **values})
+
+
+def refusal(**values):
+    with pytest.raises(ValueError) as error:
+        parse(**values)
+    assert not isinstance(error.value, ValidationError)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def request_refusal(config, **options):
+    with pytest.raises(ValueError) as error:
+        config.for_request(options, 16)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults_are_the_policy_s():
+    config = parse()
+    assert config.allocator == "uniform"
+    assert config.method().policy == SnapKV()
+    assert config.method().allocator == Uniform()
+    assert (config.method().num_sink, config.method().num_recent) == (0, 32)
+    assert config.method().num_protected == 32
+
+
+def test_every_field_reaches_the_method():
+    config = parse(
+        allocator="test-tilted",
+        num_sink=3,
+        num_recent=0,
+        policy_options={"window": 64, "pool": "avg"},
+        allocator_options={"slope": 0.25},
+    )
+    method = config.method()
+    assert method.policy == SnapKV(window=64, pool="avg")
+    assert method.allocator == Tilted(slope=0.25)
+    assert (method.num_sink, method.num_recent) == (3, 0)
+
+
+@pytest.mark.parametrize("budget", [1, 2048, 2**40, 0.5, 1e-9, 1 - 1e-9])
+def test_budgets_that_are_allowed(budget):
+    parsed = parse(budget=budget).budget
+    assert parsed == budget
+    assert type(parsed) is type(budget)
+
+
+@pytest.mark.parametrize(
+    "budget", [True, False, "1024", "0.5", 0, -1, -0.5, 0.0, 1.0, 1.5, 2048.0, None, [512], float("nan"), float("inf")]
+)
+def test_budgets_that_are_not(budget):
+    expected = "kv_budget: expected a whole number of tokens of at least 1, or a fraction between 0 and 1"
+    assert refusal(budget=budget) == f"{expected}, got {budget!r}"
+
+
+@pytest.mark.parametrize("field", ["num_sink", "num_recent"])
+@pytest.mark.parametrize("value", [-1, 1.0, "4", True, [1]])
+def test_protections_that_are_not_allowed(field, value):
+    expected = f"kv_eviction.{field}: expected a whole number of tokens of at least 0, got {value!r}"
+    assert refusal(**{field: value}) == expected
+
+
+@pytest.mark.parametrize(("field", "flag"), [("policy", "kv_eviction"), ("allocator", "kv_budget_allocator")])
+@pytest.mark.parametrize("value", [None, 5, ["snapkv"]])
+def test_names_must_be_text(field, flag, value):
+    message = refusal(**{field: value})
+    assert message.startswith(f"{flag}: expected")
+    assert "valid string" in message
+    assert message.endswith(f"got {value!r}")
+
+
+@pytest.mark.parametrize("field", ["policy_options", "allocator_options"])
+@pytest.mark.parametrize("value", [None, 5, "window=64", [1]])
+def test_options_must_be_a_mapping(field, value):
+    message = refusal(**{field: value})
+    assert field in message
+    assert "valid dictionary" in message
+    assert message.endswith(f"got {value!r}")
+
+
+def test_unknown_policy_gets_a_suggestion():
+    message = refusal(policy="snapvk")
+    assert "policy" in message
+    assert f"'snapvk'. Did you mean 'snapkv'? Available: {', '.join(POLICIES.names())}" in message
+
+
+def test_unknown_allocator_gets_a_suggestion():
+    message = refusal(allocator="unifrom")
+    assert "allocator" in message
+    assert f"'unifrom'. Did you mean 'uniform'? Available: {', '.join(ALLOCATORS.names())}" in message
+
+
+@pytest.mark.parametrize("key", ["budgets", "window", "Policy", ""])
+def test_unknown_fields_are_listed_against_the_known_ones(key):
+    message = refusal(**{key: 1})
+    assert f"unknown field {key!r}" in message
+    assert all(field in message for field in EvictionConfig.model_fields)
+
+
+@pytest.mark.parametrize("missing", ["policy", "budget"])
+def test_missing_fields_name_the_flags(missing):
+    values = {"policy": "snapkv", "budget": 8}
+    del values[missing]
+    with pytest.raises(ValueError, match=f"kv_eviction: '{missing}' is missing. Give --kv-eviction .* --kv-budget"):
+        EvictionConfig.parse(values)
+
+
+def test_unknown_options_of_a_policy():
+    message = refusal(policy_options={"windows": 64})
+    assert message == ("policy_options: eviction policy 'snapkv' takes window, pool, pool_kernel, group; got 'windows'")
+
+
+def test_unknown_options_of_an_allocator():
+    assert refusal(allocator_options={"slope": 1}) == (
+        "allocator_options: budget allocator 'uniform' takes no options; got 'slope'"
+    )
+
+
+@pytest.mark.parametrize(
+    "option, value, allowed",
+    [
+        ("window", 0, "at least 1 token"),
+        ("window", "64", "at least 1 token"),
+        ("window", 64.5, "at least 1 token"),
+        ("pool_kernel", 4, "odd number"),
+        ("pool_kernel", None, "odd number"),
+        ("pool", "mode", "'max' or 'avg'"),
+        ("group", 3, "'mean', 'max' or 'sum'"),
+    ],
+)
+def test_wrong_values_of_options(option, value, allowed):
+    message = refusal(policy_options={option: value})
+    assert option in message
+    assert allowed in message
+    assert repr(value) in message
+
+
+def test_frozen():
+    config = parse()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.budget = 5
+    assert config.budget == 1024
+
+
+def test_parse_leaves_its_argument_alone_and_shares_nothing():
+    values = {"policy": "snapkv", "budget": 8, "policy_options": {"window": 4}}
+    before = json.dumps(values)
+    first, second = EvictionConfig.parse(values), parse()
+    assert json.dumps(values) == before
+    assert second.policy_options == {}
+    assert first.policy_options is not second.policy_options
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"budget": 0.125},
+        {"num_sink": 0, "num_recent": 64},
+        {"policy_options": {"window": 64, "pool": "avg", "pool_kernel": 5, "group": "max"}},
+        {"policy": "test-two", "allocator": "test-tilted", "allocator_options": {"slope": 2.0}},
+    ],
+)
+@pytest.mark.parametrize("exclude_unset", [True, False])
+def test_survives_json(values, exclude_unset):
+    config = parse(**values)
+    travelled = EvictionConfig.parse(json.loads(json.dumps(config.model_dump(exclude_unset=exclude_unset))))
+    assert travelled == config
+    assert travelled.method() == config.method()
+    assert EvictionConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    budget=st.integers(1, 400),
+    num_recent=st.integers(0, 200),
+    block_size=st.sampled_from([16, 32, 64]),
+    tail=st.integers(0, 63),
+)
+def test_a_budget_that_passes_holds_the_protected_tokens(budget, num_recent, block_size, tail):
+    """It is refused exactly if plans would have to keep more blocks than the budget asks for."""
+    config = EvictionConfig.parse({"policy": "snapkv", "budget": budget, "num_recent": num_recent})
+    plan = plan_eviction(4096 + tail, budget, block_size, max(num_recent, config.method().policy.query_window))
+    assert plan is not None
+    too_small = plan.num_kept_blocks * block_size >= budget + block_size
+    if not too_small:
+        config.check_block_size(block_size)
+        return
+    with pytest.raises(ValueError, match=rf"kv_budget: expected at least \d+ tokens.*got {budget}\."):
+        config.check_block_size(block_size)
+
+
+@pytest.mark.parametrize("block_size, least", [(16, 33), (32, 33), (64, 65), (128, 129)])
+def test_least_budget_by_block_size(block_size, least):
+    """The tail may be a single token, so the other 31 protected ones need whole blocks before it."""
+    parse(budget=least).check_block_size(block_size)
+    with pytest.raises(ValueError) as error:
+        parse(budget=least - 1).check_block_size(block_size)
+    assert f"kv_budget: expected at least {least} tokens, since blocks hold {block_size} and" in str(error.value)
+    assert f"needs 32 tokens in every head (32 protected, 32 observed); got {least - 1}." in str(error.value)
+    assert "num_sink" in str(error.value)
+    assert "num_recent" in str(error.value)
+
+
+def test_fractions_fit_every_block_size():
+    parse(budget=1e-6).check_block_size(128)
+
+
+@pytest.mark.parametrize("options", [None, {}, {"other": 5}, {"kv_eviction": "snapkv"}, {"kv_budget": None}])
+def test_a_request_without_wishes_gets_the_server_s(options):
+    config = parse(policy_options={"window": 16}, num_sink=2)
+    assert config.for_request(options, 16) == config
+
+
+def test_a_request_may_switch_eviction_off():
+    assert parse().for_request({"kv_eviction": "none"}, 16) is None
+    assert parse().for_request({"kv_eviction": "none", "kv_budget": 512}, 16) is None
+
+
+def test_a_request_may_take_another_policy():
+    config = parse(policy_options={"window": 16}, num_recent=10, allocator="test-tilted")
+    changed = config.for_request({"kv_eviction": "test-two"}, 16)
+    # the options were those of the server's policy
+    assert changed == parse(policy="test-two", num_recent=10, allocator="test-tilted")
+    assert (changed.method().num_sink, changed.method().num_recent) == (4, 10)
+    assert config.policy == "snapkv"
+
+
+def test_a_request_that_names_the_server_s_policy_keeps_its_options():
+    config = parse(policy_options={"window": 16})
+    assert config.for_request({"kv_eviction": "snapkv"}, 16) == config
+
+
+@pytest.mark.parametrize("budget", [512, 0.25, 33])
+def test_a_request_may_set_its_budget(budget):
+    config = parse(policy_options={"pool": "avg"}, num_sink=1)
+    changed = config.for_request({"kv_budget": budget}, 16)
+    assert changed == parse(budget=budget, policy_options={"pool": "avg"}, num_sink=1)
+    assert type(changed.budget) is type(budget)
+    assert config.budget == 1024
+
+
+@pytest.mark.parametrize("budget", [True, "512", "0.5", 0, -4, 1.0, 0.0, 700.0, [512]])
+def test_wrong_budgets_of_requests(budget):
+    expected = "kv_budget: expected a whole number of tokens of at least 1, or a fraction between 0 and 1"
+    assert request_refusal(parse(), kv_budget=budget) == f"{expected}, got {budget!r}"
+
+
+def test_budgets_of_requests_must_hold_the_protected_tokens():
+    message = request_refusal(parse(), kv_budget=16)
+    assert "kv_budget: expected at least 33 tokens" in message
+    assert "got 16" in message
+
+
+@pytest.mark.parametrize("policy", [True, False, 5, 0, 0.5, ["snapkv"], {}])
+def test_policies_of_requests_must_be_text(policy):
+    message = request_refusal(parse(), kv_eviction=policy)
+    assert message == f"kv_eviction: expected 'none' or the name of a policy, got {policy!r}"
+
+
+@pytest.mark.parametrize("policy", ["snapvk", "None", ""])
+def test_unknown_policies_of_requests_name_the_request_s_field(policy):
+    message = request_refusal(parse(), kv_eviction=policy)
+    assert message.startswith("kv_eviction: ")
+    assert repr(policy) in message
+    assert f"Available: {', '.join(POLICIES.names())}" in message

@@ -1,0 +1,149 @@
+"""Names to classes: duplicates, strangers, typing errors, and classes of other packages."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
+from vllm_kvevict.budgets.uniform import Uniform
+from vllm_kvevict.policies import POLICIES, EvictionPolicy
+from vllm_kvevict.registry import Registry
+
+
+class Shape:
+    pass
+
+
+class Circle(Shape):
+    pass
+
+
+class Square(Shape):
+    pass
+
+
+@pytest.fixture
+def shapes():
+    return Registry("shape", Shape, "test.shapes")
+
+
+FOREIGN_MODULE = """
+from vllm_kvevict.budgets.uniform import Uniform
+class Halving(Uniform): pass
+"""
+
+
+@pytest.fixture
+def allocators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Return a function that installs a package with these entry points and returns a registry that sees it."""
+
+    def install(**targets: str) -> Registry[BudgetAllocator]:
+        (tmp_path / "kvevict_foreign.py").write_text(FOREIGN_MODULE)
+        info = tmp_path / "kvevict_foreign-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvevict-foreign\nVersion: 1.0\n")
+        lines = [f"{name} = {target}" for name, target in targets.items()]
+        (info / "entry_points.txt").write_text("\n".join(["[test.allocators]", *lines]))
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "kvevict_foreign", raising=False)
+        return Registry("budget allocator", BudgetAllocator, "test.allocators")
+
+    yield install
+    sys.modules.pop("kvevict_foreign", None)
+
+
+def test_registers_and_returns_the_class(shapes):
+    assert shapes.register("circle")(Circle) is Circle
+    assert shapes.get("circle") is Circle
+
+
+def test_names_are_in_order(shapes):
+    shapes.register("square")(Square)
+    shapes.register("circle")(Circle)
+    assert shapes.names() == ["circle", "square"]
+
+
+def test_a_taken_name_is_refused(shapes):
+    shapes.register("circle")(Circle)
+    with pytest.raises(ValueError, match=r"shape 'circle' is registered already, by .*test_registry"):
+        shapes.register("circle")(Square)
+    assert shapes.get("circle") is Circle
+
+
+def test_a_class_may_register_twice_as_when_its_module_is_reloaded_by_an_entry_point(shapes):
+    shapes.register("circle")(Circle)
+    shapes.register("circle")(Circle)
+    assert shapes.names() == ["circle"]
+
+
+@pytest.mark.parametrize("stranger", [int, Circle(), "Circle", None])
+def test_another_kind_of_class_is_refused(shapes, stranger):
+    with pytest.raises(TypeError, match="shape 'odd': expected a subclass of Shape, got"):
+        shapes.register("odd")(stranger)
+    assert shapes.names() == []
+
+
+@pytest.mark.parametrize("typed", ["circel", "Circle", "circles"])
+def test_a_typing_error_gets_a_suggestion(shapes, typed):
+    shapes.register("circle")(Circle)
+    shapes.register("square")(Square)
+    expected = f"unknown shape '{typed}'. Did you mean 'circle'? Available: circle, square"
+    with pytest.raises(ValueError) as error:
+        shapes.get(typed)
+    assert str(error.value) == expected
+
+
+def test_a_name_like_no_other_gets_the_list_only(shapes):
+    shapes.register("circle")(Circle)
+    with pytest.raises(ValueError) as error:
+        shapes.get("xyz")
+    assert str(error.value) == "unknown shape 'xyz'. Available: circle"
+
+
+def test_classes_of_other_packages_join(allocators):
+    registry = allocators(halving="kvevict_foreign:Halving")
+    registry.register("uniform")(Uniform)
+    assert registry.names() == ["halving", "uniform"]
+    assert registry.get("halving").__name__ == "Halving"
+    assert registry.get("halving") is registry.get("halving")
+    assert registry.get("uniform") is Uniform
+
+
+def test_other_packages_are_suggested(allocators):
+    registry = allocators(halving="kvevict_foreign:Halving")
+    with pytest.raises(ValueError, match=r"Did you mean 'halving'\? Available: halving"):
+        registry.get("halvign")
+
+
+def test_other_packages_are_imported_when_asked_for_only(allocators):
+    registry = allocators(halving="kvevict_foreign:Halving", broken="kvevict_no_such_module:Thing")
+    assert registry.names() == ["broken", "halving"]
+    assert "kvevict_foreign" not in sys.modules
+    registry.get("halving")
+    with pytest.raises(ModuleNotFoundError, match="kvevict_no_such_module"):
+        registry.get("broken")
+
+
+def test_other_packages_must_bring_the_right_kind(allocators):
+    with pytest.raises(TypeError, match="budget allocator 'path': expected a subclass of BudgetAllocator, got"):
+        allocators(path="pathlib:Path").get("path")
+
+
+def test_other_packages_do_not_replace_ours(allocators):
+    registry = allocators(uniform="kvevict_foreign:Halving")
+    registry.register("uniform")(Uniform)
+    assert registry.get("uniform") is Uniform
+    assert registry.names() == ["uniform"]
+
+
+def test_groups_are_apart(allocators):
+    allocators(halving="kvevict_foreign:Halving")
+    assert Registry("budget allocator", BudgetAllocator, "test.others").names() == []
+
+
+def test_the_package_s_own_registries():
+    assert "snapkv" in POLICIES.names()
+    assert "uniform" in ALLOCATORS.names()
+    assert all(issubclass(POLICIES.get(name), EvictionPolicy) for name in POLICIES.names())
+    assert all(issubclass(ALLOCATORS.get(name), BudgetAllocator) for name in ALLOCATORS.names())
