@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ class EvictionConfig(BaseModel):
 
     policy:            how tokens rank, a name of the registry of policies
     budget:            what a prompt keeps: tokens per KV head and layer (int), or a fraction of it (0 < float < 1);
-                       rounded up to whole blocks
+                       rounded up to whole blocks, of which the last one is filled as far as the prompt fills it
     allocator:         how the budget is shared among layers and heads, a name of the registry of allocators
     num_sink:          tokens at the start that always stay; None: what the policy's paper says
     num_recent:        tokens at the end that always stay; None: what the policy's paper says
@@ -122,6 +122,8 @@ def _method(config_json: str) -> Method:
 
 def _build(registry: Registry[Any], name: str, options: Mapping[str, Any], field_name: str) -> Any:
     cls = registry.get(name)
+    if not is_dataclass(cls):
+        raise ValueError(f"{field_name}: {registry.kind} {name!r} must be a dataclass, whose fields are its options")
     allowed = [f.name for f in fields(cls)]
     unknown = [option for option in options if option not in allowed]
     if unknown:

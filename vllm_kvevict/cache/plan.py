@@ -61,7 +61,8 @@ def plan_eviction(num_tokens: int, budget: int | float, block_size: int, min_tok
     budget:     tokens per (layer, KV head) if int, fraction of the prompt kept if float; rounded up to blocks
     min_tokens: a budget never keeps fewer blocks than these tokens need
     """
-    budget_tokens = budget if isinstance(budget, int) else math.ceil(budget * num_tokens)
+    # rounded first: 0.07 * 1600 is a little more than 112
+    budget_tokens = budget if isinstance(budget, int) else math.ceil(round(budget * num_tokens, 6))
     num_kept = max(cdiv(budget_tokens, block_size), min_kept_blocks(min_tokens, block_size))
     if num_kept >= cdiv(num_tokens, block_size):
         return None

@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.flags import FIELD, with_config, with_flags
-from vllm_kvevict.engine.metrics import with_eviction_metrics
+from vllm_kvevict.engine.metrics import process_metrics, with_eviction_metrics
 from vllm_kvevict.engine.patches import Patch, apply_patches
 from vllm_kvevict.engine.requests import with_checked_options
 from vllm_kvevict.engine.versions import check_version
@@ -60,6 +60,7 @@ def _switch_on(config: EvictionConfig, vllm_config: VllmConfig) -> None:
     vllm_config.scheduler_config.scheduler_cls = f"vllm_kvevict.engine.scheduler.{suffix}"
     vllm_config.parallel_config.worker_cls = _WORKERS[vllm_config.parallel_config.worker_cls]
     apply_patches(_REQUEST_PATCHES)
+    process_metrics().announce(config.policy, config.allocator)
     method = config.method()
     logger.info(
         "KV eviction is on: policy=%s, budget=%s, allocator=%s, num_sink=%d, num_recent=%d, block_size=%d",

@@ -52,6 +52,11 @@ class EvictionMetrics:
         self.kept_fraction = histogram("kept_fraction", "Tokens kept / tokens of the prompt.", _FRACTIONS)
         self.seconds = histogram("eviction_seconds", "Time of score, allocate, select and compact.", _SECONDS)
 
+    def announce(self, policy: str, allocator: str) -> None:
+        """Show these labels at 0 before the first eviction, as dashboards expect."""
+        for collector in (self.evictions, self.evicted_tokens, self.freed_blocks, self.kept_fraction, self.seconds):
+            collector.labels(policy, allocator)
+
     def observe(self, record: EvictionRecord) -> None:
         """Count one record."""
         labels = (record.policy, record.allocator)

@@ -12,7 +12,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_kvevict.cache.plan import EvictionPlan, plan_eviction
+from vllm_kvevict.cache.plan import EvictionPlan, cdiv, plan_eviction
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.install import eviction_config
 from vllm_kvevict.engine.metrics import EvictionRecord, pack
@@ -37,16 +37,10 @@ class EvictionMixin(Scheduler):
         self._manager.evictions = self._evictions
 
     def _find_manager(self) -> EvictionManager:
-        managers = [
-            manager
-            for manager in self.kv_cache_manager.coordinator.single_type_managers
-            if isinstance(manager, EvictionManager)
-        ]
-        if len(managers) != 1:
-            raise ValueError(
-                f"--kv-eviction needs a model with exactly one KV cache group of full attention, got {len(managers)}"
-            )
-        return managers[0]
+        (manager,) = self.kv_cache_manager.coordinator.single_type_managers  # the workers have checked this
+        if not isinstance(manager, EvictionManager):
+            raise RuntimeError(f"expected an EvictionManager, got {manager!r}")
+        return manager
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
         """Every prefill starts here, resumed ones too: decide whether it will be evicted, and cap its cache hit."""
@@ -60,12 +54,12 @@ class EvictionMixin(Scheduler):
             return super()._get_local_prefix_cache_hit(request)
 
     def _will_evict(self, request: Request) -> RequestEviction | None:
-        config = request_config(self._eviction_config, request.sampling_params, self._manager.block_size)
-        plan = None if config is None else self._plan(request, config)
-        return None if config is None or plan is None else RequestEviction(config, plan.first_kept_block)
-
-    def _plan(self, request: Request, config: EvictionConfig) -> EvictionPlan | None:
-        return plan_eviction(request.num_tokens, config.budget, self._manager.block_size, config.method().min_tokens)
+        block_size = self._manager.block_size
+        config = request_config(self._eviction_config, request.sampling_params, block_size)
+        if config is None:
+            return None
+        plan = plan_eviction(request.num_tokens, config.budget, block_size, config.method().min_tokens)
+        return None if plan is None else RequestEviction(config, plan.first_kept_block)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
@@ -80,9 +74,8 @@ class EvictionMixin(Scheduler):
             if request.is_prefill_chunk:
                 step.prefilling[req_id] = eviction.config
                 continue
-            plan = self._plan(request, eviction.config)
-            if plan is None or plan.first_kept_block < eviction.first_private_block:
-                raise RuntimeError(f"request {req_id}: its prefill ended shorter than planned, {request.num_tokens}")
+            # what was kept private when the prefill began is what stays, should the request have grown since
+            plan = _plan_from(eviction.first_private_block, request.num_tokens, self._manager.block_size)
             eviction.plan = plan
             self._unplanned.remove(req_id)
             step.ending[req_id] = (eviction.config, plan)
@@ -113,6 +106,10 @@ class EvictionScheduler(EvictionMixin):
 
 class AsyncEvictionScheduler(EvictionMixin, AsyncScheduler):
     """Eviction on vLLM's asynchronous scheduler."""
+
+
+def _plan_from(first_kept_block: int, num_tokens: int, block_size: int) -> EvictionPlan:
+    return EvictionPlan(num_tokens, cdiv(num_tokens, block_size) - first_kept_block, block_size)
 
 
 def _evicted(config: EvictionConfig, plan: EvictionPlan, seconds: float) -> EvictionRecord:

@@ -29,17 +29,17 @@ class EvictionMixin(Worker):
             self.model_runner, pool, layer_names, self.vllm_config.scheduler_config.max_num_seqs
         )
         self._reports: dict[str, EvictionReport] = {}
-        for builder in self._builders():
-            builder.bridge = self.eviction
+        self._builder().bridge = self.eviction
 
-    def _builders(self) -> list[EvictionCPUMetadataBuilder]:
+    def _builder(self) -> EvictionCPUMetadataBuilder:
         groups = [group for groups in self.model_runner.attn_groups for group in groups]
         builders = [builder for group in groups for builder in group.metadata_builders]
-        ours = [builder for builder in builders if isinstance(builder, EvictionCPUMetadataBuilder)]
-        ours = [builder for builder in ours if isinstance(builder.kv_cache_spec, EvictionSpec)]
-        if not ours:
-            raise RuntimeError("vLLM built no attention metadata builder of ours; nothing would be evicted")
-        return ours
+        block_size = self.eviction.pool.block_size
+        if len(builders) != 1 or not isinstance(builders[0], EvictionCPUMetadataBuilder):
+            raise RuntimeError(f"expected one attention metadata builder, ours; vLLM built {builders}")
+        if builders[0].block_size != block_size:
+            raise RuntimeError(f"vLLM splits blocks of {builders[0].block_size} tokens into blocks of {block_size}")
+        return builders[0]
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         self.eviction.begin_step(scheduler_output)
@@ -81,9 +81,15 @@ class EvictionCPUWorker(EvictionMixin, CPUWorker):
 
 
 def _evicted_layers(kv_cache_config: KVCacheConfig) -> list[str]:
-    groups = [group for group in kv_cache_config.kv_cache_groups if isinstance(group.kv_cache_spec, EvictionSpec)]
-    if len(groups) != 1:
+    """Return the layers of the model's one cache group, in the order of its cache.
+
+    Raises ValueError for a model with other groups beside it.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, EvictionSpec):
+        found = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
         raise ValueError(
-            f"--kv-eviction needs a model with exactly one KV cache group of full attention, got {len(groups)}"
+            f"--kv-eviction does not work yet with models that mix kinds of layers, got cache groups of {found}; "
+            f"use a model whose layers all have full attention, or leave --kv-eviction out"
         )
     return list(groups[0].layer_names)
