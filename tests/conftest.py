@@ -47,3 +47,19 @@ def smollm2() -> Path:
 
     folder = os.environ.get("KVEVICT_MODEL", ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct")
     return build_model(Path(folder))
+
+
+@pytest.fixture
+def kept_masks(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Collects what every eviction kept, [num_layers, num_kv_heads, num_tokens] bool, in order."""
+    from vllm_kvevict import evictor
+
+    masks: list[torch.Tensor] = []
+    select = evictor.select
+
+    def spy(scores: torch.Tensor, num_kept: torch.Tensor) -> torch.Tensor:
+        masks.append(select(scores, num_kept))
+        return masks[-1]
+
+    monkeypatch.setattr(evictor, "select", spy)
+    return masks

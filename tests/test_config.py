@@ -63,11 +63,19 @@ def request_refusal(config, **options):
 
 def test_defaults_are_the_policy_s():
     config = parse()
-    assert config.allocator == "uniform"
+    assert config.allocator is None
+    assert config.allocator_name == "uniform"
     assert config.method().policy == SnapKV()
     assert config.method().allocator == Uniform()
     assert (config.method().num_sink, config.method().num_recent) == (0, 32)
     assert config.method().num_protected == 32
+
+
+def test_lava_brings_its_own_allocator_and_each_half_goes_alone():
+    assert parse(policy="lava").allocator_name == "lava"
+    assert parse(policy="lava", allocator="uniform").allocator_name == "uniform"
+    assert parse(policy="snapkv", allocator="lava").allocator_name == "lava"
+    assert type(parse(policy="lava").method().allocator).__module__ == "vllm_kvevict.budgets.lava"
 
 
 def test_every_field_reaches_the_method():
@@ -107,7 +115,7 @@ def test_protections_that_are_not_allowed(field, value):
 
 
 @pytest.mark.parametrize(("field", "flag"), [("policy", "kv_eviction"), ("allocator", "kv_budget_allocator")])
-@pytest.mark.parametrize("value", [None, 5, ["snapkv"]])
+@pytest.mark.parametrize("value", [False, 5, ["snapkv"]])
 def test_names_must_be_text(field, flag, value):
     message = refusal(**{field: value})
     assert message.startswith(f"{flag}: expected")
@@ -153,7 +161,7 @@ def test_missing_fields_name_the_flags(missing):
 
 def test_unknown_options_of_a_policy():
     message = refusal(policy_options={"windows": 64})
-    assert message == ("policy_options: eviction policy 'snapkv' takes window, pool, pool_kernel, group; got 'windows'")
+    assert message == ("policy_options: eviction policy 'snapkv' takes window, pool_kernel, pool, group; got 'windows'")
 
 
 def test_unknown_options_of_an_allocator():

@@ -26,7 +26,8 @@ class EvictionConfig(BaseModel):
     policy:            how tokens rank, a name of the registry of policies
     budget:            what a prompt keeps: tokens per KV head and layer (int), or a fraction of it (0 < float < 1);
                        rounded up to whole blocks, of which the last one is filled as far as the prompt fills it
-    allocator:         how the budget is shared among layers and heads, a name of the registry of allocators
+    allocator:         how the budget is shared among layers and heads, a name of the registry of allocators;
+                       None: what the policy's paper says
     num_sink:          tokens at the start that always stay; None: what the policy's paper says
     num_recent:        tokens at the end that always stay; None: what the policy's paper says
     policy_options:    parameters of the policy
@@ -37,7 +38,7 @@ class EvictionConfig(BaseModel):
 
     policy: str
     budget: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
-    allocator: str = "uniform"
+    allocator: str | None = None
     num_sink: Annotated[int, Field(ge=0)] | None = None
     num_recent: Annotated[int, Field(ge=0)] | None = None
     policy_options: dict[str, Any] = {}
@@ -51,8 +52,9 @@ class EvictionConfig(BaseModel):
 
     @field_validator("allocator")
     @classmethod
-    def _known_allocator(cls, name: str) -> str:
-        ALLOCATORS.get(name)
+    def _known_allocator(cls, name: str | None) -> str | None:
+        if name is not None:
+            ALLOCATORS.get(name)
         return name
 
     @classmethod
@@ -74,6 +76,11 @@ class EvictionConfig(BaseModel):
         Raises ValueError for an option that the policy or the allocator does not take.
         """
         return _method(self.model_dump_json())
+
+    @property
+    def allocator_name(self) -> str:
+        """The allocator in use."""
+        return self.allocator or self.method().policy.default_allocator
 
     def check_block_size(self, block_size: int) -> None:
         """Raise ValueError if the budget cannot hold the tokens that must stay in blocks of ``block_size``."""
@@ -101,6 +108,8 @@ class EvictionConfig(BaseModel):
         changes: dict[str, Any] = {}
         if policy not in (None, NONE, self.policy):
             changes = {"policy": policy, "policy_options": {}}
+            if self.allocator is None:  # the other policy's own allocator may not take these
+                changes["allocator_options"] = {}
         if budget is not None:
             changes["budget"] = budget
         config = self if not changes else EvictionConfig.parse({**self.model_dump(), **changes})
@@ -114,7 +123,7 @@ def _method(config_json: str) -> Method:
     policy = _build(POLICIES, config.policy, config.policy_options, "policy_options")
     return Method(
         policy,
-        _build(ALLOCATORS, config.allocator, config.allocator_options, "allocator_options"),
+        _build(ALLOCATORS, config.allocator or policy.default_allocator, config.allocator_options, "allocator_options"),
         policy.num_sink if config.num_sink is None else config.num_sink,
         policy.num_recent if config.num_recent is None else config.num_recent,
     )

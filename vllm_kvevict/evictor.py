@@ -102,11 +102,13 @@ class Eviction:
 
     def _allocate(self, scores: torch.Tensor) -> torch.Tensor:
         plan = self.plan
-        heads = scores.shape[0] * scores.shape[1]
+        num_heads = scores.shape[0] * scores.shape[1]
+        wish = self.method.allocator.wish(scores, plan.num_kept_tokens).to("cpu", torch.float64)
+        tokens = wish * (plan.num_kept_tokens * num_heads / wish.sum())
         minimum = cdiv(max(self.method.num_protected - plan.num_tail_tokens, 0), plan.block_size)
         return round_to_pages(
-            self.method.allocator.wish(scores, plan.num_kept_tokens),
-            plan.num_full_blocks * heads,
+            (tokens - plan.num_tail_tokens).clamp(min=0),  # every head holds the tail, in a page of its own
+            plan.num_full_blocks * num_heads,
             min(minimum, plan.num_full_blocks),
             plan.num_tokens // plan.block_size,
         )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.e2e.prompts import chat_tokens, long_text
 from tests.engine.harness import engine
+from vllm_kvevict.config import EvictionConfig
 
 SETTINGS = {"max_model_len": 8192, "dtype": "bfloat16", "kv_cache_memory_bytes": 512 << 20}
 
@@ -28,6 +30,28 @@ def test_ninety_percent_of_the_blocks_return_within_three_decode_steps(smollm2: 
         assert running.scheduler.get_kv_cache_usage() <= 0.1 * usage
         running.run()
         running.check_all_free()
+
+
+@pytest.mark.parametrize("budget", [128, 256, 512])
+def test_ragged_budgets_give_back_what_uniform_ones_do(
+    smollm2: Path, kept_masks: list[torch.Tensor], budget: int
+) -> None:
+    prompt = chat_tokens(smollm2, long_text(250))[3:]  # the last block is partly filled: decode needs no new one
+    freed = {}
+    with engine(smollm2, "lava", budget=budget, max_num_batched_tokens=8192, **SETTINGS) as running:
+        for policy, allocator in (("lava", "lava"), ("snapkv", "uniform")):
+            running.scheduler._eviction_config = EvictionConfig(policy=policy, budget=budget, allocator=allocator)
+            free = running.num_free_blocks
+            running.add(prompt, max_tokens=6, skip_reading_prefix_cache=True)
+            running.step()
+            held = free - running.num_free_blocks
+            running.step()
+            freed[allocator] = held - (free - running.num_free_blocks)
+            running.run()
+            running.check_all_free()
+    assert freed["lava"] == freed["uniform"] == -(-len(prompt) // 32) - budget // 32
+    ragged = kept_masks[0].sum(-1)
+    assert ragged.max() > 4 * ragged.min()
 
 
 @pytest.mark.parametrize("chunk", [2048, 256])

@@ -16,7 +16,7 @@ class BudgetAllocator(ABC):
     """
 
     @abstractmethod
-    def wish(self, scores: torch.Tensor, num_tokens: float) -> torch.Tensor:
+    def wish(self, scores: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Return [num_layers, num_kv_heads] float64, the tokens each head should keep; any scale, all >= 0.
 
         scores:     [num_layers, num_kv_heads, kv_len] float32, protected tokens at +inf
@@ -77,3 +77,30 @@ def _clamped_shares(wish: torch.Tensor, total: int, minimum: int, maximum: int) 
         else:
             high = middle
     return (weights * high).clamp(minimum, maximum)
+
+
+def joint_counts(scores: torch.Tensor, total: int) -> torch.Tensor:
+    """Return [num_rows] float64, how many of the ``total`` highest scores of all rows each row has.
+
+    Rows that tie at the threshold share what is left in proportion to their ties, so that no order of rows matters.
+
+    scores: [num_rows, kv_len]
+    """
+    flat = scores.flatten()
+    if total <= 0 or total >= len(flat):
+        return torch.full((len(scores),), min(max(total, 0) / len(scores), scores.shape[1]), dtype=torch.float64)
+    threshold = flat.kthvalue(len(flat) - total + 1).values
+    above = (scores > threshold).sum(dim=1).to("cpu", torch.float64)
+    ties = (scores == threshold).sum(dim=1).to("cpu", torch.float64)
+    return above + ties * ((total - above.sum()) / ties.sum())
+
+
+def num_protected(scores: torch.Tensor) -> int:
+    """Return how many tokens of every head are protected. scores: [num_layers, num_kv_heads, kv_len]"""
+    return int(torch.isposinf(scores[0, 0]).sum())
+
+
+def check_fraction(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")

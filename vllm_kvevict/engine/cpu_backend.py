@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,15 +63,22 @@ class EvictionCPUBackend(CPUAttentionBackend):
 class EvictionCPUMetadata:
     """A batch in which at least one row is evicted or to be scored.
 
-    whole:    stock metadata of the rows whose cache is complete, None if there are none
-    schedule: per layer, or one for all, the kernel's division of labour over the folded rows
+    whole:           stock metadata of the rows whose cache is complete, None if there are none
+    query_start_loc: [num_folded + 1] int32, one query token for each folded row
+    schedule:        the kernel's division of labour over the folded rows if it serves every layer, else None
+    make_schedule:   makes the one of a layer from its kv_lens
     """
 
     rows: StepRows
     bridge: EvictionBridge
     whole: CPUAttentionMetadata | None
     query_start_loc: torch.Tensor
-    schedule: list[torch.Tensor]
+    schedule: torch.Tensor | None
+    make_schedule: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+    def schedule_of(self, kv_lens: torch.Tensor) -> torch.Tensor:
+        """Return the schedule of the layer whose folded rows have these lengths, [num_folded] int32."""
+        return self.make_schedule(kv_lens, self.query_start_loc) if self.schedule is None else self.schedule
 
 
 class EvictionCPUMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -96,15 +103,21 @@ class EvictionCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             whole = super().build(common_prefix_len, _whole_rows(common_attn_metadata, rows), fast_build)
         num_folded = len(rows.split.evicted) * self.num_kv_heads
         query_start_loc = torch.arange(num_folded + 1, dtype=torch.int32)
-        return EvictionCPUMetadata(rows, self.bridge, whole, query_start_loc, self._schedule(rows, query_start_loc))
+        return EvictionCPUMetadata(
+            rows,
+            self.bridge,
+            whole,
+            query_start_loc,
+            self._shared_schedule(rows, query_start_loc),
+            self._layer_schedule,
+        )
 
-    def _schedule(self, rows: StepRows, query_start_loc: torch.Tensor) -> list[torch.Tensor]:
+    def _shared_schedule(self, rows: StepRows, query_start_loc: torch.Tensor) -> torch.Tensor | None:
+        """Uniform budgets: one schedule serves every layer. Ragged ones: a layer makes its own when it runs."""
         if rows.folded is None:
-            return []
-        kv_lens = rows.folded.kv_lens
-        # uniform budgets: one schedule serves every layer
-        distinct = kv_lens[:1] if torch.equal(kv_lens, kv_lens[:1].expand_as(kv_lens)) else kv_lens
-        return [self._layer_schedule(layer_lens, query_start_loc) for layer_lens in distinct]
+            return None
+        first, kv_lens = rows.folded.kv_lens[0], rows.folded.kv_lens
+        return self._layer_schedule(first, query_start_loc) if torch.equal(kv_lens, first.expand_as(kv_lens)) else None
 
     def _layer_schedule(self, kv_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
         return ops.cpu_attn_get_scheduler_metadata(
@@ -194,7 +207,7 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
             sliding_window=-1,
             block_table=folded.page_table[index],
             softcap=0,
-            scheduler_metadata=metadata.schedule[index if len(metadata.schedule) > 1 else 0],
+            scheduler_metadata=metadata.schedule_of(folded.kv_lens[index]),
             s_aux=None,
         )
         output[tokens] = folded_output.view(len(tokens), -1, self.head_size).view_as(output[tokens])

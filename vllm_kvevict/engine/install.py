@@ -60,7 +60,7 @@ def _switch_on(config: EvictionConfig, vllm_config: VllmConfig) -> None:
     vllm_config.scheduler_config.scheduler_cls = f"vllm_kvevict.engine.scheduler.{suffix}"
     vllm_config.parallel_config.worker_cls = _WORKERS[vllm_config.parallel_config.worker_cls]
     apply_patches(_REQUEST_PATCHES)
-    process_metrics().announce(config.policy, config.allocator)
+    process_metrics().announce(config.policy, config.allocator_name)
     method = config.method()
     logger.info(
         "KV eviction is on: policy=%s, budget=%s, allocator=%s, num_sink=%d, num_recent=%d, block_size=%d",

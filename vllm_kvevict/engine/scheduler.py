@@ -115,7 +115,7 @@ def _plan_from(first_kept_block: int, num_tokens: int, block_size: int) -> Evict
 def _evicted(config: EvictionConfig, plan: EvictionPlan, seconds: float) -> EvictionRecord:
     return EvictionRecord(
         config.policy,
-        config.allocator,
+        config.allocator_name,
         evicted_tokens=plan.num_evicted_tokens,
         kept_fraction=plan.num_kept_tokens / plan.num_tokens,
         seconds=seconds,
@@ -125,5 +125,5 @@ def _evicted(config: EvictionConfig, plan: EvictionPlan, seconds: float) -> Evic
 def _freed(evictions: list[RequestEviction]) -> list[EvictionRecord]:
     blocks: Counter[tuple[str, str]] = Counter()
     for eviction in evictions:
-        blocks[eviction.config.policy, eviction.config.allocator] += eviction.freed_blocks or 0
+        blocks[eviction.config.policy, eviction.config.allocator_name] += eviction.freed_blocks or 0
     return [EvictionRecord(*labels, freed_blocks=count) for labels, count in blocks.items()]

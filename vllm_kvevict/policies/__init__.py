@@ -1,6 +1,6 @@
 """How tokens rank: one file per published method. Importing this package registers them."""
 
-from vllm_kvevict.policies import snapkv
+from vllm_kvevict.policies import lava, snapkv
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
 
-__all__ = ["POLICIES", "EvictionPolicy", "ScoreInputs", "snapkv"]
+__all__ = ["POLICIES", "EvictionPolicy", "ScoreInputs", "lava", "snapkv"]

@@ -51,6 +51,11 @@ class EvictionPolicy(ABC):
         """Tokens at the end of the prompt that the published method always keeps."""
         return 0
 
+    @property
+    def default_allocator(self) -> str:
+        """Allocator of the published method."""
+        return "uniform"
+
     @abstractmethod
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return [num_kv_heads, kv_len] float32 scores; the highest stay. Protection is not the scorer's business."""

@@ -1,0 +1,57 @@
+"""What SnapKV and its descendants share: attention from the last queries of the prompt."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vllm_kvevict.kernels.window_attention import window_attention
+from vllm_kvevict.policies.base import EvictionPolicy, ScoreInputs
+
+
+@dataclass(frozen=True)
+class WindowPolicy(EvictionPolicy):
+    """Ranks tokens by what the last ``window`` queries of the prompt attend to.
+
+    window:      observation window in tokens, >= 1; these tokens are always kept
+    pool_kernel: width in tokens of the pool by which neighbours share their score, odd, >= 1
+
+    Raises ValueError for a value outside those ranges.
+    """
+
+    window: int = 32
+    pool_kernel: int = 7
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if type(self.window) is not int or self.window < 1:
+            raise ValueError(f"{self.name}.window: expected at least 1 token, got {self.window!r}")
+        if type(self.pool_kernel) is not int or self.pool_kernel < 1 or self.pool_kernel % 2 == 0:
+            raise ValueError(f"{self.name}.pool_kernel: expected an odd number of at least 1, got {self.pool_kernel!r}")
+
+    @property
+    def query_window(self) -> int:
+        return self.window
+
+    @property
+    def num_recent(self) -> int:
+        return self.window
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        window, num_kv_heads = len(inputs.query), len(inputs.page_table)
+        if window >= inputs.kv_len:  # every token observes: none is to be judged
+            return inputs.query.new_zeros(num_kv_heads, inputs.kv_len, dtype=torch.float32)
+        attention = window_attention(inputs.query, inputs.keys, inputs.page_table, inputs.kv_len, inputs.scale)
+        # the window's own columns are cut off before pooling, so that they lend nothing to their neighbours
+        scores = self.judge(attention.unflatten(0, (num_kv_heads, -1))[..., :-window] / window, inputs)
+        return torch.cat([scores, scores.amax().expand(num_kv_heads, window)], dim=1)
+
+    @abstractmethod
+    def judge(self, attention: torch.Tensor, inputs: ScoreInputs) -> torch.Tensor:
+        """Return [num_kv_heads, num_tokens] scores of the tokens before the window.
+
+        attention: [num_kv_heads, group, num_tokens] float32, mean over the window's queries
+        """
