@@ -336,3 +336,14 @@ def test_more_or_fewer_kept_tokens_than_pages_hold_are_refused(change):
     pages = torch.full((2, 2), case.plan.num_full_blocks)
     with pytest.raises(ValueError, match="kept: expected as many survivors to move as holes"):
         plan_compaction(kept, pages, case.block_ids, case.plan, case.cache.pool)
+
+
+def test_a_head_with_too_many_tokens_beside_one_with_too_few_is_refused():
+    case = make_case(16, (2, 2), 100, 3)
+    counts = torch.full((2, 2), case.plan.num_kept_tokens)
+    counts[0, 0] += 1
+    counts[1, 1] -= 1
+    kept = select(torch.rand(2, 2, 100), counts)
+    pages = torch.full((2, 2), case.plan.num_full_blocks)
+    with pytest.raises(ValueError, match="as many survivors to move as holes in every head"):
+        plan_compaction(kept, pages, case.block_ids, case.plan, case.cache.pool)

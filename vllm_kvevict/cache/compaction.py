@@ -40,7 +40,7 @@ def plan_compaction(
     num_full_pages: [num_layers, num_kv_heads] int64, sums to the pages of the plan's full blocks
     block_ids:      [num_blocks] the request's block table before the eviction
 
-    Raises ValueError if the pages do not add up to the blocks of the plan.
+    Raises ValueError if the pages do not add up to the blocks of the plan, or a head keeps another number of tokens.
     """
     device = kept.device
     num_full_pages = num_full_pages.to(device)
@@ -59,16 +59,19 @@ def plan_compaction(
     slots = own[..., None] * plan.block_size + lane
     source_mask = survives & ~stays[..., None]
     hole_mask, hole_slots = _holes(survives, stays, full_pages, want, slots, plan)
+    # head by head: what one has too many must not end up in the pages of another that lacks some
+    num_sources, num_holes = source_mask.sum(dim=(1, 2)), hole_mask.sum(dim=(1, 2))
+    if not torch.equal(num_sources, num_holes):
+        raise ValueError(
+            f"kept: expected as many survivors to move as holes in every head, {num_holes.tolist()}; "
+            f"got {num_sources.tolist()}"
+        )
 
     giver = want < plan.num_full_blocks
     phases = []
     for group in (giver, ~giver):
         source = slots[source_mask & group[:, None, None]]
         destination = hole_slots[hole_mask & group[:, None, None]]
-        if source.numel() != destination.numel():
-            raise ValueError(
-                f"kept: expected as many survivors to move as holes, {destination.numel()}; got {source.numel()}"
-            )
         if source.numel():
             phases.append((source, destination))
     shape = num_full_pages.shape
