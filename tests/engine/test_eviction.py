@@ -83,3 +83,15 @@ def test_aborted_requests_leave_no_page_behind(running: Engine) -> None:
 def test_one_token_answers_are_evicted_and_freed(running: Engine) -> None:
     running.tokens([random_prompt(300, seed=5)], max_tokens=1)
     running.check_all_free()
+
+
+def test_streaming_input_sessions_are_kept_whole(running: Engine) -> None:
+    """More of their prompt is to come, in chunks that an evicted row could not take."""
+    prompt = random_prompt(300, seed=5)
+    running.add(prompt, max_tokens=4)
+    (request,) = running.scheduler.requests.values()
+    assert running.scheduler._will_evict(request) is not None
+    request.resumable = True
+    assert running.scheduler._will_evict(request) is None
+    request.resumable = False
+    running.run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import Any
 
@@ -19,6 +20,8 @@ from vllm_kvevict.engine.metrics import EvictionRecord, pack
 from vllm_kvevict.engine.requests import request_config
 from vllm_kvevict.engine.spec import EvictionManager, RequestEviction, cache_hits_up_to
 from vllm_kvevict.engine.step import REPORTS, STEP, EvictionReport, StepEvictions
+
+logger = logging.getLogger("vllm.kvevict")
 
 
 class EvictionMixin(Scheduler):
@@ -54,6 +57,12 @@ class EvictionMixin(Scheduler):
             return super()._get_local_prefix_cache_hit(request)
 
     def _will_evict(self, request: Request) -> RequestEviction | None:
+        if request.resumable:
+            logger.warning(
+                "request %s is a streaming-input session: kept whole, since more of its prompt is to come",
+                request.request_id,
+            )
+            return None
         block_size = self._manager.block_size
         config = request_config(self._eviction_config, request.sampling_params, block_size)
         if config is None:
