@@ -28,7 +28,7 @@ def with_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(add_cli_args)
     def wrapper(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
-        _add_group(parser)
+        add_group(parser)
         return add_cli_args(parser, *args, **kwargs)
 
     return wrapper
@@ -40,7 +40,7 @@ def with_config(from_cli_args: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(from_cli_args)
     def wrapper(cls: type, args: argparse.Namespace) -> Any:
         engine_args = from_cli_args(cls, args)
-        values = _values(args)
+        values = flag_values(args)
         if values:
             given = engine_args.additional_config or {}
             if FIELD in given:
@@ -52,7 +52,8 @@ def with_config(from_cli_args: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _add_group(parser: argparse.ArgumentParser) -> None:
+def add_group(parser: argparse.ArgumentParser) -> None:
+    """Add our flags to ``parser``."""
     group = parser.add_argument_group(
         title="KV eviction (vllm_kvevict)",
         description="Keep a part of every prompt's KV cache and give the blocks of the rest back.",
@@ -85,7 +86,8 @@ def _add_group(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _values(args: argparse.Namespace) -> dict[str, Any]:
+def flag_values(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of an EvictionConfig that the flags in ``args`` set."""
     values = dict(getattr(args, "kv_eviction_config", None) or {})
     for field, destination in _DESTINATIONS.items():
         value = getattr(args, destination, None)

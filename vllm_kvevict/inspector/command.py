@@ -1,0 +1,108 @@
+"""The command line of the inspector."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.engine.flags import add_group, flag_values
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``python -m vllm_kvevict``. Exits with status 2 and one sentence on stderr if there is nothing to show."""
+    parser, inspect = _parsers()
+    args, engine_flags = parser.parse_known_args(arguments)
+    try:
+        for path in _inspect(args, engine_flags):
+            sys.stdout.write(f"wrote {path}\n")
+    except (ValueError, OSError) as error:
+        inspect.error(str(error))
+
+
+def _parsers() -> tuple[_Parser, _Parser]:
+    parser = _Parser(prog="python -m vllm_kvevict", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    inspect = commands.add_parser(
+        "inspect",
+        allow_abbrev=False,
+        help="Run one prompt and write a page that shows what its eviction keeps.",
+        description="Run one prompt through the engine in this process and write a page that shows what its eviction "
+        "keeps. Flags that are not listed here, such as --max-model-len, go to vLLM's engine.",
+    )
+    inspect.add_argument("--model", metavar="M", required=True, help="Model name or folder.")
+    prompt = inspect.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt-file", metavar="FILE", type=_text, help="The prompt as UTF-8 text, used as it is.")
+    prompt.add_argument(
+        "--prompt-tokens",
+        metavar="FILE",
+        type=_token_ids,
+        help="The prompt as a JSON list of token ids; the model needs no tokenizer then.",
+    )
+    inspect.add_argument("--max-tokens", metavar="N", type=_positive, default=16, help="Tokens to answer with.")
+    inspect.add_argument("--out", metavar="FILE", type=_file_to_write, required=True, help="The page to write, HTML.")
+    inspect.add_argument("--png", action="store_true", help="Write the charts next to the page, too.")
+    add_group(inspect)
+    return parser, inspect
+
+
+def _inspect(args: argparse.Namespace, engine_flags: list[str]) -> list[Path]:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            "the inspector needs matplotlib, which is not installed; run pip install 'vllm-kvevict[inspect]'"
+        )
+    config = EvictionConfig.parse(flag_values(args))
+    # read by vLLM when it is imported: recording needs the worker in this process
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm_kvevict.engine.recording import inspect_prompt
+    from vllm_kvevict.inspector.page import write_page
+
+    prompt = args.prompt_tokens if args.prompt_file is None else args.prompt_file
+    inspection = inspect_prompt(args.model, prompt, config, args.max_tokens, engine_flags)
+    return write_page(inspection, args.out, args.png)
+
+
+def _text(path: str) -> str:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"expected a UTF-8 text file; {error}") from None
+    if not text:
+        raise argparse.ArgumentTypeError(f"expected a prompt, got the empty file {path!r}")
+    return text
+
+
+def _token_ids(path: str) -> list[int]:
+    try:
+        ids: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON file of token ids; {error}") from None
+    if not isinstance(ids, list) or not ids or not all(type(token) is int and token >= 0 for token in ids):
+        raise argparse.ArgumentTypeError(f"expected a list of token ids, whole numbers of at least 0, in {path!r}")
+    return ids
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _file_to_write(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():  # found out before the engine starts
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
+    return path
