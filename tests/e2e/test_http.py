@@ -57,7 +57,7 @@ def chat(client: OpenAI, text: str, max_tokens: int = 12, **kwargs: Any) -> Any:
 def test_one_line_at_the_start_says_what_is_on(server: Server) -> None:
     lines = [line for line in server.log_path.read_text().splitlines() if "KV eviction is on" in line]
     assert len(lines) == 1
-    assert "SnapKV(window=32, pool='max', pool_kernel=7" in lines[0] and f"budget={BUDGET}" in lines[0]
+    assert "SnapKV(window=32, pool_kernel=7, pool='max'" in lines[0] and f"budget={BUDGET}" in lines[0]
 
 
 def test_usage_falls_once_the_prompt_is_evicted(server: Server, client: OpenAI) -> None:
