@@ -21,6 +21,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_kvevict.cache.page_table import FoldedBatch
 from vllm_kvevict.engine.bridge import EvictionBridge, StepRows
 from vllm_kvevict.engine.spec import EvictionSpec, evictable
 
@@ -172,22 +173,21 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
         if attn_metadata.whole is not None and tokens is None:
             super().forward(layer, query, key, value, kv_cache, attn_metadata.whole, output)
         elif attn_metadata.whole is not None:
-            part = torch.empty_like(output[tokens])
-            output[tokens] = super().forward(layer, query[tokens], key, value, kv_cache, attn_metadata.whole, part)
+            part_query = query[tokens]
+            part = output.new_empty(len(part_query), *output.shape[1:])
+            output[tokens] = super().forward(layer, part_query, key, value, kv_cache, attn_metadata.whole, part)
         index = attn_metadata.bridge.layer_index[layer.layer_name]
         if rows.folded is not None:
-            self._forward_folded(layer, index, query, attn_metadata, output)
+            self._forward_folded(rows.folded, index, query, attn_metadata, output)
         for prefill in rows.prefills:
             prefill.observe(index, query, self.scale)
         return output
 
     def _forward_folded(
-        self, layer: Any, index: int, query: torch.Tensor, metadata: EvictionCPUMetadata, output: torch.Tensor
+        self, folded: FoldedBatch, index: int, query: torch.Tensor, metadata: EvictionCPUMetadata, output: torch.Tensor
     ) -> None:
         """query, output: [num_tokens, num_heads, head_size]; heads of one KV head are neighbours."""
-        folded, tokens = metadata.rows.folded, metadata.rows.evicted_tokens
-        if folded is None:
-            return
+        tokens = metadata.rows.evicted_tokens
         group = self.num_queries_per_kv
         folded_query = query[tokens].reshape(-1, group, self.head_size)  # [num_evicted * num_kv_heads, group, D]
         folded_output = torch.empty_like(folded_query)
@@ -210,7 +210,7 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
             scheduler_metadata=metadata.schedule_of(folded.kv_lens[index]),
             s_aux=None,
         )
-        output[tokens] = folded_output.view(len(tokens), -1, self.head_size).view_as(output[tokens])
+        output[tokens] = folded_output.view(len(tokens), *output.shape[1:])
 
 
 def _whole_rows(common: CommonAttentionMetadata, rows: StepRows) -> CommonAttentionMetadata:
