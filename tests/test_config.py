@@ -306,6 +306,42 @@ def test_budgets_of_requests_must_hold_the_protected_tokens():
     assert "got 16" in message
 
 
+@pytest.mark.parametrize("policy", [None, "snapkv", "lava"])
+@pytest.mark.parametrize("server_allocator", [None, "uniform", "pyramid"])
+def test_a_request_may_take_another_allocator(policy, server_allocator):
+    config = parse(allocator=server_allocator, policy_options={"window": 16})
+    changed = config.for_request({"kv_eviction": policy, "kv_budget_allocator": "adakv"}, 16)
+    assert changed.allocator_name == "adakv"
+    assert changed.allocator_options == {}
+    assert changed.policy == (policy or "snapkv")
+    assert changed.policy_options == ({} if policy == "lava" else {"window": 16})
+
+
+def test_a_request_that_names_the_server_s_allocator_keeps_its_options():
+    config = parse(allocator="adakv", allocator_options={"alpha": 0.5})
+    assert config.for_request({"kv_budget_allocator": "adakv"}, 16) == config
+    assert config.for_request({"kv_budget_allocator": "uniform"}, 16) == parse(allocator="uniform")
+    # with another policy, whose own allocator would be a third one
+    changed = config.for_request({"kv_eviction": "lava", "kv_budget_allocator": "adakv"}, 16)
+    assert changed == parse(policy="lava", allocator="adakv", allocator_options={"alpha": 0.5})
+
+
+def test_a_request_may_take_the_server_s_unnamed_allocator_with_another_policy():
+    changed = parse(allocator_options={}).for_request({"kv_eviction": "lava", "kv_budget_allocator": "uniform"}, 16)
+    assert changed.allocator_name == "uniform"
+
+
+@pytest.mark.parametrize("allocator", [True, 5, ["adakv"]])
+def test_allocators_of_requests_must_be_text(allocator):
+    message = request_refusal(parse(), kv_budget_allocator=allocator)
+    assert message == f"kv_budget_allocator: expected the name of an allocator, got {allocator!r}"
+
+
+def test_unknown_allocators_of_requests_name_the_request_s_field():
+    message = request_refusal(parse(), kv_budget_allocator="adakw")
+    assert message.startswith("kv_budget_allocator: unknown budget allocator 'adakw'. Did you mean 'adakv'?")
+
+
 @pytest.mark.parametrize("policy", [True, False, 5, 0, 0.5, ["snapkv"], {}])
 def test_policies_of_requests_must_be_text(policy):
     message = request_refusal(parse(), kv_eviction=policy)

@@ -17,6 +17,8 @@ from vllm_kvevict.registry import Registry
 
 REQUEST_POLICY = "kv_eviction"
 REQUEST_BUDGET = "kv_budget"
+REQUEST_ALLOCATOR = "kv_budget_allocator"
+REQUEST_OPTIONS = (REQUEST_POLICY, REQUEST_BUDGET, REQUEST_ALLOCATOR)
 NONE = "none"
 
 
@@ -97,19 +99,28 @@ class EvictionConfig(BaseModel):
     def for_request(self, options: Mapping[str, Any] | None, block_size: int) -> EvictionConfig | None:
         """Return the config of one request, None if it asked for no eviction.
 
-        options: the request's ``vllm_xargs``; only ``kv_eviction`` (a policy or "none") and ``kv_budget`` are read
+        options: the request's ``vllm_xargs``, of which ``REQUEST_OPTIONS`` are read: ``kv_eviction`` (a policy or
+                 "none"), ``kv_budget`` and ``kv_budget_allocator``. The server's own options go with its own policy
+                 and allocator; others get their defaults
 
         Raises ValueError that names the field and what is allowed.
         """
-        options = options or {}
-        policy, budget = options.get(REQUEST_POLICY), options.get(REQUEST_BUDGET)
+        policy, budget, allocator = map((options or {}).get, REQUEST_OPTIONS)
         if policy is not None and not isinstance(policy, str):
             raise ValueError(f"{REQUEST_POLICY}: expected 'none' or the name of a policy, got {policy!r}")
+        if allocator is not None and not isinstance(allocator, str):
+            raise ValueError(f"{REQUEST_ALLOCATOR}: expected the name of an allocator, got {allocator!r}")
         changes: dict[str, Any] = {}
         if policy not in (None, NONE, self.policy):
             changes = {"policy": policy, "policy_options": {}}
             if self.allocator is None:  # the other policy's own allocator may not take these
                 changes["allocator_options"] = {}
+        if allocator is not None:
+            changes["allocator"] = allocator
+            if allocator != self.allocator_name:
+                changes["allocator_options"] = {}
+            elif "allocator_options" in changes:  # the server's own allocator, with another policy
+                del changes["allocator_options"]
         if budget is not None:
             changes["budget"] = budget
         config = self if not changes else EvictionConfig.parse({**self.model_dump(), **changes})

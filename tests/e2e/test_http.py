@@ -119,6 +119,7 @@ def test_eviction_can_be_switched_off_or_widened_by_a_request(server: Server, cl
         ({"kv_budget": -5}, "kv_budget: expected a whole number of tokens of at least 1"),
         ({"kv_budget": 1.5}, "or a fraction between 0 and 1, got 1.5"),
         ({"kv_budget": "much"}, "kv_budget: expected a whole number of tokens"),
+        ({"kv_budget_allocator": "adakw"}, "unknown budget allocator 'adakw'. Did you mean 'adakv'?"),
         ({"kv_budget": 8}, "kv_budget: expected at least 33 tokens, since blocks hold 32 and"),
     ],
 )

@@ -18,6 +18,7 @@ BUDGETS: list[dict[str, Any] | None] = [
     {"kv_budget": 200},
     {"kv_budget": 0.3},
     {"kv_eviction": "lava", "kv_budget": 128},
+    {"kv_budget_allocator": "adakv", "kv_budget": 96},
 ]
 
 

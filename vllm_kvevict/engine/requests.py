@@ -1,4 +1,4 @@
-"""Per-request options: ``vllm_xargs={"kv_eviction": ..., "kv_budget": ...}``, wrong ones refused with a 400."""
+"""Per-request options: ``vllm_xargs={"kv_eviction": ..., "kv_budget": ..., ...}``, wrong ones refused with a 400."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from vllm_kvevict.config import REQUEST_BUDGET, REQUEST_POLICY, EvictionConfig
+from vllm_kvevict.config import REQUEST_OPTIONS, REQUEST_POLICY, EvictionConfig
 from vllm_kvevict.engine.flags import FIELD
 
 
@@ -35,7 +35,7 @@ def with_checked_options(validate: Callable[..., Any]) -> Callable[..., Any]:
 
 def _check(vllm_config: VllmConfig, params: Any) -> None:
     options = getattr(params, "extra_args", None) or {}
-    if REQUEST_POLICY not in options and REQUEST_BUDGET not in options:
+    if not any(option in options for option in REQUEST_OPTIONS):
         return
     values = (vllm_config.additional_config or {}).get(FIELD)
     if values is None:
