@@ -28,7 +28,7 @@ class Ragged(BudgetAllocator):
 
     seed: int = 0
 
-    def wish(self, scores: torch.Tensor, num_tokens: float) -> torch.Tensor:
+    def wish(self, scores: torch.Tensor, num_tokens: float, measures: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         wish = torch.rand(scores.shape[:2], generator=generator, dtype=torch.float64) ** 8
         return wish * (torch.rand(scores.shape[:2], generator=generator) < 0.8)
@@ -68,7 +68,7 @@ class Prompt:
 
     def evict(self, method: Method, plan: EvictionPlan) -> Compaction:
         eviction = Eviction(method, plan, self.cache.pool, self.block_ids)
-        window = method.policy.query_window
+        window = method.query_window
         for layer in range(LAYERS):
             eviction.score_layer(layer, self.queries[layer, 64 - window :], SCALE)
         return eviction.finish()

@@ -92,7 +92,7 @@ class EvictionConfig(BaseModel):
             raise ValueError(
                 f"kv_budget: expected at least {smallest} tokens, since blocks hold {block_size} and {self.policy!r} "
                 f"needs {method.min_tokens} tokens in every head ({method.num_protected} protected, "
-                f"{method.policy.query_window} observed); got {self.budget}. Raise the budget, or lower num_sink, "
+                f"{method.query_window} observed); got {self.budget}. Raise the budget, or lower num_sink, "
                 f"num_recent or the policy's window"
             )
 

@@ -8,8 +8,9 @@ request lives there any more.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.selection import protect, select
 from vllm_kvevict.kernels.move_tokens import move_tokens
-from vllm_kvevict.policies import EvictionPolicy, ScoreInputs
+from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, ScoreInputs
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,17 @@ class Method:
         return self.num_sink + self.num_recent
 
     @property
+    def query_window(self) -> int:
+        """Last queries of the prompt that the policy or the allocator looks at."""
+        return max(self.policy.query_window, self.allocator.query_window)
+
+    @property
     def min_tokens(self) -> int:
-        """Tokens that a budget must hold: the protected ones, and those whose queries the policy looks at.
+        """Tokens that a budget must hold: the protected ones, and those whose queries are looked at.
 
         A prefix-cache hit never covers kept blocks, so these queries are always computed and never scored in part.
         """
-        return max(self.num_protected, self.policy.query_window)
+        return max(self.num_protected, self.query_window)
 
 
 @dataclass
@@ -49,7 +55,7 @@ class Eviction:
     """One request's eviction, from its first scored layer to its compacted cache.
 
     block_ids: [num_blocks] int64, the request's block table
-    seconds:   what scoring, allocation, selection and compaction took so far
+    seconds:   what observing, scoring, allocation, selection and compaction took so far
     """
 
     method: Method
@@ -58,14 +64,24 @@ class Eviction:
     block_ids: torch.Tensor
     seconds: float = 0.0
     _scores: list[torch.Tensor | None] = field(init=False)
+    _measures: list[torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self._scores = [None] * self.pool.num_layers
+        self._measures = [torch.empty(0, dtype=torch.float64)] * self.pool.num_layers
 
-    def score_layer(self, layer: int, query: torch.Tensor, scale: float) -> None:
+    def score_layer(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scale: float,
+        output: torch.Tensor | None = None,
+        weights: LayerWeights | None = None,
+        state: Any = None,
+    ) -> None:
         """Score one layer whose keys and values are in the cache.
 
-        query: [window, num_heads, head_size], the last queries of the prompt
+        query, output, weights, state: as in ``ScoreInputs``; the last queries that the policy and the allocator need
         """
         start = perf_counter()
         inputs = ScoreInputs(
@@ -75,8 +91,13 @@ class Eviction:
             self.pool.layer_page_ids(layer, self.block_ids),
             self.plan.num_tokens,
             scale,
+            output,
+            weights or LayerWeights(),
+            state,
         )
-        self._scores[layer] = self.method.policy.score(inputs)
+        policy, allocator = self.method.policy, self.method.allocator
+        self._scores[layer] = policy.score(_last_queries(inputs, policy.query_window))
+        self._measures[layer] = allocator.measure(_last_queries(inputs, allocator.query_window))
         self.seconds += perf_counter() - start
 
     def finish(self) -> Compaction:
@@ -103,7 +124,8 @@ class Eviction:
     def _allocate(self, scores: torch.Tensor) -> torch.Tensor:
         plan = self.plan
         num_heads = scores.shape[0] * scores.shape[1]
-        wish = self.method.allocator.wish(scores, plan.num_kept_tokens).to("cpu", torch.float64)
+        wish = self.method.allocator.wish(scores, plan.num_kept_tokens, torch.stack(self._measures))
+        wish = wish.to("cpu", torch.float64)
         tokens = wish * (plan.num_kept_tokens * num_heads / wish.sum())
         minimum = cdiv(max(self.method.num_protected - plan.num_tail_tokens, 0), plan.block_size)
         return round_to_pages(
@@ -112,3 +134,10 @@ class Eviction:
             min(minimum, plan.num_full_blocks),
             plan.num_tokens // plan.block_size,
         )
+
+
+def _last_queries(inputs: ScoreInputs, window: int) -> ScoreInputs:
+    """Return ``inputs`` with as many of its queries as one of its readers asked for."""
+    first = max(len(inputs.query) - window, 0)
+    output = None if inputs.output is None else inputs.output[first:]
+    return replace(inputs, query=inputs.query[first:], output=output)

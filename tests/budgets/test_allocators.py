@@ -9,13 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.paged import make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.budgets import ALLOCATORS, round_to_pages
 from vllm_kvevict.budgets.adakv import AdaKV
+from vllm_kvevict.budgets.cake import Cake
 from vllm_kvevict.budgets.fixed import Fixed
 from vllm_kvevict.budgets.global_ import Global
 from vllm_kvevict.budgets.lava import Lava, layer_entropies
 from vllm_kvevict.budgets.pyramid import Pyramid
 from vllm_kvevict.budgets.uniform import Uniform
+from vllm_kvevict.policies import ScoreInputs
 
 LAYERS, HEADS, TOKENS = 3, 4, 400
 SINK, RECENT = 2, 8
@@ -47,11 +50,21 @@ def random_scores(seed, protected=True, layers=LAYERS):
     return scores
 
 
+def wished(allocator, scores, num_tokens):
+    return allocator.wish(scores, num_tokens, layer_measures(scores))
+
+
+def layer_measures(scores):
+    """[layers, 2], two numbers that depend on the scores of a layer and on nothing else."""
+    free = scores.masked_fill(scores.isinf(), 0).double().flatten(1)
+    return torch.stack([torch.special.entr(free).sum(1), free.square().sum(1)], dim=1)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_wishes_are_amounts_for_every_layer_and_head(allocator, seed):
     scores = random_scores(seed)
     before = scores.clone()
-    wish = allocator.wish(scores, 100)
+    wish = wished(allocator, scores, 100)
     assert wish.shape == (LAYERS, HEADS)
     assert wish.dtype == torch.float64
     assert torch.isfinite(wish).all() and (wish >= 0).all()
@@ -60,7 +73,7 @@ def test_wishes_are_amounts_for_every_layer_and_head(allocator, seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_wishes_round_to_pages_that_sum_and_keep_the_minimum(allocator, seed):
-    pages = round_to_pages(allocator.wish(random_scores(seed), 100), 6 * LAYERS * HEADS, 1, TOKENS // 16)
+    pages = round_to_pages(wished(allocator, random_scores(seed), 100), 6 * LAYERS * HEADS, 1, TOKENS // 16)
     assert int(pages.sum()) == 6 * LAYERS * HEADS
     assert int(pages.min()) >= 1 and int(pages.max()) <= TOKENS // 16
 
@@ -70,10 +83,10 @@ def test_permuting_heads_and_layers_permutes_the_wish(allocator, seed):
     scores = random_scores(seed)
     generator = torch.Generator().manual_seed(seed)
     heads, layers = torch.randperm(HEADS, generator=generator), torch.randperm(LAYERS, generator=generator)
-    wish = allocator.wish(scores, 100)
-    torch.testing.assert_close(allocator.wish(scores[:, heads], 100), wish[:, heads], rtol=1e-12, atol=1e-9)
+    wish = wished(allocator, scores, 100)
+    torch.testing.assert_close(wished(allocator, scores[:, heads], 100), wish[:, heads], rtol=1e-12, atol=1e-9)
     if not isinstance(allocator, Pyramid | Fixed):
-        torch.testing.assert_close(allocator.wish(scores[layers], 100), wish[layers], rtol=1e-12, atol=1e-9)
+        torch.testing.assert_close(wished(allocator, scores[layers], 100), wish[layers], rtol=1e-12, atol=1e-9)
 
 
 def test_equal_scores_share_equally(allocator):
@@ -81,14 +94,14 @@ def test_equal_scores_share_equally(allocator):
         pytest.skip("ignores scores by definition")
     scores = torch.full((LAYERS, HEADS, TOKENS), 0.25)
     scores[..., -RECENT:] = INF
-    wish = allocator.wish(scores, 100)
+    wish = wished(allocator, scores, 100)
     torch.testing.assert_close(wish, torch.full_like(wish, 100), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", [name for name in ALLOCATORS.names() if name not in STATIC])
 def test_the_budget_is_spent_and_no_head_exceeds_the_prompt(name, seed):
-    wish = ALLOCATORS.get(name)().wish(random_scores(seed), 100)
+    wish = wished(ALLOCATORS.get(name)(), random_scores(seed), 100)
     # lava rounds each layer's budget to whole tokens
     assert float(wish.sum()) == pytest.approx(100 * LAYERS * HEADS, abs=LAYERS)
     assert float(wish.max()) <= TOKENS and float(wish.min()) >= SINK + RECENT - 1e-9
@@ -96,15 +109,15 @@ def test_the_budget_is_spent_and_no_head_exceeds_the_prompt(name, seed):
 
 
 def test_uniform():
-    assert (Uniform().wish(random_scores(0), 36) == 36).all()
+    assert (wished(Uniform(), random_scores(0), 36) == 36).all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_adakv_keeps_layers_equal_and_alpha_one_is_uniform(seed):
     scores = random_scores(seed)
-    assert AdaKV().wish(scores, 100).sum(1).tolist() == [400.0] * LAYERS
-    assert (AdaKV(alpha=1).wish(scores, 100) == 100).all()
-    assert float(AdaKV(alpha=0.5).wish(scores, 100).min()) >= 50
+    assert wished(AdaKV(), scores, 100).sum(1).tolist() == [400.0] * LAYERS
+    assert (wished(AdaKV(alpha=1), scores, 100) == 100).all()
+    assert float(wished(AdaKV(alpha=0.5), scores, 100).min()) >= 50
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -124,7 +137,7 @@ def test_adakv_equals_kvpress(seed, alpha, compression_ratio):
     _, masked_heads, _ = module.masked_key_indices
     theirs = TOKENS - torch.bincount(masked_heads, minlength=HEADS)
     num_kept = int(theirs.sum()) // HEADS
-    assert AdaKV(alpha).wish(scores, num_kept)[0].tolist() == theirs.tolist()
+    assert wished(AdaKV(alpha), scores, num_kept)[0].tolist() == theirs.tolist()
 
 
 @pytest.mark.parametrize("beta", [1, 5, 20])
@@ -140,7 +153,7 @@ def test_pyramid_equals_kvpress(beta, num_layers, kv_len, num_tokens):
     ]
     scores = torch.rand(num_layers, 2, kv_len)
     scores[..., -window:] = INF
-    wish = Pyramid(beta=beta).wish(scores, num_tokens)
+    wish = wished(Pyramid(beta=beta), scores, num_tokens)
     # kvpress rounds to whole tokens
     assert (wish - torch.tensor(theirs, dtype=torch.float64)[:, None]).abs().max() <= 0.5 + 1e-6
 
@@ -157,15 +170,15 @@ def test_global_equals_a_sort(seed):
     expected = torch.zeros(LAYERS, HEADS, dtype=torch.float64)
     for _, layer, head in ranked[: 100 * LAYERS * HEADS]:
         expected[layer, head] += 1
-    assert Global().wish(scores, 100).equal(expected)
+    assert wished(Global(), scores, 100).equal(expected)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_global_floors(seed):
     scores = random_scores(seed)
-    assert float(Global(head_floor=0.5).wish(scores, 100).min()) >= 50
-    assert float(Global(layer_floor=0.5).wish(scores, 100).sum(1).min()) >= 50 * HEADS
-    assert (Global(head_floor=1).wish(scores, 100) == 100).all()
+    assert float(wished(Global(head_floor=0.5), scores, 100).min()) >= 50
+    assert float(wished(Global(layer_floor=0.5), scores, 100).sum(1).min()) >= 50 * HEADS
+    assert (wished(Global(head_floor=1), scores, 100) == 100).all()
 
 
 def lava_formula(scores, num_tokens):
@@ -188,16 +201,64 @@ def lava_formula(scores, num_tokens):
 @pytest.mark.parametrize("num_tokens", [20, 100, 250])
 def test_lava_equals_the_formula(seed, num_tokens):
     scores = random_scores(seed)
-    torch.testing.assert_close(Lava().wish(scores, num_tokens), lava_formula(scores, num_tokens), rtol=0, atol=1e-6)
+    torch.testing.assert_close(wished(Lava(), scores, num_tokens), lava_formula(scores, num_tokens), rtol=0, atol=1e-6)
 
 
 def test_lava_with_equal_entropies_has_equal_layers_and_alpha_one_equal_heads():
     one = random_scores(0, layers=1)
     layers = one[:, torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [1, 0, 3, 2]])][0]
-    wish = Lava().wish(layers, 100)
+    wish = wished(Lava(), layers, 100)
     torch.testing.assert_close(wish.sum(1), torch.full((3,), 400.0, dtype=torch.float64), rtol=0, atol=1e-6)
-    floored = Lava(floor_alpha=1).wish(random_scores(1), 100)
+    floored = wished(Lava(floor_alpha=1), random_scores(1), 100)
     torch.testing.assert_close(floored, floored[:, :1].expand_as(floored), rtol=1e-12, atol=0)
+
+
+def dense_attention(query, keys, scale):
+    """[num_heads, window, kv_len] float64 softmax attention of the last queries, causal."""
+    window, kv_len = len(query), keys.shape[1]
+    repeated = keys.double().repeat_interleave(query.shape[1] // len(keys), 0)
+    logits = torch.einsum("qhd,hkd->hqk", query.double(), repeated) * scale
+    logits.masked_fill_(torch.ones(window, kv_len).triu(kv_len - window + 1).bool(), -INF)
+    return logits.softmax(-1)
+
+
+@pytest.mark.parametrize(("kv_len", "window"), [(70, 8), (1024, 32), (1500, 16), (2080, 32)])
+def test_cake_measures_the_paper_s_entropy_and_variance(kv_len, window):
+    generator = torch.Generator().manual_seed(kv_len)
+    cache = make_pool(1, 2, -(-kv_len // 32) + 3, 32, 16, "transposed", "LBHNC")
+    blocks = scrambled_blocks(cache, -(-kv_len // 32), generator)
+    keys, values = random_kv(1, 2, kv_len, 16, generator)
+    cache.write(keys, values, blocks)
+    query = 3 * torch.randn(window, 6, 16, generator=generator)
+    pages = cache.pool.layer_page_ids(0, blocks)
+    inputs = ScoreInputs(query, cache.pool.keys, cache.pool.values, pages, kv_len, 0.25)
+    attention = dense_attention(query, keys[0], 0.25)[..., : kv_len - window]
+    entropy = -(attention * attention.log()).sum()
+    # the public code's torch.var divides by window - 1
+    variance = attention.var(dim=1).sum() * (window - 1) / window
+    measured = Cake(window=window).measure(inputs)
+    torch.testing.assert_close(measured, torch.stack([entropy, variance]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("tau1", "tau2"), [(1, 1), (1.6, 0.4), (1.6, 0.6)])
+def test_cake_shares_by_preference(tau1, tau2):
+    entropy, variance = [200.0, 500.0, 400.0], [3.0, 1.0, 2.0]
+    measures = torch.tensor([entropy, variance], dtype=torch.float64).t()
+    preference = [h ** (1 / tau1) * v ** (1 / tau2) for h, v in zip(entropy, variance, strict=True)]
+    expected = [p / sum(preference) * (100 - SINK - RECENT) * LAYERS + SINK + RECENT for p in preference]
+    wish = Cake(tau1=tau1, tau2=tau2).wish(random_scores(0), 100, measures)
+    torch.testing.assert_close(wish, torch.tensor(expected).double()[:, None].expand(LAYERS, HEADS), rtol=1e-6, atol=0)
+
+
+def test_cake_shares_what_a_layer_cannot_hold_equally():
+    measures = torch.tensor([[1, 1], [9, 1], [2, 1], [0, 1]], dtype=torch.float64)
+    wish = Cake().wish(random_scores(0, layers=4), 250, measures)[:, 0] - SINK - RECENT
+    # 960 tokens to share, 390 at most: 80, 720, 160, 0; then 330 of the second go to the three others
+    assert wish.tolist() == pytest.approx([190, 390, 270, 110])
+    wish = Cake().wish(random_scores(0, layers=4), 350, measures)[:, 0] - SINK - RECENT
+    # 1,360: 113.3, 1020, 226.7, 0, and 210 each; the third then is 46.7 too full, for the two that are left
+    assert wish.tolist() == pytest.approx([1360 / 12 + 210 + 140 / 6, 390, 390, 210 + 140 / 6])
+    assert Cake().wish(random_scores(0), TOKENS, measures[:3])[:, 0].tolist() == pytest.approx([TOKENS] * 3)
 
 
 def test_entropy_of_flat_and_of_single_scores():
@@ -211,10 +272,10 @@ def test_fixed_takes_layers_or_heads(tmp_path):
     file = tmp_path / "weights.json"
     scores = random_scores(0)
     file.write_text(json.dumps([3, 2, 1]))
-    assert Fixed(str(file)).wish(scores, 100).tolist() == [[3.0] * HEADS, [2.0] * HEADS, [1.0] * HEADS]
+    assert wished(Fixed(str(file)), scores, 100).tolist() == [[3.0] * HEADS, [2.0] * HEADS, [1.0] * HEADS]
     rows = [[1, 2, 3, 4], [0, 0, 1, 0], [5, 5, 5, 5]]
     file.write_text(json.dumps(rows))
-    assert Fixed(str(file)).wish(scores, 100).tolist() == rows
+    assert wished(Fixed(str(file)), scores, 100).tolist() == rows
 
 
 @pytest.mark.parametrize(
@@ -237,7 +298,7 @@ def test_fixed_refuses(tmp_path, text, message):
 
 def test_fixed_refuses_another_model_s_weights(weights):
     with pytest.raises(ValueError, match=r"fixed\.file: expected 2 layers of 1 or 4 heads, got \(3, 1\)"):
-        Fixed(weights).wish(random_scores(0, layers=2), 100)
+        wished(Fixed(weights), random_scores(0, layers=2), 100)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +309,9 @@ def test_fixed_refuses_another_model_s_weights(weights):
         (lambda: Lava(floor_alpha=-1), "lava.floor_alpha: expected a number from 0 to 1, got -1"),
         (lambda: Global(head_floor=2), "global.head_floor"),
         (lambda: Global(layer_floor=True), "global.layer_floor"),
+        (lambda: Cake(tau1=0), "cake.tau1: expected a number above 0, got 0"),
+        (lambda: Cake(tau2=True), "cake.tau2: expected a number above 0, got True"),
+        (lambda: Cake(window=1), "cake.window: expected at least 2 tokens, got 1"),
         (lambda: Pyramid(beta=0.5), "pyramid.beta: expected a number of at least 1, got 0.5"),
     ],
 )

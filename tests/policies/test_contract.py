@@ -1,10 +1,14 @@
 """What every registered policy must do, whatever it computes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.paged import LAYOUTS, PACKINGS, make_pool, random_kv, scrambled_blocks
-from vllm_kvevict.policies import POLICIES, ScoreInputs
+from vllm_kvevict.policies import POLICIES, Need, ScoreInputs
+from vllm_kvevict.policies.base import LayerWeights
+from vllm_kvevict.policies.rotary import Rotary
 
 KV_HEADS, GROUP, HEAD_SIZE, LAYER = 2, 3, 16, 1
 LENGTHS = [100, 160, 257]
@@ -26,7 +30,30 @@ def make_inputs(policy, kv_len, block_size=32, packing="transposed", layout="LBH
     cache.write(keys, values, block_ids)
     pool = cache.pool
     page_table = pool.layer_page_ids(LAYER, block_ids)
-    return ScoreInputs(query, pool.keys, pool.values, page_table, kv_len, HEAD_SIZE**-0.5), cache
+    inputs = ScoreInputs(query, pool.keys, pool.values, page_table, kv_len, HEAD_SIZE**-0.5)
+    return with_needs(policy, inputs, content), cache
+
+
+def with_needs(policy, inputs, generator):
+    """Add what else the policy asks for, and nothing that it does not."""
+    heads = KV_HEADS * GROUP
+    angles = torch.arange(inputs.kv_len)[:, None] * torch.tensor([1.0, 0.1, 0.01])
+    rotary = Rotary(torch.cat([angles.cos(), angles.sin()], dim=1), is_neox_style=True)  # of 6 dimensions out of 16
+    projection = torch.randn(24, heads * HEAD_SIZE, generator=generator)
+    output = torch.randn(inputs.query.shape, generator=generator)
+    needs = policy.needs
+    weights = LayerWeights(
+        rotary if Need.ROTARY in needs else None, projection if Need.OUTPUT_PROJECTION in needs else None
+    )
+    inputs = replace(inputs, output=output if Need.OUTPUTS in needs else None, weights=weights)
+    if Need.ALL_QUERIES not in needs:
+        return inputs
+    state = None
+    for start in range(0, inputs.kv_len, 100):
+        end = min(start + 100, inputs.kv_len)
+        query = torch.randn(end - start, heads, HEAD_SIZE, generator=generator)
+        state = policy.observe(state, replace(inputs, query=query, kv_len=end, output=None))
+    return replace(inputs, state=state)
 
 
 @pytest.mark.parametrize("kv_len", LENGTHS)
@@ -68,8 +95,7 @@ def test_memory_of_others_does_not_matter(policy):
 def test_entries_past_the_prompt_do_not_matter(policy):
     inputs, cache = make_inputs(policy, 257)
     wide = torch.nn.functional.pad(inputs.page_table, (0, 3), value=cache.pool.pages.shape[0] - 1)
-    widened = ScoreInputs(inputs.query, inputs.keys, inputs.values, wide, inputs.kv_len, inputs.scale)
-    assert policy.score(widened).equal(policy.score(inputs))
+    assert policy.score(replace(inputs, page_table=wide)).equal(policy.score(inputs))
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -91,9 +117,8 @@ def test_what_a_policy_asks_for_is_a_number_of_tokens(policy):
 def test_prompts_shorter_than_the_window(policy, kv_len):
     """Possible where num_recent is set below the window; the engine then holds fewer queries than it was asked for."""
     inputs, _ = make_inputs(policy, kv_len, block_size=16)
-    short = ScoreInputs(
-        inputs.query[:kv_len], inputs.keys, inputs.values, inputs.page_table, inputs.kv_len, inputs.scale
-    )
+    output = None if inputs.output is None else inputs.output[:kv_len]
+    short = replace(inputs, query=inputs.query[:kv_len], output=output)
     scores = policy.score(short)
     assert scores.shape == (KV_HEADS, kv_len)
     assert torch.isfinite(scores).all()

@@ -1,12 +1,12 @@
 """SnapKV against the paper's formula, dense and in float64, and against kvpress's own implementation."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.paged import LAYOUTS, PACKINGS, PagedCache, make_pool, random_kv, scrambled_blocks
-from tests.tiny_llama import tiny_llama_config
+from tests.llama_layer import make_llama_layer
+from tests.paged import LAYOUTS, PACKINGS, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.budgets.uniform import Uniform
 from vllm_kvevict.cache.plan import plan_eviction
 from vllm_kvevict.evictor import Eviction, Method
@@ -136,50 +136,6 @@ def test_what_it_asks_the_engine_for():
     assert SnapKV().num_sink == 0
 
 
-@dataclass
-class LlamaLayer:
-    """A real attention module of transformers and what it computes from random hidden states.
-
-    query:  [num_tokens, num_heads, head_size], RoPE applied
-    keys:   [num_kv_heads, num_tokens, head_size], RoPE applied
-    values: [num_kv_heads, num_tokens, head_size], every element the index of its token
-    """
-
-    module: torch.nn.Module
-    hidden_states: torch.Tensor
-    position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    query: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-
-
-@torch.no_grad()
-def make_llama_layer(num_tokens: int, seed: int) -> LlamaLayer:
-    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding, apply_rotary_pos_emb
-
-    torch.manual_seed(seed)
-    config = tiny_llama_config()
-    module = LlamaAttention(config, layer_idx=0).float().eval()
-    for projection in (module.q_proj, module.k_proj):
-        projection.weight.mul_(6.0)  # as in a trained model, attention is sharp enough for scores to differ
-    hidden_states = torch.randn(1, num_tokens, config.hidden_size)
-    cos, sin = LlamaRotaryEmbedding(config)(hidden_states, torch.arange(num_tokens)[None])
-    query = module.q_proj(hidden_states).unflatten(2, (-1, module.head_dim)).transpose(1, 2)
-    keys = module.k_proj(hidden_states).unflatten(2, (-1, module.head_dim)).transpose(1, 2)
-    query, keys = apply_rotary_pos_emb(query, keys, cos, sin)
-    values = torch.arange(num_tokens, dtype=torch.float32)[:, None].expand_as(keys[0])
-    return LlamaLayer(module, hidden_states, (cos, sin), query[0].transpose(0, 1), keys[0], values)
-
-
-def our_cache(layer: LlamaLayer) -> tuple[PagedCache, torch.Tensor]:
-    num_kv_heads, num_tokens, head_size = layer.keys.shape
-    num_blocks = -(-num_tokens // BLOCK_SIZE)
-    cache = make_pool(1, num_kv_heads, num_blocks + 3, BLOCK_SIZE, head_size)
-    block_ids = scrambled_blocks(cache, num_blocks, torch.Generator().manual_seed(0))
-    cache.write(layer.keys[None], layer.values[None], block_ids)
-    return cache, block_ids
-
-
 @pytest.fixture(scope="module")
 def kvpress():
     """Imported by the tests that need it only: it takes seconds."""
@@ -194,17 +150,8 @@ class TestAgainstKvpress:
     @torch.no_grad()
     def test_scores(self, kvpress, num_tokens, seed):
         layer = make_llama_layer(num_tokens, seed)
-        theirs = self.press(kvpress).score(*self.arguments(layer))[0, :, :-64]
-        cache, block_ids = our_cache(layer)
-        pool = cache.pool
-        inputs = ScoreInputs(
-            layer.query[-64:].contiguous(),
-            pool.keys,
-            pool.values,
-            pool.layer_page_ids(0, block_ids),
-            num_tokens,
-            layer.module.scaling,
-        )
+        theirs = self.press(kvpress).score(*layer.press_arguments())[0, :, :-64]
+        inputs = layer.inputs(self.policy)
         # the same float32 operations in another order, on logits of a few tens
         torch.testing.assert_close(self.policy.score(inputs)[:, :-64], theirs, rtol=1e-4, atol=1e-7)
 
@@ -215,13 +162,15 @@ class TestAgainstKvpress:
         plan = plan_eviction(num_tokens, budget, BLOCK_SIZE, 64)
         assert plan is not None
         layer = make_llama_layer(num_tokens, seed)
+        # values that say which token they belong to
+        layer = replace(layer, values=torch.arange(num_tokens).float()[:, None].expand_as(layer.values))
         press = self.press(kvpress, 1 - (plan.num_kept_tokens + 0.5) / num_tokens)
-        scores = press.score(*self.arguments(layer))[0].sort(descending=True).values
+        scores = press.score(*layer.press_arguments())[0].sort(descending=True).values
         at_cut = scores[:, plan.num_kept_tokens - 1] - scores[:, plan.num_kept_tokens]
         assert (at_cut > 1e-6 * scores[:, plan.num_kept_tokens]).all(), "a tie at the cut: either choice would be right"
-        theirs = press.compress(*self.arguments(layer))[1][0, :, :, 0].sort().values
+        theirs = press.compress(*layer.press_arguments())[1][0, :, :, 0].sort().values
 
-        cache, block_ids = our_cache(layer)
+        cache, block_ids = layer.cache()
         eviction = Eviction(Method(self.policy, Uniform(), 0, 64), plan, cache.pool, block_ids)
         eviction.score_layer(0, layer.query[-64:].contiguous(), layer.module.scaling)
         compaction = eviction.finish()
@@ -232,8 +181,3 @@ class TestAgainstKvpress:
 
     def press(self, kvpress, compression_ratio=0.5):
         return kvpress.SnapKVPress(compression_ratio, window_size=64, kernel_size=5)
-
-    def arguments(self, layer):
-        """Those of ``ScorerPress.score`` and ``compress``."""
-        kwargs = {"position_embeddings": layer.position_embeddings}
-        return layer.module, layer.hidden_states, layer.keys[None], layer.values[None], None, kwargs

@@ -27,7 +27,7 @@ class AdaKV(BudgetAllocator):
     def __post_init__(self) -> None:
         check_fraction("adakv.alpha", self.alpha)
 
-    def wish(self, scores: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
         sure = int(num_tokens * self.alpha)
         guarded = scores.scatter(-1, scores.topk(sure, dim=-1).indices, float("inf"))
         return torch.stack([joint_counts(layer, num_tokens * len(layer)) for layer in guarded])

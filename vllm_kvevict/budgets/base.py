@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from vllm_kvevict.policies.base import ScoreInputs
 from vllm_kvevict.registry import Registry
 
 
@@ -15,12 +16,22 @@ class BudgetAllocator(ABC):
     Subclasses are frozen dataclasses: their fields are the options that a user may set.
     """
 
+    @property
+    def query_window(self) -> int:
+        """Last queries of the prompt that the engine must hold for ``measure``."""
+        return 0
+
+    def measure(self, inputs: ScoreInputs) -> torch.Tensor:
+        """Return [num_measures] float64, what ``wish`` must know of one layer beside the policy's scores."""
+        return torch.empty(0, dtype=torch.float64)
+
     @abstractmethod
-    def wish(self, scores: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
         """Return [num_layers, num_kv_heads] float64, the tokens each head should keep; any scale, all >= 0.
 
         scores:     [num_layers, num_kv_heads, kv_len] float32, protected tokens at +inf
         num_tokens: tokens per (layer, head) that the request keeps on average
+        measures:   [num_layers, num_measures] float64, what ``measure`` returned
         """
 
 

@@ -26,7 +26,7 @@ class Fixed(BudgetAllocator):
     def __post_init__(self) -> None:
         self._weights()
 
-    def wish(self, scores: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
         weights = self._weights()
         weights = weights[:, None] if weights.ndim == 1 else weights
         layers, heads = scores.shape[:2]

@@ -30,7 +30,7 @@ class Global(BudgetAllocator):
         check_fraction("global.head_floor", self.head_floor)
         check_fraction("global.layer_floor", self.layer_floor)
 
-    def wish(self, scores: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
         num_heads = scores.shape[1]
         sure = scores.topk(int(num_tokens * self.head_floor), dim=-1).indices
         guarded = scores.scatter(-1, sure, float("inf")).flatten(1)  # [num_layers, num_kv_heads * kv_len]

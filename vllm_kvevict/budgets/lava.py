@@ -29,7 +29,7 @@ class Lava(BudgetAllocator):
     def __post_init__(self) -> None:
         check_fraction("lava.floor_alpha", self.floor_alpha)
 
-    def wish(self, scores: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
         protected = num_protected(scores)
         free = scores.masked_fill(torch.isposinf(scores), 0.0).to(torch.float64)
         shares = layer_entropies(free)

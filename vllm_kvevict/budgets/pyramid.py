@@ -29,7 +29,7 @@ class Pyramid(BudgetAllocator):
         if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or self.beta < 1:
             raise ValueError(f"pyramid.beta: expected a number of at least 1, got {self.beta!r}")
 
-    def wish(self, scores: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
         num_layers, num_heads, kv_len = scores.shape
         protected = num_protected(scores)
         lowest = num_tokens / self.beta

@@ -14,5 +14,5 @@ from vllm_kvevict.budgets.base import ALLOCATORS, BudgetAllocator
 class Uniform(BudgetAllocator):
     """Share the pages equally, as SnapKV and most prefill-time methods publish it."""
 
-    def wish(self, scores: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
         return torch.full(scores.shape[:2], num_tokens, dtype=torch.float64)

@@ -11,8 +11,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvevict.cache.page_table import FoldedBatch, PageTable
 from vllm_kvevict.cache.pages import PagePool
-from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.engine.prefill import PrefillRow, QueryWindow
+from vllm_kvevict.cache.plan import cdiv
+from vllm_kvevict.engine.model import ModelWeights
+from vllm_kvevict.engine.prefill import Prefill, PrefillRow
 from vllm_kvevict.engine.step import STEP, EvictionReport, StepEvictions
 from vllm_kvevict.evictor import Eviction
 
@@ -46,10 +47,11 @@ class EvictionBridge:
 
     def __init__(self, runner: Any, pool: PagePool, layer_names: list[str], max_num_reqs: int) -> None:
         self._runner = runner
+        self._weights = ModelWeights(runner.get_model(), layer_names)
         self.pool = pool
         self.layer_index = {name: index for index, name in enumerate(layer_names)}
         self.page_table = PageTable(pool, max_num_reqs)
-        self._queries: dict[str, QueryWindow] = {}
+        self._prefills: dict[str, Prefill] = {}
         self._step: StepEvictions | None = None
         self._evictions: dict[str, Eviction] = {}
         self._row_slots: tuple[list[str], int, torch.Tensor] = ([], -1, torch.empty(0, dtype=torch.int64))
@@ -58,7 +60,7 @@ class EvictionBridge:
         """Forget the requests that ended, and take over the scheduler's decisions for this step."""
         for req_id in output.finished_req_ids | (output.preempted_req_ids or set()):
             self.page_table.remove(req_id)
-            self._queries.pop(req_id, None)
+            self._prefills.pop(req_id, None)
         self._step = getattr(output, STEP)
         self._evictions = {}
 
@@ -67,7 +69,8 @@ class EvictionBridge:
         reports = {}
         for req_id, eviction in self._evictions.items():
             self.page_table.add(req_id, eviction.finish(), eviction.plan)
-            reports[req_id] = EvictionReport(eviction.plan, eviction.seconds)
+            seconds = eviction.seconds + self._prefills.pop(req_id).seconds
+            reports[req_id] = EvictionReport(eviction.plan, seconds)
         self._step, self._evictions = None, {}
         return reports
 
@@ -113,27 +116,30 @@ class EvictionBridge:
         rows = []
         for row, req_id in enumerate(req_ids):
             if req_id in step.prefilling:
-                queries = self._query_window(req_id, step.prefilling[req_id])
-                rows.append(PrefillRow(bounds[row], bounds[row + 1], queries, None))
+                config, plan = step.prefilling[req_id], None
             elif req_id in step.ending:
                 config, plan = step.ending[req_id]
-                if int(common.seq_lens[row]) != plan.num_tokens:
+            else:
+                continue
+            kv_len = int(common.seq_lens[row])
+            block_ids = common.block_table_tensor[row, : cdiv(kv_len, self.pool.block_size)].to(torch.int64)
+            if req_id not in self._prefills:
+                self._prefills[req_id] = Prefill(config.method(), self.pool.num_layers)
+            prefill = self._prefills[req_id]
+            eviction = None
+            if plan is not None:
+                if kv_len != plan.num_tokens:
                     raise RuntimeError(
                         f"request {req_id}: the scheduler ends its prefill at {plan.num_tokens} tokens, "
-                        f"the worker holds {int(common.seq_lens[row])}"
+                        f"the worker holds {kv_len}"
                     )
-                block_ids = common.block_table_tensor[row, : plan.num_blocks].to(torch.int64)
-                eviction = Eviction(config.method(), plan, self.pool, block_ids)
-                self._evictions[req_id] = eviction
-                queries = self._query_window(req_id, config)
-                self._queries.pop(req_id)
-                rows.append(PrefillRow(bounds[row], bounds[row + 1], queries, eviction))
+                eviction = self._evictions[req_id] = Eviction(prefill.method, plan, self.pool, block_ids)
+            rows.append(PrefillRow(prefill, bounds[row], bounds[row + 1], block_ids, kv_len, eviction))
         return rows
 
-    def _query_window(self, req_id: str, config: EvictionConfig) -> QueryWindow:
-        if req_id not in self._queries:
-            self._queries[req_id] = QueryWindow(self.pool.num_layers, config.method().policy.query_window)
-        return self._queries[req_id]
+    def observe(self, row: PrefillRow, layer: int, query: torch.Tensor, output: torch.Tensor, scale: float) -> None:
+        """Show a layer's queries and outputs [num_tokens, num_heads, head_size] to one row of the batch."""
+        row.observe(self.pool, layer, query, output, scale, self._weights.of(layer, row.prefill.needs))
 
 
 def _split(slots: torch.Tensor, common: CommonAttentionMetadata) -> RowSplit:

@@ -180,7 +180,7 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
         if rows.folded is not None:
             self._forward_folded(rows.folded, index, query, attn_metadata, output)
         for prefill in rows.prefills:
-            prefill.observe(index, query, self.scale)
+            attn_metadata.bridge.observe(prefill, index, query, output, self.scale)
         return output
 
     def _forward_folded(

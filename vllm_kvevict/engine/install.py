@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.flags import FIELD, with_config, with_flags
 from vllm_kvevict.engine.metrics import process_metrics, with_eviction_metrics
+from vllm_kvevict.engine.model import check_needs
 from vllm_kvevict.engine.patches import Patch, apply_patches
 from vllm_kvevict.engine.requests import with_checked_options
 from vllm_kvevict.engine.versions import check_version
@@ -56,12 +57,13 @@ def with_eviction(create_engine_config: Callable[..., Any]) -> Callable[..., Any
 def _switch_on(config: EvictionConfig, vllm_config: VllmConfig) -> None:
     refuse_unsupported(vllm_config)
     config.check_block_size(vllm_config.cache_config.block_size)
+    method = config.method()
+    check_needs(config.policy, method.policy, vllm_config.model_config)
     suffix = "AsyncEvictionScheduler" if vllm_config.scheduler_config.async_scheduling else "EvictionScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"vllm_kvevict.engine.scheduler.{suffix}"
     vllm_config.parallel_config.worker_cls = _WORKERS[vllm_config.parallel_config.worker_cls]
     apply_patches(_REQUEST_PATCHES)
     process_metrics().announce(config.policy, config.allocator_name)
-    method = config.method()
     logger.info(
         "KV eviction is on: policy=%s, budget=%s, allocator=%s, num_sink=%d, num_recent=%d, block_size=%d",
         method.policy,

@@ -1,28 +1,47 @@
-"""What a worker gathers while the chunks of a prompt pass: the last queries, and the scores once the prompt ends."""
+"""What a worker gathers while the chunks of a prompt pass: the last queries, what policies observe, and the scores."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
 
 import torch
 
-from vllm_kvevict.evictor import Eviction
+from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.evictor import Eviction, Method
+from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
 
 
-class QueryWindow:
-    """The last queries of one request in every layer, gathered over chunks of any size."""
+class LastRows:
+    """The last rows of one request in every layer, gathered over chunks of any size."""
 
     def __init__(self, num_layers: int, window: int) -> None:
         self._window = window
-        self._queries: list[torch.Tensor | None] = [None] * num_layers
+        self._rows: list[torch.Tensor | None] = [None] * num_layers
 
-    def extend(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        """Append a chunk [num_tokens, num_heads, head_size]; return the last ``window`` queries so far."""
-        earlier = self._queries[layer]
-        last = query if earlier is None else torch.cat([earlier, query[max(len(query) - self._window, 0) :]])
-        # a copy: the engine reuses its query buffer in the next step
-        last = self._queries[layer] = last[max(len(last) - self._window, 0) :].clone()
+    def extend(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """Append a chunk [num_tokens, num_heads, head_size]; return the last ``window`` rows so far."""
+        earlier = self._rows[layer]
+        last = rows if earlier is None else torch.cat([earlier, rows[max(len(rows) - self._window, 0) :]])
+        # a copy: the engine reuses its buffers in the next step
+        last = self._rows[layer] = last[max(len(last) - self._window, 0) :].clone()
         return last
+
+
+class Prefill:
+    """One request from its first chunk to its last.
+
+    seconds: what observing took so far
+    """
+
+    def __init__(self, method: Method, num_layers: int) -> None:
+        self.method = method
+        self.needs = method.policy.needs
+        self.queries = LastRows(num_layers, method.query_window)
+        self.outputs = LastRows(num_layers, method.query_window)
+        self.states: list[Any] = [None] * num_layers
+        self.seconds = 0.0
 
 
 @dataclass
@@ -30,16 +49,46 @@ class PrefillRow:
     """One row of a batch: a chunk of a prompt that will be evicted.
 
     start, end: its tokens in the batch
+    block_ids:  [num_blocks] int64, the block table up to the end of the chunk
+    kv_len:     tokens in the cache at the end of the chunk
     eviction:   set if the chunk is the last one
     """
 
+    prefill: Prefill
     start: int
     end: int
-    queries: QueryWindow
+    block_ids: torch.Tensor
+    kv_len: int
     eviction: Eviction | None
 
-    def observe(self, layer: int, query: torch.Tensor, scale: float) -> None:
-        """See a layer's queries [num_tokens, num_heads, head_size] of the whole batch, after its attention ran."""
-        window = self.queries.extend(layer, query[self.start : self.end])
+    def observe(
+        self,
+        pool: PagePool,
+        layer: int,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        scale: float,
+        weights: LayerWeights,
+    ) -> None:
+        """See a layer's queries and outputs [num_tokens, num_heads, head_size] of the whole batch, after it ran."""
+        prefill = self.prefill
+        chunk = query[self.start : self.end]
+        outputs = None
+        if Need.OUTPUTS in prefill.needs:
+            outputs = prefill.outputs.extend(layer, output[self.start : self.end])
+        if Need.ALL_QUERIES in prefill.needs:
+            start = perf_counter()
+            inputs = ScoreInputs(
+                chunk,
+                pool.keys,
+                pool.values,
+                pool.layer_page_ids(layer, self.block_ids),
+                self.kv_len,
+                scale,
+                weights=weights,
+            )
+            prefill.states[layer] = prefill.method.policy.observe(prefill.states[layer], inputs)
+            prefill.seconds += perf_counter() - start
+        last = prefill.queries.extend(layer, chunk)
         if self.eviction is not None:
-            self.eviction.score_layer(layer, window, scale)
+            self.eviction.score_layer(layer, last, scale, outputs, weights, prefill.states[layer])

@@ -12,6 +12,7 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_kvevict.config import REQUEST_OPTIONS, REQUEST_POLICY, EvictionConfig
 from vllm_kvevict.engine.flags import FIELD
+from vllm_kvevict.engine.model import check_needs
 
 
 def request_config(config: EvictionConfig, params: SamplingParams | None, block_size: int) -> EvictionConfig | None:
@@ -41,6 +42,8 @@ def _check(vllm_config: VllmConfig, params: Any) -> None:
     if values is None:
         raise VLLMValidationError(f"{REQUEST_POLICY}: this engine was started without --kv-eviction")
     try:
-        request_config(EvictionConfig.parse(values), params, vllm_config.cache_config.block_size)
+        config = request_config(EvictionConfig.parse(values), params, vllm_config.cache_config.block_size)
+        if config is not None:
+            check_needs(config.policy, config.method().policy, vllm_config.model_config)
     except ValueError as error:
         raise VLLMValidationError(str(error)) from None

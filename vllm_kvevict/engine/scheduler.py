@@ -20,6 +20,7 @@ from vllm_kvevict.engine.metrics import EvictionRecord, pack
 from vllm_kvevict.engine.requests import request_config
 from vllm_kvevict.engine.spec import EvictionManager, RequestEviction, cache_hits_up_to
 from vllm_kvevict.engine.step import REPORTS, STEP, EvictionReport, StepEvictions
+from vllm_kvevict.policies import Need
 
 logger = logging.getLogger("vllm.kvevict")
 
@@ -53,7 +54,9 @@ class EvictionMixin(Scheduler):
             return super()._get_local_prefix_cache_hit(request)
         self._evictions[request.request_id] = eviction
         self._unplanned.add(request.request_id)
-        with cache_hits_up_to(eviction.first_private_block * self._manager.block_size):
+        # a policy that looks at every query sees none of a prefix that is not computed
+        all_queries = Need.ALL_QUERIES in eviction.config.method().policy.needs
+        with cache_hits_up_to(0 if all_queries else eviction.first_private_block * self._manager.block_size):
             return super()._get_local_prefix_cache_hit(request)
 
     def _will_evict(self, request: Request) -> RequestEviction | None:

@@ -1,25 +1,55 @@
-"""What a policy sees of one layer, and the one method it must write."""
+"""What a policy sees of one layer, what it may ask for, and the one method it must write."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
 
 import torch
 
+from vllm_kvevict.policies.rotary import Rotary
 from vllm_kvevict.registry import Registry
+
+
+class Need(Enum):
+    """What a policy may ask for beside the cache and the last queries. The engine gathers what is asked for only."""
+
+    ALL_QUERIES = "the queries of every token of the prompt"
+    OUTPUTS = "the attention outputs of the last queries"
+    ROTARY = "the rotary embedding of the model"
+    OUTPUT_PROJECTION = "the output projection of the attention (W_O)"
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """What the model does around the attention of one layer; None where no policy needs it.
+
+    rotary:            how queries and keys were rotated
+    output_projection: [hidden_size, num_heads * head_size], W_O
+    """
+
+    rotary: Rotary | None = None
+    output_projection: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class ScoreInputs:
-    """One layer of one request at the end of its prefill. Read only.
+    """One layer of one request, at the end of its prefill or, for ``observe``, at the end of a chunk of it. Read only.
 
-    query:      [window, num_heads, head_size] the last ``window`` queries of the prompt, RoPE applied
+    query:      [num_queries, num_heads, head_size] the last queries that were computed, RoPE applied. Query i belongs
+                to token kv_len - num_queries + i
     keys:       [num_pages, block_size, head_size] a view of the whole page pool, RoPE applied
     values:     [num_pages, block_size, head_size] likewise
     page_table: [num_kv_heads, num_prompt_blocks] int64, logical page -> page id
-    kv_len:     tokens of the prompt; slots of the last page past it hold garbage
+    kv_len:     tokens in the cache, the queries' own included; slots of the last page past it hold garbage
     scale:      softmax scale
+    output:     [num_queries, num_heads, head_size] what attention returned for the queries, if ``Need.OUTPUTS``
+    weights:    the layer's weights, as far as needs name them
+    state:      what the policy's ``observe`` returned for the last chunk, if ``Need.ALL_QUERIES``
     """
 
     query: torch.Tensor
@@ -28,18 +58,58 @@ class ScoreInputs:
     page_table: torch.Tensor
     kv_len: int
     scale: float
+    output: torch.Tensor | None = None
+    weights: LayerWeights = LayerWeights()
+    state: Any = None
+
+    @property
+    def num_kv_heads(self) -> int:
+        return len(self.page_table)
+
+    @property
+    def group(self) -> int:
+        """Query heads of one KV head."""
+        return self.query.shape[1] // self.num_kv_heads
+
+    def gather_keys(self, start: int, end: int) -> torch.Tensor:
+        """Return [num_kv_heads, end - start, head_size] float32, the keys of tokens ``start`` to ``end``."""
+        return _gather(self.keys, self.page_table, start, min(end, self.kv_len))
+
+    def gather_values(self, start: int, end: int) -> torch.Tensor:
+        """Return [num_kv_heads, end - start, head_size] float32, the values of tokens ``start`` to ``end``."""
+        return _gather(self.values, self.page_table, start, min(end, self.kv_len))
+
+    def tiles(self, start: int = 0, end: int | None = None, size: int = 1024) -> Iterator[tuple[int, int]]:
+        """Yield bounds of tiles of at most ``size`` tokens, so that scratch memory does not grow with the prompt."""
+        last = self.kv_len if end is None else end
+        for first in range(start, last, size):
+            yield first, min(first + size, last)
 
 
 class EvictionPolicy(ABC):
     """Ranks cached tokens. It does not decide how many stay, and it moves nothing.
 
     Subclasses are frozen dataclasses: their fields are the options that a user may set.
+
+    paper: what to cite, for the table of policies
     """
+
+    paper: ClassVar[str] = ""
 
     @property
     def query_window(self) -> int:
         """Last queries of the prompt that the engine must hold for ``score``."""
         return 0
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What else the engine must hand over. A model or a request that cannot provide it is refused by name."""
+        return frozenset()
+
+    @property
+    def query_aware(self) -> bool:
+        """Whether the end of the prompt, where a question stands, decides what is kept."""
+        return self.query_window > 0
 
     @property
     def num_sink(self) -> int:
@@ -56,6 +126,17 @@ class EvictionPolicy(ABC):
         """Allocator of the published method."""
         return "uniform"
 
+    def observe(self, state: Any, inputs: ScoreInputs) -> Any:
+        """Look at a chunk of the prompt; return what ``score`` shall find as ``inputs.state``.
+
+        Called for every chunk of every layer, the last one included, if ``Need.ALL_QUERIES`` is among the needs;
+        ``inputs.query`` then holds all queries of the chunk. The chunks follow each other without a gap: such a
+        prompt takes nothing from the prefix cache. Chunks are cut anywhere.
+
+        state: what the call for the chunk before returned, None for the first
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return [num_kv_heads, kv_len] float32 scores; the highest stay. Protection is not the scorer's business."""
@@ -66,3 +147,10 @@ POLICIES: Registry[EvictionPolicy] = Registry(
     EvictionPolicy,  # type: ignore[type-abstract]
     "vllm_kvevict.policies",
 )
+
+
+def _gather(pages: torch.Tensor, page_table: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    block_size = pages.shape[1]
+    first = start // block_size
+    gathered = pages[page_table[:, first : math.ceil(end / block_size)]].flatten(1, 2)
+    return gathered[:, start - first * block_size : end - first * block_size].float()

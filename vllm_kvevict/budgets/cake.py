@@ -1,0 +1,77 @@
+"""CAKE: layers by how widely attention is spread and how much it shifts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_kvevict.budgets.base import ALLOCATORS, BudgetAllocator, num_protected
+from vllm_kvevict.policies.attention import attention_tiles
+from vllm_kvevict.policies.base import ScoreInputs
+
+
+@ALLOCATORS.register("cake")
+@dataclass(frozen=True)
+class Cake(BudgetAllocator):
+    """A layer's budget grows with the entropy H and the variance V of its attention: H^(1/tau1) * V^(1/tau2).
+
+    Paper: Qin et al. 2025 (CAKE), arXiv:2503.12491. H sums -p log p and V the variance of a key's attention between
+    the last ``window`` queries (of which the divisor cancels), both over all heads and the keys before the window.
+    The budgets are those of the last stage of the paper's cascade. What a layer cannot use since the prompt is too
+    short is shared equally by the others. The heads of a layer get the same.
+
+    tau1, tau2: temperatures of H and V, > 0; the paper tunes them per model and budget
+    window:     last queries that are looked at, >= 2; their own keys are left out
+
+    Raises ValueError for a value outside those ranges.
+    """
+
+    tau1: float = 1.0
+    tau2: float = 1.0
+    window: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("tau1", "tau2"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"cake.{name}: expected a number above 0, got {value!r}")
+        if type(self.window) is not int or self.window < 2:
+            raise ValueError(f"cake.window: expected at least 2 tokens, got {self.window!r}")
+
+    @property
+    def query_window(self) -> int:
+        return self.window
+
+    def measure(self, inputs: ScoreInputs) -> torch.Tensor:
+        """Return [2] float64: H and V of one layer."""
+        num_queries = len(inputs.query)
+        before = inputs.kv_len - num_queries
+        entropy, variance = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for tile in attention_tiles(inputs):
+            attention = tile.probabilities[..., : max(before - tile.start, 0)]
+            entropy += torch.special.entr(attention).sum(dtype=torch.float64).cpu()
+            variance += attention.var(dim=2, correction=0).sum(dtype=torch.float64).cpu()
+        return torch.stack([entropy, variance])
+
+    def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
+        num_layers, num_heads, kv_len = scores.shape
+        protected = num_protected(scores)
+        entropy, variance = measures.clamp(min=0).unbind(dim=1)
+        preference = entropy ** (1 / self.tau1) * variance ** (1 / self.tau2)
+        if preference.sum() == 0:
+            preference = torch.ones_like(preference)
+        free = preference / preference.sum() * (num_tokens - protected) * num_layers
+        layers = _spread_excess(free, kv_len - protected) + protected
+        return layers[:, None].expand(num_layers, num_heads)
+
+
+def _spread_excess(tokens: torch.Tensor, most: int) -> torch.Tensor:
+    """Cut [num_layers] at ``most`` and share what was cut equally among the layers below, until all of it fits."""
+    for _ in range(len(tokens)):
+        excess = (tokens - most).clamp(min=0).sum()
+        below = tokens < most
+        if excess == 0 or not below.any():
+            break
+        tokens = torch.where(below, tokens + excess / below.sum(), most)
+    return tokens

@@ -1,0 +1,84 @@
+"""What some policies must know of the model itself: how it rotates keys, and W_O."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import ModelConfig
+
+from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, Need
+from vllm_kvevict.policies.rotary import Rotary
+
+# models whose attention modules hold `rotary_emb` and `o_proj` and rotate every layer
+_KNOWN_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+
+
+def check_needs(name: str, policy: EvictionPolicy, model_config: ModelConfig) -> None:
+    """Raise ValueError if the policy ``name`` asks for something of this model that we cannot hand to it."""
+    asked = [need for need in (Need.ROTARY, Need.OUTPUT_PROJECTION) if need in policy.needs]
+    if not asked:
+        return
+    text_config = model_config.hf_text_config
+    if not set(model_config.architectures) & set(_KNOWN_ARCHITECTURES):
+        found = ", ".join(model_config.architectures)
+    elif model_config.uses_mrope:
+        found = "a model with multimodal rotary embeddings"
+    elif getattr(text_config, "dual_chunk_attention_config", None) is not None:
+        found = "a model with dual chunk attention"
+    else:
+        return
+    raise ValueError(
+        f"kv_eviction: policy {name!r} needs {' and '.join(need.value for need in asked)}, which is known for "
+        f"{', '.join(_KNOWN_ARCHITECTURES)}; got {found}. Choose a policy that does not need it"
+    )
+
+
+class ModelWeights:
+    """The modules around the attention layers of a loaded model; what is asked for is found once and kept."""
+
+    def __init__(self, model: nn.Module, layer_names: list[str]) -> None:
+        self._model = model
+        self._layer_names = layer_names
+        self._attention_modules: list[Any] = []
+        self._projections: dict[int, torch.Tensor] = {}
+
+    def of(self, layer: int, needs: frozenset[Need]) -> LayerWeights:
+        """Return what ``needs`` name of one layer.
+
+        W_O is a copy in the model's dtype, as large as the weight itself: vLLM's own may be packed or quantised.
+        """
+        rotary = self._rotary(layer) if Need.ROTARY in needs else None
+        projection = self._output_projection(layer) if Need.OUTPUT_PROJECTION in needs else None
+        return LayerWeights(rotary, projection)
+
+    def _attention_module(self, layer: int) -> Any:
+        if not self._attention_modules:
+            parents = {
+                str(child.layer_name): module
+                for module in self._model.modules()
+                for child in module.children()
+                if hasattr(child, "layer_name")
+            }
+            self._attention_modules = [parents[name] for name in self._layer_names]
+        return self._attention_modules[layer]
+
+    def _rotary(self, layer: int) -> Rotary:
+        embedding = self._attention_module(layer).rotary_emb
+        return Rotary(embedding.cos_sin_cache, embedding.is_neox_style)
+
+    def _output_projection(self, layer: int) -> torch.Tensor:
+        if layer not in self._projections:
+            linear = self._attention_module(layer).o_proj
+            dtype = next(self._model.parameters()).dtype
+            identity = torch.eye(linear.input_size_per_partition, dtype=dtype, device=linear.weight.device)
+            self._projections[layer] = linear.quant_method.apply(linear, identity).t()
+        return self._projections[layer]
