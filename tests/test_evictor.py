@@ -38,6 +38,9 @@ class Ragged(BudgetAllocator):
 class FirstTokens(EvictionPolicy):
     """Scores that say: the earlier the better. NaN for the first token, which then is the worst."""
 
+    def scratch_bytes(self, num_heads, num_kv_heads, head_size):
+        return 4 * num_kv_heads
+
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         scores = -torch.arange(inputs.kv_len, dtype=torch.float32).expand(inputs.page_table.shape[0], -1).clone()
         scores[:, 0] = float("nan")

@@ -1,9 +1,12 @@
 """What every registered policy must do, whatever it computes."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.paged import LAYOUTS, PACKINGS, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.policies import POLICIES, Need, ScoreInputs
@@ -105,6 +108,52 @@ def test_inputs_are_only_read(policy, packing):
     policy.score(inputs)
     for tensor, copy in zip([inputs.query, cache.pool.pages, inputs.page_table], before, strict=True):
         torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
+
+
+class HeldBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside this context hold at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.hold(tensor.untyped_storage(), inputs)
+        return result
+
+    def hold(self, storage, inputs):
+        if storage._cdata in inputs or storage._cdata in self.seen:
+            return  # a view, or an operation in place
+        self.seen.add(storage._cdata)
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
+
+    def release(self, key, num_bytes):
+        self.seen.remove(key)
+        self.now -= num_bytes
+
+
+def held_bytes(policy, kv_len):
+    inputs, _ = make_inputs(policy, kv_len)
+    with HeldBytes() as held:
+        policy.score(inputs)
+    return held.most
+
+
+def test_scoring_holds_no_more_bytes_per_token_than_it_says(policy):
+    """The growth between two lengths: what does not depend on the prompt cancels."""
+    stated = policy.scratch_bytes(KV_HEADS * GROUP, KV_HEADS, HEAD_SIZE)
+    grown = held_bytes(policy, 12_288) - held_bytes(policy, 6_144)
+    assert grown <= 6_144 * stated
+    # nor does it state much more than that, and far less than a row of attention for each query
+    assert stated <= 2 * grown / 6_144 + 16 * KV_HEADS
+    assert stated < 4 * KV_HEADS * GROUP * max(policy.query_window, 8)
 
 
 def test_what_a_policy_asks_for_is_a_number_of_tokens(policy):

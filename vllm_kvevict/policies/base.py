@@ -126,6 +126,17 @@ class EvictionPolicy(ABC):
         """Allocator of the published method."""
         return "uniform"
 
+    @abstractmethod
+    def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        """Return the most bytes per token of the prompt that ``score`` holds at once, its result included.
+
+        For one layer, since layers are scored one after the other. What does not grow with the prompt is left out.
+        """
+
+    def state_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        """Return the bytes per token and layer that ``observe`` keeps until the prompt ends."""
+        return 0
+
     def observe(self, state: Any, inputs: ScoreInputs) -> Any:
         """Look at a chunk of the prompt; return what ``score`` shall find as ``inputs.state``.
 

@@ -25,6 +25,7 @@ class Lava(WindowPolicy):
     """
 
     name: ClassVar[str] = "lava"
+    paper: ClassVar[str] = "LAVa, arXiv:2509.09754"
 
     @property
     def default_allocator(self) -> str:
@@ -37,7 +38,5 @@ class Lava(WindowPolicy):
 
 def _largest_value_norm(inputs: ScoreInputs, num_tokens: int) -> torch.Tensor:
     """Return [num_kv_heads] float32, the largest l1 norm of the first ``num_tokens`` values of each head."""
-    block_size = inputs.values.shape[1]
-    pages = inputs.page_table[:, : -(-num_tokens // block_size)]
-    norms = inputs.values[pages].abs().sum(dim=-1, dtype=torch.float32).flatten(1)  # [num_kv_heads, slots]
-    return norms[:, :num_tokens].amax(dim=1)
+    norms = [inputs.gather_values(*tile).abs().sum(dim=-1).amax(dim=1) for tile in inputs.tiles(end=num_tokens)]
+    return torch.stack(norms).amax(dim=0)

@@ -31,6 +31,7 @@ class SnapKV(WindowPolicy):
     pool: Literal["max", "avg"] = "max"
     group: Literal["mean", "max", "sum"] = "mean"
     name: ClassVar[str] = "snapkv"
+    paper: ClassVar[str] = "SnapKV, arXiv:2404.14469"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -49,6 +49,10 @@ class WindowPolicy(EvictionPolicy):
         scores = self.judge(attention.unflatten(0, (num_kv_heads, -1))[..., :-window] / window, inputs)
         return torch.cat([scores, scores.amax().expand(num_kv_heads, window)], dim=1)
 
+    def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        # the column sums, their mean, and a few rows per KV head on the way from them to the scores
+        return 8 * num_heads + 16 * num_kv_heads
+
     @abstractmethod
     def judge(self, attention: torch.Tensor, inputs: ScoreInputs) -> torch.Tensor:
         """Return [num_kv_heads, num_tokens] scores of the tokens before the window.
