@@ -94,6 +94,7 @@ class Eviction:
             output,
             weights or LayerWeights(),
             state,
+            self.plan.num_kept_tokens,
         )
         policy, allocator = self.method.policy, self.method.allocator
         self._scores[layer] = policy.score(_last_queries(inputs, policy.query_window))

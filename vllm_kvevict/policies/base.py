@@ -50,6 +50,7 @@ class ScoreInputs:
     output:     [num_queries, num_heads, head_size] what attention returned for the queries, if ``Need.OUTPUTS``
     weights:    the layer's weights, as far as needs name them
     state:      what the policy's ``observe`` returned for the last chunk, if ``Need.ALL_QUERIES``
+    num_kept:   tokens that a head will keep on average; None where that is not known yet
     """
 
     query: torch.Tensor
@@ -61,6 +62,7 @@ class ScoreInputs:
     output: torch.Tensor | None = None
     weights: LayerWeights = LayerWeights()
     state: Any = None
+    num_kept: int | None = None
 
     @property
     def num_kv_heads(self) -> int:
