@@ -1,12 +1,15 @@
-"""What an eviction costs: score + allocate + select + compact as a share of the prefill they end.
+"""What an eviction costs: observe + score + allocate + select + compact as a share of the prefill they belong to.
 
-python -m benchmarks.serving.bench_eviction_cost
+And the memory that each policy says scoring takes, per token of the prompt.
+
+python -m benchmarks.serving.bench_eviction_cost [--policies all]
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -14,9 +17,10 @@ from vllm import LLM, SamplingParams
 
 from benchmarks.serving.engine import MODEL, core, engine, random_prompt
 from benchmarks.timing import write_row
+from vllm_kvevict.policies import POLICIES
 
 
-def time_prefill(llm: LLM, length: int, seed: int) -> tuple[float, float]:
+def time_prefill(llm: LLM, policy: str, length: int, seed: int) -> tuple[float, float]:
     """Return seconds until the first token, and the seconds of it that the eviction took."""
     bridge = core(llm).model_executor.driver_worker.worker.eviction
     taken: list[float] = []
@@ -31,7 +35,7 @@ def time_prefill(llm: LLM, length: int, seed: int) -> tuple[float, float]:
     start = time.perf_counter()
     llm.generate(
         {"prompt_token_ids": random_prompt(length, seed)},
-        SamplingParams(temperature=0.0, max_tokens=1, detokenize=False),
+        SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, extra_args={"kv_eviction": policy}),
         use_tqdm=False,
     )
     seconds = time.perf_counter() - start
@@ -41,26 +45,43 @@ def time_prefill(llm: LLM, length: int, seed: int) -> tuple[float, float]:
     return seconds, taken[0]
 
 
+def bytes_per_token(llm: LLM, policy: str) -> tuple[int, int]:
+    """Return what the policy says it holds for each token: for all layers while the prompt passes, and for one."""
+    config = llm.llm_engine.vllm_config.model_config
+    parallel = llm.llm_engine.vllm_config.parallel_config
+    sizes = config.get_num_attention_heads(parallel), config.get_num_kv_heads(parallel), config.get_head_size()
+    method = POLICIES.get(policy)()
+    return method.state_bytes(*sizes) * config.get_num_layers(parallel), method.scratch_bytes(*sizes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--policies", nargs="+", default=["snapkv"], help="names, or 'all'")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1000, 2000, 4000, 8000])
     parser.add_argument("--budget", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    print(f"{'prompt':>7} {'prefill s':>10} {'eviction ms':>12} {'share':>7}")
-    with engine(arguments.model, arguments.budget, kv_cache_memory_bytes=1 << 30) as llm:
-        time_prefill(llm, 1000, seed=0)  # warm up
-        runs: dict[int, list[tuple[float, float]]] = {length: [] for length in arguments.lengths}
+    policies = POLICIES.names() if arguments.policies == ["all"] else arguments.policies
+    runs: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    with engine(arguments.model, arguments.budget, kv_cache_memory_bytes=1 << 30, enable_prefix_caching=False) as llm:
+        for policy in policies:
+            time_prefill(llm, policy, 1000, seed=0)  # warm up
         for repeat in range(arguments.repeats):  # interleaved: the machine is noisy
-            for length in arguments.lengths:
-                runs[length].append(time_prefill(llm, length, seed=1 + repeat * 10_000 + length))
-    for length, pairs in runs.items():
+            for policy, length in product(policies, arguments.lengths):
+                seconds = time_prefill(llm, policy, length, seed=1 + repeat * 10_000 + length)
+                runs.setdefault((policy, length), []).append(seconds)
+        memory = {policy: bytes_per_token(llm, policy) for policy in policies}
+    print(f"{'policy':>20} {'prompt':>7} {'prefill s':>10} {'eviction ms':>12} {'share':>7} {'bytes/token':>12}")
+    for (policy, length), pairs in runs.items():
         prefill, eviction = (median(values) for values in zip(*pairs, strict=True))
         share = median(taken / total for total, taken in pairs)
-        print(f"{length:7} {prefill:10.2f} {eviction * 1e3:12.1f} {share:7.1%}")
-        row = {"prompt": length, "budget": arguments.budget, "prefill_s": prefill, "eviction_s": eviction}
-        write_row("eviction_cost", {**row, "share": share, "repeats": arguments.repeats})
+        state, scratch = memory[policy]
+        row = {"policy": policy, "prompt": length, "budget": arguments.budget, "prefill_s": prefill}
+        row |= {"eviction_s": eviction, "share": share, "state_bytes_per_token": state}
+        row |= {"scratch_bytes_per_token": scratch, "repeats": arguments.repeats}
+        print(f"{policy:>20} {length:7} {prefill:10.2f} {eviction * 1e3:12.1f} {share:7.1%} {state + scratch:12}")
+        write_row("eviction_cost", row)
 
 
 if __name__ == "__main__":

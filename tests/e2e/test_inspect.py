@@ -16,18 +16,26 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, USES_V2_RUNNER
+from tests.e2e.prompts import long_text
 from tests.tiny_llama import random_prompt
 
 CHROMIUM = Path("/usr/bin/chromium")
 NUM_TOKENS, BUDGET = 700, 128
-ENGINE = ("--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--dtype", "float32")
+ENGINE = ("--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20))
 
 
 def inspect(model: Path, tokens: Path, out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return inspect_prompt(model, "--prompt-tokens", str(tokens), "--out", str(out), "--dtype", "float32", *flags)
+
+
+def inspect_text(model: Path, text: Path, out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return inspect_prompt(model, "--prompt-file", str(text), "--out", str(out), *flags)
+
+
+def inspect_prompt(model: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     if USES_V2_RUNNER:
         pytest.skip("the V2 runner needs Triton's interpreter on a CPU, which a plain subprocess lacks")
-    command = [sys.executable, "-m", "vllm_kvevict", "inspect", "--model", str(model), "--prompt-tokens", str(tokens)]
-    command += ["--out", str(out), *flags, *ENGINE]
+    command = [sys.executable, "-m", "vllm_kvevict", "inspect", "--model", str(model), *flags, *ENGINE]
     return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=300)
 
 
@@ -84,7 +92,24 @@ def test_a_prompt_that_fits_its_budget_is_one_sentence(tiny_llama: Path, tokens:
     assert "Traceback" not in done.stderr
 
 
+def test_a_real_model_s_budgets_differ_by_more_than_four_times(smollm2: Path, tmp_path: Path) -> None:
+    out, text = tmp_path / "report.html", tmp_path / "prompt.txt"
+    text.write_text(long_text(252))
+    done = inspect_text(smollm2, text, out, "--kv-eviction", "lava", "--kv-budget", "256")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = dict(re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td></tr>", out.read_text()))
+    assert 3900 < int(rows["prompt tokens"]) < 4300
+    least, most = rows["kept tokens per head, smallest"], rows["kept tokens per head, largest"]
+    assert int(most) > 4 * int(least)
+    assert int(rows["blocks after"]) in (8, 9)
+    check_screenshot(out, tmp_path)
+
+
 def test_a_browser_shows_the_charts(report: Path, tmp_path: Path) -> None:
+    check_screenshot(report, tmp_path)
+
+
+def check_screenshot(report: Path, tmp_path: Path) -> None:
     if not CHROMIUM.exists():
         pytest.skip(f"{CHROMIUM} is not installed")
     screenshot = tmp_path / "screenshot.png"
