@@ -179,6 +179,32 @@ def test_global_floors(seed):
     assert float(wished(Global(head_floor=0.5), scores, 100).min()) >= 50
     assert float(wished(Global(layer_floor=0.5), scores, 100).sum(1).min()) >= 50 * HEADS
     assert (wished(Global(head_floor=1), scores, 100) == 100).all()
+    both = wished(Global(head_floor=0.3, layer_floor=0.8), scores, 100)
+    assert float(both.min()) >= 30 and float(both.sum(1).min()) >= 80 * HEADS
+    assert float(both.sum()) == 100 * LAYERS * HEADS
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_global_layer_floor_equals_a_sort(seed):
+    scores = random_scores(seed)
+    chosen = torch.zeros(LAYERS, HEADS * TOKENS, dtype=torch.bool)
+    for layer, row in enumerate(scores.flatten(1)):
+        chosen[layer, row.argsort(descending=True)[: 60 * HEADS]] = True
+    rest = scores.flatten(1).masked_fill(chosen, -1).flatten().argsort(descending=True)
+    chosen.view(-1)[rest[: 100 * LAYERS * HEADS - int(chosen.sum())]] = True
+    expected = chosen.view(LAYERS, HEADS, TOKENS).sum(-1).double()
+    assert wished(Global(layer_floor=0.6), scores, 100).equal(expected)
+
+
+def test_global_floors_do_not_prefer_the_first_of_equals():
+    allocator = Global(head_floor=0.2, layer_floor=0.5)
+    equal = torch.full((LAYERS, HEADS, TOKENS), 0.25)
+    torch.testing.assert_close(wished(allocator, equal, 100), torch.full((LAYERS, HEADS), 100.0).double())
+    coarse = (10 * random_scores(0, protected=False) / random_scores(0, protected=False).amax()).round()
+    wish = wished(allocator, coarse, 100)
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(wished(allocator, coarse[:, order], 100), wish[:, order], rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(wished(allocator, coarse.flip(0), 100), wish.flip(0), rtol=1e-12, atol=1e-9)
 
 
 def lava_formula(scores, num_tokens):

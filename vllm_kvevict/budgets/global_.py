@@ -31,10 +31,21 @@ class Global(BudgetAllocator):
         check_fraction("global.layer_floor", self.layer_floor)
 
     def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
-        num_heads = scores.shape[1]
         sure = scores.topk(int(num_tokens * self.head_floor), dim=-1).indices
-        guarded = scores.scatter(-1, sure, float("inf")).flatten(1)  # [num_layers, num_kv_heads * kv_len]
-        sure = guarded.topk(int(num_tokens * self.layer_floor) * num_heads, dim=-1).indices
-        guarded = guarded.scatter(-1, sure, float("inf")).view_as(scores)
-        total = num_tokens * scores.shape[0] * num_heads
-        return joint_counts(guarded.flatten(0, 1), total).view(scores.shape[:2])
+        guarded = scores.scatter(-1, sure, float("inf"))
+        floors = torch.zeros(scores.shape[:2], dtype=torch.float64)
+        if sure_of_layer := int(num_tokens * self.layer_floor) * scores.shape[1]:
+            floors = torch.stack([joint_counts(layer, sure_of_layer) for layer in guarded])
+            guarded = _guard_best(guarded.flatten(1), sure_of_layer).view_as(scores)
+        total = num_tokens * scores.shape[0] * scores.shape[1]
+        return joint_counts(guarded.flatten(0, 1), total).view(scores.shape[:2]).maximum(floors)
+
+
+def _guard_best(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Return ``scores`` [num_layers, *] with the ``count`` highest of each layer at +inf.
+
+    Scores that tie for the last places stay as they are: no order of heads or layers may decide between them.
+    """
+    last = scores.kthvalue(scores.shape[1] - count + 1, dim=1, keepdim=True).values
+    is_clear = (scores >= last).sum(dim=1, keepdim=True) == count
+    return scores.masked_fill(torch.where(is_clear, scores >= last, scores > last), float("inf"))
