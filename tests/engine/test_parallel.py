@@ -1,0 +1,54 @@
+"""Several workers: each holds some of the heads, and all of them evict the same blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from vllm import LLM, SamplingParams
+
+from tests.conftest import USES_V2_RUNNER
+from tests.tiny_llama import random_prompt
+from vllm_kvevict import kv_eviction_args
+
+LENGTHS = (40, 333, 700, 1100)
+
+
+def answers(model: Path, tensor_parallel_size: int) -> dict[str, list[list[int]]]:
+    llm = LLM(
+        str(model),
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=2048,
+        max_num_batched_tokens=512,
+        seed=0,
+        dtype="float32",
+        kv_cache_memory_bytes=32 << 20,
+        tensor_parallel_size=tensor_parallel_size,
+        **kv_eviction_args("snapkv", 96),
+    )
+    try:
+        return {allocator: generate(llm, allocator) for allocator in ("uniform", "pyramid", "lava")}
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def generate(llm: LLM, allocator: str) -> list[list[int]]:
+    prompts = [{"prompt_token_ids": random_prompt(length, seed=length)} for length in LENGTHS]
+    options = {"kv_budget_allocator": allocator}
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, detokenize=False, extra_args=options)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    assert scheduler.kv_cache_manager.block_pool.get_usage() == 0
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.mark.skipif(USES_V2_RUNNER, reason="worker processes would each have to load Triton's interpreter")
+def test_two_workers_answer_as_one(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    two, one = answers(tiny_llama, 2), answers(tiny_llama, 1)
+    assert two["uniform"] == one["uniform"]
+    assert two["pyramid"] == one["pyramid"]
+    # lava compares heads, and a worker sees its own ones only: the shares differ, the blocks do not
+    assert two["lava"][0] == one["lava"][0], "this prompt fits its budget"
+    assert [len(answer) for answer in two["lava"]] == [24] * len(LENGTHS)
