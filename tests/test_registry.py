@@ -101,6 +101,30 @@ def test_a_name_like_no_other_gets_the_list_only(shapes):
     assert str(error.value) == "unknown shape 'xyz'. Available: circle"
 
 
+def test_a_prefix_names_a_family_of_classes_that_are_made_when_asked_for(shapes):
+    asked = []
+
+    def resolve(rest):
+        asked.append(rest)
+        if rest == "heptagon":
+            raise ValueError("seven corners are too many")
+        return {"tri:angle": Circle, "text": "no class"}[rest]
+
+    shapes.register("square")(Square)
+    shapes.register_family("poly", resolve)
+    assert shapes.get("poly:tri:angle") is shapes.get("poly:tri:angle") is Circle
+    assert asked == ["tri:angle"]
+    assert shapes.names() == list(shapes) == ["square"]
+    assert "poly:anything" in shapes and "square" in shapes
+    assert not [name for name in ("poly", "poly:", "other:x", "circle", None) if name in shapes]
+    with pytest.raises(ValueError, match="seven corners are too many"):
+        shapes.get("poly:heptagon")
+    with pytest.raises(TypeError, match="shape 'poly:text': expected a subclass of Shape, got 'no class'"):
+        shapes.get("poly:text")
+    with pytest.raises(ValueError, match=r"unknown shape 'poly:'\. Available: square, poly:NAME"):
+        shapes.get("poly:")
+
+
 def test_classes_of_other_packages_join(allocators):
     registry = allocators(halving="kvevict_foreign:Halving")
     registry.register("uniform")(Uniform)

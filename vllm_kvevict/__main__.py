@@ -1,8 +1,8 @@
-"""``python -m vllm_kvevict inspect``: see what an eviction keeps."""
+"""``python -m vllm_kvevict``: see what an eviction keeps (``inspect``), and which policies there are (``policies``)."""
 
 from __future__ import annotations
 
-from vllm_kvevict.inspector.command import main
+from vllm_kvevict.command import main
 
 if __name__ == "__main__":
     main()

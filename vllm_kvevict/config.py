@@ -110,6 +110,11 @@ class EvictionConfig(BaseModel):
             raise ValueError(f"{REQUEST_POLICY}: expected 'none' or the name of a policy, got {policy!r}")
         if allocator is not None and not isinstance(allocator, str):
             raise ValueError(f"{REQUEST_ALLOCATOR}: expected the name of an allocator, got {allocator!r}")
+        if policy != self.policy and str(policy).count(":") > 1:  # a client must not choose what the server imports
+            raise ValueError(
+                f"{REQUEST_POLICY}: a request may name a class in a module only if the server was started with it; "
+                f"got {policy!r}. Give it to --kv-eviction"
+            )
         changes: dict[str, Any] = {}
         if policy not in (None, NONE, self.policy):
             changes = {"policy": policy, "policy_options": {}}

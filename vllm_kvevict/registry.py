@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
@@ -24,6 +24,8 @@ class Registry(Generic[Base]):
         self.base = base
         self.entry_group = entry_group
         self._classes: dict[str, type[Base]] = {}
+        self._families: dict[str, Callable[[str], type[Base]]] = {}
+        self._members: dict[str, type[Base]] = {}
 
     def register(self, name: str) -> Callable[[type[Base]], type[Base]]:
         """Return a class decorator that adds the class under ``name``.
@@ -37,8 +39,15 @@ class Registry(Generic[Base]):
 
         return add
 
+    def register_family(self, prefix: str, resolve: Callable[[str], type[Base]]) -> None:
+        """Let every name ``prefix:REST`` stand for the class that ``resolve(REST)`` returns, asked for once.
+
+        Such names are not listed by ``names``. ``resolve`` raises ValueError for what it does not know.
+        """
+        self._families[prefix] = resolve
+
     def names(self) -> list[str]:
-        """Return all names in order, those of other packages included."""
+        """Return all names in order, those of other packages included, those of families not."""
         return sorted(self._classes.keys() | self._entry_points.keys())
 
     def get(self, name: str) -> type[Base]:
@@ -46,21 +55,44 @@ class Registry(Generic[Base]):
 
         Raises ValueError that lists the names, with a suggestion, when there is none.
         """
+        family, _, rest = str(name).partition(":")
+        if rest and family in self._families:
+            return self._member(name, family, rest)
         if name not in self._classes and name in self._entry_points:
             self._add(name, self._entry_points[name].load())
         if name not in self._classes:
             close = difflib.get_close_matches(str(name), self.names(), n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"unknown {self.kind} {name!r}.{hint} Available: {', '.join(self.names())}")
+            raise ValueError(f"unknown {self.kind} {name!r}.{hint} Available: {self.listing()}")
         return self._classes[name]
+
+    def listing(self) -> str:
+        """Return what may be asked for, as a text: the names, and one pattern for each family."""
+        return ", ".join([*self.names(), *(f"{prefix}:NAME" for prefix in sorted(self._families))])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __contains__(self, name: object) -> bool:
+        """Whether ``get`` would try ``name``: with it and ``__iter__``, a registry is argparse's ``choices``."""
+        family, _, rest = str(name).partition(":")
+        return name in self.names() or (bool(rest) and family in self._families)
 
     @cached_property
     def _entry_points(self):  # type: ignore[no-untyped-def]
         return {entry.name: entry for entry in entry_points(group=self.entry_group)}
 
+    def _member(self, name: str, family: str, rest: str) -> type[Base]:
+        if name not in self._members:
+            self._members[name] = self._checked(name, self._families[family](rest))
+        return self._members[name]
+
     def _add(self, name: str, cls: type[Base]) -> None:
-        if not (isinstance(cls, type) and issubclass(cls, self.base)):
-            raise TypeError(f"{self.kind} {name!r}: expected a subclass of {self.base.__name__}, got {cls!r}")
         if self._classes.get(name, cls) is not cls:
             raise ValueError(f"{self.kind} {name!r} is registered already, by {self._classes[name].__module__}")
-        self._classes[name] = cls
+        self._classes[name] = self._checked(name, cls)
+
+    def _checked(self, name: str, cls: type[Base]) -> type[Base]:
+        if not (isinstance(cls, type) and issubclass(cls, self.base)):
+            raise TypeError(f"{self.kind} {name!r}: expected a subclass of {self.base.__name__}, got {cls!r}")
+        return cls

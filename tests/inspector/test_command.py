@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_kvevict.inspector.command import main
+from vllm_kvevict.command import main
 
 LAVA = ("--kv-eviction", "lava", "--kv-budget", "64")
 

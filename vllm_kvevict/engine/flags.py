@@ -61,8 +61,8 @@ def add_group(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-eviction",
         metavar="POLICY",
-        choices=POLICIES.names(),
-        help=f"Switch eviction on; how tokens rank. One of: {', '.join(POLICIES.names())}.",
+        choices=POLICIES,
+        help=f"Switch eviction on; how tokens rank. One of: {POLICIES.listing()}.",
     )
     group.add_argument(
         "--kv-budget",

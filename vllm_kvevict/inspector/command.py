@@ -1,4 +1,4 @@
-"""The command line of the inspector."""
+"""The command ``inspect``: its flags, and what it runs."""
 
 from __future__ import annotations
 
@@ -6,37 +6,17 @@ import argparse
 import importlib.util
 import json
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.flags import add_group, flag_values
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``python -m vllm_kvevict``. Exits with status 2 and one sentence on stderr if there is nothing to show."""
-    parser, inspect = _parsers()
-    args, engine_flags = parser.parse_known_args(arguments)
-    try:
-        for path in _inspect(args, engine_flags):
-            sys.stdout.write(f"wrote {path}\n")
-    except (ValueError, OSError) as error:
-        inspect.error(str(error))
-
-
-def _parsers() -> tuple[_Parser, _Parser]:
-    parser = _Parser(prog="python -m vllm_kvevict", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    inspect = commands.add_parser(
+def add_inspect(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to ``commands``, subparsers, and return its parser; ``args.run`` yields what it has to say."""
+    inspect: argparse.ArgumentParser = commands.add_parser(
         "inspect",
         allow_abbrev=False,
         help="Run one prompt and write a page that shows what its eviction keeps.",
@@ -56,10 +36,11 @@ def _parsers() -> tuple[_Parser, _Parser]:
     inspect.add_argument("--out", metavar="FILE", type=_file_to_write, required=True, help="The page to write, HTML.")
     inspect.add_argument("--png", action="store_true", help="Write the charts next to the page, too.")
     add_group(inspect)
-    return parser, inspect
+    inspect.set_defaults(run=_inspect)
+    return inspect
 
 
-def _inspect(args: argparse.Namespace, engine_flags: list[str]) -> list[Path]:
+def _inspect(args: argparse.Namespace, engine_flags: list[str]) -> Iterator[str]:
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
             "the inspector needs matplotlib, which is not installed; run pip install 'vllm-kvevict[inspect]'"
@@ -72,7 +53,8 @@ def _inspect(args: argparse.Namespace, engine_flags: list[str]) -> list[Path]:
 
     prompt = args.prompt_tokens if args.prompt_file is None else args.prompt_file
     inspection = inspect_prompt(args.model, prompt, config, args.max_tokens, engine_flags)
-    return write_page(inspection, args.out, args.png)
+    for path in write_page(inspection, args.out, args.png):
+        yield f"wrote {path}"
 
 
 def _text(path: str) -> str:

@@ -1,0 +1,274 @@
+"""Compactor: keep the keys that stand out from the others, and those that their surroundings attend to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
+from vllm_kvevict.policies.rotary import Rotary
+
+_NO_BUDGET_WEIGHT = 0.35  # kvpress's weight where it knows no compression ratio
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """What is left of the chunks of a prompt.
+
+    queries:   [num_pending, num_heads, head_size], a copy: the queries of the attention chunk that is not complete
+    attention: of each complete chunk, in order, what its tokens received: [num_kv_heads, chunk] float32
+    """
+
+    queries: torch.Tensor
+    attention: list[torch.Tensor]
+
+
+@POLICIES.register("compactor")
+@dataclass(frozen=True)
+class Compactor(EvictionPolicy):
+    """Score a token by z(attention it receives inside its chunk, uncausal) + weight * z(leverage of its pre-RoPE key).
+
+    Paper: Chari and Van Durme 2025, arXiv:2507.08143. The leverage of a key is x^T (X^T X + ridge I)^-1 x, where the
+    rows of X are the head's keys times one Gaussian matrix [head_size, sketch_rank], centred over a block of tokens.
+
+    The paper, the authors' engine (compactor-vllm) and kvpress differ. The defaults are the paper's as far as we know
+    it, and the engine's where we do not (protection, no value norm, unscaled logits). The other two by options:
+
+    | option            | default | engine  | kvpress |
+    |-------------------|---------|---------|---------|
+    | leverage_weight   | 0.3     | 0.5     | null    |
+    | chunk             | 256     | 128     | 256     |
+    | leverage_block    | null    | 512     | null    |
+    | ridge             | 0.0     | 0.005   | 0.01    |
+    | z_scope           | "layer" | "block" | "layer" |
+    | value_norm        | false   | false   | true    |
+    | pool_kernel       | 3       | 1       | 3       |
+    | num_sink          | 16      | 16      | 8       |
+    | num_recent        | 64      | 64      | 4       |
+    | exclude_protected | false   | false   | true    |
+
+    Departures: keys are un-rotated from the cache, so they carry its rounding. The inverse comes from eigenvalues, of
+    which those below 1e-12 of the largest count as zero: no retries with a larger ridge. The last chunk attends to
+    itself only, whatever its length; both implementations let its padding draw or give attention. A last leverage
+    block shorter than half a block joins the one before it. One sketch serves all layers, heads and requests, as in
+    the engine; kvpress draws anew each time. The allocator is "adakv", since the experiments rank heads jointly; its
+    ``alpha`` of 0.2 is a floor that the paper does not have (``allocator_options: {"alpha": 0}``).
+
+    leverage_weight:   weight of the leverage, >= 0; None: the fraction of the prompt that goes
+    sketch_rank:       columns of the sketch, >= 1
+    chunk:             tokens that attend to each other, >= 1
+    leverage_block:    tokens whose keys are compared with each other, >= 2; None: the whole prompt
+    ridge:             added to the eigenvalues of X^T X, >= 0
+    z_scope:           what z standardises over: "layer": all heads and tokens; "block": the same, the leverage inside
+                       its block; "head": the tokens of a head
+    scale_logits:      whether the attention has its 1 / sqrt(head_size); public code leaves it out
+    value_norm:        whether attention is multiplied by the l2 norm of the value
+    pool_kernel:       width in tokens of the mean over neighbours of the attention, odd, >= 1; zeros past the edges
+    group:             reduction over the query heads of one KV head: "mean" or "max"; a sum would be the same as "mean"
+    num_sink:          tokens at the start that are protected, >= 0
+    num_recent:        tokens at the end that are protected, >= 0
+    exclude_protected: whether these take no part in chunks, leverage and z either
+    seed:              of the sketch
+
+    Raises ValueError for a value outside those ranges.
+    """
+
+    leverage_weight: float | None = 0.3
+    sketch_rank: int = 48
+    chunk: int = 256
+    leverage_block: int | None = None
+    ridge: float = 0.0
+    z_scope: Literal["layer", "block", "head"] = "layer"
+    scale_logits: bool = False
+    value_norm: bool = False
+    pool_kernel: int = 3
+    group: Literal["mean", "max"] = "mean"
+    num_sink: int = 16
+    num_recent: int = 64
+    exclude_protected: bool = False
+    seed: int = 0
+    name: ClassVar[str] = "compactor"
+    paper: ClassVar[str] = "Compactor, arXiv:2507.08143"
+
+    def __post_init__(self) -> None:
+        for field, least in (("sketch_rank", 1), ("chunk", 1), ("num_sink", 0), ("num_recent", 0), ("seed", 0)):
+            value = getattr(self, field)
+            if type(value) is not int or value < least:
+                raise ValueError(f"compactor.{field}: expected a whole number of at least {least}, got {value!r}")
+        block = self.leverage_block
+        if block is not None and (type(block) is not int or block < 2):
+            raise ValueError(f"compactor.leverage_block: expected None or at least 2 tokens, got {block!r}")
+        if type(self.pool_kernel) is not int or self.pool_kernel < 1 or self.pool_kernel % 2 == 0:
+            raise ValueError(f"compactor.pool_kernel: expected an odd number of at least 1, got {self.pool_kernel!r}")
+        if self.leverage_weight is not None and not _is_weight(self.leverage_weight):
+            raise ValueError(
+                f"compactor.leverage_weight: expected None or a number of at least 0, got {self.leverage_weight!r}"
+            )
+        if not _is_weight(self.ridge):
+            raise ValueError(f"compactor.ridge: expected a number of at least 0, got {self.ridge!r}")
+        for field in ("scale_logits", "value_norm", "exclude_protected"):
+            if type(getattr(self, field)) is not bool:
+                raise ValueError(f"compactor.{field}: expected True or False, got {getattr(self, field)!r}")
+        if self.z_scope not in ("layer", "block", "head"):
+            raise ValueError(f"compactor.z_scope: expected 'layer', 'block' or 'head', got {self.z_scope!r}")
+        if self.group not in ("mean", "max"):
+            raise ValueError(f"compactor.group: expected 'mean' or 'max', got {self.group!r}")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.ALL_QUERIES, Need.ROTARY})
+
+    @property
+    def default_allocator(self) -> str:
+        return "adakv"
+
+    def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        # attention, leverage, the square of one of them, and the sum
+        return 16 * num_kv_heads
+
+    def state_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        # the attention of complete chunks; the queries of the incomplete one do not grow with the prompt
+        return 4 * num_kv_heads
+
+    def observe(self, state: _Observed | None, inputs: ScoreInputs) -> _Observed:
+        """Score the attention chunks that are complete; keep a copy of the queries of the one that is not."""
+        earlier = state or _Observed(inputs.query[:0], [])
+        start = inputs.kv_len - len(inputs.query)
+        skipped = max(self._num_excluded[0] - start, 0)
+        queries = torch.cat([earlier.queries, inputs.query[skipped:]])
+        # tokens that turn out to be the prompt's last ones may have no part in it
+        num_chunks = max(len(queries) - self._num_excluded[1], 0) // self.chunk
+        for rows in queries[: num_chunks * self.chunk].split(self.chunk):
+            if len(rows):
+                earlier.attention.append(self._attention(rows, inputs, inputs.kv_len - len(queries)))
+                queries = queries[self.chunk :]
+        return _Observed(queries.clone(), earlier.attention)
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        first = min(self._num_excluded[0], inputs.kv_len)
+        last = max(inputs.kv_len - self._num_excluded[1], first)
+        if first == last:
+            return inputs.query.new_zeros(inputs.num_kv_heads, inputs.kv_len, dtype=torch.float32)
+        scores = self._leverage(inputs, first, last)
+        blocks = list(self._blocks(0, last - first))
+        self._standardise(scores, blocks if self.z_scope == "block" else [(0, last - first)])
+        scores *= self._weight(inputs)
+        scores += self._chunk_attention(inputs, last)
+        top = scores.amax()
+        before, after = (top.expand(inputs.num_kv_heads, num_tokens) for num_tokens in (first, inputs.kv_len - last))
+        return torch.cat([before, scores, after], dim=1)
+
+    @property
+    def _num_excluded(self) -> tuple[int, int]:
+        return (self.num_sink, self.num_recent) if self.exclude_protected else (0, 0)
+
+    def _weight(self, inputs: ScoreInputs) -> float:
+        if self.leverage_weight is not None:
+            return self.leverage_weight
+        return _NO_BUDGET_WEIGHT if inputs.num_kept is None else 1 - inputs.num_kept / inputs.kv_len
+
+    def _chunk_attention(self, inputs: ScoreInputs, last: int) -> torch.Tensor:
+        """Return [num_kv_heads, num_tokens] z-scores of the attention that tokens before ``last`` received."""
+        observed: _Observed = inputs.state
+        received = list(observed.attention)
+        start = inputs.kv_len - len(observed.queries)
+        if start < last:
+            received.append(self._attention(observed.queries[: last - start], inputs, start))
+        attention = torch.cat(received, dim=1)
+        del received
+        if self.pool_kernel > 1:
+            attention = F.avg_pool1d(attention, self.pool_kernel, stride=1, padding=self.pool_kernel // 2)
+        self._standardise(attention, [(0, attention.shape[1])])
+        return attention
+
+    def _attention(self, queries: torch.Tensor, inputs: ScoreInputs, start: int) -> torch.Tensor:
+        """Return [num_kv_heads, len(queries)], what tokens from ``start`` on receive from each other."""
+        num_tokens, end = len(queries), start + len(queries)
+        keys = inputs.gather_keys(start, end)
+        grouped = queries.float().transpose(0, 1).unflatten(0, (inputs.num_kv_heads, -1)).flatten(1, 2)
+        logits = grouped @ keys.transpose(1, 2)  # [num_kv_heads, group * num_tokens, num_tokens]
+        if self.scale_logits:
+            logits *= inputs.scale
+        received = logits.softmax(-1).unflatten(1, (-1, num_tokens)).sum(dim=2)
+        reduced: torch.Tensor = received.amax(dim=1) if self.group == "max" else received.mean(dim=1)
+        if self.value_norm:
+            reduced *= inputs.gather_values(start, end).norm(dim=-1)
+        return reduced
+
+    def _blocks(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Yield bounds of the leverage blocks; the last one has at least half their size, if there are two."""
+        size = self.leverage_block or last - first
+        count = max((last - first + size // 2) // size, 1)
+        for index in range(count):
+            start = first + index * size
+            yield start, start + size if index < count - 1 else last
+
+    def _leverage(self, inputs: ScoreInputs, first: int, last: int) -> torch.Tensor:
+        """Return [num_kv_heads, last - first] float32, the leverage of the keys inside their blocks."""
+        rotary = inputs.weights.rotary
+        if rotary is None:
+            raise ValueError("compactor: expected the rotary embedding among the weights, got none")
+        sketch = gaussian_sketch(inputs.keys.shape[2], self.sketch_rank, self.seed).to(inputs.keys.device)
+        leverage = inputs.keys.new_empty(inputs.num_kv_heads, last - first, dtype=torch.float32)
+        for block in self._blocks(first, last):
+            mean, whitening = self._whitening(inputs, rotary, sketch, block)
+            for start, end in inputs.tiles(*block):
+                centred = _sketched_keys(inputs, rotary, sketch, start, end) - mean
+                leverage[:, start - first : end - first] = (centred @ whitening).square().sum(dim=-1)
+        return leverage
+
+    def _whitening(
+        self, inputs: ScoreInputs, rotary: Rotary, sketch: torch.Tensor, block: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean of a block's sketched keys and W with W W^T = (X^T X + ridge I)^-1 on the range of X.
+
+        Sums and moments are float64, in which one pass over the keys is enough.
+        """
+        total, moment = torch.zeros((), device=sketch.device), torch.zeros((), device=sketch.device)
+        for start, end in inputs.tiles(*block):
+            rows = _sketched_keys(inputs, rotary, sketch, start, end)
+            total, moment = total + rows.sum(dim=1, keepdim=True), moment + rows.mT @ rows
+        mean = total / (block[1] - block[0])  # [num_kv_heads, 1, sketch_rank]
+        gram = torch.nan_to_num(moment - mean.mT @ total, 0.0, 0.0, 0.0)
+        values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+        above = values > 1e-12 * values[:, -1:]
+        inverse = torch.where(above, (values + self.ridge).rsqrt(), 0.0)
+        return mean, vectors * inverse[:, None]
+
+    def _standardise(self, scores: torch.Tensor, blocks: list[tuple[int, int]]) -> None:
+        """Shift and scale ``scores`` [num_kv_heads, num_tokens] in place, per block, to mean 0 and variance 1.
+
+        Differences below 1e-4 of the mean are rounding and are not blown up, as those of a few tokens would be, whose
+        leverage is the same.
+        """
+        dims = (1,) if self.z_scope == "head" else (0, 1)
+        for start, end in blocks:
+            part = scores[:, start:end]
+            count = part.shape[1] * (1 if self.z_scope == "head" else len(part))
+            mean = part.mean(dim=dims, keepdim=True)
+            part -= mean
+            variance = part.square().sum(dim=dims, keepdim=True) / max(count - 1, 1)
+            part /= torch.maximum(variance.sqrt(), 1e-4 * mean.abs()).clamp(min=1e-12)
+
+
+@lru_cache(maxsize=16)
+def gaussian_sketch(head_size: int, rank: int, seed: int) -> torch.Tensor:
+    """Return [head_size, rank] float64, independent entries of variance 1 / rank, the same on every machine."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(head_size, rank, generator=generator, dtype=torch.float64) / math.sqrt(rank)
+
+
+def _sketched_keys(inputs: ScoreInputs, rotary: Rotary, sketch: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Return [num_kv_heads, end - start, rank] float64, the keys before their rotation, times the sketch."""
+    positions = torch.arange(start, end, device=inputs.keys.device)
+    return rotary.unrotate(inputs.gather_keys(start, end), positions).double() @ sketch
+
+
+def _is_weight(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0

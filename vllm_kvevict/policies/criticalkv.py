@@ -1,0 +1,139 @@
+"""CriticalKV: another policy's ranking, weighted by what each value does to the output of the layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
+
+
+@POLICIES.register("criticalkv")
+@dataclass(frozen=True)
+class CriticalKV(EvictionPolicy):
+    """Keep the best of another policy for half of the budget; rank the rest by score times the l1 norm of W_O v.
+
+    Paper: Feng et al. 2025, arXiv:2502.03805; the code is kvpress's CriticalKVPress. W_O v is taken per query head and
+    its norm averaged over the heads of one KV head.
+
+    Departures: tokens of the first stage are ranked above all others, and among themselves, by what the second stage
+    gives them; kvpress has them tie at the largest float. With an allocator that ranks heads jointly, the first stage
+    is a share of the average budget, so every head is sure of it; CriticalAdaKV gives each head a share of its own
+    budget. Where the budget is not known only the second stage applies.
+
+    Meant for policies whose scores are amounts of attention: a score below 0 would sink with a larger norm.
+
+    policy:            the policy that ranks first, not this one
+    policy_options:    its parameters
+    first_stage_ratio: share of the budget that goes to its best tokens, 0 to 1; at least one token if it is not 0
+    epsilon:           added to its scores before they are weighted, >= 0
+
+    Raises ValueError for a value outside those ranges, or an option that the other policy does not take.
+    """
+
+    policy: str = "snapkv"
+    policy_options: dict[str, Any] = field(default_factory=dict, hash=False)
+    first_stage_ratio: float = 0.5
+    epsilon: float = 1e-4
+    name: ClassVar[str] = "criticalkv"
+    paper: ClassVar[str] = "CriticalKV, arXiv:2502.03805"
+
+    def __post_init__(self) -> None:
+        if type(self.first_stage_ratio) not in (int, float) or not 0 <= self.first_stage_ratio <= 1:
+            raise ValueError(
+                f"criticalkv.first_stage_ratio: expected a number from 0 to 1, got {self.first_stage_ratio!r}"
+            )
+        if type(self.epsilon) not in (int, float) or not math.isfinite(self.epsilon) or self.epsilon < 0:
+            raise ValueError(f"criticalkv.epsilon: expected a number of at least 0, got {self.epsilon!r}")
+        if not isinstance(self.policy, str) or self.policy == self.name:
+            raise ValueError(f"criticalkv.policy: expected the name of another policy, got {self.policy!r}")
+        if not isinstance(self.policy_options, dict):
+            raise ValueError(f"criticalkv.policy_options: expected a mapping, got {self.policy_options!r}")
+        _ = self.host  # made now, so that its options are checked now
+
+    @cached_property
+    def host(self) -> EvictionPolicy:
+        """The policy that ranks first."""
+        cls: Any = POLICIES.get(self.policy)
+        allowed = [option.name for option in fields(cls)] if is_dataclass(cls) else []
+        unknown = [option for option in self.policy_options if option not in allowed]
+        if unknown:
+            raise ValueError(
+                f"criticalkv.policy_options: expected options of {self.policy!r} "
+                f"({', '.join(allowed) or 'it has none'}), got {unknown[0]!r}"
+            )
+        host: EvictionPolicy = cls(**self.policy_options)
+        return host
+
+    @property
+    def query_window(self) -> int:
+        return self.host.query_window
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return self.host.needs | {Need.OUTPUT_PROJECTION}
+
+    @property
+    def query_aware(self) -> bool:
+        return self.host.query_aware
+
+    @property
+    def num_sink(self) -> int:
+        return self.host.num_sink
+
+    @property
+    def num_recent(self) -> int:
+        return self.host.num_recent
+
+    @property
+    def default_allocator(self) -> str:
+        return self.host.default_allocator
+
+    def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        # its scores, ours, and the best of the first stage with their indices: at most 12 bytes for each token
+        return max(self.host.scratch_bytes(num_heads, num_kv_heads, head_size), 20 * num_kv_heads)
+
+    def state_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        return self.host.state_bytes(num_heads, num_kv_heads, head_size)
+
+    def observe(self, state: Any, inputs: ScoreInputs) -> Any:
+        return self.host.observe(state, inputs)
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        by_host = self.host.score(inputs)
+        critical = torch.empty_like(by_host)
+        for start, end in inputs.tiles():
+            weighted = (by_host[:, start:end] + self.epsilon) * projected_value_norm(inputs, start, end)
+            critical[:, start:end] = weighted
+        num_first = self._num_first(inputs)
+        if num_first:
+            best = by_host.topk(num_first, dim=-1).indices
+            critical.scatter_add_(-1, best, (critical.amax() - critical.amin()).expand(best.shape))
+        return critical
+
+    def _num_first(self, inputs: ScoreInputs) -> int:
+        """Return how many tokens of each head the first stage chooses."""
+        if inputs.num_kept is None or self.first_stage_ratio == 0:
+            return 0
+        return min(max(int(inputs.num_kept * self.first_stage_ratio), 1), inputs.kv_len)
+
+
+def projected_value_norm(inputs: ScoreInputs, start: int, end: int) -> torch.Tensor:
+    """Return [num_kv_heads, end - start] float32, the l1 norm of W_O v, mean over the query heads of a KV head.
+
+    One query head at a time: what it adds to the output of the layer is [num_kv_heads, end - start, hidden_size].
+    """
+    projection = inputs.weights.output_projection
+    if projection is None:
+        raise ValueError("criticalkv: expected the output projection among the weights, got none")
+    values = inputs.gather_values(start, end)
+    by_head = projection.t().unflatten(0, (inputs.num_kv_heads, -1, values.shape[2]))  # [kv heads, group, D, hidden]
+    norms = [
+        torch.stack([(value @ head.float()).abs().sum(dim=-1) for head in heads]).mean(dim=0)
+        for value, heads in zip(values, by_head, strict=True)
+    ]
+    return torch.stack(norms)

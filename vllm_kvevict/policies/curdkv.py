@@ -1,0 +1,136 @@
+"""CurDKV: keep the tokens whose keys and values matter most to the span of all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
+
+Gather = Callable[[int, int], torch.Tensor]  # ScoreInputs.gather_keys or gather_values
+
+TILE = 1024  # tokens, or as many whole neighbourhoods as they hold
+SMALLEST = torch.finfo(torch.float32).tiny
+RANK_TOLERANCE = 1e-10  # of the largest eigenvalue of a Gram matrix: smaller ones are rounding, not rank
+
+
+@POLICIES.register("curdkv")
+@dataclass(frozen=True)
+class CurDKV(EvictionPolicy):
+    """Score a token by what its key and its value contribute to a CUR decomposition of the attention output.
+
+    Paper: Sengupta et al. 2025 (CurDKV), arXiv:2509.15038. The defaults are the code that the authors released, and
+    kvpress's: squared norms as shares of their neighbourhood, key times value.
+    ``CurDKV(measure="leverage", projection_rank=20, local_window=0)`` is what the paper derives: leverage scores of
+    K and V through a Gaussian projection.
+
+    Departs from both: the sinks stay because selection protects them, not because of their scores (a ``num_sink`` set
+    by the user goes before ``n_sink``), and the projection is the same in every call. Departs from the released code,
+    as kvpress does: neighbourhoods are counted from the start of the prompt, so that the last one may be short and its
+    tokens get larger shares. Keys are post-RoPE, as there; the most recent tokens are not protected, as there.
+
+    measure:         of one token's key or value, before shares: "norm", its squared length; "leverage", its leverage
+                     score, the diagonal of X (X^T X)^+ X^T, with X the keys (values) of one head, not centred
+    combine:         of the two shares: "product", "mean", or only that of the "key" or of the "value"
+    local_window:    tokens of a neighbourhood, inside which shares sum to 1, >= 0; 0: shares are not taken
+    projection_rank: columns of the Gaussian matrix that keys and values are multiplied by first, >= 0; 0: none
+    seed:            of the Gaussian matrix, at least 0
+    n_sink:          tokens at the start that always stay, >= 0
+
+    Raises ValueError for another value.
+    """
+
+    measure: Literal["norm", "leverage"] = "norm"
+    combine: Literal["product", "mean", "key", "value"] = "product"
+    local_window: int = 16
+    projection_rank: int = 0
+    seed: int = 0
+    n_sink: int = 4
+    name: ClassVar[str] = "curdkv"
+    paper: ClassVar[str] = "CurDKV, arXiv:2509.15038"
+
+    def __post_init__(self) -> None:
+        if self.measure not in ("norm", "leverage"):
+            raise ValueError(f"curdkv.measure: expected 'norm' or 'leverage', got {self.measure!r}")
+        if self.combine not in ("product", "mean", "key", "value"):
+            raise ValueError(f"curdkv.combine: expected 'product', 'mean', 'key' or 'value', got {self.combine!r}")
+        for option in ("local_window", "projection_rank", "seed", "n_sink"):
+            value = getattr(self, option)
+            if type(value) is not int or not 0 <= value < 2**63:
+                raise ValueError(f"curdkv.{option}: expected a whole number of at least 0, got {value!r}")
+
+    @property
+    def num_sink(self) -> int:
+        return self.n_sink
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        if self.combine == "key":
+            scores = self._shares(inputs, inputs.gather_keys)
+        elif self.combine == "value":
+            scores = self._shares(inputs, inputs.gather_values)
+        else:
+            kappa, nu = self._shares(inputs, inputs.gather_keys), self._shares(inputs, inputs.gather_values)
+            scores = kappa * nu if self.combine == "product" else kappa + nu  # a half would not outlive the next line
+        return scores.div_(scores.sum(dim=1, keepdim=True).clamp_min(SMALLEST))
+
+    def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        return 12 * num_kv_heads  # shares of the keys, of the values, and their combination
+
+    def _shares(self, inputs: ScoreInputs, gather: Gather) -> torch.Tensor:
+        """Return [num_kv_heads, kv_len] float32, the measure of each key or value as a share of its neighbourhood."""
+        projection = self._projection(inputs)
+        metric = _inverse_gram(inputs, gather, projection) if self.measure == "leverage" else None
+        window = self.local_window or 1
+        tiles = inputs.tiles(size=max(TILE // window, 1) * window)  # no neighbourhood is cut
+        return torch.cat([_share(_measure(gather(*tile), projection, metric), self.local_window) for tile in tiles], 1)
+
+    def _projection(self, inputs: ScoreInputs) -> torch.Tensor | None:
+        """Return [head_size, projection_rank] float32, entries from N(0, 1 / projection_rank); None if there is none.
+
+        Drawn on the CPU, so that every machine draws the same.
+        """
+        if self.projection_rank == 0:
+            return None
+        generator = torch.Generator().manual_seed(self.seed)
+        draws = torch.randn(inputs.keys.shape[-1], self.projection_rank, generator=generator, device="cpu")
+        return draws.to(inputs.keys.device) / math.sqrt(self.projection_rank)
+
+
+def _inverse_gram(inputs: ScoreInputs, gather: Gather, projection: torch.Tensor | None) -> torch.Tensor:
+    """Return [num_kv_heads, rank, rank] float64, the pseudo-inverse of X^T X over the whole prompt."""
+    gram = torch.zeros((), dtype=torch.float64, device=inputs.keys.device)
+    for tile in inputs.tiles(size=TILE):
+        rows = _project(gather(*tile), projection).double()
+        gram = gram + rows.transpose(1, 2) @ rows
+    inverse: torch.Tensor = torch.linalg.pinv(gram, rtol=RANK_TOLERANCE, hermitian=True)
+    return inverse
+
+
+def _measure(x: torch.Tensor, projection: torch.Tensor | None, metric: torch.Tensor | None) -> torch.Tensor:
+    """Return [num_kv_heads, num_tokens] float32: squared lengths of the rows of ``x``, in the metric if there is one.
+
+    x: [num_kv_heads, num_tokens, head_size]
+    """
+    rows = _project(x, projection)
+    if metric is None:
+        return rows.square().sum(dim=-1)
+    rows = rows.double()
+    return (rows @ metric * rows).sum(dim=-1).clamp(min=0).float()
+
+
+def _project(x: torch.Tensor, projection: torch.Tensor | None) -> torch.Tensor:
+    return x if projection is None else x @ projection
+
+
+def _share(measure: torch.Tensor, window: int) -> torch.Tensor:
+    """Return ``measure`` [num_kv_heads, num_tokens] over its sum in each stretch of ``window`` tokens."""
+    if window == 0:
+        return measure
+    num_kv_heads, num_tokens = measure.shape
+    blocks = F.pad(measure, (0, -num_tokens % window)).view(num_kv_heads, -1, window)
+    return (blocks / blocks.sum(dim=-1, keepdim=True).clamp_min(SMALLEST)).flatten(1)[:, :num_tokens]

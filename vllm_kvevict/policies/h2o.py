@@ -1,0 +1,73 @@
+"""H2O: keep the heavy hitters, the tokens that all others attend to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from vllm_kvevict.kernels.window_attention import window_attention
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
+
+# Queries that are looked at in one go, so that the kernel's scratch memory does not grow with the chunk.
+MAX_QUERIES = 256
+
+
+@POLICIES.register("h2o")
+@dataclass(frozen=True)
+class H2O(EvictionPolicy):
+    """Score a token by the attention it gets from all tokens of the prompt.
+
+    Paper: Zhang et al. 2023 (H2O), arXiv:2306.14048. Departs from the paper: eviction happens once, when the prompt
+    ends, so that no attention to or from evicted tokens is missing in the sums; the recent tokens that always stay are
+    a fixed number, not half of the budget; query heads that share a KV head are averaged. Every query of the prompt
+    looks at every key again, which about doubles the cost of attention. ``H2O(normalize=True)`` is the score of
+    kvpress's ``ObservedAttentionPress``, which protects nothing.
+
+    normalize:  False: sum the attention, as the paper does, which favours tokens that more others can see; True: divide
+                by the number of tokens that can see the key
+    num_recent: tokens at the end of the prompt that always stay, >= 0; with half of the budget it is the paper's split
+
+    Raises ValueError for another value.
+    """
+
+    normalize: bool = False
+    num_recent: int = 32
+    name: ClassVar[str] = "h2o"
+    paper: ClassVar[str] = "H2O, arXiv:2306.14048"
+
+    def __post_init__(self) -> None:
+        if type(self.normalize) is not bool:
+            raise ValueError(f"h2o.normalize: expected true or false, got {self.normalize!r}")
+        if type(self.num_recent) is not int or self.num_recent < 0:
+            raise ValueError(f"h2o.num_recent: expected at least 0 tokens, got {self.num_recent!r}")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.ALL_QUERIES})
+
+    def observe(self, state: Any, inputs: ScoreInputs) -> torch.Tensor:
+        """Return [num_kv_heads, kv_len] float32, the attention that each token got so far, mean over the group."""
+        num_kv_heads, num_queries = inputs.num_kv_heads, len(inputs.query)
+        sums = inputs.query.new_zeros(num_kv_heads, inputs.kv_len, dtype=torch.float32)
+        if state is not None:
+            sums[:, : state.shape[1]] = state
+        for start in range(0, num_queries, MAX_QUERIES):
+            query = inputs.query[start : start + MAX_QUERIES]
+            seen = inputs.kv_len - num_queries + start + len(query)
+            attention = window_attention(query, inputs.keys, inputs.page_table, seen, inputs.scale)
+            sums[:, :seen] += attention.unflatten(0, (num_kv_heads, -1)).mean(dim=1)
+        return sums
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        sums: torch.Tensor = inputs.state
+        if not self.normalize:
+            return sums
+        return sums / torch.arange(inputs.kv_len, 0, -1, dtype=torch.float32, device=sums.device)
+
+    def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        return 4 * num_kv_heads + 4 if self.normalize else 0  # plain sums are the state itself
+
+    def state_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        return 4 * num_kv_heads

@@ -1,0 +1,46 @@
+"""StreamingLLM: keep the first tokens of the prompt and the most recent ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
+
+
+@POLICIES.register("streaming_llm")
+@dataclass(frozen=True)
+class StreamingLLM(EvictionPolicy):
+    """Score a token by its position: the most recent stay, beside the attention sinks at the start.
+
+    Paper: Xiao et al. 2023 (StreamingLLM), arXiv:2309.17453. The sinks stay because selection protects them: a
+    ``num_sink`` set by the user goes before ``n_sink``. Departs from the paper: kept tokens keep their positions, where
+    the paper counts positions inside the cache anew; and eviction happens once, when the prompt ends, so that the
+    window grows with the answer.
+
+    n_sink: tokens at the start that always stay, >= 0
+
+    Raises ValueError for another value.
+    """
+
+    n_sink: int = 4
+    name: ClassVar[str] = "streaming_llm"
+    paper: ClassVar[str] = "StreamingLLM, arXiv:2309.17453"
+
+    def __post_init__(self) -> None:
+        if type(self.n_sink) is not int or self.n_sink < 0:
+            raise ValueError(f"streaming_llm.n_sink: expected at least 0 tokens, got {self.n_sink!r}")
+
+    @property
+    def num_sink(self) -> int:
+        return self.n_sink
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        # exact in float32 up to 16,777,216 tokens
+        positions = torch.arange(inputs.kv_len, dtype=torch.float32, device=inputs.keys.device)
+        return positions.expand(inputs.num_kv_heads, -1)
+
+    def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        return 4  # one row, whatever the number of KV heads

@@ -1,0 +1,42 @@
+"""TOVA: keep the tokens that the last query attends to, the same ones for all heads of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vllm_kvevict.kernels.window_attention import window_attention
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
+
+
+@POLICIES.register("tova")
+@dataclass(frozen=True)
+class Tova(EvictionPolicy):
+    """Score a token by the attention that the last token of the prompt pays to it, averaged over all query heads.
+
+    Paper: Oren et al. 2024 (TOVA), arXiv:2401.06104. The heads of a layer share one ranking, and keep the same tokens
+    with the allocator ``uniform``. Departs from the paper, as kvpress does: the last token always stays (there it
+    competes with its own attention); and eviction happens once, when the prompt ends, not at every step after it.
+    """
+
+    name: ClassVar[str] = "tova"
+    paper: ClassVar[str] = "TOVA, arXiv:2401.06104"
+
+    @property
+    def query_window(self) -> int:
+        return 1
+
+    @property
+    def num_recent(self) -> int:
+        return 1
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        attention = window_attention(inputs.query, inputs.keys, inputs.page_table, inputs.kv_len, inputs.scale)
+        scores = attention.mean(dim=0)
+        scores[-1] = scores.amax()
+        return scores.expand(inputs.num_kv_heads, -1)
+
+    def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        return 4 * num_heads + 4  # the attention, and its mean: one row, whatever the number of KV heads
