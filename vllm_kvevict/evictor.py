@@ -95,6 +95,7 @@ class Eviction:
             weights or LayerWeights(),
             state,
             self.plan.num_kept_tokens,
+            layer,
         )
         policy, allocator = self.method.policy, self.method.allocator
         self._scores[layer] = policy.score(_last_queries(inputs, policy.query_window))

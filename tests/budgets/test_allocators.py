@@ -239,6 +239,15 @@ def test_lava_with_equal_entropies_has_equal_layers_and_alpha_one_equal_heads():
     torch.testing.assert_close(floored, floored[:, :1].expand_as(floored), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_lava_shifts_scores_that_are_no_masses(seed):
+    """Scores of another policy may be negative: what counts is how far they are above the lowest of their layer."""
+    scores = random_scores(seed)
+    scores[..., 5] = 0.0
+    shifted = scores - torch.tensor([3.0, 1.0, 2.0])[:, None, None]
+    torch.testing.assert_close(wished(Lava(), shifted, 100), wished(Lava(), scores, 100), rtol=0, atol=0.5)
+
+
 def dense_attention(query, keys, scale):
     """[num_heads, window, kv_len] float64 softmax attention of the last queries, causal."""
     window, kv_len = len(query), keys.shape[1]

@@ -46,7 +46,7 @@ def test_the_norm_equals_the_formula(num_tokens):
 def test_without_a_budget_only_the_second_stage_applies(num_tokens, epsilon):
     policy, layer = CriticalKV(epsilon=epsilon), make_llama_layer(num_tokens, seed=0)
     inputs = layer.inputs(policy)
-    expected = (policy.host.score(inputs) + epsilon) * dense_norm(layer)
+    expected = (policy.wrapped.score(inputs) + epsilon) * dense_norm(layer)
     torch.testing.assert_close(policy.score(inputs), expected.float(), rtol=1e-5, atol=0)
 
 
@@ -59,14 +59,14 @@ def test_the_first_stage_is_above_the_second(num_kept, ratio, num_first):
     inputs = layer.inputs(policy)
     second = policy.score(inputs)
     scores = policy.score(replace(inputs, num_kept=num_kept))
-    best = policy.host.score(inputs).sort(descending=True, stable=True)
+    best = policy.wrapped.score(inputs).sort(descending=True, stable=True)
     for head in range(NUM_KV_HEADS):
         # the window and the best token before it tie in SnapKV; any of them may come first
         lifted = set((scores[head] > second[head]).nonzero()[:, 0].tolist())
         assert len(lifted) == num_first
         if 0 < num_first < 130:
             lowest = best.values[head, num_first - 1]
-            assert all(policy.host.score(inputs)[head, token] >= lowest for token in lifted)
+            assert all(policy.wrapped.score(inputs)[head, token] >= lowest for token in lifted)
         rest = [token for token in range(130) if token not in lifted]
         if lifted and rest:
             assert scores[head, sorted(lifted)].amin() >= second.amax()
@@ -78,7 +78,7 @@ def test_the_second_stage_changes_the_choice():
     layer = make_llama_layer(333, seed=0)
     inputs = layer.inputs(CriticalKV())
     ours, host = (
-        policy.score(inputs)[:, :-32].topk(50).indices.sort().values for policy in (CriticalKV(), CriticalKV().host)
+        policy.score(inputs)[:, :-32].topk(50).indices.sort().values for policy in (CriticalKV(), CriticalKV().wrapped)
     )
     assert not ours.equal(host)
 
@@ -143,7 +143,7 @@ def test_options_come_from_the_command_line():
     options = {"policy": "snapkv", "policy_options": {"window": 64}, "first_stage_ratio": 0.25}
     config = EvictionConfig.parse({"policy": "criticalkv", "budget": 256, "policy_options": options})
     method = config.method()
-    assert method.policy.host == POLICIES.get("snapkv")(window=64)
+    assert method.policy.wrapped == POLICIES.get("snapkv")(window=64)
     assert method.query_window == method.num_recent == 64
     assert config.allocator_name == "uniform"
     assert isinstance(hash(method), int)
@@ -155,9 +155,9 @@ def test_options_come_from_the_command_line():
         ({"policy": "criticalkv"}, r"criticalkv\.policy: expected the name of another policy, got 'criticalkv'"),
         ({"policy": None}, r"criticalkv\.policy: expected the name of another policy, got None"),
         ({"policy": "snapkvv"}, r"unknown eviction policy 'snapkvv'\. Did you mean 'snapkv'\?"),
-        ({"policy_options": {"windw": 3}}, r"criticalkv\.policy_options: expected options of 'snapkv' .*, got 'windw'"),
+        ({"policy_options": {"windw": 3}}, r"criticalkv\.policy_options: expected window, pool_kernel, pool, group of 'snapkv', got 'windw'"),
         ({"policy_options": {"window": 0}}, r"snapkv\.window: expected at least 1 token, got 0"),
-        ({"policy_options": [64]}, r"criticalkv\.policy_options: expected a mapping, got \[64\]"),
+        ({"policy_options": [64]}, r"criticalkv\.policy_options: expected options by name, got \[64\]"),
         ({"first_stage_ratio": 1.5}, r"criticalkv\.first_stage_ratio: expected a number from 0 to 1, got 1\.5"),
         ({"first_stage_ratio": True}, r"criticalkv\.first_stage_ratio: expected a number from 0 to 1, got True"),
         ({"first_stage_ratio": None}, r"criticalkv\.first_stage_ratio: expected a number from 0 to 1, got None"),

@@ -31,7 +31,7 @@ class Lava(BudgetAllocator):
 
     def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
         protected = num_protected(scores)
-        free = scores.masked_fill(torch.isposinf(scores), 0.0).to(torch.float64)
+        free = _masses(scores)
         shares = layer_entropies(free)
         shares = shares / shares.sum() if shares.sum() > 0 else torch.full_like(shares, 1 / len(shares))
         heads = scores.shape[1]
@@ -39,6 +39,16 @@ class Lava(BudgetAllocator):
         counts = [joint_counts(layer, round(float(b) * heads)) for layer, b in zip(free, layer_tokens, strict=True)]
         floor = self.floor_alpha * layer_tokens[:, None]
         return torch.stack(counts) * (1 - self.floor_alpha) + floor + protected
+
+
+def _masses(scores: torch.Tensor) -> torch.Tensor:
+    """Return the scores of the unprotected tokens as numbers of at least 0, float64; 0 for the protected ones.
+
+    LAVa's own are amounts of attention. Policies whose scores may be negative are shifted, layer by layer.
+    """
+    finite = torch.isfinite(scores)
+    lowest = scores.masked_fill(~finite, 0.0).amin(dim=(1, 2), keepdim=True)
+    return (scores - lowest.clamp(max=0)).masked_fill(~finite, 0.0).to(torch.float64)
 
 
 def layer_entropies(scores: torch.Tensor) -> torch.Tensor:

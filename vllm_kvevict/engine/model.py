@@ -16,7 +16,6 @@ _KNOWN_ARCHITECTURES = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "MixtralForCausalLM",
-    "Phi3ForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
@@ -54,7 +53,8 @@ class ModelWeights:
     def of(self, layer: int, needs: frozenset[Need]) -> LayerWeights:
         """Return what ``needs`` name of one layer.
 
-        W_O is a copy in the model's dtype, as large as the weight itself: vLLM's own may be packed or quantised.
+        W_O is a copy in the model's dtype, as large as the weight itself: vLLM's own may be packed or quantised. Of
+        several tensor-parallel workers each has the columns of its own heads.
         """
         rotary = self._rotary(layer) if Need.ROTARY in needs else None
         projection = self._output_projection(layer) if Need.OUTPUT_PROJECTION in needs else None

@@ -86,6 +86,7 @@ class PrefillRow:
                 self.kv_len,
                 scale,
                 weights=weights,
+                layer=layer,
             )
             prefill.states[layer] = prefill.method.policy.observe(prefill.states[layer], inputs)
             prefill.seconds += perf_counter() - start

@@ -51,6 +51,7 @@ class ScoreInputs:
     weights:    the layer's weights, as far as needs name them
     state:      what the policy's ``observe`` returned for the last chunk, if ``Need.ALL_QUERIES``
     num_kept:   tokens that a head will keep on average; None where that is not known yet
+    layer:      index of the layer
     """
 
     query: torch.Tensor
@@ -63,6 +64,7 @@ class ScoreInputs:
     weights: LayerWeights = LayerWeights()
     state: Any = None
     num_kept: int | None = None
+    layer: int = 0
 
     @property
     def num_kv_heads(self) -> int:
@@ -130,13 +132,13 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        """Return the most bytes per token of the prompt that ``score`` holds at once, its result included.
+        """Return the most bytes per token of the prompt that ``score`` or ``observe`` holds at once, results included.
 
         For one layer, since layers are scored one after the other. What does not grow with the prompt is left out.
         """
 
     def state_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        """Return the bytes per token and layer that ``observe`` keeps until the prompt ends."""
+        """Return the bytes per token and layer that ``observe`` keeps until the prompt ends; again what grows."""
         return 0
 
     def observe(self, state: Any, inputs: ScoreInputs) -> Any:

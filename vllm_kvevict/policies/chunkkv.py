@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cached_property
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
+from vllm_kvevict.policies.base import POLICIES, ScoreInputs
+from vllm_kvevict.policies.wrapper import WrapperPolicy
 
 
 @POLICIES.register("chunkkv")
 @dataclass(frozen=True)
-class ChunkKV(EvictionPolicy):
+class ChunkKV(WrapperPolicy):
     """Score a chunk by what another policy thinks of its tokens, summed over the KV heads of a layer.
 
     Paper: Liu et al. 2025 (ChunkKV), arXiv:2502.00299. The heads of a layer share one ranking of whole chunks, and keep
@@ -29,15 +28,12 @@ class ChunkKV(EvictionPolicy):
     that, they are moved apart; no two chunks change places, and of equal ones the first ranks higher. With
     ``chunk_length`` the block size and no protected tokens, every block but one stays whole or goes whole.
 
-    policy:         name of the policy whose scores are used; it also says which tokens are protected
-    policy_options: its options
-    chunk_length:   tokens of a chunk, >= 1
+    policy, policy_options: see ``WrapperPolicy``; the policy also says which tokens are protected
+    chunk_length:           tokens of a chunk, >= 1
 
     Raises ValueError for another value, and for options that the policy does not take.
     """
 
-    policy: str = "snapkv"
-    policy_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     chunk_length: int = 20
     name: ClassVar[str] = "chunkkv"
     paper: ClassVar[str] = "ChunkKV, arXiv:2502.00299"
@@ -45,48 +41,7 @@ class ChunkKV(EvictionPolicy):
     def __post_init__(self) -> None:
         if type(self.chunk_length) is not int or self.chunk_length < 1:
             raise ValueError(f"chunkkv.chunk_length: expected at least 1 token, got {self.chunk_length!r}")
-        if not isinstance(self.policy, str) or self.policy == self.name:
-            raise ValueError(f"chunkkv.policy: expected the name of another policy, got {self.policy!r}")
-        if not isinstance(self.policy_options, Mapping):
-            raise ValueError(f"chunkkv.policy_options: expected options by name, got {self.policy_options!r}")
-        _ = self.wrapped  # an unknown policy or option is refused now
-
-    @cached_property
-    def wrapped(self) -> EvictionPolicy:
-        """The policy whose scores are used."""
-        cls = POLICIES.get(self.policy)
-        allowed = tuple(option.name for option in fields(cls)) if is_dataclass(cls) else ()
-        unknown = [option for option in self.policy_options if option not in allowed]
-        if unknown:
-            expected = ", ".join(allowed) or "no options"
-            raise ValueError(f"chunkkv.policy_options: expected {expected} of {self.policy!r}, got {unknown[0]!r}")
-        return cls(**self.policy_options)
-
-    @property
-    def query_window(self) -> int:
-        return self.wrapped.query_window
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return self.wrapped.needs
-
-    @property
-    def query_aware(self) -> bool:
-        return self.wrapped.query_aware
-
-    @property
-    def num_sink(self) -> int:
-        return self.wrapped.num_sink
-
-    @property
-    def num_recent(self) -> int:
-        return self.wrapped.num_recent
-
-    def observe(self, state: Any, inputs: ScoreInputs) -> Any:
-        return self.wrapped.observe(state, inputs)
-
-    def state_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        return self.wrapped.state_bytes(num_heads, num_kv_heads, head_size)
+        super().__post_init__()
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         # either the other policy's own, or its scores and their sum, or what all KV heads share: three rows and a bit

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cached_property
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
+from vllm_kvevict.policies.base import POLICIES, Need, ScoreInputs
+from vllm_kvevict.policies.wrapper import WrapperPolicy
 
 
 @POLICIES.register("criticalkv")
 @dataclass(frozen=True)
-class CriticalKV(EvictionPolicy):
+class CriticalKV(WrapperPolicy):
     """Keep the best of another policy for half of the budget; rank the rest by score times the l1 norm of W_O v.
 
     Paper: Feng et al. 2025, arXiv:2502.03805; the code is kvpress's CriticalKVPress. W_O v is taken per query head and
@@ -27,16 +27,13 @@ class CriticalKV(EvictionPolicy):
 
     Meant for policies whose scores are amounts of attention: a score below 0 would sink with a larger norm.
 
-    policy:            the policy that ranks first, not this one
-    policy_options:    its parameters
-    first_stage_ratio: share of the budget that goes to its best tokens, 0 to 1; at least one token if it is not 0
-    epsilon:           added to its scores before they are weighted, >= 0
+    policy, policy_options: see ``WrapperPolicy``
+    first_stage_ratio:      share of the budget that goes to its best tokens, 0 to 1; at least one token if it is not 0
+    epsilon:                added to its scores before they are weighted, >= 0
 
-    Raises ValueError for a value outside those ranges, or an option that the other policy does not take.
+    Raises ValueError for a value outside those ranges.
     """
 
-    policy: str = "snapkv"
-    policy_options: dict[str, Any] = field(default_factory=dict, hash=False)
     first_stage_ratio: float = 0.5
     epsilon: float = 1e-4
     name: ClassVar[str] = "criticalkv"
@@ -49,62 +46,22 @@ class CriticalKV(EvictionPolicy):
             )
         if type(self.epsilon) not in (int, float) or not math.isfinite(self.epsilon) or self.epsilon < 0:
             raise ValueError(f"criticalkv.epsilon: expected a number of at least 0, got {self.epsilon!r}")
-        if not isinstance(self.policy, str) or self.policy == self.name:
-            raise ValueError(f"criticalkv.policy: expected the name of another policy, got {self.policy!r}")
-        if not isinstance(self.policy_options, dict):
-            raise ValueError(f"criticalkv.policy_options: expected a mapping, got {self.policy_options!r}")
-        _ = self.host  # made now, so that its options are checked now
-
-    @cached_property
-    def host(self) -> EvictionPolicy:
-        """The policy that ranks first."""
-        cls: Any = POLICIES.get(self.policy)
-        allowed = [option.name for option in fields(cls)] if is_dataclass(cls) else []
-        unknown = [option for option in self.policy_options if option not in allowed]
-        if unknown:
-            raise ValueError(
-                f"criticalkv.policy_options: expected options of {self.policy!r} "
-                f"({', '.join(allowed) or 'it has none'}), got {unknown[0]!r}"
-            )
-        host: EvictionPolicy = cls(**self.policy_options)
-        return host
-
-    @property
-    def query_window(self) -> int:
-        return self.host.query_window
+        super().__post_init__()
 
     @property
     def needs(self) -> frozenset[Need]:
-        return self.host.needs | {Need.OUTPUT_PROJECTION}
-
-    @property
-    def query_aware(self) -> bool:
-        return self.host.query_aware
-
-    @property
-    def num_sink(self) -> int:
-        return self.host.num_sink
-
-    @property
-    def num_recent(self) -> int:
-        return self.host.num_recent
+        return self.wrapped.needs | {Need.OUTPUT_PROJECTION}
 
     @property
     def default_allocator(self) -> str:
-        return self.host.default_allocator
+        return self.wrapped.default_allocator
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         # its scores, ours, and the best of the first stage with their indices: at most 12 bytes for each token
-        return max(self.host.scratch_bytes(num_heads, num_kv_heads, head_size), 20 * num_kv_heads)
-
-    def state_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        return self.host.state_bytes(num_heads, num_kv_heads, head_size)
-
-    def observe(self, state: Any, inputs: ScoreInputs) -> Any:
-        return self.host.observe(state, inputs)
+        return max(self.wrapped.scratch_bytes(num_heads, num_kv_heads, head_size), 20 * num_kv_heads)
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        by_host = self.host.score(inputs)
+        by_host = self.wrapped.score(inputs)
         critical = torch.empty_like(by_host)
         for start, end in inputs.tiles():
             weighted = (by_host[:, start:end] + self.epsilon) * projected_value_norm(inputs, start, end)

@@ -67,7 +67,8 @@ class H2O(EvictionPolicy):
         return sums / torch.arange(inputs.kv_len, 0, -1, dtype=torch.float32, device=sums.device)
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        return 4 * num_kv_heads + 4 if self.normalize else 0  # plain sums are the state itself
+        # the attention of one piece of a chunk, its mean over the group, and the new sums beside the old ones
+        return 4 * num_heads + 8 * num_kv_heads
 
     def state_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         return 4 * num_kv_heads

@@ -79,7 +79,8 @@ class OBCache(EvictionPolicy):
         return torch.cat([scores, scores.amax().expand(num_kv_heads, window)], dim=1)
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        return 8 * num_kv_heads  # the scores before and after the pool
+        # the scores before and after the pool, and the places of the maxima, which torch keeps as int64
+        return 16 * num_kv_heads
 
     def _judge(self, tile: AttentionTile, end: int, inputs: ScoreInputs) -> torch.Tensor:
         """Return [num_kv_heads, end - start] scores of the tile's tokens before ``end``."""

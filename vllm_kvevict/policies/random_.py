@@ -9,15 +9,17 @@ import torch
 
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
 
+_LAYER_STRIDE = 1_000_003  # so that neighbouring seeds do not share layers
+
 
 @POLICIES.register("random")
 @dataclass(frozen=True)
 class Random(EvictionPolicy):
     """Score every token of every KV head by a draw from a uniform distribution.
 
-    No paper: the usual baseline. Draws depend on the seed, the length of the prompt and the number of the KV head, and
-    are made on the CPU, so that every machine makes the same. They do not depend on the layer, which a policy does not
-    see: head h keeps the same tokens in all layers, and under tensor parallelism in all ranks.
+    No paper: the usual baseline. Draws depend on the seed, the layer, the length of the prompt and the number of the
+    KV head, and are made on the CPU, so that every machine makes the same. Under tensor parallelism all ranks make the
+    same draws for their own heads.
 
     seed: of the generator, at least 0
 
@@ -32,7 +34,7 @@ class Random(EvictionPolicy):
             raise ValueError(f"random.seed: expected a whole number from 0 to 2**63 - 1, got {self.seed!r}")
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed((self.seed + inputs.layer * _LAYER_STRIDE) % 2**63)
         draws = torch.rand(inputs.num_kv_heads, inputs.kv_len, generator=generator, device="cpu")
         return draws.to(inputs.keys.device)
 

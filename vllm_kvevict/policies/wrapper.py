@@ -1,0 +1,70 @@
+"""What policies share that work on the scores of another one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
+
+
+@dataclass(frozen=True)
+class WrapperPolicy(EvictionPolicy):
+    """Needs, observes and protects what another policy does.
+
+    policy:         name of the policy whose scores are used, not this one
+    policy_options: its options
+
+    Raises ValueError for an unknown policy, and for options that it does not take.
+    """
+
+    policy: str = "snapkv"
+    policy_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, str) or self.policy == self.name:
+            raise ValueError(f"{self.name}.policy: expected the name of another policy, got {self.policy!r}")
+        if not isinstance(self.policy_options, Mapping):
+            raise ValueError(f"{self.name}.policy_options: expected options by name, got {self.policy_options!r}")
+        _ = self.wrapped  # an unknown policy or option is refused now
+
+    @cached_property
+    def wrapped(self) -> EvictionPolicy:
+        """The policy whose scores are used."""
+        cls: Any = POLICIES.get(self.policy)
+        allowed = [option.name for option in fields(cls)] if is_dataclass(cls) else []
+        unknown = [option for option in self.policy_options if option not in allowed]
+        if unknown:
+            expected = ", ".join(allowed) or "no options"
+            raise ValueError(f"{self.name}.policy_options: expected {expected} of {self.policy!r}, got {unknown[0]!r}")
+        wrapped: EvictionPolicy = cls(**self.policy_options)
+        return wrapped
+
+    @property
+    def query_window(self) -> int:
+        return self.wrapped.query_window
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return self.wrapped.needs
+
+    @property
+    def query_aware(self) -> bool:
+        return self.wrapped.query_aware
+
+    @property
+    def num_sink(self) -> int:
+        return self.wrapped.num_sink
+
+    @property
+    def num_recent(self) -> int:
+        return self.wrapped.num_recent
+
+    def observe(self, state: Any, inputs: ScoreInputs) -> Any:
+        return self.wrapped.observe(state, inputs)
+
+    def state_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        return self.wrapped.state_bytes(num_heads, num_kv_heads, head_size)
