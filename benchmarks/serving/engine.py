@@ -23,14 +23,19 @@ MODEL = Path(__file__).parents[2] / ".cache" / "models" / "SmolLM2-135M-Instruct
 
 
 @contextmanager
-def engine(model: Path, budget: int | None, policy: str = "snapkv", **kwargs: Any) -> Iterator[LLM]:
-    """Start an engine that evicts to ``budget`` tokens, or stock vLLM if ``budget`` is None; end it afterwards."""
+def engine(
+    model: Path, budget: int | None, policy: str = "snapkv", fields: dict[str, Any] | None = None, **kwargs: Any
+) -> Iterator[LLM]:
+    """Start an engine that evicts to ``budget`` tokens, or stock vLLM if ``budget`` is None; end it afterwards.
+
+    fields: further fields of the ``EvictionConfig``
+    """
     # the engine's memory is given by the caller, in blocks
     environment = {key: value for key, value in cpu_environment().items() if key != "VLLM_CPU_KVCACHE_SPACE"}
     for key, value in environment.items():
         os.environ.setdefault(key, value)
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
-    eviction = {} if budget is None else kv_eviction_args(policy, budget)
+    eviction = {} if budget is None else kv_eviction_args(policy, budget, **(fields or {}))
     settings = {"block_size": BLOCK_SIZE, "enforce_eager": True, "max_model_len": 8192, "seed": 0}
     llm = LLM(str(model), skip_tokenizer_init=True, **{**settings, **eviction, **kwargs})
     try:
