@@ -14,7 +14,7 @@ END = "<!-- end of policies -->"
 NOTHING = "\N{EN DASH}"
 # Of which the table states the memory: a layer of Llama-3.1-8B.
 SIZES = {"num_heads": 32, "num_kv_heads": 8, "head_size": 128}
-GROUPS = ("keys and values only", "and the last queries of the prompt", "and all queries of the prompt")
+READS = ("keys, values", "last queries", "all queries")
 COLUMNS = {
     "name": "name",
     "idea": "idea",
@@ -51,17 +51,14 @@ def markdown_table() -> str:
 
 
 def readme_table() -> str:
-    """Return this package's own policies in Markdown by what they read, for the README, whose lines are few."""
-    groups: dict[str, dict[tuple[str, str], list[str]]] = {reads: {} for reads in GROUPS}
+    """Return this package's own policies in Markdown for the README; those that share idea and source share a row."""
+    shared: dict[tuple[str, ...], list[str]] = {}
     for name in POLICIES.names():
         cls, row = POLICIES.get(name), row_of(name)
         if cls.__module__.startswith("vllm_kvevict."):
-            source = "" if row["paper"] == NOTHING else f" ({row['paper']})"
-            groups[_group(cls())].setdefault((row["idea"], source), []).append(f"`{name}`")
-    rows = [["reads", "policies"], ["---", "---"]]
-    for reads, policies in groups.items():
-        texts = [f"{', '.join(names)}: {idea}{source}" for (idea, source), names in policies.items()]
-        rows.append([reads, "<br>".join(texts)])
+            shared.setdefault((row["idea"], READS[_reads(cls())], row["paper"]), []).append(f"`{name}`")
+    rows = [["name", "idea", "reads", "source"], ["---"] * 4]
+    rows += [[", ".join(names), *cells] for cells, names in shared.items()]
     return "\n".join(map(_markdown_row, rows))
 
 
@@ -96,8 +93,8 @@ def row_of(name: str) -> dict[str, str]:
     }
 
 
-def _group(policy: EvictionPolicy) -> str:
-    return GROUPS[2 if Need.ALL_QUERIES in policy.needs else int(policy.query_aware)]
+def _reads(policy: EvictionPolicy) -> int:
+    return 2 if Need.ALL_QUERIES in policy.needs else int(policy.query_aware)
 
 
 def _idea(cls: type[EvictionPolicy]) -> str:
