@@ -100,3 +100,12 @@ def test_a_worker_that_does_not_evict_stops_the_engine(tiny_llama: Path) -> None
         broken.add(random_prompt(300, seed=5))
         with pytest.raises(RuntimeError, match="the worker did not evict as planned"):
             broken.step()
+
+
+def test_weights_of_another_model_are_refused_at_the_start(tiny_llama: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.json"
+    weights.write_text("[1, 2, 3]")
+    fields = {"allocator": "fixed", "allocator_options": {"file": str(weights)}}
+    message = r"fixed\.file: expected weights of 2 layers of 1 or 2 heads in .*, got \(3,\)"
+    with pytest.raises(ValueError, match=message), engine(tiny_llama, budget=BUDGET, fields=fields):
+        pass

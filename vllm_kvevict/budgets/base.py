@@ -21,6 +21,9 @@ class BudgetAllocator(ABC):
         """Last queries of the prompt that the engine must hold for ``measure``."""
         return 0
 
+    def check_model(self, num_layers: int, num_kv_heads: int) -> None:  # noqa: B027  (most fit any model)
+        """Raise ValueError, when the engine starts, if the options do not fit a model of this many layers and heads."""
+
     def measure(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return [num_measures] float64, what ``wish`` must know of one layer beside the policy's scores."""
         return torch.empty(0, dtype=torch.float64)

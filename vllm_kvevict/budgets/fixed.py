@@ -26,13 +26,19 @@ class Fixed(BudgetAllocator):
     def __post_init__(self) -> None:
         self._weights()
 
+    def check_model(self, num_layers: int, num_kv_heads: int) -> None:
+        shape = self._weights().shape
+        if shape not in ((num_layers,), (num_layers, 1), (num_layers, num_kv_heads)):
+            raise ValueError(
+                f"fixed.file: expected weights of {num_layers} layers of 1 or {num_kv_heads} heads in {self.file!r}, "
+                f"got {tuple(shape)}"
+            )
+
     def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
-        weights = self._weights()
-        weights = weights[:, None] if weights.ndim == 1 else weights
         layers, heads = scores.shape[:2]
-        if weights.shape[0] != layers or weights.shape[1] not in (1, heads):
-            raise ValueError(f"fixed.file: expected {layers} layers of 1 or {heads} heads, got {tuple(weights.shape)}")
-        return weights.expand(layers, heads)
+        self.check_model(layers, heads)
+        weights = self._weights()
+        return (weights[:, None] if weights.ndim == 1 else weights).expand(layers, heads)
 
     def _weights(self) -> torch.Tensor:
         try:

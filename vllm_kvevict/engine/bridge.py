@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from vllm_kvevict.engine.model import ModelWeights
 from vllm_kvevict.engine.prefill import Prefill, PrefillRow
 from vllm_kvevict.engine.step import STEP, EvictionReport, StepEvictions
 from vllm_kvevict.evictor import Eviction
+
+logger = logging.getLogger("vllm.kvevict")
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,22 @@ class EvictionBridge:
         """After the last layer: allocate, select and compact what the layers have scored."""
         reports = {}
         for req_id, eviction in self._evictions.items():
-            self.page_table.add(req_id, eviction.finish(), eviction.plan)
-            seconds = eviction.seconds + self._prefills.pop(req_id).seconds
-            reports[req_id] = EvictionReport(eviction.plan, seconds)
+            prefill = self._prefills.pop(req_id)
+            failure = prefill.failure or self._finish(req_id, eviction)
+            seconds = eviction.seconds + prefill.seconds
+            reports[req_id] = EvictionReport(eviction.plan, seconds, None if failure is None else repr(failure))
         self._step, self._evictions = None, {}
         return reports
+
+    def _finish(self, req_id: str, eviction: Eviction) -> Exception | None:
+        """Evict, or return what the allocator raised. Tokens move only inside blocks that no other request reads."""
+        try:
+            compaction = eviction.finish()
+        except Exception as error:
+            logger.exception("the eviction of request %s failed; it will end with an error", req_id)
+            return error
+        self.page_table.add(req_id, compaction, eviction.plan)
+        return None
 
     def rows(self, common: CommonAttentionMetadata) -> StepRows | None:
         """Return what is special about this batch, None if stock attention serves all of it."""

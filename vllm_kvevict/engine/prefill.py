@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.evictor import Eviction, Method
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
+
+logger = logging.getLogger("vllm.kvevict")
 
 
 class LastRows:
@@ -33,6 +36,7 @@ class Prefill:
     """One request from its first chunk to its last.
 
     seconds: what observing took so far
+    failure: what the policy or the allocator raised first; neither is asked again
     """
 
     def __init__(self, method: Method, num_layers: int) -> None:
@@ -42,6 +46,7 @@ class Prefill:
         self.outputs = LastRows(num_layers, method.query_window)
         self.states: list[Any] = [None] * num_layers
         self.seconds = 0.0
+        self.failure: Exception | None = None
 
 
 @dataclass
@@ -70,7 +75,27 @@ class PrefillRow:
         scale: float,
         weights: LayerWeights,
     ) -> None:
-        """See a layer's queries and outputs [num_tokens, num_heads, head_size] of the whole batch, after it ran."""
+        """See a layer's queries and outputs [num_tokens, num_heads, head_size] of the whole batch, after it ran.
+
+        Whatever a policy raises, maybe one of a third party, ends its request and not the engine.
+        """
+        if self.prefill.failure is not None:
+            return
+        try:
+            self._observe(pool, layer, query, output, scale, weights)
+        except Exception as error:
+            self.prefill.failure = error
+            logger.exception("a policy failed in layer %d; its request will end with an error", layer)
+
+    def _observe(
+        self,
+        pool: PagePool,
+        layer: int,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        scale: float,
+        weights: LayerWeights,
+    ) -> None:
         prefill = self.prefill
         chunk = query[self.start : self.end]
         outputs = None

@@ -99,6 +99,10 @@ class EvictionMixin(Scheduler):
         for req_id, (config, plan) in step.ending.items():
             if req_id not in reports or reports[req_id].plan != plan:
                 raise RuntimeError(f"request {req_id}: the worker did not evict as planned ({plan})")
+            if reports[req_id].failure is not None:
+                # vLLM's own list of requests that end with an error once this step's tokens are counted
+                self.grammar_compile_error_reqs.add(req_id)
+                continue
             self._records.append(_evicted(config, plan, reports[req_id].seconds))
         return super().update_from_output(scheduler_output, model_runner_output)
 

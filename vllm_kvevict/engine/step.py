@@ -25,7 +25,11 @@ class StepEvictions:
 
 @dataclass(frozen=True)
 class EvictionReport:
-    """Rides back on a ModelRunnerOutput: what a worker did."""
+    """Rides back on a ModelRunnerOutput: what a worker did.
+
+    failure: what the policy or the allocator raised; nothing was evicted then, and the request must end
+    """
 
     plan: EvictionPlan
     seconds: float
+    failure: str | None = None

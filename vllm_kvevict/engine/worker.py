@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.engine.bridge import EvictionBridge
 from vllm_kvevict.engine.cpu_backend import EvictionCPUMetadataBuilder, cpu_backend
+from vllm_kvevict.engine.install import eviction_config
 from vllm_kvevict.engine.spec import EvictionSpec
 from vllm_kvevict.engine.step import REPORTS, EvictionReport
 
@@ -25,6 +26,9 @@ class EvictionMixin(Worker):
         layer_names = _evicted_layers(kv_cache_config)
         context = self.vllm_config.compilation_config.static_forward_context
         pool = PagePool.from_layers([context[name].kv_cache for name in layer_names], "transposed")
+        config = eviction_config(self.vllm_config)
+        if config is not None:
+            config.method().allocator.check_model(pool.num_layers, pool.num_kv_heads)
         self.eviction = EvictionBridge(
             self.model_runner, pool, layer_names, self.vllm_config.scheduler_config.max_num_seqs
         )
@@ -45,6 +49,10 @@ class EvictionMixin(Worker):
         self.eviction.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output)
         self._reports = self.eviction.end_step()
+        failures = [report.failure for report in self._reports.values() if report.failure is not None]
+        if failures and self.parallel_config.world_size > 1:
+            # the scheduler hears one worker only: it must not go on if another one has evicted and this one has not
+            raise RuntimeError(f"an eviction failed on one of several workers: {failures[0]}")
         return self._with_reports(output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:

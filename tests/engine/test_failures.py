@@ -1,0 +1,92 @@
+"""A policy or an allocator that raises: its request ends with an error, the engine and all other requests go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.harness import Engine, engine
+from tests.tiny_llama import random_prompt
+from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
+from vllm_kvevict.policies import POLICIES, EvictionPolicy, Need, ScoreInputs
+
+
+@dataclass(frozen=True)
+class _Failing(EvictionPolicy):
+    def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        return 0
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        raise ZeroDivisionError("a bug in somebody's policy")
+
+
+@dataclass(frozen=True)
+class _FailingEarly(_Failing):
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.ALL_QUERIES})
+
+    def observe(self, state: Any, inputs: ScoreInputs) -> Any:
+        raise ZeroDivisionError("a bug in somebody's policy")
+
+
+@dataclass(frozen=True)
+class _WrongShape(_Failing):
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        return torch.zeros(inputs.num_kv_heads, 3)
+
+
+@dataclass(frozen=True)
+class _FailingAllocator(BudgetAllocator):
+    def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError("a bug in somebody's allocator")
+
+
+FAILURES = [
+    {"kv_eviction": "failing"},
+    {"kv_eviction": "failing_early"},
+    {"kv_eviction": "wrong_shape"},
+    {"kv_budget_allocator": "failing"},
+]
+
+
+@pytest.fixture(scope="module")
+def running(tiny_llama: Path) -> Iterator[Engine]:
+    POLICIES._classes |= {"failing": _Failing, "failing_early": _FailingEarly, "wrong_shape": _WrongShape}
+    ALLOCATORS._classes["failing"] = _FailingAllocator
+    try:
+        with engine(tiny_llama, budget=96, max_num_batched_tokens=256) as started:
+            started.poison_unowned_memory()
+            yield started
+    finally:
+        for name in ("failing", "failing_early", "wrong_shape"):
+            del POLICIES._classes[name]
+        del ALLOCATORS._classes["failing"]
+
+
+@pytest.mark.parametrize("options", FAILURES, ids=str)
+def test_only_the_request_of_a_failing_policy_ends(running: Engine, options: dict[str, str]) -> None:
+    prompts = [random_prompt(400 + index, seed=index) for index in range(3)]
+    expected = running.tokens(prompts, skip_reading_prefix_cache=True)
+    ids = [running.add(prompts[0]), running.add(random_prompt(700, seed=9), extra_args=options)]
+    ids += [running.add(prompt) for prompt in prompts[1:]]
+    outputs = running.run()
+    failed = outputs[ids[1]].outputs[0]
+    assert failed.finish_reason == "error" and len(failed.token_ids) <= 1
+    answers = [list(outputs[request_id].outputs[0].token_ids) for request_id in ids]
+    assert [answers[0], *answers[2:]] == expected
+    running.check_all_free()
+
+
+def test_what_a_failed_request_has_computed_can_be_hit(running: Engine) -> None:
+    """Its whole blocks were never rewritten."""
+    prompt = random_prompt(700, seed=21)
+    (cold,) = running.tokens([prompt], skip_reading_prefix_cache=True)
+    (failed,) = running.generate([prompt], extra_args=FAILURES[0])
+    assert failed.outputs[0].finish_reason == "error"
+    assert running.tokens([prompt]) == [cold]
