@@ -10,6 +10,8 @@ from pathlib import Path
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 2)))
+# the benchmarks, which some tests import, ask for less; servers that tests start inherit it
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 USES_V2_RUNNER = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
