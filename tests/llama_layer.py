@@ -10,6 +10,7 @@ import torch
 
 from tests.paged import PagedCache, make_pool, scrambled_blocks
 from tests.tiny_llama import tiny_llama_config
+from vllm_kvevict.cache.selection import protect, select
 from vllm_kvevict.policies import EvictionPolicy, Need, ScoreInputs
 from vllm_kvevict.policies.base import LayerWeights
 from vllm_kvevict.policies.rotary import Rotary
@@ -124,3 +125,16 @@ def make_llama_layer(num_tokens: int, seed: int) -> LlamaLayer:
     ]
     query, keys = apply_rotary_pos_emb(*states[:2], cos, sin)
     return LlamaLayer(module, hidden_states, (cos, sin), query[0].transpose(0, 1), keys[0], states[2][0])
+
+
+def kept_by(policy: EvictionPolicy, layer: LlamaLayer, num_kept: int) -> torch.Tensor:
+    """Return [num_kv_heads, num_kept] positions that selection keeps."""
+    scores = protect(policy.score(layer.inputs(policy))[None], policy.num_sink, policy.num_recent)
+    kept = select(scores, torch.full((1, len(layer.keys)), num_kept))[0]
+    return kept.nonzero()[:, 1].view(len(layer.keys), num_kept)
+
+
+def kept_by_press(press: Any, layer: LlamaLayer) -> torch.Tensor:
+    """Return [num_kv_heads, num_kept] positions, read from values that say which token they belong to."""
+    named = replace(layer, values=torch.arange(layer.num_tokens).float()[:, None].expand_as(layer.values))
+    return press.compress(*named.press_arguments())[1][0, :, :, 0].sort().values.long()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from itertools import product
 
-from benchmarks.quality.study import Arm, add_arguments, chosen_cells, compare, run, summarise
+from benchmarks.quality.study import Arm, add_arguments, arm_label, chosen_cells, compare, run, summarise
 
 TASKS = ("needle_noise", "needle_prose", "multikey", "key_value")
 PROMPTS = {1024: 50, 2048: 50, 4096: 20}
@@ -25,13 +25,12 @@ def main() -> None:
         run("allocators", chosen_cells(arguments, PROMPTS, ["inside"]), arms, arguments.model, arguments.limit)
     print(f"{'task':>13} {'length':>6} {'kept':>5} {'arm':>16} {'prompts':>7} {'accuracy':>22} {'log-likelihood':>26}")
     for row in summarise("allocators"):
-        arm = "full KV" if row["policy"] == "none" else f"{row['policy']}+{row['allocator']}"
         accuracy, likelihood = (
             f"{row[metric]:.3f} [{row[metric + '_low']:.3f}, {row[metric + '_high']:.3f}]"
             for metric in ("accuracy", "likelihood")
         )
         print(
-            f"{row['task']:>13} {row['length']:>6} {row['kept']:>5} {arm:>16} {row['prompts']:>7} "
+            f"{row['task']:>13} {row['length']:>6} {row['kept']:>5} {arm_label(row):>16} {row['prompts']:>7} "
             f"{accuracy:>22} {likelihood:>26}"
         )
     for method, metric in product(METHODS[1:], ("accuracy", "likelihood")):

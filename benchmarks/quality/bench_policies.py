@@ -13,7 +13,7 @@ import argparse
 from itertools import product
 from typing import Any
 
-from benchmarks.quality.study import Arm, add_arguments, chosen_cells, run, summarise
+from benchmarks.quality.study import Arm, add_arguments, arm_label, chosen_cells, run, summarise
 from benchmarks.timing import RESULTS
 from vllm_kvevict.policies import POLICIES
 
@@ -39,8 +39,7 @@ def draw(summary: list[dict[str, Any]], metric: str = "likelihood") -> None:
         rows = [row for row in summary if row["question"] == question]
         means: dict[str, dict[float, list[float]]] = {}
         for row in rows:
-            arm = "full KV" if row["policy"] == "none" else f"{row['policy']} + {row['allocator']}"
-            means.setdefault(arm, {}).setdefault(float(row["kept"]), []).append(row[metric])
+            means.setdefault(arm_label(row), {}).setdefault(float(row["kept"]), []).append(row[metric])
         for index, (arm, by_kept) in enumerate(sorted(means.items())):
             points = sorted((kept, sum(values) / len(values)) for kept, values in by_kept.items())
             if arm == "full KV":
@@ -50,7 +49,8 @@ def draw(summary: list[dict[str, Any]], metric: str = "likelihood") -> None:
                 axis.plot(*zip(*points, strict=True), marker="o", linestyle=style, color=f"C{index % 10}", label=arm)
         axis.set(title=f"question {question} the evicted text", xlabel="fraction kept", xscale="log")
     axes[0].set_ylabel("mean log-likelihood of the answer's tokens, nats")
-    axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
+    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7)
     figure.savefig(RESULTS / "quality_policies.png", dpi=120)
 
 
@@ -65,9 +65,8 @@ def main() -> None:
         run("policies", cells, chosen_arms(arguments.policies), arguments.model, arguments.limit, PROTECTED)
     summary = summarise("policies")
     for row in summary:
-        arm = "full KV" if row["policy"] == "none" else f"{row['policy']}+{row['allocator']}"
         print(
-            f"{row['task']:>13} {row['question']:>8} {row['kept']:>5} {arm:>26} {row['prompts']:>3} "
+            f"{row['task']:>13} {row['question']:>8} {row['kept']:>5} {arm_label(row):>26} {row['prompts']:>3} "
             + " ".join(f"{metric} {row[metric]:.3f}" for metric in ("accuracy", "likelihood", "exact", "divergence"))
         )
     draw(summary)

@@ -139,6 +139,11 @@ def compare(name: str, first: Arm, second: Arm, metric: str) -> tuple[float, flo
     return (float(np.mean([sample.mean() for sample in samples])), *_quantiles(means))
 
 
+def arm_label(row: dict[str, Any]) -> str:
+    """Return how tables and figures call the arm of a row."""
+    return "full KV" if row["policy"] == "none" else f"{row['policy']}+{row['allocator']}"
+
+
 def read(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file, none if there is no such file."""
     if not path.exists():

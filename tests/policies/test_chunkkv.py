@@ -180,12 +180,6 @@ def test_chunks_of_the_block_size_stay_or_go_with_their_block(kept_masks, num_to
         assert head.sum() == plan.num_kept_tokens
 
 
-@pytest.fixture(scope="module")
-def kvpress():
-    """Imported by the tests that need it only: it takes seconds."""
-    return pytest.importorskip("kvpress", reason="kvpress, or `datasets` or `fire`, which it imports, is not installed")
-
-
 def press_of(kvpress, policy, ratio):
     if policy == "snapkv":
         return kvpress.SnapKVPress(ratio, window_size=64, kernel_size=5)

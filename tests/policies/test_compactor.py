@@ -272,12 +272,6 @@ def test_what_it_asks_the_engine_for():
     assert not Compactor().query_aware
 
 
-@pytest.fixture(scope="module")
-def kvpress():
-    """Imported by the tests that need it only: it takes seconds."""
-    return pytest.importorskip("kvpress", reason="kvpress, or `datasets` or `fire`, which it imports, is not installed")
-
-
 @pytest.fixture
 def same_sketch(kvpress, monkeypatch):
     """kvpress draws the sketch of Compactor(seed=0)."""

@@ -172,12 +172,6 @@ def test_wrong_options_are_refused(options, message):
         EvictionConfig.parse({"policy": "criticalkv", "budget": 256, "policy_options": options})
 
 
-@pytest.fixture(scope="module")
-def kvpress():
-    """Imported by the tests that need it only: it takes seconds."""
-    return pytest.importorskip("kvpress", reason="kvpress, or `datasets` or `fire`, which it imports, is not installed")
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("num_tokens", [333, 1000])
 @pytest.mark.parametrize("budget", [160, 0.5, 0.75])

@@ -173,12 +173,6 @@ class TestReleasedForm:
         torch.testing.assert_close(scores.sum(dim=1), torch.ones(2))
 
 
-@pytest.fixture(scope="module")
-def kvpress():
-    """Imported by the tests that need it only: it takes seconds."""
-    return pytest.importorskip("kvpress", reason="kvpress, or `datasets` or `fire`, which it imports, is not installed")
-
-
 KVPRESS_OPTIONS = [
     {"combine": combine, "local_window": window, "projection_rank": rank}
     for combine, window, rank in product(KVPRESS_NAMES, [0, 16], [0, 20])

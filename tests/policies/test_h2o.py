@@ -18,12 +18,6 @@ CHUNKS = {"64": [64], "256": [256], "1000": [1000], "whole": [], "uneven": [1, 3
 
 
 @pytest.fixture(scope="module")
-def kvpress():
-    """Imported by the tests that need it only: it takes seconds."""
-    return pytest.importorskip("kvpress", reason="kvpress, or `datasets` or `fire`, which it imports, is not installed")
-
-
-@pytest.fixture(scope="module")
 def layer():
     return make_llama_layer(1300, 3)
 

@@ -6,33 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.llama_layer import make_llama_layer
-from vllm_kvevict.cache.selection import protect, select
+from tests.llama_layer import kept_by, kept_by_press, make_llama_layer
 from vllm_kvevict.policies.knorm import Knorm
 
 
 def formula(keys):
     """-||k||_2 [num_kv_heads, num_tokens] float64, one token after the other."""
     return torch.tensor([[-math.sqrt(sum(x * x for x in key)) for key in head.tolist()] for head in keys])
-
-
-def kept_by(policy, layer, num_kept):
-    """[num_kv_heads, num_kept] positions that selection keeps."""
-    scores = protect(policy.score(layer.inputs(policy))[None], policy.num_sink, policy.num_recent)
-    kept = select(scores, torch.full((1, len(layer.keys)), num_kept))[0]
-    return kept.nonzero()[:, 1].view(len(layer.keys), num_kept)
-
-
-def kept_by_press(press, layer):
-    """[num_kv_heads, num_kept] positions, read from values that say which token they belong to."""
-    named = replace(layer, values=torch.arange(layer.num_tokens).float()[:, None].expand_as(layer.values))
-    return press.compress(*named.press_arguments())[1][0, :, :, 0].sort().values.long()
-
-
-@pytest.fixture(scope="module")
-def kvpress():
-    """Imported by the tests that need it only: it takes seconds."""
-    return pytest.importorskip("kvpress", reason="kvpress, or `datasets` or `fire`, which it imports, is not installed")
 
 
 @pytest.mark.parametrize("num_tokens", [1, 130, 1024, 1025, 2050])  # tiles hold 1,024 tokens

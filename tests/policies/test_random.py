@@ -50,12 +50,6 @@ def test_every_stretch_of_the_prompt_has_the_same_chance():
     assert (share - 0.5).abs().max() < 0.1  # standard error 0.022
 
 
-@pytest.fixture(scope="module")
-def kvpress():
-    """Imported by the tests that need it only: it takes seconds."""
-    return pytest.importorskip("kvpress", reason="kvpress, or `datasets` or `fire`, which it imports, is not installed")
-
-
 @pytest.mark.parametrize("num_tokens", [130, 333, 1000])
 @pytest.mark.parametrize("seed", [0, 1, 42])
 def test_scores_equal_those_of_kvpress(kvpress, num_tokens, seed):

@@ -136,12 +136,6 @@ def test_what_it_asks_the_engine_for():
     assert SnapKV().num_sink == 0
 
 
-@pytest.fixture(scope="module")
-def kvpress():
-    """Imported by the tests that need it only: it takes seconds."""
-    return pytest.importorskip("kvpress", reason="kvpress, or `datasets` or `fire`, which it imports, is not installed")
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("num_tokens", [130, 333, 1000])
 class TestAgainstKvpress:

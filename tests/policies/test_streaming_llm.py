@@ -5,28 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.llama_layer import make_llama_layer
-from vllm_kvevict.cache.selection import protect, select
+from tests.llama_layer import kept_by, kept_by_press, make_llama_layer
 from vllm_kvevict.policies.streaming_llm import StreamingLLM
-
-
-def kept_by(policy, layer, num_kept):
-    """[num_kv_heads, num_kept] positions that selection keeps."""
-    scores = protect(policy.score(layer.inputs(policy))[None], policy.num_sink, policy.num_recent)
-    kept = select(scores, torch.full((1, len(layer.keys)), num_kept))[0]
-    return kept.nonzero()[:, 1].view(len(layer.keys), num_kept)
-
-
-def kept_by_press(press, layer):
-    """[num_kv_heads, num_kept] positions, read from values that say which token they belong to."""
-    named = replace(layer, values=torch.arange(layer.num_tokens).float()[:, None].expand_as(layer.values))
-    return press.compress(*named.press_arguments())[1][0, :, :, 0].sort().values.long()
-
-
-@pytest.fixture(scope="module")
-def kvpress():
-    """Imported by the tests that need it only: it takes seconds."""
-    return pytest.importorskip("kvpress", reason="kvpress, or `datasets` or `fire`, which it imports, is not installed")
 
 
 @pytest.mark.parametrize("n_sink", [0, 1, 4, 33])

@@ -16,12 +16,6 @@ from vllm_kvevict.policies.tova import Tova
 BLOCK_SIZE = 32
 
 
-@pytest.fixture(scope="module")
-def kvpress():
-    """Imported by the tests that need it only: it takes seconds."""
-    return pytest.importorskip("kvpress", reason="kvpress, or `datasets` or `fire`, which it imports, is not installed")
-
-
 def dense(layer):
     """[num_tokens] float64, attention of the last query, one query head after the other."""
     group = layer.query.shape[1] // len(layer.keys)

@@ -15,12 +15,6 @@ from vllm_kvevict.policies.vatp import Vatp
 TOLERANCE = {"rtol": 2e-5, "atol": 1e-9}
 
 
-@pytest.fixture(scope="module")
-def kvpress():
-    """Imported by the tests that need it only: it takes seconds."""
-    return pytest.importorskip("kvpress", reason="kvpress, or `datasets` or `fire`, which it imports, is not installed")
-
-
 def pooled(scores, pool, width):
     """Slide a centred window of ``width`` tokens over a row; past its edges there is nothing."""
     half = width // 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,10 +25,10 @@ class Fixed(BudgetAllocator):
     file: str
 
     def __post_init__(self) -> None:
-        self._weights()
+        _ = self._weights  # read now, so that it is checked now
 
     def check_model(self, num_layers: int, num_kv_heads: int) -> None:
-        shape = self._weights().shape
+        shape = self._weights.shape
         if shape not in ((num_layers,), (num_layers, 1), (num_layers, num_kv_heads)):
             raise ValueError(
                 f"fixed.file: expected weights of {num_layers} layers of 1 or {num_kv_heads} heads in {self.file!r}, "
@@ -37,9 +38,10 @@ class Fixed(BudgetAllocator):
     def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
         layers, heads = scores.shape[:2]
         self.check_model(layers, heads)
-        weights = self._weights()
+        weights = self._weights
         return (weights[:, None] if weights.ndim == 1 else weights).expand(layers, heads)
 
+    @cached_property
     def _weights(self) -> torch.Tensor:
         try:
             weights = torch.tensor(json.loads(Path(self.file).read_text()), dtype=torch.float64)

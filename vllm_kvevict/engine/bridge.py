@@ -152,8 +152,18 @@ class EvictionBridge:
         return rows
 
     def observe(self, row: PrefillRow, layer: int, query: torch.Tensor, output: torch.Tensor, scale: float) -> None:
-        """Show a layer's queries and outputs [num_tokens, num_heads, head_size] to one row of the batch."""
-        row.observe(self.pool, layer, query, output, scale, self._weights.of(layer, row.prefill.needs))
+        """Show a layer's queries and outputs [num_tokens, num_heads, head_size] to one row of the batch.
+
+        Whatever a policy raises, maybe one of a third party, ends its request and not the engine.
+        """
+        prefill = row.prefill
+        if prefill.failure is not None:
+            return
+        try:
+            row.observe(self.pool, layer, query, output, scale, self._weights.of(layer, prefill.needs))
+        except Exception as error:
+            prefill.failure = error
+            logger.exception("a policy failed in layer %d; its request will end with an error", layer)
 
 
 def _split(slots: torch.Tensor, common: CommonAttentionMetadata) -> RowSplit:

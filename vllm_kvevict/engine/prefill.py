@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -12,8 +11,6 @@ import torch
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.evictor import Eviction, Method
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
-
-logger = logging.getLogger("vllm.kvevict")
 
 
 class LastRows:
@@ -75,27 +72,7 @@ class PrefillRow:
         scale: float,
         weights: LayerWeights,
     ) -> None:
-        """See a layer's queries and outputs [num_tokens, num_heads, head_size] of the whole batch, after it ran.
-
-        Whatever a policy raises, maybe one of a third party, ends its request and not the engine.
-        """
-        if self.prefill.failure is not None:
-            return
-        try:
-            self._observe(pool, layer, query, output, scale, weights)
-        except Exception as error:
-            self.prefill.failure = error
-            logger.exception("a policy failed in layer %d; its request will end with an error", layer)
-
-    def _observe(
-        self,
-        pool: PagePool,
-        layer: int,
-        query: torch.Tensor,
-        output: torch.Tensor,
-        scale: float,
-        weights: LayerWeights,
-    ) -> None:
+        """See a layer's queries and outputs [num_tokens, num_heads, head_size] of the whole batch, after it ran."""
         prefill = self.prefill
         chunk = query[self.start : self.end]
         outputs = None

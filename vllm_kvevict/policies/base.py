@@ -70,11 +70,6 @@ class ScoreInputs:
     def num_kv_heads(self) -> int:
         return len(self.page_table)
 
-    @property
-    def group(self) -> int:
-        """Query heads of one KV head."""
-        return self.query.shape[1] // self.num_kv_heads
-
     def gather_keys(self, start: int, end: int) -> torch.Tensor:
         """Return [num_kv_heads, end - start, head_size] float32, the keys of tokens ``start`` to ``end``."""
         return _gather(self.keys, self.page_table, start, min(end, self.kv_len))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from vllm_kvevict.policies.base import POLICIES, ScoreInputs
 from vllm_kvevict.policies.window import WindowPolicy
@@ -21,7 +20,7 @@ class Lava(WindowPolicy):
     window: it makes heads comparable and changes nothing inside one. Query heads of one KV head: the largest counts.
     LAVa as published is this score with the allocator of the same name, which is the default here.
 
-    window, pool_kernel: see ``WindowPolicy``; the pool takes the maximum
+    window, pool_kernel: see ``ObservationWindow``; the pool takes the maximum
     """
 
     name: ClassVar[str] = "lava"
@@ -32,7 +31,7 @@ class Lava(WindowPolicy):
         return "lava"
 
     def judge(self, attention: torch.Tensor, inputs: ScoreInputs) -> torch.Tensor:
-        pooled = F.max_pool1d(attention.amax(dim=1), self.pool_kernel, stride=1, padding=self.pool_kernel // 2)
+        pooled = self.pooled(attention.amax(dim=1), "max")
         return pooled * _largest_value_norm(inputs, attention.shape[2])[:, None]
 
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 
 from vllm_kvevict.policies.attention import AttentionTile, attention_tiles
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
+from vllm_kvevict.policies.base import POLICIES, Need, ScoreInputs
+from vllm_kvevict.policies.window import ObservationWindow
 
 
 @dataclass(frozen=True)
-class OBCache(EvictionPolicy):
+class OBCache(ObservationWindow):
     """Score a token by how much the attention outputs of the last ``window`` queries change without it.
 
     Paper: Gu et al. 2025 (OBCache), arXiv:2510.07651, hosted by SnapKV. A token loses its value, its key or both by
@@ -27,9 +27,8 @@ class OBCache(EvictionPolicy):
 
     Departs from the paper's experiments, which keep a cache per query head and reduce nothing: its appendix does.
 
-    window:      observation window in tokens, >= 1; these tokens are always kept
-    pool_kernel: width in tokens of the pool by which neighbours share their score, odd, >= 1
-    pool:        how: "max" or "avg" (zero padding counts at the edges)
+    window, pool_kernel: see ``ObservationWindow``
+    pool:        how neighbours share their score: "max" or "avg" (zero padding counts at the edges)
     group:       query heads of one KV head: "sum" (the paper's appendix), "mean" or "max" of their scores; "pre" scores
                  the means of their A, Z and o instead, as the authors' code does by default. The mean of o is what the
                  mean of A gives, but the mean of Z is not what gives the mean of A
@@ -38,29 +37,16 @@ class OBCache(EvictionPolicy):
     """
 
     window: int = 16
-    pool_kernel: int = 7
     pool: Literal["max", "avg"] = "max"
     group: Literal["sum", "mean", "max", "pre"] = "sum"
     name: ClassVar[str]
     paper: ClassVar[str] = "OBCache, arXiv:2510.07651"
 
     def __post_init__(self) -> None:
-        if type(self.window) is not int or self.window < 1:
-            raise ValueError(f"{self.name}.window: expected at least 1 token, got {self.window!r}")
-        if type(self.pool_kernel) is not int or self.pool_kernel < 1 or self.pool_kernel % 2 == 0:
-            raise ValueError(f"{self.name}.pool_kernel: expected an odd number of at least 1, got {self.pool_kernel!r}")
-        if self.pool not in ("max", "avg"):
-            raise ValueError(f"{self.name}.pool: expected 'max' or 'avg', got {self.pool!r}")
+        super().__post_init__()
+        self.check_pool(self.pool)
         if self.group not in ("sum", "mean", "max", "pre"):
             raise ValueError(f"{self.name}.group: expected 'sum', 'mean', 'max' or 'pre', got {self.group!r}")
-
-    @property
-    def query_window(self) -> int:
-        return self.window
-
-    @property
-    def num_recent(self) -> int:
-        return self.window
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         window, num_kv_heads = len(inputs.query), inputs.num_kv_heads
@@ -74,8 +60,7 @@ class OBCache(EvictionPolicy):
             end = min(tile.end, before)
             if tile.start < end:
                 scores[:, tile.start : end] = self._judge(tile, end, inputs)
-        pool = F.max_pool1d if self.pool == "max" else F.avg_pool1d
-        scores = pool(scores, self.pool_kernel, stride=1, padding=self.pool_kernel // 2)
+        scores = self.pooled(scores, self.pool)
         return torch.cat([scores, scores.amax().expand(num_kv_heads, window)], dim=1)
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
@@ -149,14 +134,10 @@ class OBCacheKey(OBCache):
 
 @POLICIES.register("obcache_joint")
 @dataclass(frozen=True)
-class OBCacheJoint(OBCache):
+class OBCacheJoint(OBCacheKey):
     """Score a token by the squared change of the last queries' outputs if key and value were zero. See ``OBCache``."""
 
     name: ClassVar[str] = "obcache_joint"
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({Need.OUTPUTS})
 
     def squared_change(
         self, attention: torch.Tensor, logits: torch.Tensor, values: torch.Tensor, inputs: ScoreInputs

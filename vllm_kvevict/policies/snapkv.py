@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 
 from vllm_kvevict.policies.base import POLICIES, ScoreInputs
 from vllm_kvevict.policies.window import WindowPolicy
@@ -21,7 +20,7 @@ class SnapKV(WindowPolicy):
     to one score, since a paged GQA cache holds one copy of a token per KV head. The defaults are the paper's
     LongBench setting; ``SnapKV(window=64, pool="avg", pool_kernel=5)`` is the one of kvpress.
 
-    window, pool_kernel: see ``WindowPolicy``
+    window, pool_kernel: see ``ObservationWindow``
     pool:                how neighbours share their score: "max" or "avg" (zero padding counts at the edges)
     group:               reduction over the query heads of one KV head: "mean", "max" or "sum"
 
@@ -35,14 +34,12 @@ class SnapKV(WindowPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pool not in ("max", "avg"):
-            raise ValueError(f"snapkv.pool: expected 'max' or 'avg', got {self.pool!r}")
+        self.check_pool(self.pool)
         if self.group not in ("mean", "max", "sum"):
             raise ValueError(f"snapkv.group: expected 'mean', 'max' or 'sum', got {self.group!r}")
 
     def judge(self, attention: torch.Tensor, inputs: ScoreInputs) -> torch.Tensor:
-        pool = F.max_pool1d if self.pool == "max" else F.avg_pool1d
-        return pool(self._reduce_group(attention), self.pool_kernel, stride=1, padding=self.pool_kernel // 2)
+        return self.pooled(self._reduce_group(attention), self.pool)
 
     def _reduce_group(self, attention: torch.Tensor) -> torch.Tensor:
         if self.group == "max":

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 
 from vllm_kvevict.policies.base import POLICIES, ScoreInputs
 from vllm_kvevict.policies.window import WindowPolicy
@@ -22,7 +21,7 @@ class Vatp(WindowPolicy):
     over the query heads of one KV head. ``Vatp(window=400, pool_kernel=1)`` is nearest to the paper's Scissorhands.
     The first tokens always stay, as in the paper: they get much attention, but have small values.
 
-    window, pool_kernel: see ``WindowPolicy``; the paper has no pool, which is ``pool_kernel=1``
+    window, pool_kernel: see ``ObservationWindow``; the paper has no pool, which is ``pool_kernel=1``
     pool:                how neighbours share their attention: "max" or "avg" (zero padding counts at the edges)
     num_sink:            tokens at the start of the prompt that always stay, >= 0; the authors' code has no default
 
@@ -36,14 +35,12 @@ class Vatp(WindowPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pool not in ("max", "avg"):
-            raise ValueError(f"vatp.pool: expected 'max' or 'avg', got {self.pool!r}")
+        self.check_pool(self.pool)
         if type(self.num_sink) is not int or self.num_sink < 0:
             raise ValueError(f"vatp.num_sink: expected at least 0 tokens, got {self.num_sink!r}")
 
     def judge(self, attention: torch.Tensor, inputs: ScoreInputs) -> torch.Tensor:
-        pool = F.max_pool1d if self.pool == "max" else F.avg_pool1d
-        scores = pool(attention.mean(dim=1), self.pool_kernel, stride=1, padding=self.pool_kernel // 2)
+        scores = self.pooled(attention.mean(dim=1), self.pool)
         for start, end in inputs.tiles(end=attention.shape[2]):
             scores[:, start:end] *= inputs.gather_values(start, end).abs().sum(dim=-1)
         return scores

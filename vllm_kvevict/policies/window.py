@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from vllm_kvevict.kernels.window_attention import window_attention
 from vllm_kvevict.policies.base import EvictionPolicy, ScoreInputs
 
 
 @dataclass(frozen=True)
-class WindowPolicy(EvictionPolicy):
-    """Ranks tokens by what the last ``window`` queries of the prompt attend to.
+class ObservationWindow(EvictionPolicy):
+    """Judges the tokens before the last ``window`` ones by the queries of these, which are always kept.
 
-    window:      observation window in tokens, >= 1; these tokens are always kept
+    window:      observation window in tokens, >= 1
     pool_kernel: width in tokens of the pool by which neighbours share their score, odd, >= 1
 
     Raises ValueError for a value outside those ranges.
@@ -39,6 +40,27 @@ class WindowPolicy(EvictionPolicy):
     @property
     def num_recent(self) -> int:
         return self.window
+
+    def check_pool(self, pool: str) -> None:
+        """Raise ValueError unless ``pool`` is one that ``pooled`` knows."""
+        if pool not in ("max", "avg"):
+            raise ValueError(f"{self.name}.pool: expected 'max' or 'avg', got {pool!r}")
+
+    def pooled(self, scores: torch.Tensor, pool: str) -> torch.Tensor:
+        """Return ``scores`` [num_kv_heads, num_tokens], each the maximum or the mean of its neighbourhood.
+
+        pool: "max", or "avg", for which zero padding counts at the edges
+        """
+        pool1d = F.max_pool1d if pool == "max" else F.avg_pool1d
+        return pool1d(scores, self.pool_kernel, stride=1, padding=self.pool_kernel // 2)
+
+
+@dataclass(frozen=True)
+class WindowPolicy(ObservationWindow):
+    """Ranks tokens by what the last ``window`` queries of the prompt attend to.
+
+    window, pool_kernel: see ``ObservationWindow``
+    """
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         window, num_kv_heads = len(inputs.query), len(inputs.page_table)
