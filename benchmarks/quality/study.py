@@ -131,7 +131,7 @@ def compare(name: str, first: Arm, second: Arm, metric: str) -> tuple[float, flo
         for arm in (first, second)
     ]
     cells: dict[tuple[str, ...], list[float]] = {}
-    for key in by_arm[0].keys() & by_arm[1].keys():
+    for key in sorted(by_arm[0].keys() & by_arm[1].keys()):  # in order, so that the seed decides
         cells.setdefault(key[:4], []).append(by_arm[0][key] - by_arm[1][key])
     samples = [np.asarray(differences) for _, differences in sorted(cells.items())]
     generator = np.random.default_rng(0)
