@@ -44,6 +44,13 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny_gemma import build_tiny_gemma
+
+    return build_tiny_gemma(tmp_path_factory.mktemp("tiny_gemma"))
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     from tools.build_model import build_model
 

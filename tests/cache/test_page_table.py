@@ -1,4 +1,4 @@
-"""The page table against a model in plain Python, for requests that come, grow by a token per step, and go."""
+"""The page table against a model in plain Python, for requests that come, grow by some tokens per step, and go."""
 
 import random
 from dataclasses import dataclass, field
@@ -33,14 +33,18 @@ class RequestModel:
     blocks: list[int] = field(default_factory=list)
 
     def generate(self, cache: PagedCache, rng: random.Random) -> None:
-        """Take a token, and a new block for it if the last one is full."""
-        if self.seq_len % cache.pool.block_size == 0:
+        """Take a token, and a new block for it if all blocks are full."""
+        if self.seq_len == len(self.blocks) * cache.pool.block_size:
             self.blocks.append(rng.randrange(1, BLOCKS))
             for layer, rows in enumerate(self.pages):
                 for head, row in enumerate(rows):
                     row.append(cache.page_id(layer, self.blocks[-1], head))
-        self.seq_len += 1
-        self.kv_lens = [[kv_len + 1 for kv_len in row] for row in self.kv_lens]
+        self.grow(1)
+
+    def grow(self, num_tokens: int) -> None:
+        """Change the lengths only; rejected drafts leave their blocks to the request."""
+        self.seq_len += num_tokens
+        self.kv_lens = [[kv_len + num_tokens for kv_len in row] for row in self.kv_lens]
 
 
 def evict(
@@ -71,7 +75,7 @@ def evict(
     return compaction, plan, RequestModel(num_tokens, pages, kv_lens.tolist(), blocks)
 
 
-def fold(table: PageTable, batch: dict[str, RequestModel]) -> FoldedBatch:
+def fold(table: PageTable, batch: dict[str, RequestModel], query_lens: list[int]) -> FoldedBatch:
     """Call ``fold`` as a decode step of these requests does: rows of other lengths are padded with garbage."""
     width = max(len(model.blocks) for model in batch.values()) + 2
     block_table = torch.full((len(batch), width), 2**40)
@@ -79,7 +83,7 @@ def fold(table: PageTable, batch: dict[str, RequestModel]) -> FoldedBatch:
         block_table[row, : len(model.blocks)] = torch.tensor(model.blocks)
     slots = torch.tensor([table.slot(req_id) for req_id in batch])
     seq_lens = torch.tensor([model.seq_len for model in batch.values()], dtype=torch.int32)
-    return table.fold(slots, seq_lens, block_table)
+    return table.fold(slots, seq_lens, torch.tensor(query_lens), block_table)
 
 
 def check(folded: FoldedBatch, batch: dict[str, RequestModel]) -> None:
@@ -97,7 +101,7 @@ def check(folded: FoldedBatch, batch: dict[str, RequestModel]) -> None:
 def decode(table: PageTable, cache: PagedCache, batch: dict[str, RequestModel], rng: random.Random) -> FoldedBatch:
     for model in batch.values():
         model.generate(cache, rng)
-    folded = fold(table, batch)
+    folded = fold(table, batch, [1] * len(batch))
     check(folded, batch)
     return folded
 
@@ -152,6 +156,25 @@ def test_every_step_over_several_block_boundaries(block_size, tail, rng):
     table.add("a", compaction, plan)
     for _ in range(3 * block_size + 1):
         decode(table, cache, {"a": model}, rng)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(block_size=st.sampled_from([2, 16, 32]), most_drafts=st.sampled_from([1, 5, 70]), seed=st.integers(0, 2**32 - 1))
+def test_drafts_may_span_blocks_and_be_rejected(block_size, most_drafts, seed):
+    rng = random.Random(seed)
+    cache = make_pool(LAYERS, HEADS, BLOCKS, block_size, 1)
+    table, models = PageTable(cache.pool, 3), {}
+    for req_id in "abc":
+        compaction, plan, models[req_id] = evict(cache, rng, 5)
+        table.add(req_id, compaction, plan)
+    for _ in range(12):
+        query_lens = [1 + rng.randint(0, most_drafts) for _ in models]
+        for model, query_len in zip(models.values(), query_lens, strict=True):
+            for _ in range(query_len):
+                model.generate(cache, rng)
+        check(fold(table, models, query_lens), models)
+        for model, query_len in zip(models.values(), query_lens, strict=True):
+            model.grow(-rng.randint(0, query_len - 1))
 
 
 def test_a_row_outgrows_the_table_by_decoding(rng):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, LlamaForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 
 class DenseModel:
@@ -14,8 +15,10 @@ class DenseModel:
 
     def __init__(self, folder: Path) -> None:
         AttentionInterface.register("kvevict_dense", self._attention)
-        self.model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="kvevict_dense")
-        self._kept: torch.Tensor | None = None
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="kvevict_dense"
+        )
+        self._kept: Iterator[torch.Tensor] | None = None
         self.queries: list[torch.Tensor] = []
         self.keys: list[torch.Tensor] = []
 
@@ -23,9 +26,10 @@ class DenseModel:
     def logits(self, tokens: list[int], kept: torch.Tensor | None = None) -> torch.Tensor:
         """Return [num_tokens, vocab_size] float32.
 
-        kept: [num_layers, num_kv_heads, num_prompt_tokens] bool; queries behind the prompt see only these of it
+        kept: [num_layers, num_kv_heads, num_prompt_tokens] bool for the layers with full attention; queries behind
+              the prompt see only these of it
         """
-        self._kept, self.queries, self.keys = kept, [], []
+        self._kept, self.queries, self.keys = None if kept is None else iter(kept), [], []
         return self.model(torch.tensor([tokens]), use_cache=False).logits[0]
 
     def _attention(
@@ -36,8 +40,11 @@ class DenseModel:
         self.keys.append(key[0])
         num_tokens = query.shape[2]
         visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril().expand(key.shape[1], -1, -1).clone()
-        if self._kept is not None:
-            kept = self._kept[module.layer_idx]
+        window = getattr(module, "sliding_window", None)
+        if window is not None:
+            visible = visible.triu(1 - window)
+        elif self._kept is not None:
+            kept = next(self._kept)
             visible[:, kept.shape[1] :, : kept.shape[1]] &= kept[:, None]
         group = query.shape[1] // key.shape[1]
         visible = visible.repeat_interleave(group, 0)

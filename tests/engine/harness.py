@@ -79,8 +79,12 @@ class Engine:
     def tokens(self, prompts: list[list[int]], **params: Any) -> list[list[int]]:
         return [list(output.outputs[0].token_ids) for output in self.generate(prompts, **params)]
 
-    def blocks_held(self, internal_id: str) -> list[int]:
-        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(internal_id)
+    def blocks_held(self, internal_id: str, num_tokens: int | None = None) -> list[int]:
+        """Return the blocks of a request, those of its first ``num_tokens`` tokens if given."""
+        groups = self.scheduler.kv_cache_manager.get_block_ids(internal_id)
+        blocks = groups[self.scheduler._manager.kv_cache_group_id]
+        if num_tokens is not None:
+            blocks = blocks[: -(-num_tokens // self.bridge.pool.block_size)]
         return [block for block in blocks if block != self.block_pool.null_block.block_id]
 
     def check(self) -> None:
@@ -91,7 +95,8 @@ class Engine:
         running = {request.request_id: request for request in self.scheduler.running}
         for request_id, request in running.items():
             pages = self._pages_of(request_id, request)
-            held = torch.tensor(self.blocks_held(request_id))
+            # rejected drafts leave blocks behind that nothing has been written to yet
+            held = torch.tensor(self.blocks_held(request_id, request.num_computed_tokens))
             if request_id in self.bridge.page_table and self._has_freed(request_id):
                 assert sorted(pages) == sorted(self.bridge.pool.page_ids(held).flatten().tolist())
             for page in pages:
@@ -125,9 +130,9 @@ class Engine:
         execute_model = self.worker.execute_model
 
         def clear_then_execute(output: Any) -> Any:
-            new_blocks = [request.block_ids[0] for request in output.scheduled_new_reqs]
-            new_blocks += [ids[0] for ids in output.scheduled_cached_reqs.new_block_ids if ids is not None]
-            block_ids = [block_id for ids in new_blocks for block_id in ids]
+            new_blocks = [request.block_ids for request in output.scheduled_new_reqs]
+            new_blocks += [groups for groups in output.scheduled_cached_reqs.new_block_ids if groups is not None]
+            block_ids = [block_id for groups in new_blocks for ids in groups for block_id in ids]
             pages = self.bridge.pool.page_ids(torch.tensor(block_ids, dtype=torch.int64)).flatten()
             self.bridge.pool.pages[pages] = self.bridge.pool.pages[pages].nan_to_num(0.0)
             return execute_model(output)

@@ -131,7 +131,10 @@ def test_offline_arguments_name_our_classes(tiny_llama: Path) -> None:
     ("settings", "message"),
     [
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
+        (
+            {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 2}},
+            "speculative decoding by draft",
+        ),
         ({"kv_cache_dtype": "fp8"}, "a quantised KV cache (fp8)"),
         ({"block_size": 48}, "a block size of 48 on CPU"),
         ({"scheduler_cls": "some.Scheduler"}, "the scheduler 'some.Scheduler'"),
@@ -143,6 +146,8 @@ def test_offline_arguments_name_our_classes(tiny_llama: Path) -> None:
     ],
 )
 def test_what_cannot_work_is_refused_by_name(tiny_llama: Path, settings: dict[str, Any], message: str) -> None:
+    if "speculative_config" in settings:
+        settings = {"speculative_config": {**settings["speculative_config"], "model": str(tiny_llama)}}
     with pytest.raises(ValueError, match="--kv-eviction does not work with") as error:
         created(tiny_llama, **settings)
     assert message in str(error.value)

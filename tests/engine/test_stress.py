@@ -1,74 +1,101 @@
-"""Random requests over a tree of prefixes, in little memory, some aborted: every answer is the one given alone."""
+"""Random requests over a tree of prefixes, in little memory, some aborted: every answer is that of a fresh engine.
+
+KVEVICT_STRESS_REQUESTS, an environment variable: how many requests; if it is not set 60, or 30 in the interpreter.
+"""
 
 from __future__ import annotations
 
+import os
 import random
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from tests.conftest import USES_V2_RUNNER
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 
-BUDGETS: list[dict[str, Any] | None] = [
+NUM_REQUESTS = int(os.environ.get("KVEVICT_STRESS_REQUESTS", 30 if USES_V2_RUNNER else 60))
+MODELS = [("tiny_llama", 0), ("tiny_gemma", 0)]
+if not USES_V2_RUNNER:
+    MODELS += [("tiny_llama", 1), ("tiny_llama", 2)]
+MAX_PROMPT = 1028
+OPTIONS: list[dict[str, Any] | None] = [
     None,
     {"kv_eviction": "none"},
     {"kv_budget": 64},
     {"kv_budget": 200},
     {"kv_budget": 0.3},
     {"kv_eviction": "lava", "kv_budget": 128},
+    {"kv_eviction": "h2o", "kv_budget": 128},
+    {"kv_eviction": "keydiff", "kv_budget": 0.5},
+    {"kv_eviction": "streaming_llm", "kv_budget": 64},
     {"kv_budget_allocator": "adakv", "kv_budget": 96},
 ]
 
 
-def random_request(rng: random.Random) -> tuple[list[int], dict[str, Any]]:
-    """A prompt that shares its first pieces with others, and how to serve it."""
+@dataclass
+class Served:
+    """A request, and its answer once it has ended."""
+
+    prompt: list[int]
+    params: dict[str, Any]
+    answer: list[int] | None = None
+    was_preempted: bool = False
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether it ran to its end and was evicted where a request that runs alone is."""
+        return self.answer is not None and len(self.answer) == self.params["max_tokens"] and not self.was_preempted
+
+
+def random_request(rng: random.Random, served: dict[str, Served]) -> Served:
+    """A prompt that shares its first pieces with others, or goes on after an answer, as a chat does."""
     prompt: list[int] = []
+    ended = [request for request in served.values() if request.answer is not None]
+    if ended and rng.random() < 0.3:
+        previous = rng.choice(ended)
+        prompt = previous.prompt + (previous.answer or [])
     for depth in range(rng.randint(1, 4)):
-        prompt += random_prompt(rng.choice([20, 64, 130, 257]), seed=100 * depth + rng.randint(0, 1))
-    return prompt, {"max_tokens": rng.randint(1, 50), "extra_args": rng.choice(BUDGETS)}
+        prompt = prompt + random_prompt(rng.choice([20, 64, 130, 257]), seed=100 * depth + rng.randint(0, 1))
+    return Served(prompt[:MAX_PROMPT], {"max_tokens": rng.randint(1, 50), "extra_args": rng.choice(OPTIONS)})
 
 
-def run_at_random(running: Engine, rng: random.Random, count: int) -> tuple[dict[str, Any], set[str]]:
-    """Queue ``count`` requests over time, abort some; return the requests and the ids that were preempted."""
-    requests: dict[str, Any] = {}
-    preempted: set[str] = set()
-    answers: dict[str, list[int]] = {}
-    while len(requests) < count or running.llm.llm_engine.has_unfinished_requests():
-        if len(requests) < count and rng.random() < 0.4:
-            prompt, params = random_request(rng)
-            requests[running.add(prompt, **params)] = (prompt, params)
-        if rng.random() < 0.03 and len(requests) > len(answers):
-            running.llm.llm_engine.abort_request([rng.choice([name for name in requests if name not in answers])])
+def run_at_random(running: Engine, rng: random.Random, count: int) -> dict[str, Served]:
+    """Queue ``count`` requests over time and abort some."""
+    served: dict[str, Served] = {}
+    while len(served) < count or running.llm.llm_engine.has_unfinished_requests():
+        if len(served) < count and rng.random() < 0.4:
+            request = random_request(rng, served)
+            served[running.add(request.prompt, **request.params)] = request
+        waiting = [name for name, request in served.items() if request.answer is None]
+        if waiting and rng.random() < 0.03:
+            running.llm.llm_engine.abort_request([rng.choice(waiting)])
         for output in running.step():
-            answers[output.request_id] = list(output.outputs[0].token_ids)
-        live = running.scheduler.requests.values()
-        preempted |= {request.request_id for request in live if request.num_preemptions}
-    external = {name for name in requests for internal in preempted if internal.startswith(f"{name}-")}
-    return {name: (*requests[name], answers.get(name)) for name in requests}, external | preempted
+            if output.finished:
+                served[output.request_id].answer = list(output.outputs[0].token_ids)
+        for request in running.scheduler.requests.values():
+            if request.num_preemptions:
+                # vLLM's own ids are the given ones with a suffix
+                served[request.request_id.rpartition("-")[0]].was_preempted = True
+    return served
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_every_answer_is_the_one_given_alone(tiny_llama: Path, seed: int) -> None:
-    rng = random.Random(seed)
-    with engine(
-        tiny_llama,
-        budget=96,
-        num_gpu_blocks_override=72,
-        max_model_len=1152,
-        max_num_seqs=8,
-        max_num_batched_tokens=300,
-    ) as running:
+@pytest.mark.parametrize(("model", "seed"), MODELS)
+def test_every_answer_is_that_of_a_fresh_engine(request: pytest.FixtureRequest, model: str, seed: int) -> None:
+    folder = request.getfixturevalue(model)
+    blocks = 44 if model == "tiny_llama" else 80  # one request of the longest takes 36, with windows some more
+    settings = {"budget": 96, "max_model_len": 1152, "max_num_batched_tokens": 300}
+    with engine(folder, num_gpu_blocks_override=blocks, max_num_seqs=8, **settings) as running:
         running.poison_unowned_memory()
-        served, preempted = run_at_random(running, rng, count=60)
+        served = run_at_random(running, random.Random(seed), NUM_REQUESTS)
         running.check_all_free()
-        compared = 0
-        for name, (prompt, params, answer) in served.items():
-            if answer is None or len(answer) < params["max_tokens"] or name in preempted:
-                continue
-            (alone,) = running.tokens([prompt], **params, skip_reading_prefix_cache=True)
-            assert answer == alone, (name, len(prompt), params)
-            compared += 1
-        assert compared >= 30
-        assert running.num_evictions >= 30
+        num_evictions, num_preempted = running.num_evictions, sum(one.was_preempted for one in served.values())
+    comparable = [one for one in served.values() if one.is_comparable]
+    assert len(comparable) >= NUM_REQUESTS // 2
+    assert num_evictions >= NUM_REQUESTS // 2
+    assert num_preempted > 0
+    with engine(folder, enable_prefix_caching=False, **settings) as fresh:
+        for one in comparable:
+            assert fresh.tokens([one.prompt], **one.params) == [one.answer], (len(one.prompt), one.params)

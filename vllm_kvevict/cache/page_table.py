@@ -18,7 +18,7 @@ class FoldedBatch:
     """What attention over evicted rows needs: every KV head of every request is a sequence of its own.
 
     page_table: [num_layers, num_reqs * num_kv_heads, max_pages] int32; unused entries are page 0 (null block)
-    kv_lens:    [num_layers, num_reqs * num_kv_heads] int32, the new token included
+    kv_lens:    [num_layers, num_reqs * num_kv_heads] int32, the new tokens included
     """
 
     page_table: torch.Tensor
@@ -91,17 +91,20 @@ class PageTable:
         rows = self._pages[:, slot].tolist()
         return [[row[:count] for row, count in zip(*layer, strict=True)] for layer in zip(rows, counts, strict=True)]
 
-    def fold(self, slots: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor) -> FoldedBatch:
+    def fold(
+        self, slots: torch.Tensor, seq_lens: torch.Tensor, query_lens: torch.Tensor, block_table: torch.Tensor
+    ) -> FoldedBatch:
         """Return page tables and lengths for one decode step of the requests in ``slots``.
 
         slots:       [num_reqs] int64
-        seq_lens:    [num_reqs] true lengths, the new token included
+        seq_lens:    [num_reqs] true lengths, the new tokens included
+        query_lens:  [num_reqs] new tokens: one, or more if drafts are to be verified
         block_table: [num_reqs, max_blocks] vLLM's block table of these requests
         """
         seq_lens = seq_lens.to(torch.int64)
         blocks = (seq_lens - 1) // self._pool.block_size
         if not self._still_folded(slots, blocks):
-            self._enter_blocks(slots, blocks, block_table)
+            self._enter_blocks(slots, (seq_lens - query_lens) // self._pool.block_size, blocks, block_table)
             self._folded = _Folded(
                 self.generation,
                 slots,
@@ -122,15 +125,18 @@ class PageTable:
             and torch.equal(folded.blocks, blocks)
         )
 
-    def _enter_blocks(self, slots: torch.Tensor, blocks: torch.Tensor, block_table: torch.Tensor) -> None:
-        """Append the page of the block that each request writes now; the tail page is there already, and rewritten."""
-        block_ids = block_table.gather(1, blocks[:, None])[:, 0]
-        pages = self._pool.page_ids(block_ids).transpose(1, 2)  # [num_layers, num_reqs, num_kv_heads]
-        columns = self._num_pages.index_select(1, slots) + (blocks - self._num_blocks[slots])[:, None]
+    def _enter_blocks(
+        self, slots: torch.Tensor, first: torch.Tensor, last: torch.Tensor, block_table: torch.Tensor
+    ) -> None:
+        """Append the pages of the blocks that each request writes now; those it has entered before are rewritten."""
+        span = torch.arange(int((last - first).max()) + 1, device=slots.device)
+        blocks = torch.minimum(first[:, None] + span, last[:, None])  # [num_reqs, span]
+        pages = self._pool.page_ids(block_table.gather(1, blocks))  # [num_layers, num_kv_heads, num_reqs, span]
+        columns = (blocks - self._num_blocks[slots, None])[:, None] + self._num_pages.index_select(1, slots)[..., None]
         self._grow(int(columns.max()) + 1)
-        layers = torch.arange(self._pages.shape[0], device=slots.device)[:, None, None]
-        heads = torch.arange(self._pages.shape[2], device=slots.device)
-        self._pages[layers, slots[:, None], heads, columns] = pages.to(torch.int32)
+        layers = torch.arange(self._pages.shape[0], device=slots.device)[:, None, None, None]
+        heads = torch.arange(self._pages.shape[2], device=slots.device)[:, None]
+        self._pages[layers, slots[:, None, None], heads, columns] = pages.transpose(1, 2).to(torch.int32)
 
     def _grow(self, num_pages: int) -> None:
         missing = num_pages - self._pages.shape[3]

@@ -26,7 +26,7 @@ class RowSplit:
     """A batch as attention must see it.
 
     whole:        rows [num_whole] int64 whose cache is complete
-    evicted:      rows [num_evicted] int64 that read their own page tables; one new token each
+    evicted:      rows [num_evicted] int64 that read their own page tables
     whole_tokens: tokens [*] int64 of the whole rows, None if that is all of them
     """
 
@@ -36,12 +36,24 @@ class RowSplit:
 
 
 @dataclass(frozen=True)
+class FoldedQueries:
+    """The query tokens of evicted rows, sorted by row, then KV head, then position.
+
+    index:           [num_queries] int64 into the batch's queries seen as [num_tokens * num_kv_heads, group, head_size]
+    query_start_loc: [num_evicted * num_kv_heads + 1] int32, where the queries of each row and head begin
+    """
+
+    index: torch.Tensor
+    query_start_loc: torch.Tensor
+
+
+@dataclass(frozen=True)
 class StepRows:
-    """One step's batch: how it splits, what its evicted rows read, and which of its rows are to be scored."""
+    """One step's batch: how it splits, what its evicted rows ask and read, and which of its rows are to be scored."""
 
     split: RowSplit
+    queries: FoldedQueries | None
     folded: FoldedBatch | None
-    evicted_tokens: torch.Tensor
     prefills: list[PrefillRow]
 
 
@@ -99,13 +111,15 @@ class EvictionBridge:
         prefills = self._prefill_rows(req_ids, common, step)
         if not len(split.evicted) and not prefills:
             return None
-        folded = None
-        if len(split.evicted):
-            evicted = split.evicted
-            folded = self.page_table.fold(
-                slots[evicted], common.seq_lens[evicted], common.block_table_tensor[evicted].to(torch.int64)
-            )
-        return StepRows(split, folded, common.query_start_loc[:-1].to(torch.int64)[split.evicted], prefills)
+        if not len(split.evicted):
+            return StepRows(split, None, None, prefills)
+        evicted = split.evicted
+        query_lens = common.naive_query_lens().to(torch.int64)[evicted]
+        folded = self.page_table.fold(
+            slots[evicted], common.seq_lens[evicted], query_lens, common.block_table_tensor[evicted].to(torch.int64)
+        )
+        first_tokens = common.query_start_loc[:-1].to(torch.int64)[evicted]
+        return StepRows(split, _fold_queries(first_tokens, query_lens, self.pool.num_kv_heads), folded, prefills)
 
     def _row_req_ids(self, common: CommonAttentionMetadata) -> list[str]:
         if common.req_idx is not None:  # model runner V2
@@ -172,8 +186,17 @@ def _split(slots: torch.Tensor, common: CommonAttentionMetadata) -> RowSplit:
     whole = (~is_evicted).nonzero()[:, 0]
     if not len(evicted):
         return RowSplit(whole, evicted, None)
-    query_lens = common.naive_query_lens().to(torch.int64)
-    if int(query_lens[evicted].max()) != 1:
-        raise RuntimeError("an evicted request was given several tokens in one step")
-    token_is_whole = torch.repeat_interleave(~is_evicted, query_lens)
+    token_is_whole = torch.repeat_interleave(~is_evicted, common.naive_query_lens().to(torch.int64))
     return RowSplit(whole, evicted, token_is_whole.nonzero()[:, 0])
+
+
+def _fold_queries(first_tokens: torch.Tensor, query_lens: torch.Tensor, num_kv_heads: int) -> FoldedQueries:
+    """first_tokens, query_lens: [num_evicted] int64, where the tokens of each row begin, and how many there are."""
+    lens = query_lens.repeat_interleave(num_kv_heads)
+    query_start_loc = torch.nn.functional.pad(lens.cumsum(0), (1, 0))
+    head = torch.arange(num_kv_heads, device=lens.device).repeat(len(query_lens))
+    # a query's place in the batch, less its place in the folded order: the same for all queries of one row and head
+    shift = first_tokens.repeat_interleave(num_kv_heads) - query_start_loc[:-1]
+    place = torch.arange(int(query_start_loc[-1]), device=lens.device)
+    tokens = place + shift.repeat_interleave(lens)
+    return FoldedQueries(tokens * num_kv_heads + head.repeat_interleave(lens), query_start_loc.to(torch.int32))

@@ -22,8 +22,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_kvevict.cache.page_table import FoldedBatch
-from vllm_kvevict.engine.bridge import EvictionBridge, StepRows
-from vllm_kvevict.engine.spec import EvictionSpec, evictable
+from vllm_kvevict.engine.bridge import EvictionBridge, FoldedQueries, StepRows
+from vllm_kvevict.engine.spec import EvictionSpec, with_eviction_managers
 
 # the page packing that vLLM's kernel calls "vec": K as [head_size, block_size], then V as [block_size, head_size]
 _ISA = "vec"
@@ -57,29 +57,27 @@ class EvictionCPUBackend(CPUAttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        return evictable(super().customize_spec(spec))
+        return with_eviction_managers(super().customize_spec(spec))
 
 
 @dataclass
 class EvictionCPUMetadata:
     """A batch in which at least one row is evicted or to be scored.
 
-    whole:           stock metadata of the rows whose cache is complete, None if there are none
-    query_start_loc: [num_folded + 1] int32, one query token for each folded row
-    schedule:        the kernel's division of labour over the folded rows if it serves every layer, else None
-    make_schedule:   makes the one of a layer from its kv_lens
+    whole:         stock metadata of the rows whose cache is complete, None if there are none
+    schedule:      the kernel's division of labour over the folded rows if it serves every layer, else None
+    make_schedule: makes the one of a layer from its kv_lens and the rows' query_start_loc
     """
 
     rows: StepRows
     bridge: EvictionBridge
     whole: CPUAttentionMetadata | None
-    query_start_loc: torch.Tensor
     schedule: torch.Tensor | None
     make_schedule: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-    def schedule_of(self, kv_lens: torch.Tensor) -> torch.Tensor:
+    def schedule_of(self, kv_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
         """Return the schedule of the layer whose folded rows have these lengths, [num_folded] int32."""
-        return self.make_schedule(kv_lens, self.query_start_loc) if self.schedule is None else self.schedule
+        return self.make_schedule(kv_lens, query_start_loc) if self.schedule is None else self.schedule
 
 
 class EvictionCPUMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -102,23 +100,16 @@ class EvictionCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         whole = None
         if len(rows.split.whole):
             whole = super().build(common_prefix_len, _whole_rows(common_attn_metadata, rows), fast_build)
-        num_folded = len(rows.split.evicted) * self.num_kv_heads
-        query_start_loc = torch.arange(num_folded + 1, dtype=torch.int32)
-        return EvictionCPUMetadata(
-            rows,
-            self.bridge,
-            whole,
-            query_start_loc,
-            self._shared_schedule(rows, query_start_loc),
-            self._layer_schedule,
-        )
+        return EvictionCPUMetadata(rows, self.bridge, whole, self._shared_schedule(rows), self._layer_schedule)
 
-    def _shared_schedule(self, rows: StepRows, query_start_loc: torch.Tensor) -> torch.Tensor | None:
+    def _shared_schedule(self, rows: StepRows) -> torch.Tensor | None:
         """Uniform budgets: one schedule serves every layer. Ragged ones: a layer makes its own when it runs."""
-        if rows.folded is None:
+        if rows.folded is None or rows.queries is None:
             return None
         first, kv_lens = rows.folded.kv_lens[0], rows.folded.kv_lens
-        return self._layer_schedule(first, query_start_loc) if torch.equal(kv_lens, first.expand_as(kv_lens)) else None
+        if not torch.equal(kv_lens, first.expand_as(kv_lens)):
+            return None
+        return self._layer_schedule(first, rows.queries.query_start_loc)
 
     def _layer_schedule(self, kv_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
         return ops.cpu_attn_get_scheduler_metadata(
@@ -177,19 +168,24 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
             part = output.new_empty(len(part_query), *output.shape[1:])
             output[tokens] = super().forward(layer, part_query, key, value, kv_cache, attn_metadata.whole, part)
         index = attn_metadata.bridge.layer_index[layer.layer_name]
-        if rows.folded is not None:
-            self._forward_folded(rows.folded, index, query, attn_metadata, output)
+        if rows.folded is not None and rows.queries is not None:
+            self._forward_folded(rows.folded, rows.queries, index, query, attn_metadata, output)
         for prefill in rows.prefills:
             attn_metadata.bridge.observe(prefill, index, query, output, self.scale)
         return output
 
     def _forward_folded(
-        self, folded: FoldedBatch, index: int, query: torch.Tensor, metadata: EvictionCPUMetadata, output: torch.Tensor
+        self,
+        folded: FoldedBatch,
+        queries: FoldedQueries,
+        index: int,
+        query: torch.Tensor,
+        metadata: EvictionCPUMetadata,
+        output: torch.Tensor,
     ) -> None:
         """query, output: [num_tokens, num_heads, head_size]; heads of one KV head are neighbours."""
-        tokens = metadata.rows.evicted_tokens
-        group = self.num_queries_per_kv
-        folded_query = query[tokens].reshape(-1, group, self.head_size)  # [num_evicted * num_kv_heads, group, D]
+        by_head = (-1, self.num_queries_per_kv, self.head_size)  # [num_tokens * num_kv_heads, group, head_size]
+        folded_query = query.reshape(by_head).index_select(0, queries.index)
         folded_output = torch.empty_like(folded_query)
         pool = metadata.bridge.pool
         pages = pool.pages.view(-1, 1, 2 * pool.block_size, self.head_size)
@@ -199,7 +195,7 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
             key_cache=key_cache,
             value_cache=value_cache,
             output=folded_output,
-            query_start_loc=metadata.query_start_loc,
+            query_start_loc=queries.query_start_loc,
             seq_lens=folded.kv_lens[index],
             scale=self.scale,
             causal=True,
@@ -207,10 +203,10 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
             sliding_window=-1,
             block_table=folded.page_table[index],
             softcap=0,
-            scheduler_metadata=metadata.schedule_of(folded.kv_lens[index]),
+            scheduler_metadata=metadata.schedule_of(folded.kv_lens[index], queries.query_start_loc),
             s_aux=None,
         )
-        output[tokens] = folded_output.view(len(tokens), *output.shape[1:])
+        output.view(by_head)[queries.index] = folded_output
 
 
 def _whole_rows(common: CommonAttentionMetadata, rows: StepRows) -> CommonAttentionMetadata:

@@ -21,6 +21,7 @@ from vllm_kvevict.engine.versions import check_version
 logger = logging.getLogger("vllm.kvevict")
 
 _WORKERS = {"vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvevict.engine.worker.EvictionCPUWorker"}
+_SPECULATION_WITHOUT_CACHE = ("ngram",)
 _DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 
 
@@ -85,6 +86,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
 def _unsupported(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
     model, cache = vllm_config.model_config, vllm_config.cache_config
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    speculation = getattr(vllm_config.speculative_config, "method", None)
     ours = scheduler.scheduler_cls is None or "vllm_kvevict" in str(scheduler.scheduler_cls)
     return [
         (f"the {current_platform.device_type} platform yet", parallel.worker_cls not in _WORKERS, "use vLLM on a CPU"),
@@ -94,7 +96,11 @@ def _unsupported(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
         ("pooling models", model.runner_type == "pooling", "use a generating model"),
         ("models without attention", model.is_attention_free, "use another model"),
         ("hybrid models with recurrent layers", model.is_hybrid, "use another model"),
-        ("speculative decoding yet", vllm_config.speculative_config is not None, "drop --speculative-config"),
+        (
+            f"speculative decoding by {speculation}, whose draft has a KV cache of its own,",
+            speculation not in (None, *_SPECULATION_WITHOUT_CACHE),
+            "use the method ngram",
+        ),
         ("pipeline parallelism yet", parallel.pipeline_parallel_size > 1, "use --pipeline-parallel-size 1"),
         ("context parallelism", parallel.decode_context_parallel_size > 1, "use -dcp 1"),
         ("context parallelism", parallel.prefill_context_parallel_size > 1, "use -pcp 1"),

@@ -18,7 +18,7 @@ from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.install import eviction_config
 from vllm_kvevict.engine.metrics import EvictionRecord, pack
 from vllm_kvevict.engine.requests import request_config
-from vllm_kvevict.engine.spec import EvictionManager, RequestEviction, cache_hits_up_to
+from vllm_kvevict.engine.spec import EvictionManager, PrivateBlocks, RequestEviction, cache_hits_up_to
 from vllm_kvevict.engine.step import REPORTS, STEP, EvictionReport, StepEvictions
 from vllm_kvevict.policies import Need
 
@@ -37,14 +37,13 @@ class EvictionMixin(Scheduler):
         self._evictions: dict[str, RequestEviction] = {}
         self._unplanned: set[str] = set()
         self._records: list[EvictionRecord] = []
-        self._manager = self._find_manager()
-        self._manager.evictions = self._evictions
-
-    def _find_manager(self) -> EvictionManager:
-        (manager,) = self.kv_cache_manager.coordinator.single_type_managers  # the workers have checked this
-        if not isinstance(manager, EvictionManager):
-            raise RuntimeError(f"expected an EvictionManager, got {manager!r}")
-        return manager
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        for manager in managers:
+            if not isinstance(manager, PrivateBlocks):
+                raise RuntimeError(f"expected managers that keep blocks private, got {manager!r}")
+            manager.evictions = self._evictions
+        # one group of layers is evicted; the workers have checked this
+        (self._manager,) = (manager for manager in managers if isinstance(manager, EvictionManager))
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
         """Every prefill starts here, resumed ones too: decide whether it will be evicted, and cap its cache hit."""
@@ -56,7 +55,7 @@ class EvictionMixin(Scheduler):
         self._unplanned.add(request.request_id)
         # a policy that looks at every query sees none of a prefix that is not computed
         all_queries = Need.ALL_QUERIES in eviction.config.method().policy.needs
-        with cache_hits_up_to(0 if all_queries else eviction.first_private_block * self._manager.block_size):
+        with cache_hits_up_to(0 if all_queries else eviction.num_shared_tokens):
             return super()._get_local_prefix_cache_hit(request)
 
     def _will_evict(self, request: Request) -> RequestEviction | None:
@@ -71,7 +70,7 @@ class EvictionMixin(Scheduler):
         if config is None:
             return None
         plan = plan_eviction(request.num_tokens, config.budget, block_size, config.method().min_tokens)
-        return None if plan is None else RequestEviction(config, plan.first_kept_block)
+        return None if plan is None else RequestEviction(config, plan.first_kept_block * block_size)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
@@ -87,7 +86,7 @@ class EvictionMixin(Scheduler):
                 step.prefilling[req_id] = eviction.config
                 continue
             # what was kept private when the prefill began is what stays, should the request have grown since
-            plan = _plan_from(eviction.first_private_block, request.num_tokens, self._manager.block_size)
+            plan = _plan_from(eviction.num_shared_tokens, request.num_tokens, self._manager.block_size)
             eviction.plan = plan
             self._unplanned.remove(req_id)
             step.ending[req_id] = (eviction.config, plan)
@@ -124,8 +123,8 @@ class AsyncEvictionScheduler(EvictionMixin, AsyncScheduler):
     """Eviction on vLLM's asynchronous scheduler."""
 
 
-def _plan_from(first_kept_block: int, num_tokens: int, block_size: int) -> EvictionPlan:
-    return EvictionPlan(num_tokens, cdiv(num_tokens, block_size) - first_kept_block, block_size)
+def _plan_from(num_shared_tokens: int, num_tokens: int, block_size: int) -> EvictionPlan:
+    return EvictionPlan(num_tokens, cdiv(num_tokens, block_size) - num_shared_tokens // block_size, block_size)
 
 
 def _evicted(config: EvictionConfig, plan: EvictionPlan, seconds: float) -> EvictionRecord:

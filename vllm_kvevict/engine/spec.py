@@ -1,15 +1,19 @@
-"""The cache spec of layers that are evicted, and the manager that frees what they evict."""
+"""The cache specs of a model with eviction, and the managers of their blocks: what is freed, and what is shared."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 from vllm.v1.request import Request
 
@@ -33,26 +37,48 @@ def cache_hits_up_to(num_tokens: int) -> Iterator[None]:
 class RequestEviction:
     """What the scheduler knows of a request that is, or will be, evicted.
 
-    first_private_block: blocks from here on are neither taken from the prefix cache nor put into it
-    plan:                set by the step that ends the prefill
-    freed_blocks:        set once the blocks are back in the pool
+    num_shared_tokens: tokens after these, whole blocks of them, are neither taken from the prefix cache nor put into it
+    plan:              set by the step that ends the prefill
+    freed_blocks:      set once the blocks are back in the pool
     """
 
     config: EvictionConfig
-    first_private_block: int
+    num_shared_tokens: int
     plan: EvictionPlan | None = None
     freed_blocks: int | None = None
 
 
-class EvictionManager(FullAttentionManager):
-    """Full attention whose requests give the blocks before their kept ones back after the prefill.
+class PrivateBlocks(SingleTypeKVCacheManager):
+    """Blocks of requests that are evicted enter the prefix cache only where full attention keeps none of them.
+
+    Full attention rewrites the kept blocks. What follows them was computed by looking at these, in every layer of the
+    model, and no hash of the text fits it.
 
     ``evictions`` is the scheduler's; it is set once, before the first request.
     """
 
+    evictions: dict[str, RequestEviction]
+
+    def cache_blocks(
+        self, request: Request, num_tokens: int, *args: Any, replay_boundaries: Sequence[int], **kwargs: Any
+    ) -> None:
+        eviction = self.evictions.get(request.request_id)
+        if eviction is not None:
+            num_tokens = min(num_tokens, eviction.num_shared_tokens)
+            # sliding windows retain only what a request needs that goes on from here
+            replay_boundaries = (eviction.num_shared_tokens,)
+        super().cache_blocks(request, num_tokens, *args, replay_boundaries=replay_boundaries, **kwargs)
+
+
+class PrivateSlidingWindowManager(PrivateBlocks, SlidingWindowManager):
+    """Sliding-window layers beside evicted ones: untouched."""
+
+
+class EvictionManager(PrivateBlocks, FullAttentionManager):
+    """Full attention whose requests give the blocks before their kept ones back after the prefill."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.evictions: dict[str, RequestEviction] = {}
         self.newly_freed: list[RequestEviction] = []
 
     @classmethod
@@ -61,13 +87,6 @@ class EvictionManager(FullAttentionManager):
         if limit is not None:
             max_length = min(max_length, limit)
         return super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
-
-    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        eviction = self.evictions.get(request.request_id)
-        if eviction is not None:
-            # kept blocks are rewritten, and what follows them attends to the rewritten ones: no hash fits either
-            num_tokens = min(num_tokens, eviction.first_private_block * self.block_size)
-        super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
@@ -98,8 +117,21 @@ class EvictionSpec(FullAttentionSpec):
     """Full attention with eviction. Has no fields of its own: ``merge`` would drop them."""
 
 
-def evictable(spec: AttentionSpec) -> AttentionSpec:
-    """Return ``spec`` as an EvictionSpec if its layer sees the whole context, unchanged if not."""
-    if type(spec) is not FullAttentionSpec or spec.sliding_window is not None or spec.attention_chunk_size is not None:
+@register_kv_cache_spec(manager_class=PrivateSlidingWindowManager, uniform_type_base_spec=SlidingWindowSpec)
+@dataclass(frozen=True, kw_only=True)
+class PrivateSlidingWindowSpec(SlidingWindowSpec):
+    """A sliding window beside layers with eviction."""
+
+
+def with_eviction_managers(spec: AttentionSpec) -> AttentionSpec:
+    """Return ``spec`` in our words, so that vLLM gives its layers one of our managers; other kinds unchanged.
+
+    Layers that see the whole context will be evicted.
+    """
+    if type(spec) is SlidingWindowSpec:
+        ours: type[AttentionSpec] = PrivateSlidingWindowSpec
+    elif type(spec) is FullAttentionSpec and spec.sliding_window is None and spec.attention_chunk_size is None:
+        ours = EvictionSpec
+    else:
         return spec
-    return EvictionSpec(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init})
+    return ours(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init})

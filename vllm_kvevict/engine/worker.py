@@ -14,7 +14,7 @@ from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.engine.bridge import EvictionBridge
 from vllm_kvevict.engine.cpu_backend import EvictionCPUMetadataBuilder, cpu_backend
 from vllm_kvevict.engine.install import eviction_config
-from vllm_kvevict.engine.spec import EvictionSpec
+from vllm_kvevict.engine.spec import EvictionSpec, PrivateSlidingWindowSpec
 from vllm_kvevict.engine.step import REPORTS, EvictionReport
 
 
@@ -37,10 +37,11 @@ class EvictionMixin(Worker):
 
     def _builder(self) -> EvictionCPUMetadataBuilder:
         groups = [group for groups in self.model_runner.attn_groups for group in groups]
-        builders = [builder for group in groups for builder in group.metadata_builders]
+        evicted = [group for group in groups if isinstance(group.kv_cache_spec, EvictionSpec)]
+        builders = [builder for group in evicted for builder in group.metadata_builders]
         block_size = self.eviction.pool.block_size
         if len(builders) != 1 or not isinstance(builders[0], EvictionCPUMetadataBuilder):
-            raise RuntimeError(f"expected one attention metadata builder, ours; vLLM built {builders}")
+            raise RuntimeError(f"expected one attention metadata builder for evicted layers, ours; got {builders}")
         if builders[0].block_size != block_size:
             raise RuntimeError(f"vLLM splits blocks of {builders[0].block_size} tokens into blocks of {block_size}")
         return builders[0]
@@ -89,15 +90,22 @@ class EvictionCPUWorker(EvictionMixin, CPUWorker):
 
 
 def _evicted_layers(kv_cache_config: KVCacheConfig) -> list[str]:
-    """Return the layers of the model's one cache group, in the order of its cache.
+    """Return the layers of the one cache group with full attention, in the order of its cache.
 
-    Raises ValueError for a model with other groups beside it.
+    Raises ValueError for a model with several such groups, or with others beside it than sliding windows.
     """
     groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, EvictionSpec):
+    evicted = [group for group in groups if _is_full_attention(group.kv_cache_spec)]
+    others = [group for group in groups if group not in evicted]
+    if len(evicted) != 1 or not all(isinstance(group.kv_cache_spec, PrivateSlidingWindowSpec) for group in others):
         found = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
         raise ValueError(
-            f"--kv-eviction does not work yet with models that mix kinds of layers, got cache groups of {found}; "
-            f"use a model whose layers all have full attention, or leave --kv-eviction out"
+            f"--kv-eviction needs a model with one cache group of full attention, and at most sliding windows beside "
+            f"it; got {found}. Use another model, or leave --kv-eviction out"
         )
-    return list(groups[0].layer_names)
+    return list(evicted[0].layer_names)
+
+
+def _is_full_attention(spec: Any) -> bool:
+    # without the hybrid manager, vLLM puts layers with a window into the group of full attention
+    return isinstance(spec, EvictionSpec) and spec.sliding_window is None
