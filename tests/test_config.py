@@ -114,6 +114,11 @@ def test_protections_that_are_not_allowed(field, value):
     assert refusal(**{field: value}) == expected
 
 
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_logging_is_on_or_off(value):
+    assert refusal(log_requests=value) == f"kv_eviction_log_requests: expected true or false, got {value!r}"
+
+
 @pytest.mark.parametrize(("field", "flag"), [("policy", "kv_eviction"), ("allocator", "kv_budget_allocator")])
 @pytest.mark.parametrize("value", [False, 5, ["snapkv"]])
 def test_names_must_be_text(field, flag, value):

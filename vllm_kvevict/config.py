@@ -34,6 +34,7 @@ class EvictionConfig(BaseModel):
     num_recent:        tokens at the end that always stay; None: what the policy's paper says
     policy_options:    parameters of the policy
     allocator_options: parameters of the allocator
+    log_requests:      write one JSON line to the log for every prompt that is evicted
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -45,6 +46,7 @@ class EvictionConfig(BaseModel):
     num_recent: Annotated[int, Field(ge=0)] | None = None
     policy_options: dict[str, Any] = {}
     allocator_options: dict[str, Any] = {}
+    log_requests: bool = False
 
     @field_validator("policy")
     @classmethod
@@ -161,11 +163,17 @@ def _build(registry: Registry[Any], name: str, options: Mapping[str, Any], field
         raise ValueError(f"{field_name}: {registry.kind} {name!r}: {error}") from None
 
 
-_FLAGS = {"policy": "kv_eviction", "budget": "kv_budget", "allocator": "kv_budget_allocator"}
+_FLAGS = {
+    "policy": "kv_eviction",
+    "budget": "kv_budget",
+    "allocator": "kv_budget_allocator",
+    "log_requests": "kv_eviction_log_requests",
+}
 _ALLOWED = {
     "budget": "a whole number of tokens of at least 1, or a fraction between 0 and 1",
     "num_sink": "a whole number of tokens of at least 0",
     "num_recent": "a whole number of tokens of at least 0",
+    "log_requests": "true or false",
 }
 
 

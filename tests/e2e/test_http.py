@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ from openai import BadRequestError, OpenAI
 from tests.e2e.prompts import long_text
 from tools.server import Server, ServerError
 
+ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 256
 NONE = {"vllm_xargs": {"kv_eviction": "none"}}
 
@@ -21,7 +24,7 @@ NONE = {"vllm_xargs": {"kv_eviction": "none"}}
 @pytest.fixture(scope="module")
 def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "server.log"
-    flags = ["--kv-eviction", "snapkv", "--kv-budget", str(BUDGET)]
+    flags = ["--kv-eviction", "snapkv", "--kv-budget", str(BUDGET), "--kv-eviction-log-requests"]
     sizes = ["--max-model-len", "8192", "--max-num-seqs", "16", "--enforce-eager", "--served-model-name", "model"]
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "TRITON_INTERPRET": "0"}
     with Server(smollm2, log, *flags, *sizes, env=env) as started:
@@ -60,15 +63,23 @@ def test_one_line_at_the_start_says_what_is_on(server: Server) -> None:
     assert "SnapKV(window=32, pool_kernel=7, pool='max'" in lines[0] and f"budget={BUDGET}" in lines[0]
 
 
+def test_a_line_at_the_start_says_what_the_memory_allows(server: Server) -> None:
+    (line,) = (line for line in server.log_path.read_text().splitlines() if "once they are evicted" in line)
+    num_blocks = 1024**3 // (2 * 30 * 3 * 64 * 2 * 32)
+    expected = f"8,192 tokens: {num_blocks / 8:.2f}x once they are evicted, {num_blocks / 256:.2f}x before"
+    assert expected in line
+
+
 def test_usage_falls_once_the_prompt_is_evicted(server: Server, client: OpenAI) -> None:
     """About 4,000 tokens: at least 90 % of the blocks are back within three decode steps."""
     wait_until_idle(server)
     before = server.metrics()
-    usage, tokens = [], 0
+    usage, held, tokens = [], [], 0
     for chunk in chat(client, long_text(230), max_tokens=400, stream=True, extra_body={"ignore_eos": True}):
         tokens += bool(chunk.choices and chunk.choices[0].delta.content)
         if tokens in (40, 60, 80):
             usage.append(blocks_in_use(server))
+            held.append(server.metrics())
     wait_until_idle(server)
     after = server.metrics()
     total_blocks = 1024**3 // (2 * 30 * 3 * 64 * 2 * 32)
@@ -78,6 +89,9 @@ def test_usage_falls_once_the_prompt_is_evicted(server: Server, client: OpenAI) 
     assert freed >= 0.9 * prompt_blocks
     # what is left: 8 kept blocks and those of the answer so far
     assert max(usage) * total_blocks <= 8 + 400 / 32 + 1
+    assert {metrics["kvevict:kept_pages"] for metrics in held} == {8 * 30 * 3}
+    assert all(7 * 32 < metrics["kvevict:kept_tokens"] <= 8 * 32 for metrics in held)
+    assert after["kvevict:kept_pages"] == after["kvevict:kept_tokens"] == 0
 
 
 def test_metrics_count_evictions(server: Server, client: OpenAI) -> None:
@@ -95,6 +109,13 @@ def test_metrics_count_evictions(server: Server, client: OpenAI) -> None:
     assert grew("kvevict:freed_blocks_total") == -(-prompt_tokens // 32) - BUDGET // 32
     assert grew("kvevict:kept_fraction_sum") == pytest.approx(kept / prompt_tokens)
     assert 0 < grew("kvevict:eviction_seconds_sum") < 10
+    (line,) = (
+        line for line in server.log_path.read_text().splitlines() if f'"prompt_tokens": {prompt_tokens},' in line
+    )
+    logged = json.loads(line[line.index("{") :])
+    assert logged["kept_tokens"] == kept and logged["freed_blocks"] == grew("kvevict:freed_blocks_total")
+    assert (logged["policy"], logged["allocator"], logged["kept_blocks"]) == ("snapkv", "uniform", BUDGET // 32)
+    assert logged["milliseconds"] == pytest.approx(1e3 * grew("kvevict:eviction_seconds_sum"), abs=0.01)
     labels = [sample.labels for sample in server.samples() if sample.name == "kvevict:evictions_total"]
     assert labels == [{"policy": "snapkv", "allocator": "uniform"}]
 
@@ -126,15 +147,36 @@ def test_eviction_can_be_switched_off_or_widened_by_a_request(server: Server, cl
 def test_wrong_options_are_a_400_that_names_the_field(
     server: Server, client: OpenAI, options: dict[str, Any], message: str
 ) -> None:
+    before = server.metrics()["kvevict:refused_requests_total"]
     with pytest.raises(BadRequestError) as error:
         chat(client, long_text(20), extra_body={"vllm_xargs": options})
     assert message in str(error.value)
     with pytest.raises(BadRequestError):
         client.completions.create(model="model", prompt="hello", max_tokens=2, extra_body={"vllm_xargs": options})
+    assert server.metrics()["kvevict:refused_requests_total"] == before + 2
+    (option,) = options
+    refused = {
+        sample.labels["option"]
+        for sample in server.samples()
+        if sample.name == "kvevict:refused_requests_total" and sample.value
+    }
+    assert option in refused
     assert server.is_healthy()
     assert chat(client, "Hello", max_tokens=2).choices[0].message.content
 
 
+def test_the_dashboard_shows_metrics_that_there_are(server: Server) -> None:
+    dashboard = json.loads((ROOT / "configs" / "grafana_dashboard.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    named = {name for expression in expressions for name in re.findall(r"(?:kvevict|vllm):\w+", expression)}
+    exported = {sample.name for sample in server.samples()}
+    assert named <= exported
+    counted = {name for name in exported if name.startswith("kvevict:") and not name.endswith("_created")}
+    shown = {name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count") for name in named}
+    assert {name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count") for name in counted} <= shown
+
+
+@pytest.mark.feature("aborted requests")
 def test_sixteen_requests_at_once_streamed_aborted_whole_and_evicted(server: Server, client: OpenAI) -> None:
     wait_until_idle(server)
 

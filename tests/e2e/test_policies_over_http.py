@@ -37,6 +37,7 @@ def evictions_by_label(server: Server) -> dict[tuple[str, str], float]:
     return {(sample.labels["policy"], sample.labels["allocator"]): sample.value for sample in samples}
 
 
+@pytest.mark.feature("requests that choose their own policy, budget and allocator")
 def test_every_policy_with_every_allocator(server: Server, client: OpenAI) -> None:
     def ask(index: int) -> str:
         policy, allocator = CASES[index]

@@ -56,6 +56,7 @@ def test_alone_and_in_a_batch_are_the_same(running: Engine) -> None:
     running.check_all_free()
 
 
+@pytest.mark.feature("chunked prefill")
 def test_requests_that_join_later_change_nothing(running: Engine) -> None:
     first, second = random_prompt(600, seed=3), random_prompt(450, seed=4)
     expected = [running.tokens([prompt], max_tokens=50)[0] for prompt in (first, second)]
@@ -67,6 +68,7 @@ def test_requests_that_join_later_change_nothing(running: Engine) -> None:
     assert [list(outputs[request_id].outputs[0].token_ids) for request_id in ids] == expected
 
 
+@pytest.mark.feature("aborted requests")
 def test_aborted_requests_leave_no_page_behind(running: Engine) -> None:
     for after in (1, 2, 3, 30):
         victim = running.add(random_prompt(900, seed=after), max_tokens=100)

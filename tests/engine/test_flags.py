@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_kvevict import kv_eviction_args
+from vllm_kvevict.engine.cpu_backend import EvictionCPUImpl
 
 # AsyncEngineArgs does this by itself before it makes its parser
 load_general_plugins()
@@ -44,6 +49,17 @@ def test_flags_become_additional_config(parse: Parse, cls: type[EngineArgs]) -> 
     assert json.loads(json.dumps(engine_args.additional_config)) == engine_args.additional_config
 
 
+def test_a_namespace_that_is_read_again_says_the_same(tiny_llama: Path) -> None:
+    """vLLM hands the namespace on to more API server processes, which read it before they load plugins."""
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    namespace = parser.parse_args(["--model", str(tiny_llama), *FLAGS, "--kv-eviction-log-requests"])
+    expected = {"kv_eviction": {"policy": "snapkv", "budget": 256, "log_requests": True}}
+    for _ in range(2):
+        assert EngineArgs.from_cli_args(namespace).additional_config == expected
+    stock = inspect.unwrap(EngineArgs.from_cli_args.__func__)
+    assert stock(EngineArgs, pickle.loads(pickle.dumps(namespace))).additional_config == expected
+
+
 def test_without_flags_nothing_is_added(parse: Parse) -> None:
     assert not parse([]).additional_config
 
@@ -72,7 +88,8 @@ def test_help_has_a_group_with_the_policies() -> None:
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     (group,) = [group for group in parser._action_groups if group.title == "KV eviction (vllm_kvevict)"]
     flags = [option for action in group._group_actions for option in action.option_strings]
-    assert flags == ["--kv-eviction", "--kv-budget", "--kv-budget-allocator", "--kv-eviction-config"]
+    names = ["eviction", "budget", "budget-allocator", "eviction-config", "eviction-log-requests"]
+    assert flags == [f"--kv-{name}" for name in names]
     assert "snapkv" in group._group_actions[0].help
     assert "uniform" in group._group_actions[2].help
 
@@ -127,22 +144,37 @@ def test_offline_arguments_name_our_classes(tiny_llama: Path) -> None:
     assert created(tiny_llama, block_size=64).cache_config.block_size == 64
 
 
+CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+DRAFT = {"method": "draft_model", "num_speculative_tokens": 2}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
-        (
-            {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 2}},
-            "speculative decoding by draft",
+        pytest.param(
+            {"pipeline_parallel_size": 2}, "pipeline parallelism", marks=pytest.mark.refused("pipeline parallelism")
         ),
-        ({"kv_cache_dtype": "fp8"}, "a quantised KV cache (fp8)"),
-        ({"block_size": 48}, "a block size of 48 on CPU"),
-        ({"scheduler_cls": "some.Scheduler"}, "the scheduler 'some.Scheduler'"),
-        ({"worker_cls": "vllm.v1.worker.gpu_worker.Worker"}, "platform"),
-        (
-            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-            "KV connectors",
+        pytest.param(
+            {"speculative_config": DRAFT},
+            "speculative decoding by draft_model, whose draft has a KV cache of its own",
+            marks=pytest.mark.refused("drafts with a KV cache of their own"),
         ),
+        pytest.param(
+            {"kv_cache_dtype": "fp8"}, "a quantised KV cache (fp8)", marks=pytest.mark.refused("fp8 KV cache")
+        ),
+        pytest.param(
+            {"block_size": 48}, "a block size of 48 on CPU", marks=pytest.mark.refused("odd block sizes on CPU")
+        ),
+        pytest.param(
+            {"scheduler_cls": "some.Scheduler"},
+            "the scheduler 'some.Scheduler'",
+            marks=pytest.mark.refused("other scheduler classes"),
+        ),
+        pytest.param(
+            {"worker_cls": "vllm.v1.worker.gpu_worker.Worker"}, "platform", marks=pytest.mark.refused("other platforms")
+        ),
+        pytest.param({"kv_transfer_config": CONNECTOR}, "KV connectors", marks=pytest.mark.refused("KV connectors")),
+        pytest.param({"runner": "pooling"}, "pooling models", marks=pytest.mark.refused("pooling models")),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(tiny_llama: Path, settings: dict[str, Any], message: str) -> None:
@@ -151,6 +183,77 @@ def test_what_cannot_work_is_refused_by_name(tiny_llama: Path, settings: dict[st
     with pytest.raises(ValueError, match="--kv-eviction does not work with") as error:
         created(tiny_llama, **settings)
     assert message in str(error.value)
+
+
+SMALL = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 8, "max_position_embeddings": 2048}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "message"),
+    [
+        pytest.param(
+            "DeepseekV2ForCausalLM",
+            {"model_type": "deepseek_v2", "kv_lora_rank": 512, "q_lora_rank": None, "n_routed_experts": 4},
+            "multi-head latent attention (MLA)",
+            marks=pytest.mark.refused("multi-head latent attention (MLA)"),
+        ),
+        pytest.param(
+            "WhisperForConditionalGeneration",
+            {"model_type": "whisper", "d_model": 64, "encoder_layers": 1, "decoder_layers": 1},
+            "encoder-decoder models",
+            marks=pytest.mark.refused("encoder-decoder models"),
+        ),
+        pytest.param(
+            "MambaForCausalLM",
+            {"model_type": "mamba"},
+            "models without attention",
+            marks=pytest.mark.refused("models without attention"),
+        ),
+        pytest.param(
+            "JambaForCausalLM",
+            {"model_type": "jamba"},
+            "hybrid models with recurrent layers",
+            marks=pytest.mark.refused("models with recurrent layers"),
+        ),
+        pytest.param(
+            "LlamaForCausalLM",
+            {"model_type": "llama", "head_dim": 48},
+            "a head size of 48 on CPU",
+            marks=pytest.mark.refused("odd head sizes on CPU"),
+        ),
+    ],
+)
+def test_models_that_cannot_work_are_refused_by_name(
+    tmp_path: Path, architecture: str, config: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL, "architectures": [architecture], **config}))
+    with pytest.raises(ValueError, match="--kv-eviction does not work with") as error:
+        created(tmp_path, max_model_len=400)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "name"),
+    [
+        pytest.param({"alibi_slopes": [1.0, 0.5]}, "ALiBi", marks=pytest.mark.refused("ALiBi")),
+        pytest.param(
+            {"sinks": torch.zeros(2)}, "attention sinks", marks=pytest.mark.refused("attention sinks in the model")
+        ),
+        pytest.param(
+            {"logits_soft_cap": 30.0}, "logits soft-capping", marks=pytest.mark.refused("logits soft-capping")
+        ),
+        pytest.param(
+            {"kv_sharing_target_layer_name": "model.layers.0"},
+            "KV sharing between layers",
+            marks=pytest.mark.refused("KV sharing between layers"),
+        ),
+    ],
+)
+def test_layers_that_cannot_work_are_refused_by_name(tiny_llama: Path, attribute: dict[str, Any], name: str) -> None:
+    settings = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto", **attribute}
+    message = f"--kv-eviction does not work with {name}.*; leave --kv-eviction out"
+    with set_current_vllm_config(created(tiny_llama)), pytest.raises(ValueError, match=message):
+        EvictionCPUImpl(2, 32, 1.0, 2, **settings)
 
 
 def test_a_budget_that_cannot_hold_the_window_is_refused(tiny_llama: Path) -> None:

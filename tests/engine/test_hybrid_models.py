@@ -14,6 +14,7 @@ from tests.tiny_llama import VOCAB_SIZE, random_prompt
 NUM_STEPS = 70  # more than the window, and into a third block
 
 
+@pytest.mark.feature("models with sliding-window layers")
 @pytest.mark.parametrize(("allocator", "chunk"), [("uniform", 2048), ("lava", 130)])
 def test_logits_equal_masked_dense_forward(
     tiny_gemma: Path, kept_masks: list[torch.Tensor], allocator: str, chunk: int
@@ -43,6 +44,7 @@ def test_logits_equal_masked_dense_forward(
     assert (logits[1:] - whole[1:]).abs().max() > 0.1
 
 
+@pytest.mark.feature("models with sliding-window layers")
 def test_a_repeated_prompt_hits_all_but_its_kept_blocks(tiny_gemma: Path) -> None:
     prompt = random_prompt(700, seed=4)
     with engine(tiny_gemma, budget=96) as running:

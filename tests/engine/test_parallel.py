@@ -43,6 +43,7 @@ def generate(llm: LLM, allocator: str) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+@pytest.mark.feature("tensor parallelism", runners=("V1",))
 @pytest.mark.skipif(USES_V2_RUNNER, reason="worker processes would each have to load Triton's interpreter")
 def test_two_workers_answer_as_one(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -27,6 +27,7 @@ def cached_tokens(running: Engine, prompt: list[int], **params: object) -> tuple
     return output.num_cached_tokens, list(output.outputs[0].token_ids)
 
 
+@pytest.mark.feature("prefix caching")
 def test_a_repeated_prompt_hits_all_but_its_kept_blocks(running: Engine) -> None:
     prompt = random_prompt(700, seed=1)
     first_hit, cold = cached_tokens(running, prompt)

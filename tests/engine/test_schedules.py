@@ -15,6 +15,7 @@ from tests.tiny_llama import random_prompt
 BUDGET = 96
 
 
+@pytest.mark.feature("chunked prefill")
 @pytest.mark.parametrize("chunk", [2048, 256, 96, 33])
 def test_chunk_size_does_not_change_what_is_kept(tiny_llama: Path, kept_masks: list[torch.Tensor], chunk: int) -> None:
     """333 = 10 * 33 + 3: the last chunk is far shorter than the observation window."""
@@ -39,6 +40,7 @@ def async_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep_async))
 
 
+@pytest.mark.feature("async scheduling")
 def test_async_scheduling_gives_the_same_answers(tiny_llama: Path, request: pytest.FixtureRequest) -> None:
     prompts = [random_prompt(length, seed=length) for length in (40, 333, 700, 1200)]
     with engine(tiny_llama, budget=BUDGET, enable_prefix_caching=False) as synchronous:
@@ -64,6 +66,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[
     return calls
 
 
+@pytest.mark.feature("preemption and resume")
 def test_repeated_preemption_ends_well(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """24 blocks for prompts of 13 blocks each: requests push each other out again and again."""
     prompts = [random_prompt(400, seed=index) for index in range(6)]

@@ -7,6 +7,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import tests.conftest  # noqa: F401  prepares the spawned process as it does this one, before vLLM is imported
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
@@ -16,6 +18,7 @@ ALPHABET = [5, 6, 7]  # of the answers: with few tokens to choose from, drafts a
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
+@pytest.mark.feature("speculative decoding by n-grams")
 def test_ngram_drafts_change_no_answer(tiny_llama: Path) -> None:
     """In a process of its own: drafting loads numba, and vLLM's CPU worker does not start twice beside numba."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:

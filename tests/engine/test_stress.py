@@ -82,6 +82,9 @@ def run_at_random(running: Engine, rng: random.Random, count: int) -> dict[str, 
     return served
 
 
+@pytest.mark.feature("prefix caching")
+@pytest.mark.feature("preemption and resume")
+@pytest.mark.feature("requests that choose their own policy, budget and allocator")
 @pytest.mark.parametrize(("model", "seed"), MODELS)
 def test_every_answer_is_that_of_a_fresh_engine(request: pytest.FixtureRequest, model: str, seed: int) -> None:
     folder = request.getfixturevalue(model)

@@ -62,7 +62,8 @@ class EvictionBridge:
 
     def __init__(self, runner: Any, pool: PagePool, layer_names: list[str], max_num_reqs: int) -> None:
         self._runner = runner
-        self._weights = ModelWeights(runner.get_model(), layer_names)
+        self._layer_names = layer_names
+        self.forget_weights()
         self.pool = pool
         self.layer_index = {name: index for index, name in enumerate(layer_names)}
         self.page_table = PageTable(pool, max_num_reqs)
@@ -70,6 +71,10 @@ class EvictionBridge:
         self._step: StepEvictions | None = None
         self._evictions: dict[str, Eviction] = {}
         self._row_slots: tuple[list[str], int, torch.Tensor] = ([], -1, torch.empty(0, dtype=torch.int64))
+
+    def forget_weights(self) -> None:
+        """The model has new weights: what policies read of the old ones is of no use any more."""
+        self._weights = ModelWeights(self._runner.get_model(), self._layer_names)
 
     def begin_step(self, output: SchedulerOutput) -> None:
         """Forget the requests that ended, and take over the scheduler's decisions for this step."""

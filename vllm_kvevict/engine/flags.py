@@ -1,4 +1,4 @@
-"""``--kv-eviction`` and its three companions, on every entry point that uses vLLM's parser."""
+"""``--kv-eviction`` and its four companions, on every entry point that uses vLLM's parser."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _DESTINATIONS = {
     "policy": "kv_eviction",
     "budget": "kv_budget",
     "allocator": "kv_budget_allocator",
+    "log_requests": "kv_eviction_log_requests",
 }
 
 
@@ -35,19 +36,24 @@ def with_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_config(from_cli_args: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``EngineArgs.from_cli_args`` so that our flags travel in ``additional_config``."""
+    """Wrap ``EngineArgs.from_cli_args`` so that our flags travel in ``additional_config``.
+
+    They move there inside the namespace: vLLM hands it on to further API server processes, which read it before they
+    have loaded any plugin.
+    """
 
     @functools.wraps(from_cli_args)
     def wrapper(cls: type, args: argparse.Namespace) -> Any:
-        engine_args = from_cli_args(cls, args)
         values = flag_values(args)
         if values:
-            given = engine_args.additional_config or {}
+            given = getattr(args, "additional_config", None) or {}
             if FIELD in given:
                 raise ValueError(f"additional_config: {FIELD!r} and the --kv-eviction flags exclude each other")
             config = EvictionConfig.parse(values)
-            engine_args.additional_config = {**given, FIELD: config.model_dump(exclude_unset=True)}
-        return engine_args
+            args.additional_config = {**given, FIELD: config.model_dump(exclude_unset=True)}
+            for destination in ("kv_eviction_config", *_DESTINATIONS.values()):
+                setattr(args, destination, None)
+        return from_cli_args(cls, args)
 
     return wrapper
 
@@ -83,6 +89,12 @@ def add_group(parser: argparse.ArgumentParser) -> None:
         type=_mapping,
         help="Everything else, as a YAML or JSON file or a JSON text: num_sink, num_recent, policy_options, "
         "allocator_options. The flags win over it.",
+    )
+    group.add_argument(
+        "--kv-eviction-log-requests",
+        action="store_true",
+        default=None,
+        help="Write one JSON line to the log for every prompt that is evicted: tokens, blocks, milliseconds.",
     )
 
 

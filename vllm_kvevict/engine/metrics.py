@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+from vllm_kvevict.config import REQUEST_OPTIONS
 
 PAYLOAD = "kv_eviction"
 _LABELS = ("policy", "allocator")
@@ -34,6 +36,18 @@ class EvictionRecord:
 
 
 @dataclass
+class Gauges:
+    """What all evicted requests together hold of their prompts.
+
+    kept_tokens: tokens per KV head and layer
+    kept_pages:  pages of one worker
+    """
+
+    kept_tokens: int = 0
+    kept_pages: int = 0
+
+
+@dataclass
 class EvictionMetrics:
     """Our collectors in one Prometheus registry."""
 
@@ -51,11 +65,30 @@ class EvictionMetrics:
         self.freed_blocks = counter("freed_blocks_total", "KV blocks given back to vLLM's pool.")
         self.kept_fraction = histogram("kept_fraction", "Tokens kept / tokens of the prompt.", _FRACTIONS)
         self.seconds = histogram("eviction_seconds", "Time of score, allocate, select and compact.", _SECONDS)
+        self.kept_tokens = self._gauge(
+            "kept_tokens", "Prompt tokens that evicted requests hold, per KV head and layer."
+        )
+        self.kept_pages = self._gauge("kept_pages", "Pages of prompts that evicted requests hold, in one worker.")
+        self.refusals = Counter(
+            "kvevict:refused_requests_total",
+            "Requests refused for a wrong option, by the option.",
+            ("option",),
+            registry=self.registry,
+        )
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"kvevict:{name}", text, registry=self.registry, multiprocess_mode="mostrecent")
 
     def announce(self, policy: str, allocator: str) -> None:
         """Show these labels at 0 before the first eviction, as dashboards expect."""
         for collector in (self.evictions, self.evicted_tokens, self.freed_blocks, self.kept_fraction, self.seconds):
             collector.labels(policy, allocator)
+        for option in REQUEST_OPTIONS:
+            self.refusals.labels(option)
+
+    def show(self, gauges: Gauges) -> None:
+        self.kept_tokens.set(gauges.kept_tokens)
+        self.kept_pages.set(gauges.kept_pages)
 
     def observe(self, record: EvictionRecord) -> None:
         """Count one record."""
@@ -74,9 +107,9 @@ def process_metrics() -> EvictionMetrics:
     return EvictionMetrics()
 
 
-def pack(records: list[EvictionRecord]) -> dict[str, Any]:
+def pack(records: list[EvictionRecord], gauges: Gauges) -> dict[str, Any]:
     """Return the payload in which records travel from the engine to the front end."""
-    return {PAYLOAD: [asdict(record) for record in records]}
+    return {PAYLOAD: [asdict(record) for record in records], "gauges": asdict(gauges)}
 
 
 def with_eviction_metrics(record: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,6 +126,7 @@ def with_eviction_metrics(record: Callable[..., Any]) -> Callable[..., Any]:
             scheduler_stats.kv_connector_stats = None
             for values in payload[PAYLOAD]:
                 process_metrics().observe(EvictionRecord(**values))
+            process_metrics().show(Gauges(**payload["gauges"]))
         return record(self, scheduler_stats, *args, **kwargs)
 
     return wrapper

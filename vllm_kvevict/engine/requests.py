@@ -12,6 +12,7 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_kvevict.config import REQUEST_OPTIONS, REQUEST_POLICY, EvictionConfig
 from vllm_kvevict.engine.flags import FIELD
+from vllm_kvevict.engine.metrics import process_metrics
 from vllm_kvevict.engine.model import check_needs
 
 
@@ -46,4 +47,11 @@ def _check(vllm_config: VllmConfig, params: Any) -> None:
         if config is not None:
             check_needs(config.policy, config.method().policy, vllm_config.model_config)
     except ValueError as error:
+        process_metrics().refusals.labels(_option_named_in(str(error))).inc()
         raise VLLMValidationError(str(error)) from None
+
+
+def _option_named_in(message: str) -> str:
+    """Return the option that a message is about: the word before its colon, the policy's if that is none of them."""
+    option = message.partition(":")[0]
+    return option if option in REQUEST_OPTIONS else REQUEST_POLICY

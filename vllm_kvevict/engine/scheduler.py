@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from typing import Any
@@ -16,7 +17,7 @@ from vllm.v1.request import Request
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv, plan_eviction
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.install import eviction_config
-from vllm_kvevict.engine.metrics import EvictionRecord, pack
+from vllm_kvevict.engine.metrics import EvictionRecord, Gauges, pack
 from vllm_kvevict.engine.requests import request_config
 from vllm_kvevict.engine.spec import EvictionManager, PrivateBlocks, RequestEviction, cache_hits_up_to
 from vllm_kvevict.engine.step import REPORTS, STEP, EvictionReport, StepEvictions
@@ -44,6 +45,31 @@ class EvictionMixin(Scheduler):
             manager.evictions = self._evictions
         # one group of layers is evicted; the workers have checked this
         (self._manager,) = (manager for manager in managers if isinstance(manager, EvictionManager))
+        group = self.kv_cache_config.kv_cache_groups[self._manager.kv_cache_group_id]
+        self._pages_per_block = len(group.layer_names) * group.kv_cache_spec.num_kv_heads
+        self._gauges = Gauges()
+        self._log_concurrency()
+
+    def _log_concurrency(self) -> None:
+        """Say how many requests of the longest kind can decode at once, next to what vLLM says of whole ones."""
+        config, longest = self._eviction_config, self.vllm_config.model_config.max_model_len
+        block_size, num_blocks = self._manager.block_size, self.kv_cache_config.num_blocks
+        others = sum(
+            manager.kv_cache_spec.max_admission_blocks_per_request(
+                self.vllm_config.max_in_flight_tokens, self.vllm_config.model_config.max_model_len
+            )
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+            if manager is not self._manager
+        )
+        plan = plan_eviction(longest, config.budget, block_size, config.method().min_tokens)
+        whole = cdiv(longest, block_size)
+        kept = whole if plan is None else plan.num_kept_blocks
+        logger.info(
+            "Maximum concurrency for prompts of %s tokens: %.2fx once they are evicted, %.2fx before",
+            f"{longest:,}",
+            num_blocks / (kept + others),
+            num_blocks / (whole + others),
+        )
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
         """Every prefill starts here, resumed ones too: decide whether it will be evicted, and cap its cache hit."""
@@ -102,16 +128,28 @@ class EvictionMixin(Scheduler):
                 # vLLM's own list of requests that end with an error once this step's tokens are counted
                 self.grammar_compile_error_reqs.add(req_id)
                 continue
-            self._records.append(_evicted(config, plan, reports[req_id].seconds))
+            self._count(req_id, config, plan, reports[req_id].seconds)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _count(self, req_id: str, config: EvictionConfig, plan: EvictionPlan, seconds: float) -> None:
+        eviction = self._evictions.get(req_id)
+        if eviction is not None:  # it may have been aborted while the step ran
+            eviction.is_done = True
+            self._manager.in_use.add(plan)
+        self._records.append(_evicted(config, plan, seconds))
+        if self._eviction_config.log_requests:
+            logger.info("%s", json.dumps(_log_line(req_id, config, plan, seconds)))
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
         freed, self._manager.newly_freed = self._manager.newly_freed, []
         records = self._records + _freed(freed)
         self._records = []
-        if stats is not None and records:
-            stats.kv_connector_stats = pack(records)
+        in_use = self._manager.in_use
+        gauges = Gauges(in_use.tokens, in_use.blocks * self._pages_per_block)
+        if stats is not None and (records or gauges != self._gauges):
+            self._gauges = gauges
+            stats.kv_connector_stats = pack(records, gauges)
         return stats
 
 
@@ -135,6 +173,19 @@ def _evicted(config: EvictionConfig, plan: EvictionPlan, seconds: float) -> Evic
         kept_fraction=plan.num_kept_tokens / plan.num_tokens,
         seconds=seconds,
     )
+
+
+def _log_line(req_id: str, config: EvictionConfig, plan: EvictionPlan, seconds: float) -> dict[str, Any]:
+    return {
+        "kv_eviction": req_id,
+        "policy": config.policy,
+        "allocator": config.allocator_name,
+        "prompt_tokens": plan.num_tokens,
+        "kept_tokens": plan.num_kept_tokens,
+        "kept_blocks": plan.num_kept_blocks,
+        "freed_blocks": plan.first_kept_block,
+        "milliseconds": round(1e3 * seconds, 2),
+    }
 
 
 def _freed(evictions: list[RequestEviction]) -> list[EvictionRecord]:

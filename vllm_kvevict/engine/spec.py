@@ -39,13 +39,27 @@ class RequestEviction:
 
     num_shared_tokens: tokens after these, whole blocks of them, are neither taken from the prefix cache nor put into it
     plan:              set by the step that ends the prefill
+    is_done:           whether the workers have evicted it
     freed_blocks:      set once the blocks are back in the pool
     """
 
     config: EvictionConfig
     num_shared_tokens: int
     plan: EvictionPlan | None = None
+    is_done: bool = False
     freed_blocks: int | None = None
+
+
+@dataclass
+class CacheInUse:
+    """What evicted requests hold of their prompts: tokens per KV head and layer, and blocks."""
+
+    tokens: int = 0
+    blocks: int = 0
+
+    def add(self, plan: EvictionPlan, sign: int = 1) -> None:
+        self.tokens += sign * plan.num_kept_tokens
+        self.blocks += sign * plan.num_kept_blocks
 
 
 class PrivateBlocks(SingleTypeKVCacheManager):
@@ -80,6 +94,7 @@ class EvictionManager(PrivateBlocks, FullAttentionManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.newly_freed: list[RequestEviction] = []
+        self.in_use = CacheInUse()
 
     @classmethod
     def find_longest_cache_hit(cls, block_hashes: Any, max_length: int, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +118,9 @@ class EvictionManager(PrivateBlocks, FullAttentionManager):
             self.newly_freed.append(eviction)
 
     def pop_blocks_for_free(self, request_id: str) -> Any:
-        self.evictions.pop(request_id, None)
+        eviction = self.evictions.pop(request_id, None)
+        if eviction is not None and eviction.plan is not None and eviction.is_done:
+            self.in_use.add(eviction.plan, sign=-1)
         return super().pop_blocks_for_free(request_id)
 
 

@@ -46,6 +46,14 @@ class EvictionMixin(Worker):
             raise RuntimeError(f"vLLM splits blocks of {builders[0].block_size} tokens into blocks of {block_size}")
         return builders[0]
 
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().reload_weights(*args, **kwargs)
+        self.eviction.forget_weights()
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        self.eviction.forget_weights()
+
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         self.eviction.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output)
