@@ -152,9 +152,6 @@ DRAFT = {"method": "draft_model", "num_speculative_tokens": 2}
     ("settings", "message"),
     [
         pytest.param(
-            {"pipeline_parallel_size": 2}, "pipeline parallelism", marks=pytest.mark.refused("pipeline parallelism")
-        ),
-        pytest.param(
             {"speculative_config": DRAFT},
             "speculative decoding by draft_model, whose draft has a KV cache of its own",
             marks=pytest.mark.refused("drafts with a KV cache of their own"),

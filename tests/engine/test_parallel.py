@@ -1,8 +1,9 @@
-"""Several workers: each holds some of the heads, and all of them evict the same blocks."""
+"""Several workers: each holds some of the heads or of the layers, and all of them evict the same blocks."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vllm import LLM, SamplingParams
@@ -14,17 +15,17 @@ from vllm_kvevict import kv_eviction_args
 LENGTHS = (40, 333, 700, 1100)
 
 
-def answers(model: Path, tensor_parallel_size: int) -> dict[str, list[list[int]]]:
+def answers(model: Path, **settings: Any) -> dict[str, list[list[int]]]:
+    settings = {"enforce_eager": True, **settings}
     llm = LLM(
         str(model),
         skip_tokenizer_init=True,
-        enforce_eager=True,
         max_model_len=2048,
         max_num_batched_tokens=512,
         seed=0,
         dtype="float32",
         kv_cache_memory_bytes=32 << 20,
-        tensor_parallel_size=tensor_parallel_size,
+        **settings,
         **kv_eviction_args("snapkv", 96),
     )
     try:
@@ -47,9 +48,22 @@ def generate(llm: LLM, allocator: str) -> list[list[int]]:
 @pytest.mark.skipif(USES_V2_RUNNER, reason="worker processes would each have to load Triton's interpreter")
 def test_two_workers_answer_as_one(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    two, one = answers(tiny_llama, 2), answers(tiny_llama, 1)
+    two, one = answers(tiny_llama, tensor_parallel_size=2), answers(tiny_llama)
     assert two["uniform"] == one["uniform"]
     assert two["pyramid"] == one["pyramid"]
     # lava compares heads, and a worker sees its own ones only: the shares differ, the blocks do not
     assert two["lava"][0] == one["lava"][0], "this prompt fits its budget"
     assert [len(answer) for answer in two["lava"]] == [24] * len(LENGTHS)
+
+
+@pytest.mark.feature("pipeline parallelism", runners=("V1",))
+@pytest.mark.skipif(USES_V2_RUNNER, reason="worker processes would each have to load Triton's interpreter")
+def test_two_stages_answer_as_one(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled: vLLM's V1 runner on CPU has no pipeline in eager mode."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    two, one = answers(tiny_llama, pipeline_parallel_size=2, enforce_eager=False), answers(tiny_llama)
+    assert two["uniform"] == one["uniform"]
+    # these compare layers, and a stage sees its own ones only
+    for allocator in ("pyramid", "lava"):
+        assert two[allocator][0] == one[allocator][0], "this prompt fits its budget"
+        assert [len(answer) for answer in two[allocator]] == [24] * len(LENGTHS)

@@ -101,7 +101,6 @@ def _unsupported(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
             speculation not in (None, *_SPECULATION_WITHOUT_CACHE),
             "use the method ngram",
         ),
-        ("pipeline parallelism yet", parallel.pipeline_parallel_size > 1, "use --pipeline-parallel-size 1"),
         ("context parallelism", parallel.decode_context_parallel_size > 1, "use -dcp 1"),
         ("context parallelism", parallel.prefill_context_parallel_size > 1, "use -pcp 1"),
         ("microbatching (DBO)", parallel.use_ubatching, "drop --enable-dbo and --ubatch-size"),
@@ -159,7 +158,7 @@ _REQUEST_PATCHES = (
     Patch(
         "vllm.v1.metrics.loggers:StatLoggerManager.record",
         with_eviction_metrics,
-        ("scheduler_stats",),
+        ("scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),
         "stat logger plugins are not loaded by LLMEngine, and SchedulerStats carries no plugin data",
         "SchedulerStats has a field for plugins and both engines load stat logger plugins",
     ),

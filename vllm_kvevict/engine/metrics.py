@@ -77,7 +77,7 @@ class EvictionMetrics:
         )
 
     def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"kvevict:{name}", text, registry=self.registry, multiprocess_mode="mostrecent")
+        return Gauge(f"kvevict:{name}", text, ("engine",), registry=self.registry, multiprocess_mode="mostrecent")
 
     def announce(self, policy: str, allocator: str) -> None:
         """Show these labels at 0 before the first eviction, as dashboards expect."""
@@ -85,10 +85,12 @@ class EvictionMetrics:
             collector.labels(policy, allocator)
         for option in REQUEST_OPTIONS:
             self.refusals.labels(option)
+        self.show(Gauges())
 
-    def show(self, gauges: Gauges) -> None:
-        self.kept_tokens.set(gauges.kept_tokens)
-        self.kept_pages.set(gauges.kept_pages)
+    def show(self, gauges: Gauges, engine: int = 0) -> None:
+        """Set the gauges of one engine; data parallelism has several."""
+        self.kept_tokens.labels(engine).set(gauges.kept_tokens)
+        self.kept_pages.labels(engine).set(gauges.kept_pages)
 
     def observe(self, record: EvictionRecord) -> None:
         """Count one record."""
@@ -120,13 +122,15 @@ def with_eviction_metrics(record: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(record)
-    def wrapper(self: Any, scheduler_stats: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(
+        self: Any, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int | None = None
+    ) -> Any:
         payload = getattr(scheduler_stats, "kv_connector_stats", None)
         if isinstance(payload, dict) and PAYLOAD in payload:
             scheduler_stats.kv_connector_stats = None
             for values in payload[PAYLOAD]:
                 process_metrics().observe(EvictionRecord(**values))
-            process_metrics().show(Gauges(**payload["gauges"]))
-        return record(self, scheduler_stats, *args, **kwargs)
+            process_metrics().show(Gauges(**payload["gauges"]), engine_idx or 0)
+        return record(self, scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
 
     return wrapper

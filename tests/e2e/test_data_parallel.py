@@ -1,0 +1,57 @@
+"""Two engines behind one server: each evicts its own requests, and the metrics tell them apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+from tests.tiny_llama import random_prompt
+from tools.server import Server
+
+BUDGET = 96
+
+
+@pytest.mark.feature("data parallelism")
+def test_two_engines_behind_one_server(tiny_llama: Path, tmp_path: Path) -> None:
+    flags = ["--kv-eviction", "snapkv", "--kv-budget", str(BUDGET), "--max-model-len", "2048", "--skip-tokenizer-init"]
+    rest = ["--data-parallel-size", "2", "--dtype", "float32", "--enforce-eager", "--served-model-name", "model"]
+    env = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "TRITON_INTERPRET": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+    }
+    prompt = random_prompt(700, seed=1)
+    with Server(tiny_llama, tmp_path / "server.log", *flags, *rest, env=env) as server:
+        client = OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0)
+
+        def held() -> dict[str, float]:
+            samples = [sample for sample in server.samples() if sample.name == "kvevict:kept_pages"]
+            return {sample.labels["engine"]: sample.value for sample in samples}
+
+        def ask(rank: int) -> list[int]:
+            stream = client.completions.create(
+                model="model",
+                prompt=prompt,
+                max_tokens=60,
+                temperature=0,
+                stream=True,
+                extra_body={"ignore_eos": True, "detokenize": False, "return_token_ids": True},
+                extra_headers={"X-data-parallel-rank": str(rank)},
+            )
+            tokens: list[int] = []
+            most = dict.fromkeys("01", 0.0)
+            for chunk in stream:
+                tokens += getattr(chunk.choices[0], "token_ids", None) or [] if chunk.choices else []
+                most = {engine: max(pages, held().get(engine, 0.0)) for engine, pages in most.items()}
+            assert most == {str(rank): BUDGET // 32 * 4, str(1 - rank): 0.0}
+            return tokens
+
+        answers = [ask(rank) for rank in (0, 1)]
+        assert len(answers[0]) == 60
+        assert answers[0] == answers[1]
+        assert server.metrics()["kvevict:evictions_total"] == 2
+        assert held() == {"0": 0.0, "1": 0.0}

@@ -1,0 +1,28 @@
+"""Compiled models: eviction runs between the compiled pieces, where attention does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from vllm.config import CompilationMode
+
+from tests.conftest import USES_V2_RUNNER
+from tests.engine.harness import engine
+from tests.tiny_llama import random_prompt
+
+PROMPTS = [random_prompt(length, seed=length) for length in (40, 333, 512, 700)]
+
+
+@pytest.mark.feature("torch.compile", runners=("V1",))
+@pytest.mark.skipif(USES_V2_RUNNER, reason="torch.compile needs a Triton driver, and the interpreter has none")
+def test_a_compiled_model_answers_as_an_eager_one(tiny_llama: Path) -> None:
+    answers = []
+    for enforce_eager in (False, True):
+        with engine(tiny_llama, budget=96, max_num_batched_tokens=256, enforce_eager=enforce_eager) as running:
+            mode = running.llm.llm_engine.vllm_config.compilation_config.mode
+            assert (mode == CompilationMode.NONE) == enforce_eager
+            answers.append(running.tokens(PROMPTS, max_tokens=40))
+            assert running.num_evictions == 3
+            running.check_all_free()
+    assert answers[0] == answers[1]
