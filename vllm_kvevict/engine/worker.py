@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
@@ -54,6 +55,7 @@ class EvictionMixin(Worker):
         super().finish_weight_update()
         self.eviction.forget_weights()
 
+    @torch.inference_mode()  # as vLLM's own: a tensor that is made in it can be changed only in it
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         self.eviction.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output)
