@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,8 @@ def table() -> str:
         files = sorted({str(marker.file.relative_to(ROOT / "tests")) for marker in shown_by})
         rows.append(f"| {name} | {', '.join(runners)} | {', '.join(f'`{file}`' for file in files)} |")
     refused = sorted({marker.name for marker in found if marker.kind == "refused"}, key=str.lower)
-    return "\n".join(rows) + f"\n\nRefused at start-up, by name and with the remedy: {', '.join(refused)}."
+    sentence = f"Refused at start-up, by name and with the remedy: {', '.join(refused)}."
+    return "\n".join([*rows, "", textwrap.fill(sentence, 120)])
 
 
 def with_table(document: str) -> str:

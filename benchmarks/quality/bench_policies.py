@@ -38,6 +38,7 @@ def draw(summary: list[dict[str, Any]], metric: str = "likelihood") -> None:
     """Write benchmarks/results/quality_policies.png: a policy's mean over the tasks at 2k for every fraction kept."""
     import matplotlib.pyplot as plt
 
+    colours = plt.colormaps["tab20"].colors
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
     for axis, question in zip(axes, ("inside", "outside"), strict=True):
         rows = [row for row in summary if (row["question"], row["length"]) == (question, "2048")]
@@ -50,8 +51,10 @@ def draw(summary: list[dict[str, Any]], metric: str = "likelihood") -> None:
                 axis.axhline(points[0][1], color="black", linewidth=1, label=arm)
             else:
                 style = "solid" if arm.endswith("uniform") else "dashed"
-                axis.plot(*zip(*points, strict=True), marker="o", linestyle=style, color=f"C{index % 10}", label=arm)
+                axis.plot(*zip(*points, strict=True), marker="o", linestyle=style, color=colours[index % 20], label=arm)
         axis.set(title=f"question {question} the evicted text", xlabel="fraction kept", xscale="log")
+        axis.set_xticks(KEPT, [f"{kept:.0%}" for kept in KEPT])
+        axis.minorticks_off()
     axes[0].set_ylabel("mean log-likelihood of the answer's tokens, nats")
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7)
