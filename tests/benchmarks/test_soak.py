@@ -1,0 +1,15 @@
+"""A minute of the soak, with shorter prompts: no error but the invalid requests' own, and nothing held at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.serving.soak import run
+
+
+def test_a_minute_of_random_load(smollm2: Path, tmp_path: Path) -> None:
+    soak, metrics = run(smollm2, seconds=60, clients=8, seed=1, log=tmp_path / "server.log", lengths=(100, 2_500))
+    assert not soak.errors, soak.outcomes
+    assert soak.outcomes["answered"] >= 15
+    assert metrics["kvevict:evictions_total"] >= 10
+    assert metrics["vllm:kv_cache_usage_perc"] == metrics["kvevict:kept_pages"] == 0
