@@ -7,7 +7,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV_PYTHON := .venv/bin/python
-V2_TESTS := tests/engine --ignore=tests/engine/test_flags.py --ignore=tests/engine/test_patches.py
+V2_TESTS := tests/engine $(addprefix --ignore=tests/engine/test_,flags.py patches.py upstream.py)
 export TORCH_INDEX KVEVICT_MODELS
 
 .DEFAULT_GOAL := help

@@ -153,7 +153,10 @@ def test_wrong_options_are_a_400_that_names_the_field(
     assert message in str(error.value)
     with pytest.raises(BadRequestError):
         client.completions.create(model="model", prompt="hello", max_tokens=2, extra_body={"vllm_xargs": options})
-    assert server.metrics()["kvevict:refused_requests_total"] == before + 2
+    with pytest.raises(BadRequestError) as error:  # not a stream that begins and then breaks off
+        chat(client, long_text(20), stream=True, extra_body={"vllm_xargs": options})
+    assert message in str(error.value)
+    assert server.metrics()["kvevict:refused_requests_total"] == before + 3
     (option,) = options
     refused = {
         sample.labels["option"]

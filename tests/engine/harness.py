@@ -13,6 +13,7 @@ from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
 
 from vllm_kvevict import kv_eviction_args
+from vllm_kvevict.engine.spec import CacheInUse
 
 
 class Engine:
@@ -152,6 +153,7 @@ class Engine:
         assert self.num_free_blocks == self._free_at_start
         if self.bridge is not None:
             assert not self.scheduler._evictions
+            assert self.scheduler._manager.in_use == CacheInUse()
 
 
 @contextmanager

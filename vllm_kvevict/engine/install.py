@@ -15,7 +15,7 @@ from vllm_kvevict.engine.flags import FIELD, with_config, with_flags
 from vllm_kvevict.engine.metrics import process_metrics, with_eviction_metrics
 from vllm_kvevict.engine.model import check_needs
 from vllm_kvevict.engine.patches import Patch, apply_patches
-from vllm_kvevict.engine.requests import with_checked_options
+from vllm_kvevict.engine.requests import with_checked_options, with_early_check
 from vllm_kvevict.engine.versions import check_version
 
 logger = logging.getLogger("vllm.kvevict")
@@ -154,6 +154,13 @@ _REQUEST_PATCHES = (
         ("params",),
         "a wrong request option must be a 400 and not an error inside the engine",
         "vLLM has a hook to validate vllm_xargs",
+    ),
+    Patch(
+        "vllm.v1.engine.async_llm:AsyncLLM.generate",
+        with_early_check,
+        ("prompt", "sampling_params"),
+        "requests that stream are validated when their answer has begun: too late for a 400",
+        "vLLM validates sampling parameters before it streams",
     ),
     Patch(
         "vllm.v1.metrics.loggers:StatLoggerManager.record",

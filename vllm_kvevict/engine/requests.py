@@ -35,6 +35,17 @@ def with_checked_options(validate: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def with_early_check(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``AsyncLLM.generate``: a wrong option is refused before an answer can begin to stream, as a 400."""
+
+    @functools.wraps(generate)
+    def wrapper(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        _check(self.vllm_config, sampling_params)
+        return generate(self, prompt, sampling_params, *args, **kwargs)
+
+    return wrapper
+
+
 def _check(vllm_config: VllmConfig, params: Any) -> None:
     options = getattr(params, "extra_args", None) or {}
     if not any(option in options for option in REQUEST_OPTIONS):

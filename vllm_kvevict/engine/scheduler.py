@@ -133,7 +133,7 @@ class EvictionMixin(Scheduler):
 
     def _count(self, req_id: str, config: EvictionConfig, plan: EvictionPlan, seconds: float) -> None:
         eviction = self._evictions.get(req_id)
-        if eviction is not None:  # it may have been aborted while the step ran
+        if eviction is not None and eviction.plan is plan:  # it may have been aborted or preempted while the step ran
             eviction.is_done = True
             self._manager.in_use.add(plan)
         self._records.append(_evicted(config, plan, seconds))
