@@ -17,9 +17,9 @@ from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 
 NUM_REQUESTS = int(os.environ.get("KVEVICT_STRESS_REQUESTS", 30 if USES_V2_RUNNER else 60))
-MODELS = [("tiny_llama", 0), ("tiny_gemma", 0)]
+MODELS = [("tiny_llama", 1), ("tiny_gemma", 0)]
 if not USES_V2_RUNNER:
-    MODELS += [("tiny_llama", 1), ("tiny_llama", 2)]
+    MODELS += [("tiny_llama", 0), ("tiny_llama", 2)]
 MAX_PROMPT = 1028
 OPTIONS: list[dict[str, Any] | None] = [
     None,
