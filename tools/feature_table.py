@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_kvevict.policies.table import with_text_between
+
 ROOT = Path(__file__).resolve().parents[1]
 START = "<!-- features: python -m tools.feature_table --write README.md -->"
 END = "<!-- end of features -->"
@@ -66,13 +68,9 @@ def table() -> str:
 def with_table(document: str) -> str:
     """Return ``document`` with what stands between its two markers replaced by the table.
 
-    Raises ValueError if the markers are not there.
+    Raises ValueError if the markers are not there, once each and in order.
     """
-    before, start, rest = document.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise ValueError(f"expected a document that holds {START!r} and after it {END!r}")
-    return f"{before}{START}\n{table()}\n{END}{after}"
+    return with_text_between(document, START, END, table())
 
 
 def main() -> int:

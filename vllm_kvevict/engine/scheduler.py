@@ -55,9 +55,7 @@ class EvictionMixin(Scheduler):
         config, longest = self._eviction_config, self.vllm_config.model_config.max_model_len
         block_size, num_blocks = self._manager.block_size, self.kv_cache_config.num_blocks
         others = sum(
-            manager.kv_cache_spec.max_admission_blocks_per_request(
-                self.vllm_config.max_in_flight_tokens, self.vllm_config.model_config.max_model_len
-            )
+            manager.kv_cache_spec.max_admission_blocks_per_request(self.vllm_config.max_in_flight_tokens, longest)
             for manager in self.kv_cache_manager.coordinator.single_type_managers
             if manager is not self._manager
         )

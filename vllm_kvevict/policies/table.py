@@ -67,11 +67,19 @@ def with_table(document: str) -> str:
 
     Raises ValueError if the markers are not there, once each and in order.
     """
-    before, start, rest = document.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end) or START in after or END in after:
-        raise ValueError(f"expected a document that holds {START!r} and after it {END!r}, once each")
-    return f"{before}{START}\n{readme_table()}\n{END}{after}"
+    return with_text_between(document, START, END, readme_table())
+
+
+def with_text_between(document: str, start: str, end: str, text: str) -> str:
+    """Return ``document`` with what stands between two lines of it, ``start`` and ``end``, replaced by ``text``.
+
+    Raises ValueError if they are not there, once each and in order.
+    """
+    before, found_start, rest = document.partition(start)
+    _, found_end, after = rest.partition(end)
+    if not (found_start and found_end) or start in after or end in after:
+        raise ValueError(f"expected a document that holds {start!r} and after it {end!r}, once each")
+    return f"{before}{start}\n{text}\n{end}{after}"
 
 
 def row_of(name: str) -> dict[str, str]:
