@@ -7,6 +7,8 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV_PYTHON := .venv/bin/python
+# a file's tests stay together, since they share engines and servers; the long ones of benchmarks/ and e2e/ come first
+PYTEST := $(VENV_PYTHON) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 V2_TESTS := tests/engine $(addprefix --ignore=tests/engine/test_,flags.py patches.py upstream.py)
 export TORCH_INDEX KVEVICT_MODELS
 
@@ -17,8 +19,8 @@ demo: model ## serve a real model with eviction and ask it about a long text
 	$(VENV_PYTHON) -m tools.demo
 
 test: lint model ## lint, types and every test; those that start an engine once more on model runner V2
-	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
-	VLLM_USE_V2_MODEL_RUNNER=1 $(VENV_PYTHON) -m pytest $(V2_TESTS) $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+	VLLM_USE_V2_MODEL_RUNNER=1 $(PYTEST) $(V2_TESTS) $(PYTEST_ARGS)
 
 lint: setup ## ruff and mypy
 	$(VENV_PYTHON) -m ruff check .
