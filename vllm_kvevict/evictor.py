@@ -2,8 +2,7 @@
 
 *Score* happens layer by layer while the last chunk of a prompt passes (``Eviction.score_layer``, called from the
 attention backend); *allocate*, *select* and *compact* once after the last layer (``Eviction.finish``); *free* is
-vLLM's own: its scheduler returns the blocks before ``plan.first_kept_block`` to its pool, since nothing of the
-request lives there any more.
+vLLM's own: its scheduler returns the blocks to its pool in which nothing of the request lives any more.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class Method:
     def min_tokens(self) -> int:
         """Tokens that a budget must hold: the protected ones, and those whose queries are looked at.
 
-        A prefix-cache hit never covers kept blocks, so these queries are always computed and never scored in part.
+        A prefix-cache hit never covers the latter, so they are always computed and never scored in part.
         """
         return max(self.num_protected, self.query_window)
 
@@ -54,14 +53,16 @@ class Method:
 class Eviction:
     """One request's eviction, from its first scored layer to its compacted cache.
 
-    block_ids: [num_blocks] int64, the request's block table
-    seconds:   what observing, scoring, allocation, selection and compaction took so far
+    block_ids:       [num_blocks] int64, the request's block table
+    fresh_block_ids: [num_full_blocks] int64, where the kept tokens go; None for the last blocks of the prompt
+    seconds:         what observing, scoring, allocation, selection and compaction took so far
     """
 
     method: Method
     plan: EvictionPlan
     pool: PagePool
     block_ids: torch.Tensor
+    fresh_block_ids: torch.Tensor | None = None
     seconds: float = 0.0
     _scores: list[torch.Tensor | None] = field(init=False)
     _measures: list[torch.Tensor] = field(init=False)
@@ -111,7 +112,7 @@ class Eviction:
         scores = protect(self._all_scores(), self.method.num_sink, self.method.num_recent)
         num_full_pages = self._allocate(scores)
         kept = select(scores, num_full_pages * self.plan.block_size + self.plan.num_tail_tokens)
-        compaction = plan_compaction(kept, num_full_pages, self.block_ids, self.plan, self.pool)
+        compaction = plan_compaction(kept, num_full_pages, self.block_ids, self.plan, self.pool, self.fresh_block_ids)
         for source, destination in compaction.phases:
             move_tokens(self.pool.keys, self.pool.values, source, destination)
         self.seconds += perf_counter() - start

@@ -85,6 +85,22 @@ def test_repeated_preemption_ends_well(tiny_llama: Path, monkeypatch: pytest.Mon
     assert answers[0] == answers[1]
 
 
+@pytest.mark.feature("prefix caching")
+def test_a_prompt_that_leaves_no_room_for_fresh_blocks_is_compacted_in_place(tiny_llama: Path) -> None:
+    """24 blocks: 22 of the prompt and 2 fresh ones are too many. What is rewritten is shared with nobody."""
+    prompt = random_prompt(700, seed=1)
+    with engine(tiny_llama, budget=BUDGET, num_gpu_blocks_override=25, max_model_len=736) as tight:
+        tight.poison_unowned_memory()
+        cold, warm = (tight.generate([prompt])[0] for _ in range(2))
+        short = [tight.generate([prompt[:600]])[0] for _ in range(2)]
+        tight.check_all_free()
+    assert warm.num_cached_tokens == (22 - BUDGET // 32) * 32
+    assert warm.outputs[0].token_ids == cold.outputs[0].token_ids
+    # with room for fresh blocks: all but the window that SnapKV looks at
+    assert [output.num_cached_tokens for output in short] == [544, 544]
+    assert short[0].outputs[0].token_ids == short[1].outputs[0].token_ids
+
+
 def test_more_requests_decode_at_once(tiny_llama: Path) -> None:
     """Memory for 3,000 tokens, 16 prompts of 1,000."""
     prompts = [random_prompt(1000, seed=index) for index in range(16)]

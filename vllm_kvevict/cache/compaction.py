@@ -1,4 +1,4 @@
-"""Hole filling: move the survivors of freed pages into the slots of evicted tokens."""
+"""Hole filling: move the survivors of freed pages into fresh pages, or into the slots of evicted tokens."""
 
 from __future__ import annotations
 
@@ -28,17 +28,24 @@ class Compaction:
 
 
 def plan_compaction(
-    kept: torch.Tensor, num_full_pages: torch.Tensor, block_ids: torch.Tensor, plan: EvictionPlan, pool: PagePool
+    kept: torch.Tensor,
+    num_full_pages: torch.Tensor,
+    block_ids: torch.Tensor,
+    plan: EvictionPlan,
+    pool: PagePool,
+    fresh_block_ids: torch.Tensor | None = None,
 ) -> Compaction:
-    """Lay the kept tokens of one request out in its kept blocks.
+    """Lay the kept tokens of one request out in fresh blocks, or in place in the last blocks of its prompt.
 
-    A survivor in a page that its head keeps stays where it is. Every other one moves, once, into a slot of an evicted
-    token or into a page that another head of the request gave away. Heads that give pages away come first: they
-    write only into their own pages, and once they are done what they gave is free.
+    The partly filled last block stays in both cases. A survivor in a page that its head keeps stays where it is.
+    Every other one moves, once, into a fresh page, a slot of an evicted token, or a page that another head of the
+    request gave away. Heads that give pages away come first: in place they write only into their own pages, and once
+    they are done what they gave is free.
 
-    kept:           [num_layers, num_kv_heads, num_tokens] bool, exactly num_full_pages * block_size + tail each
-    num_full_pages: [num_layers, num_kv_heads] int64, sums to the pages of the plan's full blocks
-    block_ids:      [num_blocks] the request's block table before the eviction
+    kept:            [num_layers, num_kv_heads, num_tokens] bool, exactly num_full_pages * block_size + tail each
+    num_full_pages:  [num_layers, num_kv_heads] int64, sums to the pages of the plan's full blocks
+    block_ids:       [num_blocks] the request's block table before the eviction
+    fresh_block_ids: [num_full_blocks] blocks that hold nothing yet; None to compact in place
 
     Raises ValueError if the pages do not add up to the blocks of the plan, or a head keeps another number of tokens.
     """
@@ -51,7 +58,15 @@ def plan_compaction(
         )
     own = pool.page_ids(block_ids.to(device)).reshape(heads, plan.num_blocks)
     want = num_full_pages.reshape(heads)
-    full_pages, stays = _assign_pages(own, want, plan)
+    last = plan.first_kept_block + plan.num_full_blocks
+    stays = (torch.arange(plan.num_blocks, device=device) >= last).repeat(heads, 1)
+    if fresh_block_ids is None:
+        full_pages, keeps = _assign_pages(own[:, plan.first_kept_block : last], want)
+        stays[:, plan.first_kept_block : last] = keeps
+    else:
+        full_pages, _ = _assign_pages(
+            pool.page_ids(fresh_block_ids.to(device)).reshape(heads, plan.num_full_blocks), want
+        )
     page_table = _append_tail(full_pages, want, own, plan)
 
     survives = _by_page(kept.reshape(heads, -1), plan)  # [heads, num_blocks, block_size]
@@ -84,25 +99,21 @@ def plan_compaction(
     )
 
 
-def _assign_pages(own: torch.Tensor, want: torch.Tensor, plan: EvictionPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the full pages of each head [heads, max], 0 past its count, and which of its own pages it stays in.
+def _assign_pages(own: torch.Tensor, want: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the full pages of each head [heads, max], 0 past its count, and which of its own it keeps.
 
     A head keeps its own pages first, the latest of them; what it lacks comes from heads that want fewer.
-    """
-    heads, num_blocks = own.shape
-    device = own.device
-    block = torch.arange(num_blocks, device=device)
-    first, last = plan.first_kept_block, plan.first_kept_block + plan.num_full_blocks
-    stays_full = (block >= last - want[:, None]) & (block >= first) & (block < last)
-    stays_tail = (block >= last).expand(heads, -1)
-    given = own[((block >= first) & (block < last)) & ~stays_full]
 
-    column = torch.arange(max(int(want.max()), 1), device=device)
-    pages = torch.zeros(heads, column.numel(), dtype=torch.int64, device=device)
-    num_own = want.clamp(max=plan.num_full_blocks)[:, None]
-    pages[column < num_own] = own[stays_full]
-    pages[(column >= num_own) & (column < want[:, None])] = given
-    return pages, stays_full | stays_tail
+    own: [heads, num_full_blocks] pages to share out
+    """
+    num_blocks = own.shape[1]
+    keeps = torch.arange(num_blocks, device=own.device) >= num_blocks - want[:, None]
+    column = torch.arange(max(int(want.max()), 1), device=own.device)
+    pages = torch.zeros(len(own), column.numel(), dtype=torch.int64, device=own.device)
+    num_own = want.clamp(max=num_blocks)[:, None]
+    pages[column < num_own] = own[keeps]
+    pages[(column >= num_own) & (column < want[:, None])] = own[~keeps]
+    return pages, keeps
 
 
 def _append_tail(pages: torch.Tensor, want: torch.Tensor, own: torch.Tensor, plan: EvictionPlan) -> torch.Tensor:

@@ -16,7 +16,7 @@ class EvictionPlan:
     """The block counts of one eviction. Made by the scheduler, obeyed by every worker.
 
     num_tokens:      tokens in the cache when the prefill ends
-    num_kept_blocks: blocks the request keeps: the last ones of its block table
+    num_kept_blocks: blocks the request keeps; they stand at the end of its block table
     block_size:      tokens per block
     """
 
@@ -31,7 +31,7 @@ class EvictionPlan:
 
     @property
     def first_kept_block(self) -> int:
-        """Blocks of the table before this one go back to vLLM's pool."""
+        """Where the kept blocks begin in the table; null blocks stand before them."""
         return self.num_blocks - self.num_kept_blocks
 
     @property

@@ -15,7 +15,7 @@ from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import cdiv
 from vllm_kvevict.engine.model import ModelWeights
 from vllm_kvevict.engine.prefill import Prefill, PrefillRow
-from vllm_kvevict.engine.step import STEP, EvictionReport, StepEvictions
+from vllm_kvevict.engine.step import STEP, EvictionReport, PrefillEnd, StepEvictions
 from vllm_kvevict.evictor import Eviction
 
 logger = logging.getLogger("vllm.kvevict")
@@ -96,7 +96,7 @@ class EvictionBridge:
         return reports
 
     def _finish(self, req_id: str, eviction: Eviction) -> Exception | None:
-        """Evict, or return what the allocator raised. Tokens move only inside blocks that no other request reads."""
+        """Evict, or return what the allocator raised. Tokens move only into blocks that no other request reads."""
         try:
             compaction = eviction.finish()
         except Exception as error:
@@ -149,9 +149,9 @@ class EvictionBridge:
         rows = []
         for row, req_id in enumerate(req_ids):
             if req_id in step.prefilling:
-                config, plan = step.prefilling[req_id], None
+                config, end = step.prefilling[req_id], None
             elif req_id in step.ending:
-                config, plan = step.ending[req_id]
+                config, end = step.ending[req_id].config, step.ending[req_id]
             else:
                 continue
             kv_len = int(common.seq_lens[row])
@@ -160,15 +160,20 @@ class EvictionBridge:
                 self._prefills[req_id] = Prefill(config.method(), self.pool.num_layers)
             prefill = self._prefills[req_id]
             eviction = None
-            if plan is not None:
-                if kv_len != plan.num_tokens:
+            if end is not None:
+                if kv_len != end.plan.num_tokens:
                     raise RuntimeError(
-                        f"request {req_id}: the scheduler ends its prefill at {plan.num_tokens} tokens, "
+                        f"request {req_id}: the scheduler ends its prefill at {end.plan.num_tokens} tokens, "
                         f"the worker holds {kv_len}"
                     )
-                eviction = self._evictions[req_id] = Eviction(prefill.method, plan, self.pool, block_ids)
+                eviction = Eviction(prefill.method, end.plan, self.pool, block_ids, self._fresh(end))
+                self._evictions[req_id] = eviction
             rows.append(PrefillRow(prefill, bounds[row], bounds[row + 1], block_ids, kv_len, eviction))
         return rows
+
+    def _fresh(self, end: PrefillEnd) -> torch.Tensor | None:
+        ids = end.fresh_block_ids
+        return None if ids is None else torch.tensor(ids, dtype=torch.int64, device=self.pool.pages.device)
 
     def observe(self, row: PrefillRow, layer: int, query: torch.Tensor, output: torch.Tensor, scale: float) -> None:
         """Show a layer's queries and outputs [num_tokens, num_heads, head_size] to one row of the batch.

@@ -20,8 +20,7 @@ from vllm_kvevict.engine.install import eviction_config
 from vllm_kvevict.engine.metrics import EvictionRecord, Gauges, pack
 from vllm_kvevict.engine.requests import request_config
 from vllm_kvevict.engine.spec import EvictionManager, PrivateBlocks, RequestEviction, cache_hits_up_to
-from vllm_kvevict.engine.step import REPORTS, STEP, EvictionReport, StepEvictions
-from vllm_kvevict.policies import Need
+from vllm_kvevict.engine.step import REPORTS, STEP, EvictionReport, PrefillEnd, StepEvictions
 
 logger = logging.getLogger("vllm.kvevict")
 
@@ -54,11 +53,7 @@ class EvictionMixin(Scheduler):
         """Say how many requests of the longest kind can decode at once, next to what vLLM says of whole ones."""
         config, longest = self._eviction_config, self.vllm_config.model_config.max_model_len
         block_size, num_blocks = self._manager.block_size, self.kv_cache_config.num_blocks
-        others = sum(
-            manager.kv_cache_spec.max_admission_blocks_per_request(self.vllm_config.max_in_flight_tokens, longest)
-            for manager in self.kv_cache_manager.coordinator.single_type_managers
-            if manager is not self._manager
-        )
+        others = self._num_other_blocks(longest)
         plan = plan_eviction(longest, config.budget, block_size, config.method().min_tokens)
         whole = cdiv(longest, block_size)
         kept = whole if plan is None else plan.num_kept_blocks
@@ -77,9 +72,7 @@ class EvictionMixin(Scheduler):
             return super()._get_local_prefix_cache_hit(request)
         self._evictions[request.request_id] = eviction
         self._unplanned.add(request.request_id)
-        # a policy that looks at every query sees none of a prefix that is not computed
-        all_queries = Need.ALL_QUERIES in eviction.config.method().policy.needs
-        with cache_hits_up_to(0 if all_queries else eviction.num_shared_tokens):
+        with cache_hits_up_to(eviction.max_cached_tokens):
             return super()._get_local_prefix_cache_hit(request)
 
     def _will_evict(self, request: Request) -> RequestEviction | None:
@@ -94,7 +87,22 @@ class EvictionMixin(Scheduler):
         if config is None:
             return None
         plan = plan_eviction(request.num_tokens, config.budget, block_size, config.method().min_tokens)
-        return None if plan is None else RequestEviction(config, plan.first_kept_block * block_size)
+        if plan is None:
+            return None
+        # fresh blocks are for the prefix cache's sake; a prompt that leaves no room for them would wait for ever
+        num_tokens = plan.num_tokens + self.num_lookahead_tokens
+        num_needed = cdiv(num_tokens, block_size) + plan.num_full_blocks + self._num_other_blocks(num_tokens)
+        # one block is vLLM's null block, and one may be needed for the answer before the others are back
+        in_place = not self._manager.enable_caching or num_needed > self.kv_cache_config.num_blocks - 2
+        return RequestEviction(config, plan, in_place)
+
+    def _num_other_blocks(self, num_tokens: int) -> int:
+        """Return how many blocks a request of ``num_tokens`` needs at most in layers that are not evicted."""
+        return sum(
+            manager.kv_cache_spec.max_admission_blocks_per_request(self.vllm_config.max_in_flight_tokens, num_tokens)
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+            if manager is not self._manager
+        )
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
@@ -109,24 +117,23 @@ class EvictionMixin(Scheduler):
             if request.is_prefill_chunk:
                 step.prefilling[req_id] = eviction.config
                 continue
-            # what was kept private when the prefill began is what stays, should the request have grown since
-            plan = _plan_from(eviction.num_shared_tokens, request.num_tokens, self._manager.block_size)
-            eviction.plan = plan
+            eviction.end_prefill(request.num_tokens)
             self._unplanned.remove(req_id)
-            step.ending[req_id] = (eviction.config, plan)
+            fresh = None if eviction.in_place else [block.block_id for block in eviction.fresh_blocks or []]
+            step.ending[req_id] = PrefillEnd(eviction.config, eviction.plan, fresh)
         return step
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         step: StepEvictions = getattr(scheduler_output, STEP)
         reports: dict[str, EvictionReport] = getattr(model_runner_output, REPORTS, {})
-        for req_id, (config, plan) in step.ending.items():
-            if req_id not in reports or reports[req_id].plan != plan:
-                raise RuntimeError(f"request {req_id}: the worker did not evict as planned ({plan})")
+        for req_id, end in step.ending.items():
+            if req_id not in reports or reports[req_id].plan != end.plan:
+                raise RuntimeError(f"request {req_id}: the worker did not evict as planned ({end.plan})")
             if reports[req_id].failure is not None:
                 # vLLM's own list of requests that end with an error once this step's tokens are counted
                 self.grammar_compile_error_reqs.add(req_id)
                 continue
-            self._count(req_id, config, plan, reports[req_id].seconds)
+            self._count(req_id, end.config, end.plan, reports[req_id].seconds)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _count(self, req_id: str, config: EvictionConfig, plan: EvictionPlan, seconds: float) -> None:
@@ -157,10 +164,6 @@ class EvictionScheduler(EvictionMixin):
 
 class AsyncEvictionScheduler(EvictionMixin, AsyncScheduler):
     """Eviction on vLLM's asynchronous scheduler."""
-
-
-def _plan_from(num_shared_tokens: int, num_tokens: int, block_size: int) -> EvictionPlan:
-    return EvictionPlan(num_tokens, cdiv(num_tokens, block_size) - num_shared_tokens // block_size, block_size)
 
 
 def _evicted(config: EvictionConfig, plan: EvictionPlan, seconds: float) -> EvictionRecord:

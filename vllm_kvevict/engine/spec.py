@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
     SingleTypeKVCacheManager,
@@ -17,8 +18,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, Sliding
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 from vllm.v1.request import Request
 
-from vllm_kvevict.cache.plan import EvictionPlan
+from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.policies import Need
 
 _hit_limit: ContextVar[int | None] = ContextVar("kvevict_hit_limit", default=None)
 
@@ -37,17 +39,50 @@ def cache_hits_up_to(num_tokens: int) -> Iterator[None]:
 class RequestEviction:
     """What the scheduler knows of a request that is, or will be, evicted.
 
-    num_shared_tokens: tokens after these, whole blocks of them, are neither taken from the prefix cache nor put into it
-    plan:              set by the step that ends the prefill
-    is_done:           whether the workers have evicted it
-    freed_blocks:      set once the blocks are back in the pool
+    Its kept tokens go into fresh blocks if there are any, so that nothing in the prefix cache is ever rewritten; a
+    prompt too long for that is compacted in place, and the blocks it keeps are never shared.
+
+    plan:         made when the prefill begins; the step that ends it makes it final
+    in_place:     whether the kept tokens stay in the last blocks of the prompt
+    fresh_blocks: taken in the step that ends the prefill, and held here until they enter the request's table
+    is_final:     whether the step that ends the prefill was scheduled
+    is_done:      whether the workers have evicted it
+    freed_blocks: set once the blocks are back in the pool
     """
 
     config: EvictionConfig
-    num_shared_tokens: int
-    plan: EvictionPlan | None = None
+    plan: EvictionPlan
+    in_place: bool
+    fresh_blocks: list[KVCacheBlock] | None = None
+    is_final: bool = False
     is_done: bool = False
     freed_blocks: int | None = None
+
+    @property
+    def num_shared_tokens(self) -> int:
+        """Tokens after these, whole blocks of them, never enter the prefix cache."""
+        plan = self.plan
+        return plan.block_size * (plan.first_kept_block if self.in_place else plan.num_tokens // plan.block_size)
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Tokens that may come from the prefix cache: none that will be rewritten, and none that a policy looks at."""
+        method = self.config.method()
+        if Need.ALL_QUERIES in method.policy.needs:
+            return 0
+        return min(self.num_shared_tokens, self.plan.num_tokens - method.query_window)
+
+    def num_fresh_blocks(self, num_tokens: int) -> int:
+        """Return how many fresh blocks a step needs that computes the request up to ``num_tokens``."""
+        is_due = not self.in_place and self.fresh_blocks is None and num_tokens >= self.plan.num_tokens
+        return self.plan.num_full_blocks if is_due else 0
+
+    def end_prefill(self, num_tokens: int) -> None:
+        """Make the plan final. The request may have grown since its prefill began; as many blocks are kept full."""
+        plan = self.plan
+        first_kept = plan.first_kept_block if self.in_place else num_tokens // plan.block_size - plan.num_full_blocks
+        self.plan = replace(plan, num_tokens=num_tokens, num_kept_blocks=cdiv(num_tokens, plan.block_size) - first_kept)
+        self.is_final = True
 
 
 @dataclass
@@ -63,10 +98,10 @@ class CacheInUse:
 
 
 class PrivateBlocks(SingleTypeKVCacheManager):
-    """Blocks of requests that are evicted enter the prefix cache only where full attention keeps none of them.
+    """Of the blocks of an evicted request, those that hold what their text says enter the prefix cache.
 
-    Full attention rewrites the kept blocks. What follows them was computed by looking at these, in every layer of the
-    model, and no hash of the text fits it.
+    Full attention may rewrite the kept blocks. What follows the prompt was computed by looking at what was kept, in
+    every layer of the model, and no hash of the text fits it.
 
     ``evictions`` is the scheduler's; it is set once, before the first request.
     """
@@ -89,7 +124,7 @@ class PrivateSlidingWindowManager(PrivateBlocks, SlidingWindowManager):
 
 
 class EvictionManager(PrivateBlocks, FullAttentionManager):
-    """Full attention whose requests give the blocks before their kept ones back after the prefill."""
+    """Full attention whose requests give all blocks but the kept ones back after the prefill."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -103,25 +138,58 @@ class EvictionManager(PrivateBlocks, FullAttentionManager):
             max_length = min(max_length, limit)
         return super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
 
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        **kwargs: Any,
+    ) -> int:
+        num_blocks = super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            **kwargs,
+        )
+        eviction = self.evictions.get(request_id)
+        return num_blocks + (0 if eviction is None else eviction.num_fresh_blocks(num_tokens_main_model))
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        eviction = self.evictions.get(request_id)
+        if eviction is not None and (num_fresh := eviction.num_fresh_blocks(num_tokens_main_model)):
+            eviction.fresh_blocks = self.block_pool.get_new_blocks(num_fresh)
+        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         super().remove_skipped_blocks(request_id, processed_computed_tokens, num_prompt_tokens)
         eviction = self.evictions.get(request_id)
-        if eviction is None or eviction.plan is None or eviction.freed_blocks is not None:
+        if eviction is None or not eviction.is_final or eviction.freed_blocks is not None:
             return
         # with async scheduling the step that compacts may still be in flight
         if processed_computed_tokens >= eviction.plan.num_tokens:
             first_kept = eviction.plan.first_kept_block
-            self._remove_blocks_in_range(request_id, 0, first_kept)
+            fresh, eviction.fresh_blocks = eviction.fresh_blocks or [], []
+            self._remove_blocks_in_range(request_id, 0, first_kept + len(fresh))
+            self.req_to_blocks[request_id][first_kept : first_kept + len(fresh)] = fresh
             eviction.freed_blocks = first_kept
             self.newly_freed.append(eviction)
 
-    def pop_blocks_for_free(self, request_id: str) -> Any:
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        blocks = super().pop_blocks_for_free(request_id)
         eviction = self.evictions.pop(request_id, None)
-        if eviction is not None and eviction.plan is not None and eviction.is_done:
+        if eviction is None:
+            return blocks
+        if eviction.is_done:
             self.in_use.add(eviction.plan, sign=-1)
-        return super().pop_blocks_for_free(request_id)
+        return blocks + (eviction.fresh_blocks or [])
 
 
 # the built-in specs register lazily, and only into an empty registry
