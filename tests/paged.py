@@ -66,13 +66,19 @@ class PagedCache:
 
 
 def make_layers(
-    num_layers: int, num_kv_heads: int, num_blocks: int, block_size: int, head_size: int, layout: Layout
+    num_layers: int,
+    num_kv_heads: int,
+    num_blocks: int,
+    block_size: int,
+    head_size: int,
+    layout: Layout,
+    dtype: torch.dtype = torch.float32,
 ) -> list[torch.Tensor]:
     """Return per-layer views [num_blocks, num_kv_heads, block_size, 2 * head_size] of one allocation full of NaN."""
     block = (num_kv_heads, block_size, 2 * head_size)
     if layout == "LBHNC":
-        return list(torch.full((num_layers, num_blocks, *block), float("nan")).unbind(0))
-    return list(torch.full((num_blocks, num_layers, *block), float("nan")).unbind(1))
+        return list(torch.full((num_layers, num_blocks, *block), float("nan"), dtype=dtype).unbind(0))
+    return list(torch.full((num_blocks, num_layers, *block), float("nan"), dtype=dtype).unbind(1))
 
 
 def make_pool(
@@ -83,9 +89,10 @@ def make_pool(
     head_size: int,
     packing: Packing = "transposed",
     layout: Layout = "LBHNC",
+    dtype: torch.dtype = torch.float32,
 ) -> PagedCache:
-    """Return a float32 cache of ``num_blocks`` blocks, the null block included, all of it NaN."""
-    layers = make_layers(num_layers, num_kv_heads, num_blocks, block_size, head_size, layout)
+    """Return a cache of ``num_blocks`` blocks, the null block included, all of it NaN."""
+    layers = make_layers(num_layers, num_kv_heads, num_blocks, block_size, head_size, layout, dtype)
     return PagedCache(PagePool.from_layers(layers, packing), layers, packing, layout)
 
 

@@ -56,6 +56,7 @@ class Prompt:
     packing: str = "transposed"
     layout: str = "LBHNC"
     seed: int = 0
+    dtype: torch.dtype = torch.float32
     cache: PagedCache = field(init=False)
     block_ids: torch.Tensor = field(init=False)
 
@@ -63,9 +64,10 @@ class Prompt:
         generator = torch.Generator().manual_seed(self.seed)
         num_blocks = -(-self.num_tokens // self.block_size)
         sizes = LAYERS, KV_HEADS, num_blocks + 4, self.block_size, HEAD_SIZE
-        self.cache = make_pool(*sizes, self.packing, self.layout)
+        self.cache = make_pool(*sizes, self.packing, self.layout, self.dtype)
         self.block_ids = scrambled_blocks(self.cache, num_blocks, generator)
-        self.keys, self.values = random_kv(LAYERS, KV_HEADS, self.num_tokens, HEAD_SIZE, generator)
+        kv = random_kv(LAYERS, KV_HEADS, self.num_tokens, HEAD_SIZE, generator)
+        self.keys, self.values = (tensor.to(self.dtype) for tensor in kv)
         self.cache.write(self.keys, self.values, self.block_ids)
         self.queries = torch.randn(LAYERS, 64, KV_HEADS * GROUP, HEAD_SIZE, generator=generator)
 
@@ -80,9 +82,9 @@ class Prompt:
         """Which tokens a head reads, recognised by their keys; their values must be the right ones."""
         kv_len = int(compaction.kv_lens[layer, head])
         keys, values = self.cache.read(compaction.page_table[layer, head], kv_len)
-        tokens = (keys[:, None] == self.keys[layer, head]).all(-1).nonzero()[:, 1]
+        tokens = (keys.float()[:, None] == self.keys[layer, head].float()).all(-1).nonzero()[:, 1]
         assert len(tokens) == kv_len
-        assert values.equal(self.values[layer, head, tokens])
+        assert values.float().equal(self.values[layer, head, tokens].float())
         return sorted(tokens.tolist())
 
 
@@ -101,8 +103,9 @@ def pages_of_blocks(prompt: Prompt, blocks: list[int]) -> set[int]:
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("block_size, num_tokens", [(16, 160), (16, 170), (32, 300), (64, 401)])
-def test_keeps_the_tokens_with_the_highest_scores(packing, layout, block_size, num_tokens):
-    prompt = Prompt(num_tokens, block_size, packing, layout)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
+def test_keeps_the_tokens_with_the_highest_scores(packing, layout, block_size, num_tokens, dtype):
+    prompt = Prompt(num_tokens, block_size, packing, layout, dtype=dtype)
     policy = SnapKV(window=8, pool="avg")
     plan = plan_eviction(num_tokens, 0.4, block_size, 8)
     pool = prompt.cache.pool

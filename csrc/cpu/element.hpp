@@ -9,7 +9,7 @@
 namespace kvevict {
 
 // The numbers are shared with DTYPE_CODES in vllm_kvevict/kernels/window_attention.py.
-enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FLOAT8_E4M3 = 3, FLOAT8_E5M2 = 4 };
 
 struct BFloat16 {
   uint16_t bits;
@@ -17,6 +17,14 @@ struct BFloat16 {
 
 struct Float16 {
   uint16_t bits;
+};
+
+struct Float8E4M3 {
+  uint8_t bits;
+};
+
+struct Float8E5M2 {
+  uint8_t bits;
 };
 
 KVEVICT_INLINE float float_from_bits(uint32_t bits) {
@@ -37,6 +45,21 @@ KVEVICT_INLINE float to_float(Float16 value) {
   const float special = float_from_bits(magnitude | 0x7f800000u);
   const float result = (bits & 0x7c00u) == 0x7c00u ? special : finite;
   return (bits & 0x8000u) ? -result : result;
+}
+
+// Without infinities; the largest magnitude is NaN.
+KVEVICT_INLINE float to_float(Float8E4M3 value) {
+  const uint32_t magnitude = value.bits & 0x7fu;
+  // Not by a product as above: subnormals are common here, and those of float are slow. With 1 in front of its
+  // fraction a subnormal is too large by 2^-6. Only integers are selected: a choice of floats does not vectorise.
+  const uint32_t excess = magnitude < 8u ? 121u << 23 : 0u;
+  const uint32_t finite = (magnitude << 20) + (magnitude < 8u ? 121u << 23 : 120u << 23);
+  const float result = float_from_bits(magnitude == 0x7fu ? 0x7fc00000u : finite) - float_from_bits(excess);
+  return (value.bits & 0x80u) ? -result : result;
+}
+
+KVEVICT_INLINE float to_float(Float8E5M2 value) {
+  return to_float(Float16{static_cast<uint16_t>(value.bits << 8)});
 }
 
 }  // namespace kvevict

@@ -35,7 +35,7 @@ struct Job {
   const int64_t* page_table;
   int64_t page_table_stride_head;
   float* column_sums;  // [num_heads, kv_len]
-  int32_t dtype;
+  int32_t query_dtype, key_dtype;
   int64_t window, num_heads, num_kv_heads, head_size, block_size, kv_len;
   float scale;
 
@@ -104,8 +104,10 @@ KVEVICT_INLINE Tile load_tile(const Job& job, int64_t kv_head, int64_t first, in
 }
 
 KVEVICT_INLINE Tile load_tile_any(const Job& job, int64_t kv_head, int64_t first, int64_t count, float* data) {
-  if (job.dtype == BFLOAT16) return load_tile<BFloat16>(job, kv_head, first, count, data);
-  if (job.dtype == FLOAT16) return load_tile<Float16>(job, kv_head, first, count, data);
+  if (job.key_dtype == BFLOAT16) return load_tile<BFloat16>(job, kv_head, first, count, data);
+  if (job.key_dtype == FLOAT16) return load_tile<Float16>(job, kv_head, first, count, data);
+  if (job.key_dtype == FLOAT8_E4M3) return load_tile<Float8E4M3>(job, kv_head, first, count, data);
+  if (job.key_dtype == FLOAT8_E5M2) return load_tile<Float8E5M2>(job, kv_head, first, count, data);
   return load_tile<float>(job, kv_head, first, count, data);
 }
 
@@ -245,8 +247,8 @@ template <int LANES, int TOKENS>
 KVEVICT_INLINE void run_stage(const Job& job, Stage stage, int64_t item, float* scratch) {
   if (stage == Stage::MERGE_SOFTMAX) return merge_softmax<LANES>(job, item);
   if (stage == Stage::PACK_QUERY) {
-    if (job.dtype == BFLOAT16) return pack_query<BFloat16, LANES>(job, item);
-    if (job.dtype == FLOAT16) return pack_query<Float16, LANES>(job, item);
+    if (job.query_dtype == BFLOAT16) return pack_query<BFloat16, LANES>(job, item);
+    if (job.query_dtype == FLOAT16) return pack_query<Float16, LANES>(job, item);
     return pack_query<float, LANES>(job, item);
   }
   // Two vectors of queries halve the broadcasts; one does not pad a short window to twice its length.
@@ -327,15 +329,15 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_window_attenti
     const void* keys, int64_t key_stride_page, int64_t key_stride_token, int64_t key_stride_dim,
     const int64_t* page_table, int64_t page_table_stride_head,
     float* column_sums,
-    int32_t dtype, int64_t window, int64_t num_heads, int64_t num_kv_heads, int64_t head_size, int64_t block_size,
-    int64_t kv_len, float scale) {
+    int32_t query_dtype, int32_t key_dtype, int64_t window, int64_t num_heads, int64_t num_kv_heads,
+    int64_t head_size, int64_t block_size, int64_t kv_len, float scale) {
   using namespace kvevict;
   const Isa isa = choose_isa(lane_limit);
   Job job{query, query_stride_token, query_stride_head,
           keys, key_stride_page, key_stride_token, key_stride_dim,
           page_table, page_table_stride_head,
           column_sums,
-          dtype, window, num_heads, num_kv_heads, head_size, block_size,
+          query_dtype, key_dtype, window, num_heads, num_kv_heads, head_size, block_size,
           kv_len, scale};
   job.row_vectors = (window + isa.lanes - 1) / isa.lanes;
   job.rows = job.row_vectors * isa.lanes;

@@ -9,12 +9,13 @@ from vllm_kvevict.cache.pages import PagePool
 LAYERS, HEADS, BLOCKS, BLOCK_SIZE, HEAD_SIZE = 3, 2, 7, 16, 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_keys_and_values_of_a_request_are_read_through_page_ids(packing, layout):
+def test_keys_and_values_of_a_request_are_read_through_page_ids(packing, layout, dtype):
     generator = torch.Generator().manual_seed(0)
-    cache = make_pool(LAYERS, HEADS, BLOCKS, BLOCK_SIZE, HEAD_SIZE, packing, layout)
-    keys, values = random_kv(LAYERS, HEADS, 5 * BLOCK_SIZE, HEAD_SIZE, generator)
+    cache = make_pool(LAYERS, HEADS, BLOCKS, BLOCK_SIZE, HEAD_SIZE, packing, layout, dtype)
+    keys, values = (kv.to(dtype) for kv in random_kv(LAYERS, HEADS, 5 * BLOCK_SIZE, HEAD_SIZE, generator))
     block_ids = scrambled_blocks(cache, 5, generator)
     cache.write(keys, values, block_ids)
     page_ids = cache.pool.page_ids(block_ids)

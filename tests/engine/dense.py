@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+Store = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
 
 class DenseModel:
-    """A causal LM whose later queries may see only a part of the prompt, another part in every layer and head."""
+    """A causal LM whose later queries may see only a part of the prompt, another part in every layer and head.
 
-    def __init__(self, folder: Path) -> None:
-        AttentionInterface.register("kvevict_dense", self._attention)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="kvevict_dense"
-        )
+    store: what attention reads after a layer's keys and values [num_kv_heads, num_tokens, head_size] were written
+    """
+
+    def __init__(self, folder: Path, store: Store = lambda _, keys, values: (keys, values)) -> None:
+        self._store = store
+        attention = f"kvevict_dense_{id(self)}"  # a test may compare two of them
+        AttentionInterface.register(attention, self._attention)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
         self._kept: Iterator[torch.Tensor] | None = None
         self.queries: list[torch.Tensor] = []
         self.keys: list[torch.Tensor] = []
@@ -36,18 +41,19 @@ class DenseModel:
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         """query: [1, num_heads, num_tokens, head_size]; key, value: [1, num_kv_heads, num_tokens, head_size]."""
+        keys, values = self._store(module.layer_idx, key[0], value[0])
         self.queries.append(query[0].transpose(0, 1))
-        self.keys.append(key[0])
+        self.keys.append(keys)
         num_tokens = query.shape[2]
-        visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril().expand(key.shape[1], -1, -1).clone()
+        visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril().expand(len(keys), -1, -1).clone()
         window = getattr(module, "sliding_window", None)
         if window is not None:
             visible = visible.triu(1 - window)
         elif self._kept is not None:
             kept = next(self._kept)
             visible[:, kept.shape[1] :, : kept.shape[1]] &= kept[:, None]
-        group = query.shape[1] // key.shape[1]
+        group = query.shape[1] // len(keys)
         visible = visible.repeat_interleave(group, 0)
-        logits = query[0] @ key[0].repeat_interleave(group, 0).transpose(1, 2) * module.scaling
+        logits = query[0] @ keys.repeat_interleave(group, 0).transpose(1, 2) * module.scaling
         weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
-        return (weights @ value[0].repeat_interleave(group, 0)).transpose(0, 1)[None], None
+        return (weights @ values.repeat_interleave(group, 0)).transpose(0, 1)[None], None

@@ -126,16 +126,18 @@ class Engine:
         """From now on every block that nobody owns, the null block included, holds NaN.
 
         Blocks are cleared when a request gets them: vLLM's kernels multiply slots past a sequence's end by zero.
+        In e4m3, which scores read as NaN, vLLM's CPU kernel takes the same byte for 480: logits then give it away.
         """
         self._poison = True
         execute_model = self.worker.execute_model
+        dtype = self.bridge.pool.pages.dtype
 
         def clear_then_execute(output: Any) -> Any:
             new_blocks = [request.block_ids for request in output.scheduled_new_reqs]
             new_blocks += [groups for groups in output.scheduled_cached_reqs.new_block_ids if groups is not None]
             block_ids = [block_id for groups in new_blocks for ids in groups for block_id in ids]
             pages = self.bridge.pool.page_ids(torch.tensor(block_ids, dtype=torch.int64)).flatten()
-            self.bridge.pool.pages[pages] = self.bridge.pool.pages[pages].nan_to_num(0.0)
+            self.bridge.pool.pages[pages] = self.bridge.pool.pages[pages].float().nan_to_num(0.0).to(dtype)
             return execute_model(output)
 
         self.worker.execute_model = clear_then_execute

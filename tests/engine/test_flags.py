@@ -8,11 +8,12 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from vllm.config import set_current_vllm_config
+from vllm.config.cache import CacheDType
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -146,6 +147,8 @@ def test_offline_arguments_name_our_classes(tiny_llama: Path) -> None:
 
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 DRAFT = {"method": "draft_model", "num_speculative_tokens": 2}
+# whatever vLLM has beside the model's own dtype and fp8 with one scale for all K of a layer
+REFUSED_CACHES = sorted({*get_args(CacheDType)} - {"auto", "fp8", "fp8_e4m3", "fp8_e5m2"})
 
 
 @pytest.mark.parametrize(
@@ -156,8 +159,18 @@ DRAFT = {"method": "draft_model", "num_speculative_tokens": 2}
             "speculative decoding by draft_model, whose draft has a KV cache of its own",
             marks=pytest.mark.refused("drafts with a KV cache of their own"),
         ),
+        *(
+            pytest.param(
+                {"kv_cache_dtype": dtype, "dtype": "float32"},
+                f"a KV cache of {dtype} for a model in float32; use --kv-cache-dtype auto or fp8, or leave",
+                marks=pytest.mark.refused("KV caches of other dtypes than fp8 and the model's own"),
+            )
+            for dtype in REFUSED_CACHES
+        ),
         pytest.param(
-            {"kv_cache_dtype": "fp8"}, "a quantised KV cache (fp8)", marks=pytest.mark.refused("fp8 KV cache")
+            {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
+            "layers whose KV cache has another dtype",
+            marks=pytest.mark.refused("KV caches of several dtypes"),
         ),
         pytest.param(
             {"block_size": 48}, "a block size of 48 on CPU", marks=pytest.mark.refused("odd block sizes on CPU")

@@ -45,7 +45,20 @@ ATTRIBUTES = {
     "vllm.v1.worker.gpu_model_runner": ["attn_groups", "input_batch", "req_ids"],
     "vllm.v1.worker.gpu.states": ["index_to_req_id"],
     "vllm.v1.worker.gpu_worker": ["model_runner", "vllm_config"],
-    "vllm.v1.attention.backends.cpu_attn": ["isa", "num_kv_heads", "head_dim", "num_queries_per_kv", "head_size"],
+    "vllm.v1.attention.backends.cpu_attn": [
+        "isa",
+        "num_kv_heads",
+        "head_dim",
+        "num_queries_per_kv",
+        "head_size",
+        "kv_cache_dtype",
+    ],
+    "vllm.model_executor.layers.attention.attention": [
+        "_k_scale_float",
+        "_v_scale_float",
+        "kv_cache",
+        "kv_cache_dtype",
+    ],
 }
 
 

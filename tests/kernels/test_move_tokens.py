@@ -17,7 +17,7 @@ NATIVE = pytest.param(
     ),
 )
 IMPLEMENTATIONS = [pytest.param(move_tokens_reference, id="reference"), NATIVE]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8]
 
 
 def make_pool(num_pages, block_size, head_size, dtype, packing, generator):

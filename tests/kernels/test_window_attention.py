@@ -1,6 +1,7 @@
 """window_attention against a dense float64 formula, for every implementation that can run here."""
 
 from collections.abc import Iterator
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +29,9 @@ CASES = [
     ]
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+# of the query, of the keys
+PAIRS = [*zip(DTYPES, DTYPES, strict=True), *product(DTYPES[:2], FLOAT8)]
 
 # Every implementation converts its inputs to float32 exactly, so one tolerance serves all dtypes. A logit here is a sum
 # of 64 products of size about 1 and is off by about 1e-6, which is the relative error of its exponential; the sums over
@@ -53,14 +57,17 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[object]:
         kernels.kvevict_limit_lanes(16)
 
 
-def make_inputs(kv_len, window, block_size, num_kv_heads, group, dtype=torch.float32, packing="plain", seed=0):
+def make_inputs(
+    kv_len, window, block_size, num_kv_heads, group, dtype=torch.float32, packing="plain", seed=0, key_dtype=None
+):
     """Scrambled pages in a poisoned pool; also the dense keys [num_kv_heads, kv_len, head_size]."""
+    key_dtype = key_dtype or dtype
     generator = torch.Generator().manual_seed(seed)
     num_blocks = -(-kv_len // block_size)
     num_pages = num_blocks * num_kv_heads + 5
     page_elements = block_size * HEAD_SIZE
     # a page holds K, then V, as in the engine; whatever no request owns is NaN
-    storage = torch.full((num_pages, 2 * page_elements), float("nan"), dtype=dtype)
+    storage = torch.full((num_pages, 2 * page_elements), float("nan"), dtype=key_dtype)
     if packing == "transposed":
         keys = storage[:, :page_elements].view(num_pages, HEAD_SIZE, block_size).transpose(1, 2)
     else:
@@ -68,7 +75,7 @@ def make_inputs(kv_len, window, block_size, num_kv_heads, group, dtype=torch.flo
     owned = torch.randperm(num_pages, generator=generator)[: num_blocks * num_kv_heads].view(num_kv_heads, num_blocks)
     page_table = torch.full((num_kv_heads, num_blocks + 2), 2**60)
     page_table[:, :num_blocks] = owned
-    dense_keys = torch.randn(num_kv_heads, kv_len, HEAD_SIZE, generator=generator).to(dtype)
+    dense_keys = torch.randn(num_kv_heads, kv_len, HEAD_SIZE, generator=generator).to(key_dtype)
     for cache_index in range(kv_len):
         keys[owned[:, cache_index // block_size], cache_index % block_size] = dense_keys[:, cache_index]
     num_heads = num_kv_heads * group
@@ -90,13 +97,38 @@ def dense_formula(query, dense_keys, scale):
 
 
 @pytest.mark.parametrize("packing", ["plain", "transposed"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype, key_dtype", PAIRS, ids=str)
 @pytest.mark.parametrize("kv_len, window, block_size, num_kv_heads, group", CASES)
-def test_equals_dense_formula(implementation, kv_len, window, block_size, num_kv_heads, group, dtype, packing):
-    inputs, dense_keys = make_inputs(kv_len, window, block_size, num_kv_heads, group, dtype, packing)
+def test_equals_dense_formula(
+    implementation, kv_len, window, block_size, num_kv_heads, group, dtype, key_dtype, packing
+):
+    inputs, dense_keys = make_inputs(
+        kv_len, window, block_size, num_kv_heads, group, dtype, packing, key_dtype=key_dtype
+    )
     actual = implementation(*inputs)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, dense_formula(inputs[0], dense_keys, inputs[-1]), **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "dtype, largest",
+    # first the subnormals and the number that follows them, in the end all that are finite
+    [
+        *product([torch.float8_e4m3fn], [2**-6, 1.0, 448.0]),
+        *product([torch.float8_e5m2], [2**-14, 2**-6, 1.0, 57344.0]),
+    ],
+    ids=str,
+)
+def test_every_8_bit_float_up_to_a_magnitude(implementation, dtype, largest):
+    """Each is the only number of one key that is not 0; the largest make logits of 4 and -4."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(dtype)
+    numbers = numbers[numbers.float().abs() <= largest]
+    keys = torch.zeros(1, len(numbers), 8, dtype=dtype)
+    keys[0, :, 3] = numbers
+    query, page_table = torch.ones(1, 1, 8), torch.zeros(1, 1, dtype=torch.int64)
+    scale = 4 / largest
+    actual = implementation(query, keys, page_table, len(numbers), scale)
+    torch.testing.assert_close(actual, dense_formula(query, keys, scale), **TOLERANCE)
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 30.0, 1e4])
@@ -125,6 +157,15 @@ def test_inputs_stay_as_they_are(implementation):
     implementation(*inputs)
     for tensor, copy in zip(inputs, before, strict=False):
         torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", FLOAT8, ids=str)
+def test_nan_in_a_live_key_of_8_bits_is_not_hidden(implementation, dtype):
+    inputs, _ = make_inputs(100, 32, 32, 1, 1, key_dtype=dtype)
+    for bits in (0x7F, 0xFF):
+        keys = inputs[1].clone()
+        keys.view(torch.uint8)[inputs[2][0, 0], 3, 5] = bits
+        assert implementation(inputs[0], keys, *inputs[2:]).isnan().all()
 
 
 @pytest.mark.parametrize("implementation", ["native-16", "native-8", "native-4"], indirect=True)
@@ -158,7 +199,8 @@ def replaced(**changes):
         ({"query": lambda query: query.transpose(1, 2)}, "`query`: expected .* contiguous last dimension"),
         ({"query": lambda query: query.double()}, "`query`: expected dtype .* got torch.float64"),
         ({"keys": lambda keys: keys[:, :, :32]}, "`keys`: expected .num_pages, block_size, 64."),
-        ({"keys": lambda keys: keys.half()}, "`keys`: expected torch.float32 on cpu, got torch.float16"),
+        ({"keys": lambda keys: keys.half()}, "`keys`: expected torch.float32, or an 8-bit .* got torch.float16"),
+        ({"query": lambda query: query.to(torch.float8_e5m2)}, "`query`: expected dtype .* got torch.float8_e5m2"),
         ({"keys": lambda keys: keys.repeat_interleave(2, 2)[:, ::2, ::2]}, "`keys`: expected a contiguous token or"),
         ({"page_table": lambda table: table[0]}, "`page_table`: expected .num_kv_heads, max_pages. .* 4 query heads"),
         ({"page_table": lambda table: table.repeat(2, 1)[:3]}, "`page_table`: expected .* 4 query heads"),

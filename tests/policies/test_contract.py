@@ -45,8 +45,10 @@ def with_needs(policy, inputs, generator):
     projection = torch.randn(24, heads * HEAD_SIZE, generator=generator)
     output = torch.randn(inputs.query.shape, generator=generator)
     needs = policy.needs
-    weights = LayerWeights(
-        rotary if Need.ROTARY in needs else None, projection if Need.OUTPUT_PROJECTION in needs else None
+    weights = replace(
+        inputs.weights,
+        rotary=rotary if Need.ROTARY in needs else None,
+        output_projection=projection if Need.OUTPUT_PROJECTION in needs else None,
     )
     inputs = replace(inputs, output=output if Need.OUTPUTS in needs else None, weights=weights)
     if Need.ALL_QUERIES not in needs:
@@ -84,6 +86,30 @@ def test_places_of_blocks_do_not_matter(policy, packing, layout):
     for block_seed in (1, 2):
         inputs, _ = make_inputs(policy, 257, packing=packing, layout=layout, block_seed=block_seed)
         assert policy.score(inputs).equal(expected)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_an_fp8_cache_is_read_as_the_numbers_that_it_stands_for(policy, dtype, packing):
+    """Scores are those of a float32 cache that holds these numbers, bit for bit with scales that are powers of two."""
+    scales = LayerWeights(key_scale=0.25, value_scale=2.0)
+    for kv_len in LENGTHS:
+        content = torch.Generator().manual_seed(0)
+        keys, values = (kv.to(dtype) for kv in random_kv(2, KV_HEADS, kv_len, HEAD_SIZE, content))
+        query = 3 * torch.randn(policy.query_window, KV_HEADS * GROUP, HEAD_SIZE, generator=content)
+        state = content.get_state()
+        cache = make_pool(2, KV_HEADS, 15, 32, HEAD_SIZE, packing, dtype=dtype)
+        dense = make_pool(2, KV_HEADS, 15, 32, HEAD_SIZE, packing)
+        block_ids = scrambled_blocks(cache, -(-kv_len // 32), torch.Generator().manual_seed(1))
+        cache.write(keys, values, block_ids)
+        dense.write(keys.float() * scales.key_scale, values.float() * scales.value_scale, block_ids)
+        scores = []
+        for pool, weights in ((cache.pool, scales), (dense.pool, LayerWeights())):
+            table = pool.layer_page_ids(LAYER, block_ids)
+            inputs = ScoreInputs(query, pool.keys, pool.values, table, kv_len, HEAD_SIZE**-0.5, weights=weights)
+            scores.append(policy.score(with_needs(policy, inputs, content.set_state(state))))
+        assert torch.isfinite(scores[0]).all()
+        assert scores[0].equal(scores[1])
 
 
 def test_memory_of_others_does_not_matter(policy):

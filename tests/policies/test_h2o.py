@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from tests.llama_layer import make_llama_layer
-from vllm_kvevict.policies import Need
-from vllm_kvevict.policies import h2o as module
+from vllm_kvevict.policies import Need, base
 from vllm_kvevict.policies.h2o import H2O
 
 # Sums of float32 probabilities whose logits, a few tens, are off by some 1e-6: the exponential makes that relative.
@@ -68,7 +67,7 @@ def test_a_huge_chunk_is_looked_at_in_pieces(layer, monkeypatch):
         seen.append((len(query), kv_len))
         return torch.zeros(query.shape[1], kv_len)
 
-    monkeypatch.setattr(module, "window_attention", record)
+    monkeypatch.setattr(base, "window_attention", record)
     layer.inputs(H2O(), [700, 600])
     assert seen == [(256, 256), (256, 512), (188, 700), (256, 956), (256, 1212), (88, 1300)]
 

@@ -8,23 +8,27 @@ import torch.nn.functional as F
 
 from tests.paged import PACKINGS, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.policies import ScoreInputs
+from vllm_kvevict.policies.base import LayerWeights
 from vllm_kvevict.policies.lava import Lava
 
 HEADS, GROUP, HEAD_SIZE = 2, 3, 16
+UNSCALED = LayerWeights()
 
 
-def make_inputs(kv_len, packing="transposed", value_scale=1.0, seed=0):
+def make_inputs(kv_len, packing="transposed", value_scale=1.0, seed=0, dtype=torch.float32, scales=UNSCALED):
+    """Inputs, and the dense K and V that they stand for; a cache of an 8-bit ``dtype`` holds these by ``scales``."""
     generator = torch.Generator().manual_seed(seed)
     keys, values = random_kv(1, HEADS, kv_len, HEAD_SIZE, generator)
-    values = values * value_scale
+    keys, values = keys.to(dtype), (values * value_scale).to(dtype)
     query = 3 * torch.randn(32, HEADS * GROUP, HEAD_SIZE, generator=generator)
     num_blocks = -(-kv_len // 16)
-    cache = make_pool(1, HEADS, num_blocks + 3, 16, HEAD_SIZE, packing)
+    cache = make_pool(1, HEADS, num_blocks + 3, 16, HEAD_SIZE, packing, dtype=dtype)
     block_ids = scrambled_blocks(cache, num_blocks, generator)
     cache.write(keys, values, block_ids)
     table = cache.pool.layer_page_ids(0, block_ids)
-    inputs = ScoreInputs(query, cache.pool.keys, cache.pool.values, table, kv_len, HEAD_SIZE**-0.5)
-    return inputs, keys[0], values[0]
+    pool = cache.pool
+    inputs = ScoreInputs(query, pool.keys, pool.values, table, kv_len, HEAD_SIZE**-0.5, weights=scales)
+    return inputs, keys[0].float() * scales.key_scale, values[0].float() * scales.value_scale
 
 
 def dense(query, keys, values, kernel=7):
@@ -44,8 +48,10 @@ def dense(query, keys, values, kernel=7):
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("kv_len", [33, 64, 100, 257])
-def test_equals_the_formula(packing, kv_len):
-    inputs, keys, values = make_inputs(kv_len, packing)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_equals_the_formula(packing, kv_len, dtype):
+    scales = UNSCALED if dtype == torch.float32 else LayerWeights(key_scale=0.3, value_scale=7.0)
+    inputs, keys, values = make_inputs(kv_len, packing, dtype=dtype, scales=scales)
     # float32, another order of sums
     torch.testing.assert_close(Lava().score(inputs)[:, :-32], dense(inputs.query, keys, values), rtol=1e-4, atol=1e-7)
 

@@ -11,9 +11,11 @@ from vllm_kvevict.budgets.uniform import Uniform
 from vllm_kvevict.cache.plan import plan_eviction
 from vllm_kvevict.evictor import Eviction, Method
 from vllm_kvevict.policies import ScoreInputs
+from vllm_kvevict.policies.base import LayerWeights
 from vllm_kvevict.policies.snapkv import SnapKV
 
 BLOCK_SIZE, HEAD_SIZE = 32, 16
+UNSCALED = LayerWeights()
 
 # Scores are means of float32 probabilities; a logit of a few units is off by some 1e-6, which its exponential makes
 # relative. Scores near 0 have no smaller terms to cancel, so the relative bound holds for all of them.
@@ -49,17 +51,28 @@ def snapkv_formula(policy: SnapKV, query: torch.Tensor, keys: torch.Tensor, scal
     return torch.tensor([pooled(row, policy.pool, policy.pool_kernel) for row in rows])
 
 
-def make_inputs(policy, kv_len, num_kv_heads=2, group=3, packing="transposed", layout="LBHNC"):
+def make_inputs(
+    policy,
+    kv_len,
+    num_kv_heads=2,
+    group=3,
+    packing="transposed",
+    layout="LBHNC",
+    dtype=torch.float32,
+    scales=UNSCALED,
+):
+    """Inputs, and the dense keys that they stand for; a cache of an 8-bit ``dtype`` holds these by ``scales``."""
     generator = torch.Generator().manual_seed(kv_len)
-    keys, values = random_kv(1, num_kv_heads, kv_len, HEAD_SIZE, generator)
+    keys, values = (kv.to(dtype) for kv in random_kv(1, num_kv_heads, kv_len, HEAD_SIZE, generator))
     query = torch.randn(policy.window, num_kv_heads * group, HEAD_SIZE, generator=generator)
     num_blocks = -(-kv_len // BLOCK_SIZE)
-    cache = make_pool(1, num_kv_heads, num_blocks + 3, BLOCK_SIZE, HEAD_SIZE, packing, layout)
+    cache = make_pool(1, num_kv_heads, num_blocks + 3, BLOCK_SIZE, HEAD_SIZE, packing, layout, dtype)
     block_ids = scrambled_blocks(cache, num_blocks, generator)
     cache.write(keys, values, block_ids)
     pool = cache.pool
     page_table = pool.layer_page_ids(0, block_ids)
-    return ScoreInputs(query, pool.keys, pool.values, page_table, kv_len, HEAD_SIZE**-0.5), keys[0]
+    inputs = ScoreInputs(query, pool.keys, pool.values, page_table, kv_len, HEAD_SIZE**-0.5, weights=scales)
+    return inputs, keys[0].float() * scales.key_scale
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -71,6 +84,15 @@ def test_equals_the_formula(packing, layout, group, pool, pool_kernel):
     inputs, keys = make_inputs(policy, 135, packing=packing, layout=layout)
     expected = snapkv_formula(policy, inputs.query, keys, inputs.scale)
     torch.testing.assert_close(policy.score(inputs)[:, :-16], expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("scale", [0.01, 0.3, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_an_fp8_cache_is_judged_by_what_it_stands_for(dtype, scale, packing):
+    inputs, keys = make_inputs(SnapKV(), 135, packing=packing, dtype=dtype, scales=LayerWeights(key_scale=scale))
+    expected = snapkv_formula(SnapKV(), inputs.query, keys, inputs.scale)
+    torch.testing.assert_close(SnapKV().score(inputs)[:, :-32], expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("kv_len", [33, 34, 64, 97, 300])

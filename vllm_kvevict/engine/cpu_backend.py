@@ -124,6 +124,7 @@ class EvictionCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             sliding_window_size=-1,
             isa=self.isa,
             enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            kv_cache_dtype=self.kv_cache_dtype,
         )
 
 
@@ -169,13 +170,14 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
             output[tokens] = super().forward(layer, part_query, key, value, kv_cache, attn_metadata.whole, part)
         index = attn_metadata.bridge.layer_index[layer.layer_name]
         if rows.folded is not None and rows.queries is not None:
-            self._forward_folded(rows.folded, rows.queries, index, query, attn_metadata, output)
+            self._forward_folded(layer, rows.folded, rows.queries, index, query, attn_metadata, output)
         for prefill in rows.prefills:
             attn_metadata.bridge.observe(prefill, index, query, output, self.scale)
         return output
 
     def _forward_folded(
         self,
+        layer: Any,
         folded: FoldedBatch,
         queries: FoldedQueries,
         index: int,
@@ -188,7 +190,8 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
         folded_query = query.reshape(by_head).index_select(0, queries.index)
         folded_output = torch.empty_like(folded_query)
         pool = metadata.bridge.pool
-        pages = pool.pages.view(-1, 1, 2 * pool.block_size, self.head_size)
+        # the dtype that vLLM allocated, which for an fp8 cache is uint8
+        pages = pool.pages.view(layer.kv_cache.dtype).view(-1, 1, 2 * pool.block_size, self.head_size)
         key_cache, value_cache = pages.chunk(2, dim=2)
         ops.cpu_attention_with_kv_cache(
             query=folded_query,
@@ -205,6 +208,9 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
             softcap=0,
             scheduler_metadata=metadata.schedule_of(folded.kv_lens[index], queries.query_start_loc),
             s_aux=None,
+            k_scale=layer._k_scale_float,
+            v_scale=layer._v_scale_float,
+            kv_cache_dtype=self.kv_cache_dtype,
         )
         output.view(by_head)[queries.index] = folded_output
 

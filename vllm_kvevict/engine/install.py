@@ -11,6 +11,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.engine.cache_dtype import FLOAT8_DTYPES
 from vllm_kvevict.engine.flags import FIELD, with_config, with_flags
 from vllm_kvevict.engine.metrics import process_metrics, with_eviction_metrics
 from vllm_kvevict.engine.model import check_needs
@@ -86,6 +87,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
 def _unsupported(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
     model, cache = vllm_config.model_config, vllm_config.cache_config
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    dtype = str(model.dtype).removeprefix("torch.")
     speculation = getattr(vllm_config.speculative_config, "method", None)
     ours = scheduler.scheduler_cls is None or "vllm_kvevict" in str(scheduler.scheduler_cls)
     return [
@@ -106,9 +108,14 @@ def _unsupported(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
         ("microbatching (DBO)", parallel.use_ubatching, "drop --enable-dbo and --ubatch-size"),
         ("KV connectors", vllm_config.kv_transfer_config is not None, "drop --kv-transfer-config"),
         (
-            f"a quantised KV cache ({cache.cache_dtype}) yet",
-            cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
-            "use --kv-cache-dtype auto",
+            f"a KV cache of {cache.cache_dtype} for a model in {dtype}",
+            cache.cache_dtype not in ("auto", dtype, *FLOAT8_DTYPES),
+            "use --kv-cache-dtype auto or fp8,",
+        ),
+        (
+            "layers whose KV cache has another dtype",
+            bool(cache.kv_cache_dtype_skip_layers),
+            "drop --kv-cache-dtype-skip-layers",
         ),
         (
             f"a head size of {model.get_head_size()} on CPU",

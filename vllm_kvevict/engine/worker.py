@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.engine.bridge import EvictionBridge
+from vllm_kvevict.engine.cache_dtype import cache_of
 from vllm_kvevict.engine.cpu_backend import EvictionCPUMetadataBuilder, cpu_backend
 from vllm_kvevict.engine.install import eviction_config
 from vllm_kvevict.engine.spec import EvictionSpec, PrivateSlidingWindowSpec
@@ -26,7 +27,7 @@ class EvictionMixin(Worker):
         super().initialize_from_config(kv_cache_config)
         layer_names = _evicted_layers(kv_cache_config)
         context = self.vllm_config.compilation_config.static_forward_context
-        pool = PagePool.from_layers([context[name].kv_cache for name in layer_names], "transposed")
+        pool = PagePool.from_layers([cache_of(context[name]) for name in layer_names], "transposed")
         config = eviction_config(self.vllm_config)
         if config is not None:
             config.method().allocator.check_model(pool.num_layers, pool.num_kv_heads)

@@ -37,7 +37,7 @@ def library() -> ctypes.CDLL | None:
         *(POINTER, INT64, INT64, INT64),  # keys: data, strides
         *(POINTER, INT64),  # page_table: data, stride of a head
         POINTER,  # column_sums
-        *(INT32, INT64, INT64, INT64, INT64, INT64, INT64, FLOAT),  # dtype, sizes, scale
+        *(INT32, INT32, INT64, INT64, INT64, INT64, INT64, INT64, FLOAT),  # dtypes, sizes, scale
     ]
     kernels.kvevict_window_attention.restype = INT32
     kernels.kvevict_limit_lanes.argtypes = [INT32]

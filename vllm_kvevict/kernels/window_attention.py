@@ -5,7 +5,9 @@ import torch
 from vllm_kvevict.kernels.native import library
 
 # The numbers are those of `enum Dtype` in csrc/cpu/element.hpp.
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.float8_e5m2: 4}
+QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def window_attention(
@@ -15,12 +17,13 @@ def window_attention(
 
     query:      [window, num_heads, head_size] float32 | bfloat16 | float16, RoPE applied, last dimension contiguous.
                 Query i is the token at cache index kv_len - window + i and sees the keys up to itself.
-    keys:       [num_pages, block_size, head_size], dtype of the query, RoPE applied: a view of the whole pool of pages,
-                a page being block_size tokens of one KV head. The token or the head_size dimension is contiguous.
+    keys:       [num_pages, block_size, head_size], dtype of the query or float8_e4m3fn | float8_e5m2, RoPE applied: a
+                view of the whole pool of pages, a page being block_size tokens of one KV head. The token or the
+                head_size dimension is contiguous.
     page_table: [num_kv_heads, max_pages] int64, page id of each logical page of each KV head. Entries past
                 ceil(kv_len / block_size) and slots past kv_len are never read.
     kv_len:     tokens in the cache, at least window
-    scale:      softmax scale, normally head_size ** -0.5
+    scale:      softmax scale, normally head_size ** -0.5; times what stored keys are to be multiplied by, if anything
     returns:    [num_heads, kv_len] float32; query head h uses KV head h // (num_heads / num_kv_heads), and every row
                 sums to window
 
@@ -42,7 +45,8 @@ def window_attention(
         keys.data_ptr(), *keys.stride(),
         page_table.data_ptr(), page_table.stride(0),
         column_sums.data_ptr(),
-        DTYPE_CODES[query.dtype], window, num_heads, page_table.shape[0], head_size, keys.shape[1], kv_len, scale,
+        DTYPE_CODES[query.dtype], DTYPE_CODES[keys.dtype],
+        window, num_heads, page_table.shape[0], head_size, keys.shape[1], kv_len, scale,
     )  # fmt: skip
     if status != 0:
         raise MemoryError(f"window_attention: no scratch memory for {num_heads} heads and {kv_len} tokens.")
@@ -56,13 +60,15 @@ def check_arguments(query: torch.Tensor, keys: torch.Tensor, page_table: torch.T
             "`query`: expected [window, num_heads, head_size] with a contiguous last dimension, "
             f"got shape {tuple(query.shape)}, strides {query.stride()}."
         )
-    if query.dtype not in DTYPE_CODES:
-        raise ValueError(f"`query`: expected dtype {' or '.join(map(str, DTYPE_CODES))}, got {query.dtype}.")
+    if query.dtype not in QUERY_DTYPES:
+        raise ValueError(f"`query`: expected dtype {' or '.join(map(str, QUERY_DTYPES))}, got {query.dtype}.")
     window, num_heads, head_size = query.shape
     if keys.dim() != 3 or 0 in keys.shape or keys.shape[2] != head_size:
         raise ValueError(f"`keys`: expected [num_pages, block_size, {head_size}], got shape {tuple(keys.shape)}.")
-    if keys.dtype != query.dtype or keys.device != query.device:
-        raise ValueError(f"`keys`: expected {query.dtype} on {query.device}, got {keys.dtype} on {keys.device}.")
+    if keys.dtype not in (query.dtype, *FLOAT8_DTYPES) or keys.device != query.device:
+        raise ValueError(
+            f"`keys`: expected {query.dtype}, or an 8-bit float, on {query.device}; got {keys.dtype} on {keys.device}."
+        )
     if 1 not in keys.stride()[1:]:
         raise ValueError(f"`keys`: expected a contiguous token or head_size dimension, got strides {keys.stride()}.")
     if page_table.dim() != 2 or page_table.shape[0] == 0 or num_heads % page_table.shape[0] != 0:

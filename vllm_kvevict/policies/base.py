@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from vllm_kvevict.kernels.window_attention import window_attention
 from vllm_kvevict.policies.rotary import Rotary
 from vllm_kvevict.registry import Registry
 
@@ -30,10 +31,14 @@ class LayerWeights:
 
     rotary:            how queries and keys were rotated
     output_projection: [hidden_size, num_heads * head_size], W_O
+    key_scale:         what the keys of an fp8 cache are to be multiplied by when they are read; 1 for other caches
+    value_scale:       likewise for the values
     """
 
     rotary: Rotary | None = None
     output_projection: torch.Tensor | None = None
+    key_scale: float = 1.0
+    value_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class ScoreInputs:
 
     query:      [num_queries, num_heads, head_size] the last queries that were computed, RoPE applied. Query i belongs
                 to token kv_len - num_queries + i
-    keys:       [num_pages, block_size, head_size] a view of the whole page pool, RoPE applied
+    keys:       [num_pages, block_size, head_size] a view of the whole page pool, RoPE applied; as stored, which for
+                an fp8 cache is not what attention sees: the methods below return that
     values:     [num_pages, block_size, head_size] likewise
     page_table: [num_kv_heads, num_prompt_blocks] int64, logical page -> page id
     kv_len:     tokens in the cache, the queries' own included; slots of the last page past it hold garbage
@@ -72,11 +78,26 @@ class ScoreInputs:
 
     def gather_keys(self, start: int, end: int) -> torch.Tensor:
         """Return [num_kv_heads, end - start, head_size] float32, the keys of tokens ``start`` to ``end``."""
-        return _gather(self.keys, self.page_table, start, min(end, self.kv_len))
+        return self._gather(self.keys, self.weights.key_scale, start, end)
 
     def gather_values(self, start: int, end: int) -> torch.Tensor:
         """Return [num_kv_heads, end - start, head_size] float32, the values of tokens ``start`` to ``end``."""
-        return _gather(self.values, self.page_table, start, min(end, self.kv_len))
+        return self._gather(self.values, self.weights.value_scale, start, end)
+
+    def _gather(self, pages: torch.Tensor, scale: float, start: int, end: int) -> torch.Tensor:
+        block_size, end = pages.shape[1], min(end, self.kv_len)
+        first = start // block_size
+        gathered = pages[self.page_table[:, first : math.ceil(end / block_size)]].flatten(1, 2)
+        tokens = gathered[:, start - first * block_size : end - first * block_size].float()
+        return tokens if scale == 1.0 else tokens.mul_(scale)
+
+    def window_attention(self, query: torch.Tensor, kv_len: int) -> torch.Tensor:
+        """Return [num_heads, kv_len] float32, the attention that each token gets from ``query``, summed over it.
+
+        query:  [num_queries, num_heads, head_size] queries of consecutive tokens, RoPE applied
+        kv_len: tokens in the cache at the last of these queries
+        """
+        return window_attention(query, self.keys, self.page_table, kv_len, self.scale * self.weights.key_scale)
 
     def tiles(self, start: int = 0, end: int | None = None, size: int = 1024) -> Iterator[tuple[int, int]]:
         """Yield bounds of tiles of at most ``size`` tokens, so that scratch memory does not grow with the prompt."""
@@ -157,10 +178,3 @@ POLICIES: Registry[EvictionPolicy] = Registry(
     EvictionPolicy,  # type: ignore[type-abstract]
     "vllm_kvevict.policies",
 )
-
-
-def _gather(pages: torch.Tensor, page_table: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    block_size = pages.shape[1]
-    first = start // block_size
-    gathered = pages[page_table[:, first : math.ceil(end / block_size)]].flatten(1, 2)
-    return gathered[:, start - first * block_size : end - first * block_size].float()

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from vllm_kvevict.kernels.window_attention import window_attention
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
 
 # Queries that are looked at in one go, so that the kernel's scratch memory does not grow with the chunk.
@@ -56,7 +55,7 @@ class H2O(EvictionPolicy):
         for start in range(0, num_queries, MAX_QUERIES):
             query = inputs.query[start : start + MAX_QUERIES]
             seen = inputs.kv_len - num_queries + start + len(query)
-            attention = window_attention(query, inputs.keys, inputs.page_table, seen, inputs.scale)
+            attention = inputs.window_attention(query, seen)
             sums[:, :seen] += attention.unflatten(0, (num_kv_heads, -1)).mean(dim=1)
         return sums
 

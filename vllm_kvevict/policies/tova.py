@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 
-from vllm_kvevict.kernels.window_attention import window_attention
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
 
 
@@ -33,7 +32,7 @@ class Tova(EvictionPolicy):
         return 1
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        attention = window_attention(inputs.query, inputs.keys, inputs.page_table, inputs.kv_len, inputs.scale)
+        attention = inputs.window_attention(inputs.query, inputs.kv_len)
         scores = attention.mean(dim=0)
         scores[-1] = scores.amax()
         return scores.expand(inputs.num_kv_heads, -1)

@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from vllm_kvevict.kernels.window_attention import window_attention
 from vllm_kvevict.policies.base import EvictionPolicy, ScoreInputs
 
 
@@ -66,7 +65,7 @@ class WindowPolicy(ObservationWindow):
         window, num_kv_heads = len(inputs.query), len(inputs.page_table)
         if window >= inputs.kv_len:  # every token observes: none is to be judged
             return inputs.query.new_zeros(num_kv_heads, inputs.kv_len, dtype=torch.float32)
-        attention = window_attention(inputs.query, inputs.keys, inputs.page_table, inputs.kv_len, inputs.scale)
+        attention = inputs.window_attention(inputs.query, inputs.kv_len)
         # the window's own columns are cut off before pooling, so that they lend nothing to their neighbours
         scores = self.judge(attention.unflatten(0, (num_kv_heads, -1))[..., :-window] / window, inputs)
         return torch.cat([scores, scores.amax().expand(num_kv_heads, window)], dim=1)
