@@ -13,12 +13,12 @@ V2_TESTS := tests/engine $(addprefix --ignore=tests/engine/test_,flags.py patche
 export TORCH_INDEX KVEVICT_MODELS
 
 .DEFAULT_GOAL := help
-.PHONY: demo test lint bench build clean help setup model
+.PHONY: demo test lint bench build clean help setup model models
 
 demo: model ## serve a real model with eviction and ask it about a long text
 	$(VENV_PYTHON) -m tools.demo
 
-test: lint model ## lint, types and every test; those that start an engine once more on model runner V2
+test: lint models ## lint, types and every test; those that start an engine once more on model runner V2
 	$(PYTEST) $(PYTEST_ARGS)
 	VLLM_USE_V2_MODEL_RUNNER=1 $(PYTEST) $(V2_TESTS) $(PYTEST_ARGS)
 
@@ -44,5 +44,8 @@ help: ## this list
 setup:
 	@$(PYTHON) tools/setup_venv.py
 
-model: setup
+model: setup ## the model of demo and bench, converted from a package
+	@$(VENV_PYTHON) -m tools.build_model SmolLM2-135M-Instruct
+
+models: setup ## every model of the tests
 	@$(VENV_PYTHON) -m tools.build_model

