@@ -36,7 +36,7 @@ def test_a_reset_of_the_prefix_cache_starts_running_requests_again(running: Engi
     assert len(running.bridge.page_table) <= 2
     running.check_all_free()
     (again,) = running.generate([PROMPTS[2]])
-    assert again.num_cached_tokens <= 608
+    assert again.num_cached_tokens <= 640
 
 
 @pytest.mark.feature("LLM.collective_rpc")

@@ -114,8 +114,10 @@ class PrivateBlocks(SingleTypeKVCacheManager):
         eviction = self.evictions.get(request.request_id)
         if eviction is not None:
             num_tokens = min(num_tokens, eviction.num_shared_tokens)
-            # sliding windows retain only what a request needs that goes on from here
-            replay_boundaries = (eviction.num_shared_tokens,)
+            # sliding windows retain what a request needs that goes on from here: one with the same prompt, and a longer
+            block_size = eviction.plan.block_size
+            boundaries = {eviction.max_cached_tokens // block_size * block_size, eviction.num_shared_tokens}
+            replay_boundaries = sorted(boundaries - {0})
         super().cache_blocks(request, num_tokens, *args, replay_boundaries=replay_boundaries, **kwargs)
 
 
