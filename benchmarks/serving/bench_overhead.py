@@ -1,5 +1,7 @@
-"""What the plugin costs where nothing is evicted: a decode step of stock vLLM, one with eviction off, and one with a
-budget that holds every prompt. Three engines in processes of their own take turns; prefix caching and all defaults are on.
+"""What the plugin costs where nothing is evicted: steps of stock vLLM, with eviction off, and with an ample budget.
+
+A step is one in which every request decodes; an ample budget holds every prompt. Three engines in processes of their
+own take turns; prefix caching and all of vLLM's defaults are on.
 
 python -m benchmarks.serving.bench_overhead
 """
