@@ -7,8 +7,10 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV_PYTHON := .venv/bin/python
-# a file's tests stay together, since they share engines and servers; the long ones of benchmarks/ and e2e/ come first
-PYTEST := $(VENV_PYTHON) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# a file's tests stay together, since they share an engine; those that start servers have the machine to themselves
+PYTEST := $(VENV_PYTHON) -m pytest
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+SERVER_TESTS := tests/benchmarks tests/e2e
 V2_TESTS := tests/engine $(addprefix --ignore=tests/engine/test_,flags.py patches.py upstream.py)
 export TORCH_INDEX KVEVICT_MODELS
 
@@ -19,8 +21,9 @@ demo: model ## serve a real model with eviction and ask it about a long text
 	$(VENV_PYTHON) -m tools.demo
 
 test: lint models ## lint, types and every test; those that start an engine once more on model runner V2
-	$(PYTEST) $(PYTEST_ARGS)
-	VLLM_USE_V2_MODEL_RUNNER=1 $(PYTEST) $(V2_TESTS) $(PYTEST_ARGS)
+	$(PYTEST) $(SERVER_TESTS) $(PYTEST_ARGS)
+	$(PYTEST) $(PARALLEL) $(addprefix --ignore=,$(SERVER_TESTS)) $(PYTEST_ARGS)
+	VLLM_USE_V2_MODEL_RUNNER=1 $(PYTEST) $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
 
 lint: setup ## ruff and mypy
 	$(VENV_PYTHON) -m ruff check .
