@@ -21,7 +21,8 @@ def test_ninety_percent_of_the_blocks_return_within_three_decode_steps(smollm2: 
         running.add(prompt, max_tokens=20)
         running.step()
         prompt_blocks = -(-len(prompt) // 32)
-        assert 3900 < len(prompt) < 4400 and free - running.num_free_blocks == prompt_blocks
+        fresh_blocks = 256 // 32 - (len(prompt) % 32 > 0)
+        assert 3900 < len(prompt) < 4400 and free - running.num_free_blocks == prompt_blocks + fresh_blocks
         usage = running.scheduler.get_kv_cache_usage()
         for _ in range(3):
             running.step()
@@ -37,19 +38,20 @@ def test_ragged_budgets_give_back_what_uniform_ones_do(
     smollm2: Path, kept_masks: list[torch.Tensor], budget: int
 ) -> None:
     prompt = chat_tokens(smollm2, long_text(250))[3:]  # the last block is partly filled: decode needs no new one
-    freed = {}
+    held = {}
     with engine(smollm2, "lava", budget=budget, max_num_batched_tokens=8192, **SETTINGS) as running:
         for policy, allocator in (("lava", "lava"), ("snapkv", "uniform")):
             running.scheduler._eviction_config = EvictionConfig(policy=policy, budget=budget, allocator=allocator)
             free = running.num_free_blocks
             running.add(prompt, max_tokens=6, skip_reading_prefix_cache=True)
             running.step()
-            held = free - running.num_free_blocks
+            most = free - running.num_free_blocks
             running.step()
-            freed[allocator] = held - (free - running.num_free_blocks)
+            held[allocator] = (most, free - running.num_free_blocks)
             running.run()
             running.check_all_free()
-    assert freed["lava"] == freed["uniform"] == -(-len(prompt) // 32) - budget // 32
+    kept = budget // 32
+    assert held["lava"] == held["uniform"] == (-(-len(prompt) // 32) + kept - 1, kept)
     ragged = kept_masks[0].sum(-1)
     assert ragged.max() > 4 * ragged.min()
 
