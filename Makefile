@@ -11,7 +11,7 @@ VENV_PYTHON := .venv/bin/python
 PYTEST := $(VENV_PYTHON) -m pytest
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 SERVER_TESTS := tests/benchmarks tests/e2e
-V2_TESTS := tests/engine $(addprefix --ignore=tests/engine/test_,flags.py patches.py upstream.py)
+V2_TESTS := tests/engine $(addprefix --ignore=tests/engine/test_,flags.py metrics.py patches.py upstream.py)
 export TORCH_INDEX KVEVICT_MODELS
 
 .DEFAULT_GOAL := help

@@ -38,7 +38,7 @@ def test_two_engines_behind_one_server(tiny_llama: Path, tmp_path: Path) -> None
             stream = client.completions.create(
                 model="model",
                 prompt=prompt,
-                max_tokens=400,
+                max_tokens=1_200,
                 temperature=0,
                 stream=True,
                 extra_body={"ignore_eos": True, "detokenize": False, "return_token_ids": True},
@@ -53,7 +53,7 @@ def test_two_engines_behind_one_server(tiny_llama: Path, tmp_path: Path) -> None
             return tokens
 
         answers = [ask(rank) for rank in (0, 1)]
-        assert len(answers[0]) == 400
+        assert len(answers[0]) == 1_200
         assert answers[0] == answers[1]
         assert server.metrics()["kvevict:evictions_total"] == 2
         deadline = time.monotonic() + 30  # the last token leaves the server before its gauges are set

@@ -85,7 +85,9 @@ class EvictionMetrics:
             collector.labels(policy, allocator)
         for option in REQUEST_OPTIONS:
             self.refusals.labels(option)
-        self.show(Gauges())
+        for gauge in (self.kept_tokens, self.kept_pages):
+            # never set: an API server that starts late would be the most recent, and hide what the others have set
+            gauge.labels(0)
 
     def show(self, gauges: Gauges, engine: int = 0) -> None:
         """Set the gauges of one engine; data parallelism has several."""

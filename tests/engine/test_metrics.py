@@ -1,0 +1,37 @@
+"""The gauges of a server with several API processes, which share one /metrics."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
+
+PROCESS = """
+from prometheus_client import CollectorRegistry
+from vllm_kvevict.engine.metrics import EvictionMetrics, Gauges
+metrics = EvictionMetrics(CollectorRegistry())
+metrics.announce("snapkv", "uniform")
+"""
+
+
+def test_an_api_server_that_starts_late_hides_no_gauge(tmp_path: Path) -> None:
+    """It announces zeros; the most recent value that a process has set is what counts."""
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    for statement in ("metrics.show(Gauges(kept_tokens=96, kept_pages=12), engine=0)", ""):
+        subprocess.run([sys.executable, "-c", PROCESS + statement], env=environment, check=True, timeout=120)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(tmp_path))
+    values = {
+        (sample.name, sample.labels["engine"]): sample.value
+        for metric in registry.collect()
+        for sample in metric.samples
+        if "engine" in sample.labels
+    }
+    assert values == {
+        ("kvevict:kept_tokens", "0"): 96.0,
+        ("kvevict:kept_pages", "0"): 12.0,
+    }
