@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -43,12 +44,12 @@ class Soak:
     """What became of all requests, and what the server held.
 
     outcomes:     "answered", "aborted", "refused" and, if there are any, errors by their type
-    resident:     bytes of the server's processes, sampled after the warm-up
+    resident:     bytes of each of the server's processes, sampled after the warm-up
     prompt_tokens: sum over the requests that were answered
     """
 
     outcomes: Counter[str] = field(default_factory=Counter)
-    resident: list[int] = field(default_factory=list)
+    resident: list[dict[str, int]] = field(default_factory=list)
     prompt_tokens: int = 0
 
     @property
@@ -58,9 +59,14 @@ class Soak:
     @property
     def growth(self) -> float:
         """Resident memory at the end over that after the warm-up, less one; medians of a fifth of the samples."""
-        fifth = max(len(self.resident) // 5, 1)
-        first, last = sorted(self.resident[:fifth]), sorted(self.resident[-fifth:])
-        return last[len(last) // 2] / first[len(first) // 2] - 1
+        totals = [sum(fifth.values()) for fifth in self.by_fifths()]
+        return totals[-1] / totals[0] - 1
+
+    def by_fifths(self) -> list[dict[str, float]]:
+        """Resident bytes of each process, medians over each fifth of the time."""
+        size = max(len(self.resident) // 5, 1)
+        fifths = [self.resident[start : start + size] for start in range(0, len(self.resident), size)][:5]
+        return [{name: median(sample.get(name, 0) for sample in samples) for name in samples[-1]} for samples in fifths]
 
 
 def random_prompt(rng: random.Random, lengths: tuple[int, int]) -> list[int]:
@@ -126,7 +132,7 @@ async def load(server: Server, seconds: float, clients: int, seed: int, lengths:
     async def watch() -> None:
         await asyncio.sleep(seconds / 5)  # until every policy has run once, more or less
         while True:
-            soak.resident.append(resident_bytes(server))
+            soak.resident.append(resident_by_process(server))
             await asyncio.sleep(max(seconds / 200, 0.5))
 
     watching = asyncio.create_task(watch())
@@ -135,12 +141,15 @@ async def load(server: Server, seconds: float, clients: int, seed: int, lengths:
     return soak
 
 
-def resident_bytes(server: Server) -> int:
-    """Memory of the server's processes that no other process shares, and what they share counted once per sharer."""
+def resident_by_process(server: Server) -> dict[str, int]:
+    """Process name -> bytes that it alone holds, and its share of what several hold."""
     if server.process is None:
         raise RuntimeError("the server is not running")
     parent = psutil.Process(server.process.pid)
-    return sum(process.memory_full_info().pss for process in (parent, *parent.children(recursive=True)))
+    return {
+        f"{process.name()} {process.pid}": process.memory_full_info().pss
+        for process in (parent, *parent.children(recursive=True))
+    }
 
 
 def wait_until_idle(server: Server, seconds: float = 60.0) -> dict[str, float]:
@@ -204,6 +213,8 @@ def main() -> int:
     }
     for name, value in row.items():
         print(f"{name:>15} {value}")
+    for fifth in soak.by_fifths():
+        print("   resident MiB ", {name: round(size / 2**20) for name, size in fifth.items()})
     if soak.errors:
         print(soak.outcomes)
     write_row("soak", row)

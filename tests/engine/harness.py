@@ -41,6 +41,12 @@ class Engine:
     def bridge(self) -> Any:
         return getattr(self.worker, "eviction", None)
 
+    @property
+    def bridges(self) -> list[Any]:
+        """Of the model, and of its draft model if it has one."""
+        draft = getattr(self.worker, "draft_eviction", None)
+        return [bridge for bridge in (self.bridge, draft) if bridge is not None]
+
     def _count_evictions(self) -> None:
         end_step = self.bridge.end_step
 
@@ -90,31 +96,33 @@ class Engine:
 
     def check(self) -> None:
         """Pages held == blocks held * layers * heads; no page in two tables; the null block in none."""
-        if self.bridge is None:
-            return
+        for bridge in self.bridges:
+            self._check_pages(bridge)
+        if self._poison:
+            self._poison_free_blocks()
+
+    def _check_pages(self, bridge: Any) -> None:
         owner: dict[int, str] = {}
         running = {request.request_id: request for request in self.scheduler.running}
         for request_id, request in running.items():
-            pages = self._pages_of(request_id, request)
+            pages = self._pages_of(bridge, request_id, request)
             # rejected drafts leave blocks behind that nothing has been written to yet
             held = torch.tensor(self.blocks_held(request_id, request.num_computed_tokens))
-            if request_id in self.bridge.page_table and self._has_freed(request_id):
-                assert sorted(pages) == sorted(self.bridge.pool.page_ids(held).flatten().tolist())
+            if request_id in bridge.page_table and self._has_freed(request_id):
+                assert sorted(pages) == sorted(bridge.pool.page_ids(held).flatten().tolist())
             for page in pages:
                 assert page not in owner, f"page {page} belongs to {owner[page]} and {request_id}"
                 owner[page] = request_id
-        null_pages = self.bridge.pool.page_ids(torch.tensor([0])).flatten().tolist()
+        null_pages = bridge.pool.page_ids(torch.tensor([0])).flatten().tolist()
         assert not owner.keys() & set(null_pages)
-        if self._poison:
-            self._poison_free_blocks()
 
     def _has_freed(self, request_id: str) -> bool:
         eviction = self.scheduler._evictions.get(request_id)
         return eviction is not None and eviction.freed_blocks is not None
 
-    def _pages_of(self, request_id: str, request: Any) -> list[int]:
+    def _pages_of(self, bridge: Any, request_id: str, request: Any) -> list[int]:
         """Pages in the tables of an evicted request, after the decode blocks it has entered; none for whole ones."""
-        table = self.bridge.page_table
+        table = bridge.page_table
         if request_id not in table:
             return []
         plan = self.scheduler._evictions[request_id].plan
@@ -130,14 +138,14 @@ class Engine:
         """
         self._poison = True
         execute_model = self.worker.execute_model
-        dtype = self.bridge.pool.pages.dtype
 
         def clear_then_execute(output: Any) -> Any:
             new_blocks = [request.block_ids for request in output.scheduled_new_reqs]
             new_blocks += [groups for groups in output.scheduled_cached_reqs.new_block_ids if groups is not None]
             block_ids = [block_id for groups in new_blocks for ids in groups for block_id in ids]
-            pages = self.bridge.pool.page_ids(torch.tensor(block_ids, dtype=torch.int64)).flatten()
-            self.bridge.pool.pages[pages] = self.bridge.pool.pages[pages].float().nan_to_num(0.0).to(dtype)
+            for pool in (bridge.pool for bridge in self.bridges):
+                pages = pool.page_ids(torch.tensor(block_ids, dtype=torch.int64)).flatten()
+                pool.pages[pages] = pool.pages[pages].float().nan_to_num(0.0).to(pool.pages.dtype)
             return execute_model(output)
 
         self.worker.execute_model = clear_then_execute
@@ -146,8 +154,9 @@ class Engine:
     def _poison_free_blocks(self) -> None:
         blocks = self.block_pool.free_block_queue.get_all_free_blocks()
         unowned = [block.block_id for block in blocks if block.block_hash is None]
-        pages = self.bridge.pool.page_ids(torch.tensor([self.block_pool.null_block.block_id, *unowned])).flatten()
-        self.bridge.pool.pages[pages] = float("nan")
+        block_ids = torch.tensor([self.block_pool.null_block.block_id, *unowned])
+        for pool in (bridge.pool for bridge in self.bridges):
+            pool.pages[pool.page_ids(block_ids).flatten()] = float("nan")
 
     def check_all_free(self) -> None:
         """Every block is back once all requests have ended."""

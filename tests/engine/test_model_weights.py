@@ -88,11 +88,11 @@ def test_models_that_are_not_known_well_enough_are_refused(tmp_path: Path, case:
     for policy, need in ((Compactor(), Need.ROTARY), (CriticalKV(), Need.OUTPUT_PROJECTION)):
         known = f"kv_eviction: policy {policy.name!r} needs {need.value}, which is known for LlamaForCausalLM, "
         with pytest.raises(ValueError, match=f"^{re.escape(known)}.*; got {found}[^\\n]*$"):
-            check_needs(policy.name, policy, config)
-    check_needs("snapkv", SnapKV(), config)
+            check_needs(policy.name, policy, [config])
+    check_needs("snapkv", SnapKV(), [config])
 
 
 def test_known_models_are_accepted(tmp_path: Path) -> None:
     config = model_config(tmp_path, {})
     for policy in (Compactor(), CriticalKV(), CriticalKV(policy="compactor")):
-        check_needs(policy.name, policy, config)
+        check_needs(policy.name, policy, [config])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -58,7 +58,15 @@ class StepRows:
 
 
 class EvictionBridge:
-    """Knows, in every step, the requests behind the rows. One per worker; the attention builder asks it."""
+    """Knows, in every step, the requests behind the rows. One per model; its attention builder asks it.
+
+    row_req_ids: of the last batch that was not all stock attention's
+    evictions:   of the requests whose prefill ended in the last step
+
+    num_extra_tokens: tokens of a row beyond those that the scheduler counts
+    """
+
+    num_extra_tokens: ClassVar[int] = 0
 
     def __init__(self, runner: Any, pool: PagePool, layer_names: list[str], max_num_reqs: int) -> None:
         self._runner = runner
@@ -69,12 +77,16 @@ class EvictionBridge:
         self.page_table = PageTable(pool, max_num_reqs)
         self._prefills: dict[str, Prefill] = {}
         self._step: StepEvictions | None = None
-        self._evictions: dict[str, Eviction] = {}
+        self.row_req_ids: list[str] = []
+        self.evictions: dict[str, Eviction] = {}
         self._row_slots: tuple[list[str], int, torch.Tensor] = ([], -1, torch.empty(0, dtype=torch.int64))
 
     def forget_weights(self) -> None:
         """The model has new weights: what policies read of the old ones is of no use any more."""
-        self._weights = ModelWeights(self._runner.get_model(), self._layer_names)
+        self._weights = ModelWeights(self._model(), self._layer_names)
+
+    def _model(self) -> Any:
+        return self._runner.get_model()
 
     def begin_step(self, output: SchedulerOutput) -> None:
         """Forget the requests that ended, and take over the scheduler's decisions for this step."""
@@ -82,17 +94,17 @@ class EvictionBridge:
             self.page_table.remove(req_id)
             self._prefills.pop(req_id, None)
         self._step = getattr(output, STEP)
-        self._evictions = {}
+        self.evictions = {}
 
     def end_step(self) -> dict[str, EvictionReport]:
         """After the last layer: allocate, select and compact what the layers have scored."""
         reports = {}
-        for req_id, eviction in self._evictions.items():
+        for req_id, eviction in self.evictions.items():
             prefill = self._prefills.pop(req_id)
             failure = prefill.failure or self._finish(req_id, eviction)
             seconds = eviction.seconds + prefill.seconds
             reports[req_id] = EvictionReport(eviction.plan, seconds, None if failure is None else repr(failure))
-        self._step, self._evictions = None, {}
+        self._step = None
         return reports
 
     def _finish(self, req_id: str, eviction: Eviction) -> Exception | None:
@@ -100,7 +112,7 @@ class EvictionBridge:
         try:
             compaction = eviction.finish()
         except Exception as error:
-            logger.exception("the eviction of request %s failed; it will end with an error", req_id)
+            logger.exception("the eviction of request %s failed", req_id)
             return error
         self.page_table.add(req_id, compaction, eviction.plan)
         return None
@@ -110,7 +122,7 @@ class EvictionBridge:
         step = self._step
         if step is None or not (len(self.page_table) or step.prefilling or step.ending):
             return None
-        req_ids = self._row_req_ids(common)
+        req_ids = self.row_req_ids = self._row_req_ids(common)
         slots = self._slots(req_ids)
         split = _split(slots, common)
         prefills = self._prefill_rows(req_ids, common, step)
@@ -154,7 +166,7 @@ class EvictionBridge:
                 config, end = step.ending[req_id].config, step.ending[req_id]
             else:
                 continue
-            kv_len = int(common.seq_lens[row])
+            kv_len = int(common.seq_lens[row]) - self.num_extra_tokens
             block_ids = common.block_table_tensor[row, : cdiv(kv_len, self.pool.block_size)].to(torch.int64)
             if req_id not in self._prefills:
                 self._prefills[req_id] = Prefill(config.method(), self.pool.num_layers)
@@ -167,8 +179,9 @@ class EvictionBridge:
                         f"the worker holds {kv_len}"
                     )
                 eviction = Eviction(prefill.method, end.plan, self.pool, block_ids, self._fresh(end))
-                self._evictions[req_id] = eviction
-            rows.append(PrefillRow(prefill, bounds[row], bounds[row + 1], block_ids, kv_len, eviction))
+                self.evictions[req_id] = eviction
+            end_token = bounds[row + 1] - self.num_extra_tokens
+            rows.append(PrefillRow(prefill, bounds[row], end_token, block_ids, kv_len, eviction))
         return rows
 
     def _fresh(self, end: PrefillEnd) -> torch.Tensor | None:
@@ -187,7 +200,7 @@ class EvictionBridge:
             row.observe(self.pool, layer, query, output, scale, self._weights.of(layer, prefill.needs))
         except Exception as error:
             prefill.failure = error
-            logger.exception("a policy failed in layer %d; its request will end with an error", layer)
+            logger.exception("a policy failed in layer %d", layer)
 
 
 def _split(slots: torch.Tensor, common: CommonAttentionMetadata) -> RowSplit:

@@ -14,7 +14,7 @@ from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.cache_dtype import FLOAT8_DTYPES
 from vllm_kvevict.engine.flags import FIELD, with_config, with_flags
 from vllm_kvevict.engine.metrics import process_metrics, with_eviction_metrics
-from vllm_kvevict.engine.model import check_needs
+from vllm_kvevict.engine.model import check_needs, evicted_models
 from vllm_kvevict.engine.patches import Patch, apply_patches
 from vllm_kvevict.engine.requests import with_checked_options, with_early_check
 from vllm_kvevict.engine.versions import check_version
@@ -22,7 +22,7 @@ from vllm_kvevict.engine.versions import check_version
 logger = logging.getLogger("vllm.kvevict")
 
 _WORKERS = {"vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvevict.engine.worker.EvictionCPUWorker"}
-_SPECULATION_WITHOUT_CACHE = ("ngram",)
+_SPECULATION = ("ngram", "draft_model")
 _DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 
 
@@ -60,7 +60,7 @@ def _switch_on(config: EvictionConfig, vllm_config: VllmConfig) -> None:
     refuse_unsupported(vllm_config)
     config.check_block_size(vllm_config.cache_config.block_size)
     method = config.method()
-    check_needs(config.policy, method.policy, vllm_config.model_config)
+    check_needs(config.policy, method.policy, evicted_models(vllm_config))
     suffix = "AsyncEvictionScheduler" if vllm_config.scheduler_config.async_scheduling else "EvictionScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"vllm_kvevict.engine.scheduler.{suffix}"
     vllm_config.parallel_config.worker_cls = _WORKERS[vllm_config.parallel_config.worker_cls]
@@ -86,6 +86,8 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
 
 def _unsupported(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
     model, cache = vllm_config.model_config, vllm_config.cache_config
+    models = evicted_models(vllm_config)
+    head_size = max((each.get_head_size() for each in models), key=lambda size: size % 32)
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     dtype = str(model.dtype).removeprefix("torch.")
     speculation = getattr(vllm_config.speculative_config, "method", None)
@@ -93,15 +95,15 @@ def _unsupported(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
     return [
         (f"the {current_platform.device_type} platform yet", parallel.worker_cls not in _WORKERS, "use vLLM on a CPU"),
         (f"the scheduler {scheduler.scheduler_cls!r}", not ours, "drop --scheduler-cls"),
-        ("multi-head latent attention (MLA)", model.use_mla, "use another model"),
+        ("multi-head latent attention (MLA)", any(each.use_mla for each in models), "use another model"),
         ("encoder-decoder models", model.is_encoder_decoder, "use a decoder-only model"),
         ("pooling models", model.runner_type == "pooling", "use a generating model"),
         ("models without attention", model.is_attention_free, "use another model"),
         ("hybrid models with recurrent layers", model.is_hybrid, "use another model"),
         (
-            f"speculative decoding by {speculation}, whose draft has a KV cache of its own,",
-            speculation not in (None, *_SPECULATION_WITHOUT_CACHE),
-            "use the method ngram",
+            f"speculative decoding by {speculation}",
+            speculation not in (None, *_SPECULATION),
+            f"use one of the methods {', '.join(_SPECULATION)}",
         ),
         ("context parallelism", parallel.decode_context_parallel_size > 1, "use -dcp 1"),
         ("context parallelism", parallel.prefill_context_parallel_size > 1, "use -pcp 1"),
@@ -118,8 +120,8 @@ def _unsupported(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
             "drop --kv-cache-dtype-skip-layers",
         ),
         (
-            f"a head size of {model.get_head_size()} on CPU",
-            model.get_head_size() % 32 != 0,
+            f"a head size of {head_size} on CPU",
+            head_size % 32 != 0,
             "use a model whose head size is a multiple of 32",
         ),
         (

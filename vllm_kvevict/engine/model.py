@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, VllmConfig
 
 from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, Need
 from vllm_kvevict.policies.rotary import Rotary
@@ -21,11 +22,21 @@ _KNOWN_ARCHITECTURES = (
 )
 
 
-def check_needs(name: str, policy: EvictionPolicy, model_config: ModelConfig) -> None:
-    """Raise ValueError if the policy ``name`` asks for something of this model that we cannot hand to it."""
+def check_needs(name: str, policy: EvictionPolicy, models: Sequence[ModelConfig]) -> None:
+    """Raise ValueError if the policy ``name`` asks for something of one of these models that we cannot hand to it."""
     asked = [need for need in (Need.ROTARY, Need.OUTPUT_PROJECTION) if need in policy.needs]
-    if not asked:
-        return
+    if asked:
+        for model_config in models:
+            _check_needs(name, asked, model_config)
+
+
+def evicted_models(vllm_config: VllmConfig) -> list[ModelConfig]:
+    """Return the model and its draft model, if it has one."""
+    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    return [vllm_config.model_config] if draft is None else [vllm_config.model_config, draft]
+
+
+def _check_needs(name: str, asked: Sequence[Need], model_config: ModelConfig) -> None:
     text_config = model_config.hf_text_config
     if not set(model_config.architectures) & set(_KNOWN_ARCHITECTURES):
         found = ", ".join(model_config.architectures)

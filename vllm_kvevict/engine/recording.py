@@ -45,7 +45,7 @@ def inspect_prompt(
         )
     completion = output.outputs[0]
     answer = completion.text or f"token ids {' '.join(map(str, completion.token_ids))}"
-    return Inspection(records[-1], model, config.policy, config.allocator_name, config.budget, answer)
+    return Inspection(records[0], model, config.policy, config.allocator_name, config.budget, answer)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from vllm.sampling_params import SamplingParams
 from vllm_kvevict.config import REQUEST_OPTIONS, REQUEST_POLICY, EvictionConfig
 from vllm_kvevict.engine.flags import FIELD
 from vllm_kvevict.engine.metrics import process_metrics
-from vllm_kvevict.engine.model import check_needs
+from vllm_kvevict.engine.model import check_needs, evicted_models
 
 
 def request_config(config: EvictionConfig, params: SamplingParams | None, block_size: int) -> EvictionConfig | None:
@@ -56,7 +56,7 @@ def _check(vllm_config: VllmConfig, params: Any) -> None:
     try:
         config = request_config(EvictionConfig.parse(values), params, vllm_config.cache_config.block_size)
         if config is not None:
-            check_needs(config.policy, config.method().policy, vllm_config.model_config)
+            check_needs(config.policy, config.method().policy, evicted_models(vllm_config))
     except ValueError as error:
         process_metrics().refusals.labels(_option_named_in(str(error))).inc()
         raise VLLMValidationError(str(error)) from None

@@ -16,6 +16,7 @@ from vllm.v1.request import Request
 
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv, plan_eviction
 from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.engine.draft import split_draft_layers
 from vllm_kvevict.engine.install import eviction_config
 from vllm_kvevict.engine.metrics import EvictionRecord, Gauges, pack
 from vllm_kvevict.engine.requests import request_config
@@ -45,7 +46,8 @@ class EvictionMixin(Scheduler):
         # one group of layers is evicted; the workers have checked this
         (self._manager,) = (manager for manager in managers if isinstance(manager, EvictionManager))
         group = self.kv_cache_config.kv_cache_groups[self._manager.kv_cache_group_id]
-        self._pages_per_block = len(group.layer_names) * group.kv_cache_spec.num_kv_heads
+        layer_names, _ = split_draft_layers(group.layer_names)
+        self._pages_per_block = len(layer_names) * group.kv_cache_spec.num_kv_heads
         self._gauges = Gauges()
         self._log_concurrency()
 
@@ -130,6 +132,7 @@ class EvictionMixin(Scheduler):
             if req_id not in reports or reports[req_id].plan != end.plan:
                 raise RuntimeError(f"request {req_id}: the worker did not evict as planned ({end.plan})")
             if reports[req_id].failure is not None:
+                logger.error("request %s ends with an error, its eviction failed: %s", req_id, reports[req_id].failure)
                 # vLLM's own list of requests that end with an error once this step's tokens are counted
                 self.grammar_compile_error_reqs.add(req_id)
                 continue

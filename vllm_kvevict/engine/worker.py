@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
@@ -15,6 +16,7 @@ from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.engine.bridge import EvictionBridge
 from vllm_kvevict.engine.cache_dtype import cache_of
 from vllm_kvevict.engine.cpu_backend import EvictionCPUMetadataBuilder, cpu_backend
+from vllm_kvevict.engine.draft import DraftBridge, split_draft_layers
 from vllm_kvevict.engine.install import eviction_config
 from vllm_kvevict.engine.spec import EvictionSpec, PrivateSlidingWindowSpec
 from vllm_kvevict.engine.step import REPORTS, EvictionReport
@@ -25,40 +27,57 @@ class EvictionMixin(Worker):
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
-        layer_names = _evicted_layers(kv_cache_config)
+        layer_names, draft_names = split_draft_layers(_evicted_layers(kv_cache_config))
+        runner, max_num_reqs = self.model_runner, self.vllm_config.scheduler_config.max_num_seqs
+        self.eviction = EvictionBridge(runner, self._pool(layer_names), layer_names, max_num_reqs)
+        self.draft_eviction: DraftBridge | None = None
+        self._reports: dict[str, EvictionReport] = {}
+        self._wire(self.eviction, runner.attn_groups)
+        if draft_names:
+            pool = self._pool(draft_names)
+            self.draft_eviction = DraftBridge(runner, pool, draft_names, max_num_reqs, self.eviction)
+            v1_drafter = getattr(runner, "drafter", None)
+            groups = runner.speculator.attn_groups if v1_drafter is None else [v1_drafter.draft_attn_groups]
+            self._wire(self.draft_eviction, groups)
+
+    def _pool(self, layer_names: list[str]) -> PagePool:
         context = self.vllm_config.compilation_config.static_forward_context
         pool = PagePool.from_layers([cache_of(context[name]) for name in layer_names], "transposed")
         config = eviction_config(self.vllm_config)
         if config is not None:
             config.method().allocator.check_model(pool.num_layers, pool.num_kv_heads)
-        self.eviction = EvictionBridge(
-            self.model_runner, pool, layer_names, self.vllm_config.scheduler_config.max_num_seqs
-        )
-        self._reports: dict[str, EvictionReport] = {}
-        self._builder().bridge = self.eviction
+        return pool
 
-    def _builder(self) -> EvictionCPUMetadataBuilder:
-        groups = [group for groups in self.model_runner.attn_groups for group in groups]
-        evicted = [group for group in groups if isinstance(group.kv_cache_spec, EvictionSpec)]
+    def _wire(self, bridge: EvictionBridge, attn_groups: list[list[Any]]) -> None:
+        """Hand ``bridge`` to the one metadata builder that serves all of its layers."""
+        groups = [group for groups in attn_groups for group in groups]
+        evicted = [group for group in groups if bridge.layer_index.keys() & set(group.layer_names)]
         builders = [builder for group in evicted for builder in group.metadata_builders]
-        block_size = self.eviction.pool.block_size
+        block_size = bridge.pool.block_size
         if len(builders) != 1 or not isinstance(builders[0], EvictionCPUMetadataBuilder):
             raise RuntimeError(f"expected one attention metadata builder for evicted layers, ours; got {builders}")
         if builders[0].block_size != block_size:
             raise RuntimeError(f"vLLM splits blocks of {builders[0].block_size} tokens into blocks of {block_size}")
-        return builders[0]
+        builders[0].bridge = bridge
+
+    def _forget_weights(self) -> None:
+        self.eviction.forget_weights()
+        if self.draft_eviction is not None:
+            self.draft_eviction.forget_weights()
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         super().reload_weights(*args, **kwargs)
-        self.eviction.forget_weights()
+        self._forget_weights()
 
     def finish_weight_update(self) -> None:
         super().finish_weight_update()
-        self.eviction.forget_weights()
+        self._forget_weights()
 
     @torch.inference_mode()  # as vLLM's own: a tensor that is made in it can be changed only in it
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         self.eviction.begin_step(scheduler_output)
+        if self.draft_eviction is not None:
+            self.draft_eviction.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output)
         self._reports = self.eviction.end_step()
         failures = [report.failure for report in self._reports.values() if report.failure is not None]
@@ -67,8 +86,14 @@ class EvictionMixin(Worker):
             raise RuntimeError(f"an eviction failed on one of several workers: {failures[0]}")
         return self._with_reports(output)
 
+    @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
-        return self._with_reports(super().sample_tokens(grammar_output))
+        output = super().sample_tokens(grammar_output)
+        if self.draft_eviction is not None:
+            for req_id, seconds in self.draft_eviction.evict().items():
+                report = self._reports[req_id]
+                self._reports[req_id] = replace(report, seconds=report.seconds + seconds)
+        return self._with_reports(output)
 
     def _with_reports(self, output: Any) -> Any:
         """Attach this step's reports to whichever of the two calls returns the step's output."""
@@ -118,5 +143,7 @@ def _evicted_layers(kv_cache_config: KVCacheConfig) -> list[str]:
 
 
 def _is_full_attention(spec: Any) -> bool:
+    if isinstance(spec, UniformTypeKVCacheSpecs):  # a draft model's heads may differ from its target's
+        return all(_is_full_attention(layer_spec) for layer_spec in spec.kv_cache_specs.values())
     # without the hybrid manager, vLLM puts layers with a window into the group of full attention
     return isinstance(spec, EvictionSpec) and spec.sliding_window is None

@@ -1,0 +1,89 @@
+"""Eviction in the layers of a draft model, which share the blocks of the model they draft for."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.engine.bridge import EvictionBridge, StepRows
+from vllm_kvevict.engine.prefill import PrefillRow
+from vllm_kvevict.engine.step import PrefillEnd, StepEvictions
+from vllm_kvevict.evictor import Eviction
+
+logger = logging.getLogger("vllm.kvevict")
+
+_PREFIX = "draft_model."
+
+
+def split_draft_layers(layer_names: list[str]) -> tuple[list[str], list[str]]:
+    """Return the layers of the model itself, and those of the draft model that vLLM loaded beside it."""
+    draft = [name for name in layer_names if name.startswith(_PREFIX)]
+    return [name for name in layer_names if name not in draft], draft
+
+
+class DraftBridge(EvictionBridge):
+    """Evicts what a draft model has cached of a prompt, by scores of its own, into the same blocks as the target's.
+
+    The drafter runs when the target's layers are through: first over the step's tokens and the one that was sampled
+    after them, then token by token. What it keeps decides how many drafts are accepted, never what is answered: where
+    it cannot be scored, its last tokens stay.
+    """
+
+    num_extra_tokens: ClassVar[int] = 1
+
+    def __init__(
+        self, runner: Any, pool: PagePool, layer_names: list[str], max_num_reqs: int, target: EvictionBridge
+    ) -> None:
+        super().__init__(runner, pool, layer_names, max_num_reqs)
+        self._target = target
+        self._is_first_pass = True
+
+    def _model(self) -> Any:
+        return self._runner.get_draft_model()
+
+    def begin_step(self, output: SchedulerOutput) -> None:
+        super().begin_step(output)
+        self._is_first_pass = True
+
+    def rows(self, common: CommonAttentionMetadata) -> StepRows | None:
+        rows = super().rows(common)
+        self._is_first_pass = False
+        return rows
+
+    def _row_req_ids(self, common: CommonAttentionMetadata) -> list[str]:
+        return self._target.row_req_ids
+
+    def _prefill_rows(
+        self, req_ids: list[str], common: CommonAttentionMetadata, step: StepEvictions
+    ) -> list[PrefillRow]:
+        return super()._prefill_rows(req_ids, common, step) if self._is_first_pass else []
+
+    def evict(self) -> dict[str, float]:
+        """After the drafter's last pass: as ``end_step``, and return the seconds that each request took."""
+        ending = {} if self._step is None else self._step.ending
+        seconds = {}
+        for req_id, report in self.end_step().items():
+            seconds[req_id] = report.seconds
+        for req_id, end in ending.items():
+            if req_id not in self.page_table:
+                seconds[req_id] = seconds.get(req_id, 0.0) + self._keep_last(req_id, end)
+        return seconds
+
+    def _keep_last(self, req_id: str, end: PrefillEnd) -> float:
+        """The drafter sat out, which vLLM has it do near the longest length it can take, or a policy failed."""
+        logger.warning("request %s: the draft model keeps its last tokens, it could not be scored", req_id)
+        method = EvictionConfig(policy="streaming_llm", budget=end.config.budget).method()
+        block_ids = self._target.evictions[req_id].block_ids
+        eviction = Eviction(method, end.plan, self.pool, block_ids, self._fresh(end))
+        no_query = torch.empty(0, self.pool.num_kv_heads, self.pool.head_size, device=block_ids.device)
+        for layer in range(self.pool.num_layers):
+            eviction.score_layer(layer, no_query, scale=1.0)
+        self.page_table.add(req_id, eviction.finish(), end.plan)
+        self._prefills.pop(req_id, None)
+        return eviction.seconds
