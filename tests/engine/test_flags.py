@@ -146,7 +146,7 @@ def test_offline_arguments_name_our_classes(tiny_llama: Path) -> None:
 
 
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
-DRAFT = {"method": "draft_model", "num_speculative_tokens": 2}
+DRAFT = {"method": "eagle", "num_speculative_tokens": 2}
 # whatever vLLM has beside the model's own dtype and fp8 with one scale for all K of a layer
 REFUSED_CACHES = sorted({*get_args(CacheDType)} - {"auto", "fp8", "fp8_e4m3", "fp8_e5m2"})
 
@@ -156,8 +156,8 @@ REFUSED_CACHES = sorted({*get_args(CacheDType)} - {"auto", "fp8", "fp8_e4m3", "f
     [
         pytest.param(
             {"speculative_config": DRAFT},
-            "speculative decoding by draft_model, whose draft has a KV cache of its own",
-            marks=pytest.mark.refused("drafts with a KV cache of their own"),
+            "speculative decoding by eagle; use one of the methods ngram, draft_model or leave",
+            marks=pytest.mark.refused("drafts by other means than a model or n-grams"),
         ),
         *(
             pytest.param(

@@ -41,10 +41,12 @@ class FoldedQueries:
 
     index:           [num_queries] int64 into the batch's queries seen as [num_tokens * num_kv_heads, group, head_size]
     query_start_loc: [num_evicted * num_kv_heads + 1] int32, where the queries of each row and head begin
+    max_query_len:   most queries of a row of the batch, evicted or not
     """
 
     index: torch.Tensor
     query_start_loc: torch.Tensor
+    max_query_len: int
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ class EvictionBridge:
             slots[evicted], common.seq_lens[evicted], query_lens, common.block_table_tensor[evicted].to(torch.int64)
         )
         first_tokens = common.query_start_loc[:-1].to(torch.int64)[evicted]
-        return StepRows(split, _fold_queries(first_tokens, query_lens, self.pool.num_kv_heads), folded, prefills)
+        queries = _fold_queries(first_tokens, query_lens, self.pool.num_kv_heads, common.max_query_len)
+        return StepRows(split, queries, folded, prefills)
 
     def _row_req_ids(self, common: CommonAttentionMetadata) -> list[str]:
         if common.req_idx is not None:  # model runner V2
@@ -213,7 +216,9 @@ def _split(slots: torch.Tensor, common: CommonAttentionMetadata) -> RowSplit:
     return RowSplit(whole, evicted, token_is_whole.nonzero()[:, 0])
 
 
-def _fold_queries(first_tokens: torch.Tensor, query_lens: torch.Tensor, num_kv_heads: int) -> FoldedQueries:
+def _fold_queries(
+    first_tokens: torch.Tensor, query_lens: torch.Tensor, num_kv_heads: int, max_query_len: int
+) -> FoldedQueries:
     """first_tokens, query_lens: [num_evicted] int64, where the tokens of each row begin, and how many there are."""
     lens = query_lens.repeat_interleave(num_kv_heads)
     query_start_loc = torch.nn.functional.pad(lens.cumsum(0), (1, 0))
@@ -222,4 +227,5 @@ def _fold_queries(first_tokens: torch.Tensor, query_lens: torch.Tensor, num_kv_h
     shift = first_tokens.repeat_interleave(num_kv_heads) - query_start_loc[:-1]
     place = torch.arange(int(query_start_loc[-1]), device=lens.device)
     tokens = place + shift.repeat_interleave(lens)
-    return FoldedQueries(tokens * num_kv_heads + head.repeat_interleave(lens), query_start_loc.to(torch.int32))
+    index = tokens * num_kv_heads + head.repeat_interleave(lens)
+    return FoldedQueries(index, query_start_loc.to(torch.int32), max_query_len)

@@ -13,9 +13,10 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.engine.attention import EvictionMetadataBuilder
 from vllm_kvevict.engine.bridge import EvictionBridge
 from vllm_kvevict.engine.cache_dtype import cache_of
-from vllm_kvevict.engine.cpu_backend import EvictionCPUMetadataBuilder, cpu_backend
+from vllm_kvevict.engine.cpu_backend import cpu_backend
 from vllm_kvevict.engine.draft import DraftBridge, split_draft_layers
 from vllm_kvevict.engine.install import eviction_config
 from vllm_kvevict.engine.spec import EvictionSpec, PrivateSlidingWindowSpec
@@ -42,7 +43,8 @@ class EvictionMixin(Worker):
 
     def _pool(self, layer_names: list[str]) -> PagePool:
         context = self.vllm_config.compilation_config.static_forward_context
-        pool = PagePool.from_layers([cache_of(context[name]) for name in layer_names], "transposed")
+        layers = [context[name] for name in layer_names]
+        pool = PagePool.from_layers([cache_of(layer) for layer in layers], layers[0].get_attn_backend().packing)
         config = eviction_config(self.vllm_config)
         if config is not None:
             config.method().allocator.check_model(pool.num_layers, pool.num_kv_heads)
@@ -54,7 +56,7 @@ class EvictionMixin(Worker):
         evicted = [group for group in groups if bridge.layer_index.keys() & set(group.layer_names)]
         builders = [builder for group in evicted for builder in group.metadata_builders]
         block_size = bridge.pool.block_size
-        if len(builders) != 1 or not isinstance(builders[0], EvictionCPUMetadataBuilder):
+        if len(builders) != 1 or not isinstance(builders[0], EvictionMetadataBuilder):
             raise RuntimeError(f"expected one attention metadata builder for evicted layers, ours; got {builders}")
         if builders[0].block_size != block_size:
             raise RuntimeError(f"vLLM splits blocks of {builders[0].block_size} tokens into blocks of {block_size}")

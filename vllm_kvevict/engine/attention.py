@@ -1,0 +1,206 @@
+"""What every attention backend with eviction shares: whole rows run as they are, evicted ones folded.
+
+Folded, each KV head of a request is a sequence of its own, with its own page table and length, so that the platform's
+kernel reads a different number of tokens in every head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention import selector
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_kvevict.cache.page_table import FoldedBatch
+from vllm_kvevict.cache.pages import Packing, PagePool
+from vllm_kvevict.engine.bridge import EvictionBridge, FoldedQueries, StepRows
+from vllm_kvevict.engine.spec import with_eviction_managers
+
+
+@contextmanager
+def backend_in_place_of(name: AttentionBackendEnum, backend: type[AttentionBackend]) -> Iterator[None]:
+    """Layers built inside this context use ``backend`` where the platform asks for ``name``.
+
+    Scoped, so that an engine without eviction in the same process gets vLLM's.
+    """
+    register_backend(name, f"{backend.__module__}.{backend.__name__}")
+    selector._cached_get_attn_backend.cache_clear()
+    try:
+        yield
+    finally:
+        name.clear_override()
+        selector._cached_get_attn_backend.cache_clear()
+
+
+class EvictionBackend(AttentionBackend):
+    """A backend whose full-attention layers can be evicted; other layers are served as before.
+
+    packing: how its kernels lay out a page
+    """
+
+    packing: ClassVar[Packing]
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return with_eviction_managers(super().customize_spec(spec))
+
+
+@dataclass
+class EvictionMetadata:
+    """A batch in which at least one row is evicted or to be scored.
+
+    whole:  stock metadata of the rows whose cache is complete, None if there are none
+    launch: what the backend's kernel needs to know of the folded rows beside ``rows``
+    """
+
+    rows: StepRows
+    bridge: EvictionBridge
+    whole: Any
+    launch: Any
+
+
+class EvictionMetadataBuilder(AttentionMetadataBuilder[Any]):
+    """Splits a batch into whole and evicted rows. ``bridge`` is set by the worker once the cache exists."""
+
+    bridge: EvictionBridge | None = None
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
+        rows = None if self.bridge is None else self.bridge.rows(common_attn_metadata)
+        if self.bridge is None or rows is None:
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        whole = None
+        if len(rows.split.whole):
+            whole = super().build(common_prefix_len, _whole_rows(common_attn_metadata, rows), fast_build)
+        return EvictionMetadata(rows, self.bridge, whole, self._launch(rows))
+
+    def _launch(self, rows: StepRows) -> Any:
+        return None
+
+
+class EvictionImpl(AttentionImpl[Any]):
+    """Attention of one layer: the stock kernel over whole rows, the same kernel over folded ones, then the policies."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.attn_type == AttentionType.DECODER and self.sliding_window in (None, -1, (-1, -1)):
+            self._refuse_unsupported()
+
+    def _refuse_unsupported(self) -> None:
+        unsupported = {
+            "ALiBi": self.alibi_slopes is not None,
+            "attention sinks in the model": self.sinks is not None,
+            "logits soft-capping": bool(self.logits_soft_cap),
+            "KV sharing between layers": self.kv_sharing_target_layer_name is not None,
+        }
+        for name, is_on in unsupported.items():
+            if is_on:
+                raise ValueError(f"--kv-eviction does not work with {name}; leave --kv-eviction out for this model")
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if not isinstance(attn_metadata, EvictionMetadata):
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+        rows, tokens = attn_metadata.rows, attn_metadata.rows.split.whole_tokens
+        if attn_metadata.whole is not None and tokens is None:
+            super().forward(layer, query, key, value, kv_cache, attn_metadata.whole, output)
+        elif attn_metadata.whole is not None:
+            part_query = query[tokens]
+            part = output.new_empty(len(part_query), *output.shape[1:])
+            output[tokens] = super().forward(layer, part_query, key, value, kv_cache, attn_metadata.whole, part)
+        index = attn_metadata.bridge.layer_index[layer.layer_name]
+        if rows.folded is not None and rows.queries is not None:
+            self._forward_folded(layer, rows.folded, rows.queries, index, query, attn_metadata, output)
+        for prefill in rows.prefills:
+            attn_metadata.bridge.observe(prefill, index, query, output, self.scale)
+        return output
+
+    def _forward_folded(
+        self,
+        layer: Any,
+        folded: FoldedBatch,
+        queries: FoldedQueries,
+        index: int,
+        query: torch.Tensor,
+        metadata: EvictionMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """query, output: [num_tokens, num_heads, head_size]; heads of one KV head are neighbours."""
+        by_head = (-1, self.num_queries_per_kv, self.head_size)  # [num_tokens * num_kv_heads, group, head_size]
+        folded_query = query.reshape(by_head).index_select(0, queries.index)
+        folded_output = torch.empty_like(folded_query)
+        self.attend_folded(
+            layer,
+            folded_query,
+            metadata.bridge.pool,
+            folded.page_table[index],
+            folded.kv_lens[index],
+            queries,
+            metadata.launch,
+            folded_output,
+        )
+        output.view(by_head)[queries.index] = folded_output
+
+    def attend_folded(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        pool: PagePool,
+        page_table: torch.Tensor,
+        kv_lens: torch.Tensor,
+        queries: FoldedQueries,
+        launch: Any,
+        output: torch.Tensor,
+    ) -> None:
+        """Run the backend's kernel over sequences of one KV head each; the last query sees the whole sequence.
+
+        query, output: [num_queries, group, head_size]; ``queries.query_start_loc`` says which are whose
+        page_table:    [num_sequences, max_pages] int32 into ``pool``
+        kv_lens:       [num_sequences] int32
+        launch:        what the metadata builder prepared
+        """
+        raise NotImplementedError
+
+
+def _whole_rows(common: CommonAttentionMetadata, rows: StepRows) -> CommonAttentionMetadata:
+    """Return ``common`` without its evicted rows."""
+    tokens, whole = rows.split.whole_tokens, rows.split.whole
+    if tokens is None:
+        return common
+    query_lens = common.naive_query_lens()[whole]
+    query_start_loc = torch.nn.functional.pad(query_lens.cumsum(0, dtype=torch.int32), (1, 0))
+    seq_lens = common.seq_lens[whole]
+    return common.replace(
+        query_start_loc=query_start_loc,
+        query_start_loc_cpu=query_start_loc.cpu(),
+        seq_lens=seq_lens,
+        num_reqs=len(whole),
+        num_actual_tokens=len(tokens),
+        max_query_len=int(query_lens.max()),
+        max_seq_len=int(seq_lens.max()),
+        block_table_tensor=common.block_table_tensor[whole],
+        slot_mapping=common.slot_mapping[tokens],
+    )
