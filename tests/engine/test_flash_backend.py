@@ -49,7 +49,7 @@ def plain(tiny_llama: Path) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("version", [2, 3])
-@pytest.mark.feature("FlashAttention 2 and 3, not run on a GPU")
+@pytest.mark.feature("Triton attention and FlashAttention 2 and 3, not run on a GPU")
 def test_answers_are_those_of_cpu_attention(
     tiny_llama: Path,
     plain: list[list[list[int]]],

@@ -16,7 +16,7 @@ CASES = [(20, "uniform"), (100, "uniform"), (130, "lava")]  # tokens of a prompt
 
 
 @pytest.mark.skipif(not USES_V2_RUNNER, reason="the kernel runs only through Triton's interpreter")
-@pytest.mark.feature("vLLM's Triton attention, not run on a GPU", runners=("V2",))
+@pytest.mark.feature("Triton attention and FlashAttention 2 and 3, not run on a GPU", runners=("V2",))
 def test_answers_are_those_of_cpu_attention(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_kvevict.engine import worker
     from vllm_kvevict.engine.attention import backend_in_place_of

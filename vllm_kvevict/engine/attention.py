@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from vllm.config import VllmConfig
 from vllm.v1.attention import selector
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadataBuilder,
     AttentionType,
@@ -75,6 +77,11 @@ class EvictionMetadataBuilder(AttentionMetadataBuilder[Any]):
     """Splits a batch into whole and evicted rows. ``bridge`` is set by the worker once the cache exists."""
 
     bridge: EvictionBridge | None = None
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
+        # a full graph would replay stock attention for rows that have been evicted since it was captured
+        return AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

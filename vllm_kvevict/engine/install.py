@@ -21,7 +21,11 @@ from vllm_kvevict.engine.versions import check_version
 
 logger = logging.getLogger("vllm.kvevict")
 
-_WORKERS = {"vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvevict.engine.worker.EvictionCPUWorker"}
+# (platform, its worker) -> ours
+_WORKERS = {
+    ("cpu", "vllm.v1.worker.cpu_worker.CPUWorker"): "vllm_kvevict.engine.worker.EvictionCPUWorker",
+    ("cuda", "vllm.v1.worker.gpu_worker.Worker"): "vllm_kvevict.engine.worker.EvictionGPUWorker",
+}
 _SPECULATION = ("ngram", "draft_model")
 _DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 
@@ -63,7 +67,8 @@ def _switch_on(config: EvictionConfig, vllm_config: VllmConfig) -> None:
     check_needs(config.policy, method.policy, evicted_models(vllm_config))
     suffix = "AsyncEvictionScheduler" if vllm_config.scheduler_config.async_scheduling else "EvictionScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"vllm_kvevict.engine.scheduler.{suffix}"
-    vllm_config.parallel_config.worker_cls = _WORKERS[vllm_config.parallel_config.worker_cls]
+    parallel = vllm_config.parallel_config
+    parallel.worker_cls = _WORKERS[current_platform.device_name, parallel.worker_cls]
     apply_patches(_REQUEST_PATCHES)
     process_metrics().announce(config.policy, config.allocator_name)
     logger.info(
@@ -75,6 +80,11 @@ def _switch_on(config: EvictionConfig, vllm_config: VllmConfig) -> None:
         method.num_recent,
         vllm_config.cache_config.block_size,
     )
+    if not current_platform.is_cpu():
+        logger.warning(
+            "KV eviction has not been run on a GPU yet: its code for CUDA was checked on CPU, through Triton's "
+            "interpreter and against a reference of FlashAttention"
+        )
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
@@ -89,11 +99,16 @@ def _unsupported(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
     models = evicted_models(vllm_config)
     head_size = max((each.get_head_size() for each in models), key=lambda size: size % 32)
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    platform, is_cpu = current_platform.device_name, current_platform.is_cpu()
     dtype = str(model.dtype).removeprefix("torch.")
     speculation = getattr(vllm_config.speculative_config, "method", None)
     ours = scheduler.scheduler_cls is None or "vllm_kvevict" in str(scheduler.scheduler_cls)
     return [
-        (f"the {current_platform.device_type} platform yet", parallel.worker_cls not in _WORKERS, "use vLLM on a CPU"),
+        (
+            f"the worker {parallel.worker_cls} on the {platform} platform",
+            (platform, parallel.worker_cls) not in _WORKERS,
+            "use vLLM's own worker on CPU or CUDA",
+        ),
         (f"the scheduler {scheduler.scheduler_cls!r}", not ours, "drop --scheduler-cls"),
         ("multi-head latent attention (MLA)", any(each.use_mla for each in models), "use another model"),
         ("encoder-decoder models", model.is_encoder_decoder, "use a decoder-only model"),
@@ -121,12 +136,12 @@ def _unsupported(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
         ),
         (
             f"a head size of {head_size} on CPU",
-            head_size % 32 != 0,
+            is_cpu and head_size % 32 != 0,
             "use a model whose head size is a multiple of 32",
         ),
         (
             f"a block size of {cache.block_size} on CPU",
-            cache.block_size % 32 != 0,
+            is_cpu and cache.block_size % 32 != 0,
             "use a --block-size that is a multiple of 32",
         ),
     ]

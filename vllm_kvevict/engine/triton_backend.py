@@ -47,6 +47,10 @@ class EvictionTritonMetadataBuilder(EvictionMetadataBuilder, TritonAttentionMeta
 class EvictionTritonImpl(EvictionImpl, TritonAttentionImpl):
     """vLLM's unified attention kernel."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.supports_quant_query_input = False  # policies read the queries, which an fp8 cache would make fp8 too
+
     def attend_folded(
         self,
         layer: Any,

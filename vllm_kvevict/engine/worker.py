@@ -1,4 +1,4 @@
-"""vLLM's CPU worker with eviction: every step begins with the scheduler's decisions and ends with compaction."""
+"""vLLM's workers with eviction: every step begins with the scheduler's decisions and ends with compaction."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
@@ -17,6 +19,7 @@ from vllm_kvevict.engine.attention import EvictionMetadataBuilder
 from vllm_kvevict.engine.bridge import EvictionBridge
 from vllm_kvevict.engine.cache_dtype import cache_of
 from vllm_kvevict.engine.cpu_backend import cpu_backend
+from vllm_kvevict.engine.cuda_backends import check_backends, cuda_backends
 from vllm_kvevict.engine.draft import DraftBridge, split_draft_layers
 from vllm_kvevict.engine.install import eviction_config
 from vllm_kvevict.engine.spec import EvictionSpec, PrivateSlidingWindowSpec
@@ -125,6 +128,15 @@ class EvictionCPUWorker(EvictionMixin, CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         with cpu_backend():
             super().load_model(*args, **kwargs)
+
+
+class EvictionGPUWorker(EvictionMixin):
+    """Eviction on vLLM's GPU worker on CUDA. Not run on a GPU."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        with cuda_backends():
+            super().load_model(*args, **kwargs)
+        check_backends(get_layers_from_vllm_config(self.vllm_config, Attention).values())
 
 
 def _evicted_layers(kv_cache_config: KVCacheConfig) -> list[str]:
