@@ -119,6 +119,39 @@ def test_logging_is_on_or_off(value):
     assert refusal(log_requests=value) == f"kv_eviction_log_requests: expected true or false, got {value!r}"
 
 
+@pytest.mark.parametrize("value", [1, "yes"])
+def test_eviction_during_decode_is_on_or_off(value):
+    assert refusal(during_decode=value) == f"kv_evict_during_decode: expected true or false, got {value!r}"
+
+
+def test_a_policy_says_whether_it_evicts_during_decode():
+    assert not parse().method().during_decode
+    assert parse(policy="morphkv").method().during_decode
+    assert not parse(policy="morphkv", during_decode=False).method().during_decode
+
+
+@pytest.mark.parametrize("policy", ["compactor", "expected_attention", "obcache_k"])
+def test_policies_that_rank_a_whole_prompt_do_not_evict_during_decode(policy):
+    message = refusal(policy=policy, during_decode=True)
+    assert message.startswith(f"kv_evict_during_decode: policy {policy!r} ranks the tokens of a whole prompt, once;")
+    assert "h2o" in refusal(policy="h2o", policy_options={"normalize": True}, during_decode=True)
+
+
+def test_during_decode_the_observed_tokens_are_protected():
+    assert parse(num_recent=0).method().num_recent == 0
+    assert parse(num_recent=0, during_decode=True).method().num_recent == 32
+    assert parse(num_recent=50, during_decode=True).method().num_recent == 50
+
+
+def test_during_decode_a_budget_must_hold_one_more_block():
+    parse(budget=33).check_block_size(32)
+    parse(budget=33, during_decode=True).check_block_size(32)
+    parse(budget=64, num_sink=1).check_block_size(32)
+    with pytest.raises(ValueError, match="expected at least 65 tokens") as error:
+        parse(budget=64, num_sink=1, during_decode=True).check_block_size(32)
+    assert "beside the block that the answer fills; got 64" in str(error.value)
+
+
 @pytest.mark.parametrize(("field", "flag"), [("policy", "kv_eviction"), ("allocator", "kv_budget_allocator")])
 @pytest.mark.parametrize("value", [False, 5, ["snapkv"]])
 def test_names_must_be_text(field, flag, value):
@@ -345,6 +378,19 @@ def test_allocators_of_requests_must_be_text(allocator):
 def test_unknown_allocators_of_requests_name_the_request_s_field():
     message = request_refusal(parse(), kv_budget_allocator="adakw")
     assert message.startswith("kv_budget_allocator: unknown budget allocator 'adakw'. Did you mean 'adakv'?")
+
+
+@pytest.mark.parametrize(("said", "meant"), [(True, True), (1, True), ("true", True), (0, False), ("false", False)])
+def test_a_request_says_whether_to_evict_during_decode(said, meant):
+    for server in (None, True, False):
+        changed = parse(during_decode=server).for_request({"kv_evict_during_decode": said}, 16)
+        assert changed.method().during_decode is meant
+
+
+@pytest.mark.parametrize("said", ["yes", 2, -1, 0.5, [1]])
+def test_wrong_answers_of_requests_about_decode(said):
+    message = request_refusal(parse(), kv_evict_during_decode=said)
+    assert message == f"kv_evict_during_decode: expected true or false, got {said!r}"
 
 
 @pytest.mark.parametrize("policy", [True, False, 5, 0, 0.5, ["snapkv"], {}])

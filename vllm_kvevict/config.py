@@ -18,7 +18,8 @@ from vllm_kvevict.registry import Registry
 REQUEST_POLICY = "kv_eviction"
 REQUEST_BUDGET = "kv_budget"
 REQUEST_ALLOCATOR = "kv_budget_allocator"
-REQUEST_OPTIONS = (REQUEST_POLICY, REQUEST_BUDGET, REQUEST_ALLOCATOR)
+REQUEST_DURING_DECODE = "kv_evict_during_decode"
+REQUEST_OPTIONS = (REQUEST_POLICY, REQUEST_BUDGET, REQUEST_ALLOCATOR, REQUEST_DURING_DECODE)
 NONE = "none"
 
 
@@ -34,6 +35,8 @@ class EvictionConfig(BaseModel):
     num_recent:        tokens at the end that always stay; None: what the policy's paper says
     policy_options:    parameters of the policy
     allocator_options: parameters of the allocator
+    during_decode:     whether eviction goes on while the answer grows, so that a request holds its budget and no more;
+                       None: what the policy's paper says
     log_requests:      write one JSON line to the log for every prompt that is evicted
     """
 
@@ -46,6 +49,7 @@ class EvictionConfig(BaseModel):
     num_recent: Annotated[int, Field(ge=0)] | None = None
     policy_options: dict[str, Any] = {}
     allocator_options: dict[str, Any] = {}
+    during_decode: bool | None = None
     log_requests: bool = False
 
     @field_validator("policy")
@@ -89,25 +93,27 @@ class EvictionConfig(BaseModel):
     def check_block_size(self, block_size: int) -> None:
         """Raise ValueError if the budget cannot hold the tokens that must stay in blocks of ``block_size``."""
         method = self.method()
-        smallest = (min_kept_blocks(method.min_tokens, block_size) - 1) * block_size + 1
+        num_blocks = min_kept_blocks(method.min_tokens, block_size, method.during_decode)
+        smallest = (num_blocks - 1) * block_size + 1
         if isinstance(self.budget, int) and self.budget < smallest:
+            during_decode = ", beside the block that the answer fills" if method.during_decode else ""
             raise ValueError(
                 f"kv_budget: expected at least {smallest} tokens, since blocks hold {block_size} and {self.policy!r} "
                 f"needs {method.min_tokens} tokens in every head ({method.num_protected} protected, "
-                f"{method.query_window} observed); got {self.budget}. Raise the budget, or lower num_sink, "
-                f"num_recent or the policy's window"
+                f"{method.query_window} observed){during_decode}; got {self.budget}. Raise the budget, or lower "
+                f"num_sink, num_recent or the policy's window"
             )
 
     def for_request(self, options: Mapping[str, Any] | None, block_size: int) -> EvictionConfig | None:
         """Return the config of one request, None if it asked for no eviction.
 
         options: the request's ``vllm_xargs``, of which ``REQUEST_OPTIONS`` are read: ``kv_eviction`` (a policy or
-                 "none"), ``kv_budget`` and ``kv_budget_allocator``. The server's own options go with its own policy
-                 and allocator; others get their defaults
+                 "none"), ``kv_budget``, ``kv_budget_allocator`` and ``kv_evict_during_decode``. The server's own
+                 options go with its own policy and allocator; others get their defaults
 
         Raises ValueError that names the field and what is allowed.
         """
-        policy, budget, allocator = map((options or {}).get, REQUEST_OPTIONS)
+        policy, budget, allocator, during_decode = map((options or {}).get, REQUEST_OPTIONS)
         if policy is not None and not isinstance(policy, str):
             raise ValueError(f"{REQUEST_POLICY}: expected 'none' or the name of a policy, got {policy!r}")
         if allocator is not None and not isinstance(allocator, str):
@@ -130,6 +136,8 @@ class EvictionConfig(BaseModel):
                 del changes["allocator_options"]
         if budget is not None:
             changes["budget"] = budget
+        if during_decode is not None:
+            changes["during_decode"] = _as_bool(during_decode)
         config = self if not changes else EvictionConfig.parse({**self.model_dump(), **changes})
         config.check_block_size(block_size)
         return None if policy == NONE else config
@@ -139,12 +147,29 @@ class EvictionConfig(BaseModel):
 def _method(config_json: str) -> Method:
     config = EvictionConfig.model_validate_json(config_json)
     policy = _build(POLICIES, config.policy, config.policy_options, "policy_options")
+    during_decode = policy.evicts_during_decode if config.during_decode is None else config.during_decode
+    if during_decode and not policy.supports_decode:
+        raise ValueError(
+            f"{REQUEST_DURING_DECODE}: policy {config.policy!r} ranks the tokens of a whole prompt, once; leave the "
+            f"option out, or choose another policy"
+        )
+    num_recent = policy.num_recent if config.num_recent is None else config.num_recent
     return Method(
         policy,
         _build(ALLOCATORS, config.allocator or policy.default_allocator, config.allocator_options, "allocator_options"),
         policy.num_sink if config.num_sink is None else config.num_sink,
-        policy.num_recent if config.num_recent is None else config.num_recent,
+        # to a policy the last tokens are those of the last queries, which an earlier eviction must not have taken away
+        max(num_recent, policy.query_window) if during_decode else num_recent,
+        during_decode,
     )
+
+
+def _as_bool(value: object) -> bool:
+    """Return what a request said: over HTTP vLLM takes texts and numbers only, and JSON's true arrives as 1."""
+    words = {"true": True, "false": False, 1: True, 0: False}
+    if not isinstance(value, str | int | float) or value not in words:
+        raise ValueError(f"{REQUEST_DURING_DECODE}: expected true or false, got {value!r}")
+    return words[value]
 
 
 def _build(registry: Registry[Any], name: str, options: Mapping[str, Any], field_name: str) -> Any:
@@ -167,12 +192,14 @@ _FLAGS = {
     "policy": "kv_eviction",
     "budget": "kv_budget",
     "allocator": "kv_budget_allocator",
+    "during_decode": "kv_evict_during_decode",
     "log_requests": "kv_eviction_log_requests",
 }
 _ALLOWED = {
     "budget": "a whole number of tokens of at least 1, or a fraction between 0 and 1",
     "num_sink": "a whole number of tokens of at least 0",
     "num_recent": "a whole number of tokens of at least 0",
+    "during_decode": "true or false",
     "log_requests": "true or false",
 }
 

@@ -24,12 +24,16 @@ from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, ScoreInputs
 
 @dataclass(frozen=True)
 class Method:
-    """A policy, an allocator, and how many tokens both ends of the prompt are protected by."""
+    """A policy, an allocator, how many tokens both ends of the prompt are protected by, and whether answers count too.
+
+    during_decode: the request holds its budget and no more while its answer grows
+    """
 
     policy: EvictionPolicy
     allocator: BudgetAllocator
     num_sink: int
     num_recent: int
+    during_decode: bool = False
 
     @property
     def num_protected(self) -> int:
@@ -130,7 +134,9 @@ class Eviction:
         wish = self.method.allocator.wish(scores, plan.num_kept_tokens, torch.stack(self._measures))
         wish = wish.to("cpu", torch.float64)
         tokens = wish * (plan.num_kept_tokens * num_heads / wish.sum())
-        minimum = cdiv(max(self.method.num_protected - plan.num_tail_tokens, 0), plan.block_size)
+        # once the block of the tail is full it is emptied into the other pages: they must hold what is protected then
+        tail = 0 if self.method.during_decode else plan.num_tail_tokens
+        minimum = cdiv(max(self.method.num_protected - tail, 0), plan.block_size)
         return round_to_pages(
             (tokens - plan.num_tail_tokens).clamp(min=0),  # every head holds the tail, in a page of its own
             plan.num_full_blocks * num_heads,

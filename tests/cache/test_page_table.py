@@ -81,7 +81,7 @@ def fold(table: PageTable, batch: dict[str, RequestModel], query_lens: list[int]
     block_table = torch.full((len(batch), width), 2**40)
     for row, model in enumerate(batch.values()):
         block_table[row, : len(model.blocks)] = torch.tensor(model.blocks)
-    slots = torch.tensor([table.slot(req_id) for req_id in batch])
+    slots = table.slots.of(list(batch))
     seq_lens = torch.tensor([model.seq_len for model in batch.values()], dtype=torch.int32)
     return table.fold(slots, seq_lens, torch.tensor(query_lens), block_table)
 
@@ -237,70 +237,51 @@ def test_a_step_leaves_the_batches_of_earlier_steps_alone(block_size, rng):
     assert earlier.kv_lens.equal(kv_lens)
 
 
-def test_membership_and_slots(rng):
+def test_membership(rng):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table = PageTable(cache.pool, 2)
+    compaction, plan, _ = evict(cache, rng, 5)
     assert len(table) == 0
     assert "a" not in table
-    assert table.slot("a") is None
     for req_id in "ab":
-        table.add(req_id, *evict(cache, rng, 5)[:2])
+        table.add(req_id, compaction, plan)
     assert len(table) == 2
-    assert "a" in table
-    assert {table.slot("a"), table.slot("b")} == {0, 1}
     table.remove("a")
     table.remove("a")
     table.remove("never there")
     assert len(table) == 1
     assert "a" not in table
     assert "b" in table
+    with pytest.raises(ValueError, match="req_id: 'b' has a slot already"):
+        table.add("b", compaction, plan)
 
 
-def test_pages_of_counts_decode_blocks_when_asked(rng):
+def test_pages_of_counts_the_blocks_of_the_answer(rng):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table = PageTable(cache.pool, 1)
     compaction, plan, model = evict(cache, rng, 5, 16 * 7)
     table.add("a", compaction, plan)
     prompt_pages = [[list(row) for row in rows] for rows in model.pages]
-    assert table.pages_of("a") == prompt_pages
+    assert table.pages_of("a", 16 * 7) == prompt_pages
     decode(table, cache, {"a": model}, rng)
-    assert table.pages_of("a") == prompt_pages
-    assert table.pages_of("a", 1) == model.pages
+    assert table.pages_of("a", 16 * 7) == prompt_pages
+    assert table.pages_of("a", 16 * 7 + 1) == model.pages
 
 
-def test_generation_tells_that_rows_changed(rng):
-    cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
-    table = PageTable(cache.pool, 1)
-    seen = [table.generation]
-    compaction, plan, model = evict(cache, rng, 5)
-    table.add("a", compaction, plan)
-    seen.append(table.generation)
-    decode(table, cache, {"a": model}, rng)
-    assert table.generation == seen[-1]
-    table.remove("a")
-    seen.append(table.generation)
-    assert len(set(seen)) == 3
-
-
-def test_a_request_is_added_once(rng):
+@pytest.mark.parametrize("num_tokens", [16 * 7, 16 * 7 + 5])
+def test_rows_that_shrink_whenever_a_block_is_full(rng, num_tokens):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table = PageTable(cache.pool, 2)
-    compaction, plan, _ = evict(cache, rng, 5)
+    compaction, plan, model = evict(cache, rng, 5, num_tokens)
     table.add("a", compaction, plan)
-    with pytest.raises(ValueError, match="req_id: 'a' has been evicted already"):
-        table.add("a", compaction, plan)
-    assert len(table) == 1
-
-
-def test_no_slot_left(rng):
-    cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
-    table = PageTable(cache.pool, 2)
-    compaction, plan, _ = evict(cache, rng, 5)
-    table.add("a", compaction, plan)
-    table.add("b", compaction, plan)
-    with pytest.raises(ValueError, match="req_id: no slot left for 'c', all 2 are in use"):
-        table.add("c", compaction, plan)
-    assert "c" not in table
-    table.remove("a")
-    table.add("c", compaction, plan)
-    assert "c" in table
+    for _ in range(50):
+        decode(table, cache, {"a": model}, rng)
+        if model.seq_len % 16 == 0:
+            table.shrink("a", model.seq_len)
+            model.pages = [[row[:-1] for row in rows] for rows in model.pages]
+            model.kv_lens = [[kv_len - 16 for kv_len in row] for row in model.kv_lens]
+        assert table.pages_of("a", model.seq_len) == model.pages
+    longest = max(len(row) for rows in model.pages for row in rows)
+    pages, num_pages = table.rows("a", model.seq_len)
+    assert pages.shape == (LAYERS, HEADS, longest)
+    assert num_pages.tolist() == [[len(row) for row in rows] for rows in model.pages]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvevict.cache.plan import EvictionPlan, cdiv, min_kept_blocks, plan_eviction
+from vllm_kvevict.cache.plan import EvictionPlan, cdiv, min_kept_blocks, plan_eviction, plan_first_eviction
 
 properties = settings(max_examples=300, deadline=None, derandomize=True)
 block_sizes = st.sampled_from([1, 16, 32, 64])
@@ -60,6 +60,27 @@ def test_keeps_the_fewest_blocks_that_do_and_none_is_freed_in_vain(num_tokens, b
         assert plan is None
     else:
         assert plan == EvictionPlan(num_tokens, wanted, block_size)
+
+
+@properties
+@given(prompt_lengths, token_budgets | fractions, block_sizes, protections)
+def test_during_decode_a_request_never_needs_more_than_its_first_blocks(num_tokens, budget, block_size, num_protected):
+    """The full pages and one that the answer fills: as many blocks, whether the prompt or the answer is too long."""
+    plan = plan_eviction(num_tokens, budget, block_size, num_protected, during_decode=True)
+    is_late = plan is None
+    if is_late:
+        plan = plan_first_eviction(num_tokens, budget, block_size, num_protected)
+        assert num_tokens < plan.num_tokens
+        assert plan.num_tail_tokens == 0
+        assert plan.first_kept_block == 1
+    most = plan.num_full_blocks + 1
+    assert plan.num_kept_blocks == most - (plan.num_tail_tokens == 0)
+    assert plan.num_full_blocks * block_size >= num_protected
+    budget_tokens = budget if isinstance(budget, int) else -int(-(Fraction(budget) * num_tokens) // 1)
+    assert most == max(fewest_blocks(budget_tokens, block_size), fewest_blocks(max(num_protected, 1), block_size) + 1)
+    whole = plan_eviction(num_tokens, budget, block_size, num_protected)
+    if whole is not None and plan.num_tail_tokens > 0 and not is_late:
+        assert plan.num_kept_blocks >= whole.num_kept_blocks
 
 
 @properties

@@ -132,6 +132,33 @@ def test_eviction_can_be_switched_off_or_widened_by_a_request(server: Server, cl
     assert server.metrics()["kvevict:evictions_total"] == before + 1
 
 
+@pytest.mark.feature("eviction while the answer grows")
+def test_a_long_answer_holds_a_constant_number_of_blocks(server: Server, client: OpenAI) -> None:
+    """2,000 tokens in a budget of 512, which the question alone does not fill."""
+    wait_until_idle(server)
+    before = server.metrics()["kvevict:decode_evictions_total"]
+    options = {"kv_eviction": "morphkv", "kv_budget": 512}
+    stream = client.completions.create(
+        model="model",
+        prompt="Write a very long story about a lighthouse.",
+        max_tokens=2000,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True, "vllm_xargs": options},
+    )
+    usage = []
+    for count, _ in enumerate(stream):
+        if count % 100 == 0:
+            usage.append(blocks_in_use(server))
+    block = min(usage)  # after the first token the request holds one
+    assert len(usage) == 20
+    assert [round(each / block) for each in usage[6:]] == [512 // 32] * 14
+    # the prompt and the answer but its last token, in blocks of 32, less what the budget holds
+    evicted = server.metrics()["kvevict:decode_evictions_total"] - before
+    assert evicted == pytest.approx(2000 // 32 - 512 // 32, abs=1)
+    wait_until_idle(server)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -142,6 +169,7 @@ def test_eviction_can_be_switched_off_or_widened_by_a_request(server: Server, cl
         ({"kv_budget": "much"}, "kv_budget: expected a whole number of tokens"),
         ({"kv_budget_allocator": "adakw"}, "unknown budget allocator 'adakw'. Did you mean 'adakv'?"),
         ({"kv_budget": 8}, "kv_budget: expected at least 33 tokens, since blocks hold 32 and"),
+        ({"kv_evict_during_decode": "yes"}, "kv_evict_during_decode: expected true or false, got 'yes'"),
     ],
 )
 def test_wrong_options_are_a_400_that_names_the_field(

@@ -24,6 +24,7 @@ class DenseModel:
         AttentionInterface.register(attention, self._attention)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
         self._kept: Iterator[torch.Tensor] | None = None
+        self._visible: Iterator[torch.Tensor] | None = None
         self.queries: list[torch.Tensor] = []
         self.keys: list[torch.Tensor] = []
 
@@ -34,7 +35,20 @@ class DenseModel:
         kept: [num_layers, num_kv_heads, num_prompt_tokens] bool for the layers with full attention; queries behind
               the prompt see only these of it
         """
-        self._kept, self.queries, self.keys = None if kept is None else iter(kept), [], []
+        self._kept, self._visible = None if kept is None else iter(kept), None
+        return self._logits(tokens)
+
+    @torch.inference_mode()
+    def logits_of_visible(self, tokens: list[int], visible: torch.Tensor) -> torch.Tensor:
+        """Return [num_tokens, vocab_size] float32.
+
+        visible: [num_layers, num_kv_heads, num_tokens, num_tokens] bool, which keys each query sees
+        """
+        self._kept, self._visible = None, iter(visible)
+        return self._logits(tokens)
+
+    def _logits(self, tokens: list[int]) -> torch.Tensor:
+        self.queries, self.keys = [], []
         return self.model(torch.tensor([tokens]), use_cache=False).logits[0]
 
     def _attention(
@@ -49,6 +63,8 @@ class DenseModel:
         window = getattr(module, "sliding_window", None)
         if window is not None:
             visible = visible.triu(1 - window)
+        elif self._visible is not None:
+            visible = next(self._visible)
         elif self._kept is not None:
             kept = next(self._kept)
             visible[:, kept.shape[1] :, : kept.shape[1]] &= kept[:, None]

@@ -106,9 +106,10 @@ class Engine:
         running = {request.request_id: request for request in self.scheduler.running}
         for request_id, request in running.items():
             pages = self._pages_of(bridge, request_id, request)
-            # rejected drafts leave blocks behind that nothing has been written to yet
-            held = torch.tensor(self.blocks_held(request_id, request.num_computed_tokens))
             if request_id in bridge.page_table and self._has_freed(request_id):
+                # rejected drafts leave blocks behind that nothing has been written to yet
+                blocks = self.blocks_held(request_id, request.num_computed_tokens)
+                held = torch.tensor(blocks[:-1] if self._has_emptied_last_block(request) else blocks)
                 assert sorted(pages) == sorted(bridge.pool.page_ids(held).flatten().tolist())
             for page in pages:
                 assert page not in owner, f"page {page} belongs to {owner[page]} and {request_id}"
@@ -120,14 +121,19 @@ class Engine:
         eviction = self.scheduler._evictions.get(request_id)
         return eviction is not None and eviction.freed_blocks is not None
 
+    def _has_emptied_last_block(self, request: Any) -> bool:
+        """Whether a request that evicts during decode has just filled a block, which it will use again."""
+        eviction = self.scheduler._evictions[request.request_id]
+        num_tokens, plan = request.num_computed_tokens, eviction.plan
+        is_full = num_tokens % plan.block_size == 0 and num_tokens > plan.num_tokens
+        return is_full and eviction.config.method().during_decode
+
     def _pages_of(self, bridge: Any, request_id: str, request: Any) -> list[int]:
         """Pages in the tables of an evicted request, after the decode blocks it has entered; none for whole ones."""
         table = bridge.page_table
         if request_id not in table:
             return []
-        plan = self.scheduler._evictions[request_id].plan
-        blocks = -(-request.num_computed_tokens // plan.block_size)
-        rows = table.pages_of(request_id, blocks - plan.num_blocks)
+        rows = table.pages_of(request_id, request.num_computed_tokens)
         return [page for layer in rows for row in layer for page in row]
 
     def poison_unowned_memory(self) -> None:

@@ -89,8 +89,9 @@ def test_help_has_a_group_with_the_policies() -> None:
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     (group,) = [group for group in parser._action_groups if group.title == "KV eviction (vllm_kvevict)"]
     flags = [option for action in group._group_actions for option in action.option_strings]
-    names = ["eviction", "budget", "budget-allocator", "eviction-config", "eviction-log-requests"]
-    assert flags == [f"--kv-{name}" for name in names]
+    names = ["kv-eviction", "kv-budget", "kv-budget-allocator", "kv-evict-during-decode", "no-kv-evict-during-decode"]
+    names += ["kv-eviction-config", "kv-eviction-log-requests"]
+    assert flags == [f"--{name}" for name in names]
     assert "snapkv" in group._group_actions[0].help
     assert "uniform" in group._group_actions[2].help
 
@@ -195,6 +196,21 @@ def test_what_cannot_work_is_refused_by_name(tiny_llama: Path, settings: dict[st
     with pytest.raises(ValueError, match="--kv-eviction does not work with") as error:
         created(tiny_llama, **settings)
     assert message in str(error.value)
+
+
+def test_drafts_are_refused_with_eviction_during_decode(tiny_llama: Path) -> None:
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    created(tiny_llama, speculative_config=drafts)
+    with pytest.raises(ValueError, match="kv_evict_during_decode: does not work with speculative decoding") as error:
+        created(tiny_llama, **kv_eviction_args("morphkv", 256), speculative_config=drafts)
+    assert "drop --speculative-config" in str(error.value)
+
+
+@pytest.mark.parametrize("prefix", ["--", "--no-"])
+def test_eviction_during_decode_is_a_flag(parse: Parse, prefix: str) -> None:
+    engine_args = parse(["--kv-eviction", "morphkv", "--kv-budget", "512", f"{prefix}kv-evict-during-decode"])
+    expected = {"policy": "morphkv", "budget": 512, "during_decode": prefix == "--"}
+    assert engine_args.additional_config == {"kv_eviction": expected}
 
 
 SMALL = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 8, "max_position_embeddings": 2048}

@@ -32,6 +32,10 @@ OPTIONS: list[dict[str, Any] | None] = [
     {"kv_eviction": "keydiff", "kv_budget": 0.5},
     {"kv_eviction": "streaming_llm", "kv_budget": 64},
     {"kv_budget_allocator": "adakv", "kv_budget": 96},
+    {"kv_evict_during_decode": 1},
+    {"kv_evict_during_decode": "true", "kv_eviction": "h2o", "kv_budget": 128},
+    {"kv_evict_during_decode": 1, "kv_eviction": "lava", "kv_budget": 0.4},
+    {"kv_evict_during_decode": 1, "kv_eviction": "streaming_llm", "kv_budget": 70},
 ]
 
 
@@ -88,6 +92,7 @@ def run_at_random(running: Engine, rng: random.Random, count: int) -> dict[str, 
 @pytest.mark.feature("prefix caching")
 @pytest.mark.feature("preemption and resume")
 @pytest.mark.feature("requests that choose their own policy, budget and allocator")
+@pytest.mark.feature("eviction while the answer grows")
 @pytest.mark.parametrize(("model", "seed"), MODELS)
 def test_every_answer_is_that_of_a_fresh_engine(request: pytest.FixtureRequest, model: str, seed: int) -> None:
     folder = request.getfixturevalue(model)

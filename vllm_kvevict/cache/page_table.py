@@ -8,7 +8,8 @@ import torch
 
 from vllm_kvevict.cache.compaction import Compaction
 from vllm_kvevict.cache.pages import PagePool
-from vllm_kvevict.cache.plan import EvictionPlan
+from vllm_kvevict.cache.plan import EvictionPlan, cdiv
+from vllm_kvevict.cache.request_slots import RequestSlots
 
 _PAGE_INCREMENT = 64
 
@@ -39,35 +40,26 @@ class PageTable:
         self._pages = torch.zeros(layers, max_num_reqs, heads, _PAGE_INCREMENT, dtype=torch.int32, device=device)
         self._kv_lens = torch.zeros(layers, max_num_reqs, heads, dtype=torch.int32, device=device)
         self._num_pages = torch.zeros(layers, max_num_reqs, heads, dtype=torch.int64, device=device)
-        # per slot: tokens and blocks of the prompt, for what comes after them
+        # per slot: tokens and blocks at the last eviction, for what comes after them
         self._num_tokens = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
         self._num_blocks = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
-        self._free = list(range(max_num_reqs))[::-1]
-        self._slots: dict[str, int] = {}
-        self.generation = 0
+        self.slots = RequestSlots(max_num_reqs, device)
+        self._generation = 0
         empty = torch.empty(0, dtype=torch.int64, device=device)
         self._folded = _Folded(-1, empty, empty, empty, empty, empty)
 
     def __contains__(self, req_id: object) -> bool:
-        return req_id in self._slots
+        return req_id in self.slots
 
     def __len__(self) -> int:
-        return len(self._slots)
-
-    def slot(self, req_id: str) -> int | None:
-        """Return the slot of a request, None if it is not evicted."""
-        return self._slots.get(req_id)
+        return len(self.slots)
 
     def add(self, req_id: str, compaction: Compaction, plan: EvictionPlan) -> None:
         """Give ``req_id`` a slot that holds its compacted cache.
 
         Raises ValueError if it has one, or none is left.
         """
-        if req_id in self._slots:
-            raise ValueError(f"req_id: {req_id!r} has been evicted already")
-        if not self._free:
-            raise ValueError(f"req_id: no slot left for {req_id!r}, all {len(self._slots)} are in use")
-        slot = self._slots[req_id] = self._free.pop()
+        slot = self.slots.take(req_id)
         self._grow(compaction.page_table.shape[2])
         self._pages[:, slot] = 0
         self._pages[:, slot, :, : compaction.page_table.shape[2]] = compaction.page_table.to(torch.int32)
@@ -75,20 +67,37 @@ class PageTable:
         self._num_pages[:, slot] = compaction.num_pages
         self._num_tokens[slot] = plan.num_tokens
         self._num_blocks[slot] = plan.num_blocks
-        self.generation += 1
+        self._generation += 1
 
     def remove(self, req_id: str) -> None:
         """Drop the row of a request that ended or was preempted; nothing happens if it has none."""
-        slot = self._slots.pop(req_id, None)
-        if slot is not None:
-            self._free.append(slot)
-            self.generation += 1
+        self._generation += self.slots.give_back(req_id)
 
-    def pages_of(self, req_id: str, num_decode_blocks: int = 0) -> list[list[list[int]]]:
-        """Return page ids [num_layers][num_kv_heads][pages in use], for checks."""
-        slot = self._slots[req_id]
-        counts = (self._num_pages[:, slot] + num_decode_blocks).tolist()
-        rows = self._pages[:, slot].tolist()
+    def shrink(self, req_id: str, num_tokens: int) -> None:
+        """Drop the last page of every row: it was full after ``num_tokens`` tokens, and has been emptied."""
+        slot = self.slots[req_id]
+        num_blocks = num_tokens // self._pool.block_size
+        self._num_pages[:, slot] = self._pages_in_use(slot, num_blocks) - 1
+        self._kv_lens[:, slot] = (self._num_pages[:, slot] * self._pool.block_size).to(torch.int32)
+        self._num_tokens[slot] = num_tokens
+        self._num_blocks[slot] = num_blocks
+        self._generation += 1
+
+    def rows(self, req_id: str, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the page ids [num_layers, num_kv_heads, max_pages] int64 of a request of this many tokens, and how
+        many of them are in use [num_layers, num_kv_heads] int64.
+        """
+        slot = self.slots[req_id]
+        num_pages = self._pages_in_use(slot, cdiv(num_tokens, self._pool.block_size))
+        return self._pages[:, slot, :, : int(num_pages.max())].to(torch.int64), num_pages
+
+    def _pages_in_use(self, slot: int, num_blocks: int) -> torch.Tensor:
+        return self._num_pages[:, slot] + num_blocks - self._num_blocks[slot]
+
+    def pages_of(self, req_id: str, num_tokens: int) -> list[list[list[int]]]:
+        """Return page ids [num_layers][num_kv_heads][pages in use] of a request of this many tokens, for checks."""
+        pages, num_pages = self.rows(req_id, num_tokens)
+        counts, rows = num_pages.tolist(), pages.tolist()
         return [[row[:count] for row, count in zip(*layer, strict=True)] for layer in zip(rows, counts, strict=True)]
 
     def fold(
@@ -106,7 +115,7 @@ class PageTable:
         if not self._still_folded(slots, blocks):
             self._enter_blocks(slots, (seq_lens - query_lens) // self._pool.block_size, blocks, block_table)
             self._folded = _Folded(
-                self.generation,
+                self._generation,
                 slots,
                 blocks,
                 self._pages.index_select(1, slots).flatten(1, 2),
@@ -120,7 +129,7 @@ class PageTable:
     def _still_folded(self, slots: torch.Tensor, blocks: torch.Tensor) -> bool:
         folded = self._folded
         return (
-            folded.generation == self.generation
+            folded.generation == self._generation
             and torch.equal(folded.slots, slots)
             and torch.equal(folded.blocks, blocks)
         )

@@ -55,20 +55,41 @@ class EvictionPlan:
         return self.num_tokens - self.num_kept_tokens
 
 
-def plan_eviction(num_tokens: int, budget: int | float, block_size: int, min_tokens: int) -> EvictionPlan | None:
+def plan_eviction(
+    num_tokens: int, budget: int | float, block_size: int, min_tokens: int, during_decode: bool = False
+) -> EvictionPlan | None:
     """Return the plan for a prefill of ``num_tokens``, or None if its budget holds all of it.
 
-    budget:     tokens per (layer, KV head) if int, fraction of the prompt kept if float; rounded up to blocks
-    min_tokens: a budget never keeps fewer blocks than these tokens need
+    budget:        tokens per (layer, KV head) if int, fraction of the prompt kept if float; rounded up to blocks
+    min_tokens:    a budget never keeps fewer blocks than these tokens need
+    during_decode: the last block of the budget is for the answer, and never full when the prefill ends
     """
-    # rounded first: 0.07 * 1600 is a little more than 112
-    budget_tokens = budget if isinstance(budget, int) else math.ceil(round(budget * num_tokens, 6))
-    num_kept = max(cdiv(budget_tokens, block_size), min_kept_blocks(min_tokens, block_size))
+    num_kept = _budget_blocks(num_tokens, budget, block_size, min_tokens, during_decode)
+    if during_decode:
+        num_kept -= num_tokens % block_size == 0
     if num_kept >= cdiv(num_tokens, block_size):
         return None
     return EvictionPlan(num_tokens, num_kept, block_size)
 
 
-def min_kept_blocks(min_tokens: int, block_size: int) -> int:
-    """Return the fewest blocks that hold ``min_tokens`` tokens even if the last block holds a single one."""
-    return cdiv(max(min_tokens, 1) - 1, block_size) + 1
+def plan_first_eviction(num_tokens: int, budget: int | float, block_size: int, min_tokens: int) -> EvictionPlan:
+    """Return the plan for a request whose budget holds its prompt of ``num_tokens``, but not an answer of any length.
+
+    It is carried out when the last block of the budget is full, which then is for what comes next.
+    """
+    num_blocks = _budget_blocks(num_tokens, budget, block_size, min_tokens, during_decode=True)
+    return EvictionPlan(num_blocks * block_size, num_blocks - 1, block_size)
+
+
+def _budget_blocks(num_tokens: int, budget: int | float, block_size: int, min_tokens: int, during_decode: bool) -> int:
+    # rounded first: 0.07 * 1600 is a little more than 112
+    budget_tokens = budget if isinstance(budget, int) else math.ceil(round(budget * num_tokens, 6))
+    return max(cdiv(budget_tokens, block_size), min_kept_blocks(min_tokens, block_size, during_decode))
+
+
+def min_kept_blocks(min_tokens: int, block_size: int, during_decode: bool = False) -> int:
+    """Return the fewest blocks that hold ``min_tokens`` tokens even if the last block holds a single one.
+
+    during_decode: even if the last block is empty
+    """
+    return cdiv(max(min_tokens, 1) - (not during_decode), block_size) + 1

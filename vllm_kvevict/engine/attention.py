@@ -141,6 +141,7 @@ class EvictionImpl(AttentionImpl[Any]):
         index = attn_metadata.bridge.layer_index[layer.layer_name]
         if rows.folded is not None and rows.queries is not None:
             self._forward_folded(layer, rows.folded, rows.queries, index, query, attn_metadata, output)
+        attn_metadata.bridge.remember(rows, index, query)
         for prefill in rows.prefills:
             attn_metadata.bridge.observe(prefill, index, query, output, self.scale)
         return output

@@ -12,11 +12,15 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvevict.cache.page_table import FoldedBatch, PageTable
 from vllm_kvevict.cache.pages import PagePool
-from vllm_kvevict.cache.plan import cdiv
+from vllm_kvevict.cache.plan import EvictionPlan, cdiv
+from vllm_kvevict.cache.query_ring import QueryRing, RingWrite
+from vllm_kvevict.cache.residents import Residents
+from vllm_kvevict.decode_evictor import DecodeEviction
 from vllm_kvevict.engine.model import ModelWeights
 from vllm_kvevict.engine.prefill import Prefill, PrefillRow
 from vllm_kvevict.engine.step import STEP, EvictionReport, PrefillEnd, StepEvictions
-from vllm_kvevict.evictor import Eviction
+from vllm_kvevict.evictor import Eviction, Method
+from vllm_kvevict.policies.base import Need
 
 logger = logging.getLogger("vllm.kvevict")
 
@@ -51,12 +55,16 @@ class FoldedQueries:
 
 @dataclass(frozen=True)
 class StepRows:
-    """One step's batch: how it splits, what its evicted rows ask and read, and which of its rows are to be scored."""
+    """One step's batch: how it splits, what its evicted rows ask and read, and which of its rows are to be scored.
+
+    remembered: queries of requests that evict while they decode, None if there are none
+    """
 
     split: RowSplit
     queries: FoldedQueries | None
     folded: FoldedBatch | None
     prefills: list[PrefillRow]
+    remembered: RingWrite | None
 
 
 class EvictionBridge:
@@ -81,7 +89,10 @@ class EvictionBridge:
         self._step: StepEvictions | None = None
         self.row_req_ids: list[str] = []
         self.evictions: dict[str, Eviction] = {}
-        self._row_slots: tuple[list[str], int, torch.Tensor] = ([], -1, torch.empty(0, dtype=torch.int64))
+        # of requests that evict while they decode: queries since their last full block, and what their slots hold
+        self.ring = QueryRing(pool.num_layers, max_num_reqs, pool.block_size, pool.pages.device)
+        self.residents = Residents(pool)
+        self._full_rows: dict[str, torch.Tensor] = {}
 
     def forget_weights(self) -> None:
         """The model has new weights: what policies read of the old ones is of no use any more."""
@@ -94,18 +105,32 @@ class EvictionBridge:
         """Forget the requests that ended, and take over the scheduler's decisions for this step."""
         for req_id in output.finished_req_ids | (output.preempted_req_ids or set()):
             self.page_table.remove(req_id)
+            self.ring.slots.give_back(req_id)
             self._prefills.pop(req_id, None)
         self._step = getattr(output, STEP)
         self.evictions = {}
+        self._full_rows = {}
 
     def end_step(self) -> dict[str, EvictionReport]:
         """After the last layer: allocate, select and compact what the layers have scored."""
+        step = self._step or StepEvictions()
+        for req_id, num_tokens in step.growing.items():
+            if req_id in self.ring.slots:
+                self._observe_answer(req_id, num_tokens, None)
+        for req_id, end in step.ending.items():
+            if end.is_late:
+                method, block_ids = self._prefills[req_id].method, self._full_rows[req_id]
+                eviction = self.evictions[req_id] = Eviction(method, end.plan, self.pool, block_ids, self._fresh(end))
+                self._observe_answer(req_id, end.plan.num_tokens, eviction)
         reports = {}
         for req_id, eviction in self.evictions.items():
-            prefill = self._prefills.pop(req_id)
+            prefill = self._prefills[req_id]
             failure = prefill.failure or self._finish(req_id, eviction)
-            seconds = eviction.seconds + prefill.seconds
-            reports[req_id] = EvictionReport(eviction.plan, seconds, None if failure is None else repr(failure))
+            reports[req_id] = _report(eviction.plan, eviction.seconds + prefill.seconds, failure)
+            if not prefill.method.during_decode:
+                del self._prefills[req_id]
+        for req_id, num_tokens in step.shrinking.items():
+            reports[req_id] = self._shrink(req_id, num_tokens)
         self._step = None
         return reports
 
@@ -117,21 +142,63 @@ class EvictionBridge:
             logger.exception("the eviction of request %s failed", req_id)
             return error
         self.page_table.add(req_id, compaction, eviction.plan)
+        prefill = self._prefills.get(req_id)
+        if prefill is not None and prefill.method.during_decode:
+            known_bytes = self.residents.num_bytes
+            self.residents.settle(compaction, eviction.plan, eviction.block_ids, prefill.take_states())
+            if self.residents.num_bytes > known_bytes:
+                logger.info("What the slots of answers hold is noted in %.1f MiB", self.residents.num_bytes / 2**20)
         return None
+
+    def _observe_answer(self, req_id: str, num_tokens: int, eviction: Eviction | None) -> None:
+        """Show the policy the queries since the last full block of a request whose prompt was not evicted."""
+        prefill, block_ids = self._prefills[req_id], self._full_rows[req_id]
+        chunks = [self._new_queries(layer, req_id, num_tokens) for layer in range(self.pool.num_layers)]
+        for layer, chunk in enumerate(chunks):
+            row = PrefillRow(prefill, 0, len(chunk), block_ids, num_tokens, eviction)
+            self.observe(row, layer, chunk, chunk, self._weights.scale(layer))
+
+    def _new_queries(self, layer: int, req_id: str, num_tokens: int) -> torch.Tensor:
+        """Return [num_new, num_heads, head_size], the queries since the last full block; none if no policy asks."""
+        prefill = self._prefills[req_id]
+        if req_id not in self.ring.slots:
+            return prefill.queries.none_of(layer)
+        return self.ring.last(layer, req_id, num_tokens, num_tokens - prefill.num_tokens)
+
+    def _shrink(self, req_id: str, num_tokens: int) -> EvictionReport:
+        """Empty the block that the answer of an evicted request has filled; a policy that fails ends the request."""
+        prefill, rows = self._prefills[req_id], self.page_table.rows(req_id, num_tokens)
+        num_new = num_tokens - prefill.num_tokens
+        eviction = DecodeEviction(prefill.method, num_tokens, num_new, self.pool, self.residents, *rows)
+        try:
+            for layer in range(self.pool.num_layers):
+                chunk = self._new_queries(layer, req_id, num_tokens)
+                last = prefill.queries.extend(layer, chunk)
+                weights = self._weights.of(layer, prefill.needs)
+                eviction.score_layer(layer, last, chunk, self._weights.scale(layer), weights)
+            eviction.finish()
+        except Exception as error:
+            logger.exception("an eviction from the answer of request %s failed", req_id)
+            return _report(None, eviction.seconds, error)
+        prefill.num_tokens = num_tokens
+        self.page_table.shrink(req_id, num_tokens)
+        return _report(None, eviction.seconds, None)
 
     def rows(self, common: CommonAttentionMetadata) -> StepRows | None:
         """Return what is special about this batch, None if stock attention serves all of it."""
         step = self._step
-        if step is None or not (len(self.page_table) or step.prefilling or step.ending):
+        if step is None or not (len(self.page_table) or len(self.ring.slots) or step.prefilling or step.ending):
             return None
         req_ids = self.row_req_ids = self._row_req_ids(common)
-        slots = self._slots(req_ids)
+        slots = self.page_table.slots.of(req_ids)
         split = _split(slots, common)
         prefills = self._prefill_rows(req_ids, common, step)
-        if not len(split.evicted) and not prefills:
+        self._note_full_rows(req_ids, common, step)
+        remembered = self.ring.plan(req_ids, common.query_start_loc, common.seq_lens)
+        if not len(split.evicted) and not prefills and remembered is None:
             return None
         if not len(split.evicted):
-            return StepRows(split, None, None, prefills)
+            return StepRows(split, None, None, prefills, remembered)
         evicted = split.evicted
         query_lens = common.naive_query_lens().to(torch.int64)[evicted]
         folded = self.page_table.fold(
@@ -139,21 +206,12 @@ class EvictionBridge:
         )
         first_tokens = common.query_start_loc[:-1].to(torch.int64)[evicted]
         queries = _fold_queries(first_tokens, query_lens, self.pool.num_kv_heads, common.max_query_len)
-        return StepRows(split, queries, folded, prefills)
+        return StepRows(split, queries, folded, prefills, remembered)
 
     def _row_req_ids(self, common: CommonAttentionMetadata) -> list[str]:
         if common.req_idx is not None:  # model runner V2
             return [self._runner.req_states.index_to_req_id[index] for index in common.req_idx.tolist()]
         return list(self._runner.input_batch.req_ids[: common.num_reqs])
-
-    def _slots(self, req_ids: list[str]) -> torch.Tensor:
-        """Return [num_reqs] int64 page-table slots, -1 for whole rows; found again only when the batch changes."""
-        known_ids, generation, slots = self._row_slots
-        if generation != self.page_table.generation or known_ids != req_ids:
-            found = [self.page_table.slot(req_id) for req_id in req_ids]
-            slots = torch.tensor([-1 if slot is None else slot for slot in found], device=self.pool.pages.device)
-            self._row_slots = (req_ids, self.page_table.generation, slots)
-        return slots
 
     def _prefill_rows(
         self, req_ids: list[str], common: CommonAttentionMetadata, step: StepEvictions
@@ -165,31 +223,50 @@ class EvictionBridge:
         for row, req_id in enumerate(req_ids):
             if req_id in step.prefilling:
                 config, end = step.prefilling[req_id], None
-            elif req_id in step.ending:
+            elif req_id in step.ending and not step.ending[req_id].is_late:
                 config, end = step.ending[req_id].config, step.ending[req_id]
             else:
                 continue
             kv_len = int(common.seq_lens[row]) - self.num_extra_tokens
             block_ids = common.block_table_tensor[row, : cdiv(kv_len, self.pool.block_size)].to(torch.int64)
-            if req_id not in self._prefills:
-                self._prefills[req_id] = Prefill(config.method(), self.pool.num_layers)
-            prefill = self._prefills[req_id]
+            prefill = self._prefills.get(req_id) or self._begin_prefill(req_id, config.method())
             eviction = None
             if end is not None:
-                if kv_len != end.plan.num_tokens:
-                    raise RuntimeError(
-                        f"request {req_id}: the scheduler ends its prefill at {end.plan.num_tokens} tokens, "
-                        f"the worker holds {kv_len}"
-                    )
+                _check_length(req_id, end.plan.num_tokens, kv_len)
                 eviction = Eviction(prefill.method, end.plan, self.pool, block_ids, self._fresh(end))
                 self.evictions[req_id] = eviction
             end_token = bounds[row + 1] - self.num_extra_tokens
             rows.append(PrefillRow(prefill, bounds[row], end_token, block_ids, kv_len, eviction))
         return rows
 
+    def _begin_prefill(self, req_id: str, method: Method) -> Prefill:
+        prefill = self._prefills[req_id] = Prefill(method, self.pool.num_layers)
+        if method.during_decode and (method.query_window or Need.ALL_QUERIES in prefill.needs):
+            self.ring.slots.take(req_id)
+        return prefill
+
+    def _note_full_rows(self, req_ids: list[str], common: CommonAttentionMetadata, step: StepEvictions) -> None:
+        """Keep the block tables of requests whose answer fills a block in this step, for its end."""
+        late = {req_id: end.plan.num_tokens for req_id, end in step.ending.items() if end.is_late}
+        full = {**step.growing, **step.shrinking, **late}
+        for row, req_id in enumerate(req_ids if full else []):
+            if req_id in full:
+                _check_length(req_id, full[req_id], int(common.seq_lens[row]))
+                num_blocks = full[req_id] // self.pool.block_size
+                self._full_rows[req_id] = common.block_table_tensor[row, :num_blocks].to(torch.int64)
+
     def _fresh(self, end: PrefillEnd) -> torch.Tensor | None:
         ids = end.fresh_block_ids
         return None if ids is None else torch.tensor(ids, dtype=torch.int64, device=self.pool.pages.device)
+
+    def remember(self, rows: StepRows, layer: int, query: torch.Tensor) -> None:
+        """Keep those of a layer's queries [num_tokens, num_heads, head_size] that an eviction will ask for."""
+        if rows.remembered is None:
+            return
+        is_first = self.ring.num_bytes == 0
+        self.ring.write(layer, query, rows.remembered)
+        if is_first:
+            logger.info("The last queries of answers take %.1f MiB", self.ring.num_bytes / 2**20)
 
     def observe(self, row: PrefillRow, layer: int, query: torch.Tensor, output: torch.Tensor, scale: float) -> None:
         """Show a layer's queries and outputs [num_tokens, num_heads, head_size] to one row of the batch.
@@ -204,6 +281,15 @@ class EvictionBridge:
         except Exception as error:
             prefill.failure = error
             logger.exception("a policy failed in layer %d", layer)
+
+
+def _check_length(req_id: str, expected: int, actual: int) -> None:
+    if actual != expected:
+        raise RuntimeError(f"request {req_id}: the scheduler evicts it at {expected} tokens, the worker holds {actual}")
+
+
+def _report(plan: EvictionPlan | None, seconds: float, failure: Exception | None) -> EvictionReport:
+    return EvictionReport(plan, seconds, None if failure is None else repr(failure))
 
 
 def _split(slots: torch.Tensor, common: CommonAttentionMetadata) -> RowSplit:

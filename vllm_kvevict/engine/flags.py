@@ -1,4 +1,4 @@
-"""``--kv-eviction`` and its four companions, on every entry point that uses vLLM's parser."""
+"""``--kv-eviction`` and its companions, on every entry point that uses vLLM's parser."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _DESTINATIONS = {
     "policy": "kv_eviction",
     "budget": "kv_budget",
     "allocator": "kv_budget_allocator",
+    "during_decode": "kv_evict_during_decode",
     "log_requests": "kv_eviction_log_requests",
 }
 
@@ -82,6 +83,13 @@ def add_group(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         choices=ALLOCATORS.names(),
         help=f"How the budget is shared among layers and heads. One of: {', '.join(ALLOCATORS.names())}.",
+    )
+    group.add_argument(
+        "--kv-evict-during-decode",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="Go on while an answer grows, so that a request never holds more than its budget; or not, for a policy "
+        "that would. Default: what the policy's paper does.",
     )
     group.add_argument(
         "--kv-eviction-config",

@@ -14,9 +14,9 @@ from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.cache_dtype import FLOAT8_DTYPES
 from vllm_kvevict.engine.flags import FIELD, with_config, with_flags
 from vllm_kvevict.engine.metrics import process_metrics, with_eviction_metrics
-from vllm_kvevict.engine.model import check_needs, evicted_models
+from vllm_kvevict.engine.model import evicted_models
 from vllm_kvevict.engine.patches import Patch, apply_patches
-from vllm_kvevict.engine.requests import with_checked_options, with_early_check
+from vllm_kvevict.engine.requests import check_config, with_checked_options, with_early_check
 from vllm_kvevict.engine.versions import check_version
 
 logger = logging.getLogger("vllm.kvevict")
@@ -64,7 +64,7 @@ def _switch_on(config: EvictionConfig, vllm_config: VllmConfig) -> None:
     refuse_unsupported(vllm_config)
     config.check_block_size(vllm_config.cache_config.block_size)
     method = config.method()
-    check_needs(config.policy, method.policy, evicted_models(vllm_config))
+    check_config(config, vllm_config)
     suffix = "AsyncEvictionScheduler" if vllm_config.scheduler_config.async_scheduling else "EvictionScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"vllm_kvevict.engine.scheduler.{suffix}"
     parallel = vllm_config.parallel_config
@@ -72,12 +72,14 @@ def _switch_on(config: EvictionConfig, vllm_config: VllmConfig) -> None:
     apply_patches(_REQUEST_PATCHES)
     process_metrics().announce(config.policy, config.allocator_name)
     logger.info(
-        "KV eviction is on: policy=%s, budget=%s, allocator=%s, num_sink=%d, num_recent=%d, block_size=%d",
+        "KV eviction is on: policy=%s, budget=%s, allocator=%s, num_sink=%d, num_recent=%d, during_decode=%s, "
+        "block_size=%d",
         method.policy,
         config.budget,
         method.allocator,
         method.num_sink,
         method.num_recent,
+        method.during_decode,
         vllm_config.cache_config.block_size,
     )
     if not current_platform.is_cpu():

@@ -21,6 +21,8 @@ _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 class EvictionRecord:
     """What one eviction did; plain JSON so that it fits into vLLM's stats.
 
+    during_decode:  whether a block of the answer was evicted, and not a prompt: only its tokens are counted
+
     evicted_tokens: tokens dropped, averaged over layers and KV heads
     freed_blocks:   blocks given back to vLLM's pool
     kept_fraction:  tokens kept / tokens of the prompt
@@ -33,6 +35,7 @@ class EvictionRecord:
     freed_blocks: int = 0
     kept_fraction: float = 0.0
     seconds: float | None = None
+    during_decode: bool = False
 
 
 @dataclass
@@ -61,7 +64,8 @@ class EvictionMetrics:
             return Histogram(f"kvevict:{name}", text, _LABELS, buckets=buckets, registry=self.registry)
 
         self.evictions = counter("evictions_total", "Prompts evicted.")
-        self.evicted_tokens = counter("evicted_tokens_total", "Prompt tokens dropped per KV head and layer.")
+        self.decode_evictions = counter("decode_evictions_total", "Blocks of answers evicted.")
+        self.evicted_tokens = counter("evicted_tokens_total", "Tokens dropped per KV head and layer.")
         self.freed_blocks = counter("freed_blocks_total", "KV blocks given back to vLLM's pool.")
         self.kept_fraction = histogram("kept_fraction", "Tokens kept / tokens of the prompt.", _FRACTIONS)
         self.seconds = histogram("eviction_seconds", "Time of score, allocate, select and compact.", _SECONDS)
@@ -81,7 +85,8 @@ class EvictionMetrics:
 
     def announce(self, policy: str, allocator: str) -> None:
         """Show these labels at 0 before the first eviction, as dashboards expect."""
-        for collector in (self.evictions, self.evicted_tokens, self.freed_blocks, self.kept_fraction, self.seconds):
+        counters = (self.evictions, self.decode_evictions, self.evicted_tokens, self.freed_blocks)
+        for collector in (*counters, self.kept_fraction, self.seconds):
             collector.labels(policy, allocator)
         for option in REQUEST_OPTIONS:
             self.refusals.labels(option)
@@ -98,9 +103,10 @@ class EvictionMetrics:
         """Count one record."""
         labels = (record.policy, record.allocator)
         self.freed_blocks.labels(*labels).inc(record.freed_blocks)
+        self.evicted_tokens.labels(*labels).inc(record.evicted_tokens)
+        self.decode_evictions.labels(*labels).inc(record.during_decode)
         if record.seconds is not None:
             self.evictions.labels(*labels).inc()
-            self.evicted_tokens.labels(*labels).inc(record.evicted_tokens)
             self.kept_fraction.labels(*labels).observe(record.kept_fraction)
             self.seconds.labels(*labels).observe(record.seconds)
 

@@ -72,6 +72,10 @@ class ModelWeights:
         _, attention = self._modules(layer)
         return LayerWeights(rotary, projection, attention._k_scale_float, attention._v_scale_float)
 
+    def scale(self, layer: int) -> float:
+        """Return the softmax scale of one layer."""
+        return float(self._modules(layer)[1].impl.scale)
+
     def _modules(self, layer: int) -> tuple[Any, Any]:
         """Return the module around an attention layer, and the attention layer itself."""
         if not self._attention_modules:

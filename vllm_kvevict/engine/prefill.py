@@ -28,10 +28,18 @@ class LastRows:
         last = self._rows[layer] = last[max(len(last) - self._window, 0) :].clone()
         return last
 
+    def none_of(self, layer: int) -> torch.Tensor:
+        """Return [0, num_heads, head_size], for a layer that has seen a chunk."""
+        rows = self._rows[layer]
+        if rows is None:
+            raise RuntimeError(f"layer {layer} has seen no chunk")
+        return rows[:0]
+
 
 class Prefill:
-    """One request from its first chunk to its last.
+    """One request from its first chunk to its last; to its end, if it evicts while it decodes.
 
+    num_tokens: tokens whose queries it has seen
     seconds: what observing took so far
     failure: what the policy or the allocator raised first; neither is asked again
     """
@@ -42,8 +50,14 @@ class Prefill:
         self.queries = LastRows(num_layers, method.query_window)
         self.outputs = LastRows(num_layers, method.query_window)
         self.states: list[Any] = [None] * num_layers
+        self.num_tokens = 0
         self.seconds = 0.0
         self.failure: Exception | None = None
+
+    def take_states(self) -> list[torch.Tensor] | None:
+        """Return what the policy has summed up per token in every layer, None if nothing; it is forgotten here."""
+        states, self.states = self.states, [None] * len(self.states)
+        return states if Need.ALL_QUERIES in self.needs else None
 
 
 @dataclass
@@ -75,6 +89,7 @@ class PrefillRow:
         """See a layer's queries and outputs [num_tokens, num_heads, head_size] of the whole batch, after it ran."""
         prefill = self.prefill
         chunk = query[self.start : self.end]
+        prefill.num_tokens = self.kv_len
         outputs = None
         if Need.OUTPUTS in prefill.needs:
             outputs = prefill.outputs.extend(layer, output[self.start : self.end])

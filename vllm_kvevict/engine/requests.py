@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from vllm_kvevict.config import REQUEST_OPTIONS, REQUEST_POLICY, EvictionConfig
+from vllm_kvevict.config import REQUEST_DURING_DECODE, REQUEST_OPTIONS, REQUEST_POLICY, EvictionConfig
 from vllm_kvevict.engine.flags import FIELD
 from vllm_kvevict.engine.metrics import process_metrics
 from vllm_kvevict.engine.model import check_needs, evicted_models
@@ -22,6 +22,17 @@ def request_config(config: EvictionConfig, params: SamplingParams | None, block_
     Raises ValueError for a wrong option.
     """
     return None if params is None else config.for_request(params.extra_args, block_size)
+
+
+def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
+    """Raise ValueError if a config, the server's or that of a request, does not go with the model or the engine."""
+    method = config.method()
+    check_needs(config.policy, method.policy, evicted_models(vllm_config))
+    if method.during_decode and vllm_config.speculative_config is not None:
+        raise ValueError(
+            f"{REQUEST_DURING_DECODE}: does not work with speculative decoding, whose drafts may be rejected when what "
+            f"they displaced is gone; drop --speculative-config, or say {REQUEST_DURING_DECODE} false"
+        )
 
 
 def with_checked_options(validate: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,7 +67,7 @@ def _check(vllm_config: VllmConfig, params: Any) -> None:
     try:
         config = request_config(EvictionConfig.parse(values), params, vllm_config.cache_config.block_size)
         if config is not None:
-            check_needs(config.policy, config.method().policy, evicted_models(vllm_config))
+            check_config(config, vllm_config)
     except ValueError as error:
         process_metrics().refusals.labels(_option_named_in(str(error))).inc()
         raise VLLMValidationError(str(error)) from None

@@ -14,7 +14,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_kvevict.cache.plan import EvictionPlan, cdiv, plan_eviction
+from vllm_kvevict.cache.plan import EvictionPlan, cdiv, plan_eviction, plan_first_eviction
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.draft import split_draft_layers
 from vllm_kvevict.engine.install import eviction_config
@@ -37,6 +37,7 @@ class EvictionMixin(Scheduler):
         self._eviction_config = config
         self._evictions: dict[str, RequestEviction] = {}
         self._unplanned: set[str] = set()
+        self._bounded: set[str] = set()
         self._records: list[EvictionRecord] = []
         managers = self.kv_cache_manager.coordinator.single_type_managers
         for manager in managers:
@@ -56,7 +57,8 @@ class EvictionMixin(Scheduler):
         config, longest = self._eviction_config, self.vllm_config.model_config.max_model_len
         block_size, num_blocks = self._manager.block_size, self.kv_cache_config.num_blocks
         others = self._num_other_blocks(longest)
-        plan = plan_eviction(longest, config.budget, block_size, config.method().min_tokens)
+        method = config.method()
+        plan = plan_eviction(longest, config.budget, block_size, method.min_tokens, method.during_decode)
         whole = cdiv(longest, block_size)
         kept = whole if plan is None else plan.num_kept_blocks
         logger.info(
@@ -88,7 +90,13 @@ class EvictionMixin(Scheduler):
         config = request_config(self._eviction_config, request.sampling_params, block_size)
         if config is None:
             return None
-        plan = plan_eviction(request.num_tokens, config.budget, block_size, config.method().min_tokens)
+        method = config.method()
+        sizes = (request.num_tokens, config.budget, block_size, method.min_tokens)
+        plan, is_late = plan_eviction(*sizes, method.during_decode), False
+        if plan is None and method.during_decode:
+            plan, is_late = plan_first_eviction(*sizes), True
+            if request.num_prompt_tokens + request.max_tokens <= plan.num_tokens:  # the last token is never computed
+                return None
         if plan is None:
             return None
         # fresh blocks are for the prefix cache's sake; a prompt that leaves no room for them would wait for ever
@@ -96,7 +104,7 @@ class EvictionMixin(Scheduler):
         num_needed = cdiv(num_tokens, block_size) + plan.num_full_blocks + self._num_other_blocks(num_tokens)
         # one block is vLLM's null block, and one may be needed for the answer before the others are back
         in_place = not self._manager.enable_caching or num_needed > self.kv_cache_config.num_blocks - 2
-        return RequestEviction(config, plan, in_place)
+        return RequestEviction(config, plan, in_place, is_late)
 
     def _num_other_blocks(self, num_tokens: int) -> int:
         """Return how many blocks a request of ``num_tokens`` needs at most in layers that are not evicted."""
@@ -112,32 +120,63 @@ class EvictionMixin(Scheduler):
         return output
 
     def _step_evictions(self, output: SchedulerOutput) -> StepEvictions:
-        step = StepEvictions({}, {})
+        step = StepEvictions()
         self._unplanned &= self._evictions.keys()  # those that ended early are gone
-        for req_id in [req_id for req_id in self._unplanned if req_id in output.num_scheduled_tokens]:
-            eviction, request = self._evictions[req_id], self.requests[req_id]
-            if request.is_prefill_chunk:
-                step.prefilling[req_id] = eviction.config
-                continue
-            eviction.end_prefill(request.num_tokens)
-            self._unplanned.remove(req_id)
-            fresh = None if eviction.in_place else [block.block_id for block in eviction.fresh_blocks or []]
-            step.ending[req_id] = PrefillEnd(eviction.config, eviction.plan, fresh)
+        self._bounded &= self._evictions.keys()
+        for req_id in self._bounded & output.num_scheduled_tokens.keys():
+            num_tokens = self.requests[req_id].num_computed_tokens  # with what this step computes
+            if num_tokens % self._manager.block_size == 0:
+                step.shrinking[req_id] = num_tokens
+        for req_id in self._unplanned & output.num_scheduled_tokens.keys():
+            self._plan_first_eviction(self.requests[req_id], self._evictions[req_id], step)
         return step
+
+    def _plan_first_eviction(self, request: Request, eviction: RequestEviction, step: StepEvictions) -> None:
+        req_id, num_tokens = request.request_id, request.num_computed_tokens
+        is_full = num_tokens >= eviction.plan.num_tokens
+        if request.is_prefill_chunk or (eviction.is_late and not eviction.has_prefilled and not is_full):
+            step.prefilling[req_id] = eviction.config
+            eviction.has_prefilled = not request.is_prefill_chunk
+        elif not is_full:
+            if num_tokens % eviction.plan.block_size == 0:
+                step.growing[req_id] = num_tokens
+        else:
+            self._end_prefill(request, eviction, step)
+
+    def _end_prefill(self, request: Request, eviction: RequestEviction, step: StepEvictions) -> None:
+        req_id, is_late = request.request_id, eviction.has_prefilled
+        eviction.end_prefill(request.num_computed_tokens if is_late else request.num_tokens)
+        self._unplanned.remove(req_id)
+        if eviction.config.method().during_decode:
+            self._bounded.add(req_id)
+        fresh = None if eviction.in_place else [block.block_id for block in eviction.fresh_blocks or []]
+        step.ending[req_id] = PrefillEnd(eviction.config, eviction.plan, fresh, is_late)
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         step: StepEvictions = getattr(scheduler_output, STEP)
         reports: dict[str, EvictionReport] = getattr(model_runner_output, REPORTS, {})
         for req_id, end in step.ending.items():
-            if req_id not in reports or reports[req_id].plan != end.plan:
-                raise RuntimeError(f"request {req_id}: the worker did not evict as planned ({end.plan})")
-            if reports[req_id].failure is not None:
-                logger.error("request %s ends with an error, its eviction failed: %s", req_id, reports[req_id].failure)
-                # vLLM's own list of requests that end with an error once this step's tokens are counted
-                self.grammar_compile_error_reqs.add(req_id)
-                continue
-            self._count(req_id, end.config, end.plan, reports[req_id].seconds)
+            if self._is_done(req_id, reports, end.plan):
+                self._count(req_id, end.config, end.plan, reports[req_id].seconds)
+        for req_id in step.shrinking:
+            if self._is_done(req_id, reports, None) and req_id in self._evictions:  # it may have been aborted meanwhile
+                config = self._evictions[req_id].config
+                self._records.append(_shrunk(config, self._manager.block_size))
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _is_done(self, req_id: str, reports: dict[str, EvictionReport], plan: EvictionPlan | None) -> bool:
+        """Return whether a worker has evicted as planned; if a policy failed, its request will end.
+
+        Raises RuntimeError if the worker has done something else.
+        """
+        if req_id not in reports or reports[req_id].plan != plan:
+            raise RuntimeError(f"request {req_id}: the worker did not evict as planned ({plan})")
+        failure = reports[req_id].failure
+        if failure is not None:
+            logger.error("request %s ends with an error, its eviction failed: %s", req_id, failure)
+            # vLLM's own list of requests that end with an error once this step's tokens are counted
+            self.grammar_compile_error_reqs.add(req_id)
+        return failure is None
 
     def _count(self, req_id: str, config: EvictionConfig, plan: EvictionPlan, seconds: float) -> None:
         eviction = self._evictions.get(req_id)
@@ -177,6 +216,10 @@ def _evicted(config: EvictionConfig, plan: EvictionPlan, seconds: float) -> Evic
         kept_fraction=plan.num_kept_tokens / plan.num_tokens,
         seconds=seconds,
     )
+
+
+def _shrunk(config: EvictionConfig, block_size: int) -> EvictionRecord:
+    return EvictionRecord(config.policy, config.allocator_name, evicted_tokens=block_size, during_decode=True)
 
 
 def _log_line(req_id: str, config: EvictionConfig, plan: EvictionPlan, seconds: float) -> dict[str, Any]:

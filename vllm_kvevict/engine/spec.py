@@ -44,8 +44,10 @@ class RequestEviction:
 
     plan:         made when the prefill begins; the step that ends it makes it final
     in_place:     whether the kept tokens stay in the last blocks of the prompt
+    is_late:      whether the budget holds the prompt, and is full some way into the answer
     fresh_blocks: taken in the step that ends the prefill, and held here until they enter the request's table
-    is_final:     whether the step that ends the prefill was scheduled
+    has_prefilled: whether the last chunk of the prompt was scheduled; of interest if ``is_late``
+    is_final:     whether the step that ends in an eviction was scheduled
     is_done:      whether the workers have evicted it
     freed_blocks: set once the blocks are back in the pool
     """
@@ -53,6 +55,8 @@ class RequestEviction:
     config: EvictionConfig
     plan: EvictionPlan
     in_place: bool
+    is_late: bool = False
+    has_prefilled: bool = False
     fresh_blocks: list[KVCacheBlock] | None = None
     is_final: bool = False
     is_done: bool = False
@@ -76,6 +80,16 @@ class RequestEviction:
         """Return how many fresh blocks a step needs that computes the request up to ``num_tokens``."""
         is_due = not self.in_place and self.fresh_blocks is None and num_tokens >= self.plan.num_tokens
         return self.plan.num_full_blocks if is_due else 0
+
+    def reuses_last_block(self, num_tokens: int, num_blocks: int) -> bool:
+        """Return whether a request that holds ``num_blocks`` goes on to ``num_tokens`` in its last block.
+
+        The answer has filled that block, and the workers empty it before they write to it again.
+        """
+        if not (self.is_final and self.config.method().during_decode):
+            return False
+        is_of_the_answer = num_blocks > self.plan.num_tokens // self.plan.block_size
+        return is_of_the_answer and num_tokens > num_blocks * self.plan.block_size
 
     def end_prefill(self, num_tokens: int) -> None:
         """Make the plan final. The request may have grown since its prefill began; as many blocks are kept full."""
@@ -160,12 +174,21 @@ class EvictionManager(PrivateBlocks, FullAttentionManager):
             **kwargs,
         )
         eviction = self.evictions.get(request_id)
-        return num_blocks + (0 if eviction is None else eviction.num_fresh_blocks(num_tokens_main_model))
+        if eviction is None:
+            return num_blocks
+        if eviction.reuses_last_block(num_tokens, len(self.req_to_blocks[request_id])):
+            return num_blocks - 1
+        return num_blocks + eviction.num_fresh_blocks(num_tokens_main_model)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         eviction = self.evictions.get(request_id)
         if eviction is not None and (num_fresh := eviction.num_fresh_blocks(num_tokens_main_model)):
             eviction.fresh_blocks = self.block_pool.get_new_blocks(num_fresh)
+        blocks = self.req_to_blocks[request_id]
+        if eviction is not None and eviction.reuses_last_block(num_tokens, len(blocks)):
+            block, blocks[-1] = blocks[-1], self._null_block
+            blocks.append(block)
+            return [block]
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
     def remove_skipped_blocks(

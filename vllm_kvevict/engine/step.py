@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.config import EvictionConfig
@@ -16,11 +16,13 @@ class PrefillEnd:
     """A request whose prefill ends in a step, to be evicted at its end.
 
     fresh_block_ids: where its kept tokens go, as many as the plan has full blocks; None for its own last blocks
+    is_late:         its prompt was not evicted: its answer has filled the budget now
     """
 
     config: EvictionConfig
     plan: EvictionPlan
     fresh_block_ids: list[int] | None
+    is_late: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,19 +31,24 @@ class StepEvictions:
 
     prefilling: requests of this step that will be evicted, still in the middle of their prompt
     ending:     requests whose prefill ends in this step
+    growing:    requests not evicted yet whose answer fills a block in this step -> tokens
+    shrinking:  requests evicted before whose answer fills a block, to be emptied at the end of this step -> tokens
     """
 
-    prefilling: dict[str, EvictionConfig]
-    ending: dict[str, PrefillEnd]
+    prefilling: dict[str, EvictionConfig] = field(default_factory=dict)
+    ending: dict[str, PrefillEnd] = field(default_factory=dict)
+    growing: dict[str, int] = field(default_factory=dict)
+    shrinking: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EvictionReport:
     """Rides back on a ModelRunnerOutput: what a worker did.
 
+    plan:    the one it has carried out; None if it emptied a block of the answer
     failure: what the policy or the allocator raised; nothing was evicted then, and the request must end
     """
 
-    plan: EvictionPlan
+    plan: EvictionPlan | None
     seconds: float
     failure: str | None = None

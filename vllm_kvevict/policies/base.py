@@ -142,6 +142,20 @@ class EvictionPolicy(ABC):
         return 0
 
     @property
+    def evicts_during_decode(self) -> bool:
+        """Whether the published method goes on while the answer grows; a user may ask any policy to."""
+        return False
+
+    @property
+    def supports_decode(self) -> bool:
+        """Whether ``score`` means the same of what is left of a prompt and its answer, in the order of their positions.
+
+        A policy that observes all queries also needs a state of [num_kv_heads, kv_len] float32, one number per token:
+        the engine moves it with its tokens.
+        """
+        return self.needs <= {Need.OUTPUT_PROJECTION}
+
+    @property
     def default_allocator(self) -> str:
         """Allocator of the published method."""
         return "uniform"

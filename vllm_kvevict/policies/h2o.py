@@ -18,8 +18,9 @@ MAX_QUERIES = 256
 class H2O(EvictionPolicy):
     """Score a token by the attention it gets from all tokens of the prompt.
 
-    Paper: Zhang et al. 2023 (H2O), arXiv:2306.14048. Departs from the paper: eviction happens once, when the prompt
-    ends, so that no attention to or from evicted tokens is missing in the sums; the recent tokens that always stay are
+    Paper: Zhang et al. 2023 (H2O), arXiv:2306.14048. Departs from the paper: eviction begins when the prompt ends, so
+    that no attention of it to evicted tokens is missing in the sums, and goes on during decode, in steps of a block,
+    only if it is asked to; the recent tokens that always stay are
     a fixed number, not half of the budget; query heads that share a KV head are averaged. Every query of the prompt
     looks at every key again, which about doubles the cost of attention. ``H2O(normalize=True)`` is the score of
     kvpress's ``ObservedAttentionPress``, which protects nothing.
@@ -45,6 +46,10 @@ class H2O(EvictionPolicy):
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({Need.ALL_QUERIES})
+
+    @property
+    def supports_decode(self) -> bool:
+        return not self.normalize  # which would have to know how many queries a token has seen
 
     def observe(self, state: Any, inputs: ScoreInputs) -> torch.Tensor:
         """Return [num_kv_heads, kv_len] float32, the attention that each token got so far, mean over the group."""

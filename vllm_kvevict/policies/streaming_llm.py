@@ -17,8 +17,8 @@ class StreamingLLM(EvictionPolicy):
 
     Paper: Xiao et al. 2023 (StreamingLLM), arXiv:2309.17453. The sinks stay because selection protects them: a
     ``num_sink`` set by the user goes before ``n_sink``. Departs from the paper: kept tokens keep their positions, where
-    the paper counts positions inside the cache anew; and eviction happens once, when the prompt ends, so that the
-    window grows with the answer.
+    the paper counts positions inside the cache anew; and the window grows with the answer unless eviction is asked to
+    go on during decode.
 
     n_sink: tokens at the start that always stay, >= 0
 

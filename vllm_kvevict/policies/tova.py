@@ -17,7 +17,7 @@ class Tova(EvictionPolicy):
 
     Paper: Oren et al. 2024 (TOVA), arXiv:2401.06104. The heads of a layer share one ranking, and keep the same tokens
     with the allocator ``uniform``. Departs from the paper, as kvpress does: the last token always stays (there it
-    competes with its own attention); and eviction happens once, when the prompt ends, not at every step after it.
+    competes with its own attention); and eviction goes on during decode only if it is asked to, in steps of a block.
     """
 
     name: ClassVar[str] = "tova"

@@ -52,6 +52,10 @@ class WrapperPolicy(EvictionPolicy):
         return self.wrapped.needs
 
     @property
+    def supports_decode(self) -> bool:
+        return self.wrapped.supports_decode
+
+    @property
     def query_aware(self) -> bool:
         return self.wrapped.query_aware
 

@@ -1,0 +1,54 @@
+"""The ring returns the last queries of every request, whatever batches they came in."""
+
+import random
+
+import pytest
+import torch
+
+from vllm_kvevict.cache.query_ring import QueryRing
+
+LAYERS, DEPTH, HEADS, HEAD_SIZE = 2, 8, 3, 4
+
+
+def query_of(layer: int, req_id: str, position: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(layer * 1_000_003 + ord(req_id[0]) * 10_007 + position)
+    return torch.randn(HEADS, HEAD_SIZE, generator=generator)
+
+
+def test_last_queries_of_requests_in_changing_batches():
+    rng = random.Random(1)
+    ring = QueryRing(LAYERS, 4, DEPTH, torch.device("cpu"))
+    seq_lens = {"a": 5, "b": 16, "whole": 9}
+    ring.slots.take("b")
+    ring.slots.take("a")
+    for _ in range(60):
+        batch = rng.sample(list(seq_lens), rng.randint(1, 3))
+        query_lens = [rng.choice([1, 1, 3]) if req_id == "whole" else 1 for req_id in batch]
+        for req_id, query_len in zip(batch, query_lens, strict=True):
+            seq_lens[req_id] += query_len
+        start_loc = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0)
+        where = ring.plan(batch, start_loc, torch.tensor([seq_lens[req_id] for req_id in batch]))
+        assert (where is None) == (batch == ["whole"])
+        for layer in range(LAYERS if where is not None else 0):
+            queries = [
+                query_of(layer, req_id, seq_lens[req_id] - query_len + index)
+                for req_id, query_len in zip(batch, query_lens, strict=True)
+                for index in range(query_len)
+            ]
+            ring.write(layer, torch.stack(queries), where)
+    for req_id in "ab":
+        for layer in range(LAYERS):
+            for count in (0, 1, DEPTH):
+                last = ring.last(layer, req_id, seq_lens[req_id], count)
+                expected = [query_of(layer, req_id, seq_lens[req_id] - count + index) for index in range(count)]
+                assert torch.equal(last, torch.stack(expected) if expected else last[:0])
+    assert ring.num_bytes == LAYERS * 4 * DEPTH * HEADS * HEAD_SIZE * 4
+
+
+def test_nothing_is_kept_for_requests_without_a_slot():
+    ring = QueryRing(LAYERS, 4, DEPTH, torch.device("cpu"))
+    assert ring.plan(["a"], torch.tensor([0, 1]), torch.tensor([7])) is None
+    assert ring.num_bytes == 0
+    ring.slots.take("a")
+    with pytest.raises(RuntimeError, match="no query of request a was remembered"):
+        ring.last(0, "a", 7, 1)

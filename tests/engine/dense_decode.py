@@ -1,0 +1,142 @@
+"""Eviction while an answer grows, in plain transformers: the same tokens again, with a mask that loses columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tests.engine.dense import DenseModel
+from tests.engine.harness import Engine
+
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class LayerNow:
+    """One layer when an eviction is due. All float64 and bool.
+
+    logits:   [num_kv_heads, group, num_tokens, num_tokens] scaled products of every query with every key
+    visible:  [num_kv_heads, num_tokens, num_tokens] which keys each query saw when it was computed
+    resident: [num_kv_heads, num_tokens] which tokens are still there
+    """
+
+    logits: torch.Tensor
+    visible: torch.Tensor
+    resident: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.logits.shape[-1]
+
+    def attention_then(self) -> torch.Tensor:
+        """[num_kv_heads, group, num_tokens, num_tokens] as it was when each query was computed."""
+        return self.logits.masked_fill(~self.visible[:, None], float("-inf")).softmax(-1)
+
+    def attention_now(self, window: int) -> torch.Tensor:
+        """[num_kv_heads, group, window, num_tokens] of the last queries to what is left and not after them."""
+        causal = torch.ones(self.num_tokens, self.num_tokens, dtype=torch.bool).tril()[-window:]
+        hidden = ~(self.resident[:, None, None] & causal)
+        return self.logits[:, :, -window:].masked_fill(hidden, float("-inf")).softmax(-1)
+
+
+Score = Callable[[LayerNow], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each head may hold, and what it never loses."""
+
+    num_blocks: int
+    num_sink: int
+    num_recent: int
+
+    def target(self, num_tokens: int) -> int:
+        """Tokens that a head holds when the last block is empty or filled in part."""
+        return (self.num_blocks - 1) * BLOCK + num_tokens % BLOCK
+
+
+def check_kept(
+    model: DenseModel, tokens: list[int], kept: dict[int, list[list[list[int]]]], score: Score, budget: Budget
+) -> tuple[int, torch.Tensor]:
+    """Evict as ``kept`` says, and assert each time that every head keeps its highest scores.
+
+    kept:  tokens there were -> [num_layers][num_kv_heads] positions kept
+    score: one layer -> [num_kv_heads, num_tokens], of which those of resident tokens count
+
+    Returns how many tokens were kept for another one of the same score, up to rounding, and the model's logits
+    [num_tokens, vocab_size].
+    """
+    model.logits(tokens[:1])
+    num_layers, num_kv_heads = len(model.keys), len(model.keys[0])
+    visible = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril().repeat(num_layers, num_kv_heads, 1, 1)
+    num_swaps = 0
+    for now, layers in sorted(kept.items()):
+        model.logits_of_visible(tokens[:now], visible[:, :, :now, :now])
+        for layer, heads in enumerate(layers):
+            state = _layer_now(model, layer, visible[layer, :, :now, :now])
+            stays = torch.zeros_like(state.resident)
+            for head, positions in enumerate(heads):
+                stays[head, torch.tensor(positions)] = True
+            num_swaps += _check_highest(_protected(score(state), state.resident, budget), stays, budget.target(now))
+            visible[layer, :, now:, :now] &= stays[:, None]
+    return num_swaps, model.logits_of_visible(tokens, visible)
+
+
+def _protected(scores: torch.Tensor, resident: torch.Tensor, budget: Budget) -> torch.Tensor:
+    """Return ``scores``, protected tokens at +inf, those that are gone at -inf."""
+    order = resident.cumsum(-1)
+    is_protected = resident & ((order <= budget.num_sink) | (order > order[:, -1:] - budget.num_recent))
+    return scores.masked_fill(~resident, float("-inf")).masked_fill(is_protected, float("inf"))
+
+
+def _check_highest(scores: torch.Tensor, stays: torch.Tensor, target: int) -> int:
+    assert (stays.sum(-1) == target).all()
+    best, cut = torch.zeros_like(stays), scores.topk(target, dim=1)
+    best.scatter_(1, cut.indices, True)
+    swapped = best != stays
+    threshold = cut.values[:, -1:].expand_as(scores)
+    torch.testing.assert_close(scores[swapped], threshold[swapped], rtol=1e-4, atol=0)
+    return int(swapped.sum()) // 2
+
+
+def _layer_now(model: DenseModel, layer: int, visible: torch.Tensor) -> LayerNow:
+    queries, keys = model.queries[layer].double(), model.keys[layer].double()
+    by_head = queries.transpose(0, 1).unflatten(0, (len(keys), -1))  # [num_kv_heads, group, num_tokens, head_size]
+    logits = by_head @ keys.transpose(1, 2)[:, None] * queries.shape[2] ** -0.5
+    return LayerNow(logits, visible, visible[:, -1])
+
+
+def tova(now: LayerNow) -> torch.Tensor:
+    """The attention of the last query, mean over all heads."""
+    return now.attention_now(1)[:, :, 0].mean(dim=(0, 1)).expand(len(now.resident), -1)
+
+
+def kept_positions(running: Engine, request_id: str) -> list[list[list[int]]]:
+    """Positions [num_layers][num_kv_heads][tokens held], from where the worker says that they are."""
+    bridge, num_tokens = running.bridge, running.scheduler.requests[request_id].num_computed_tokens
+    positions = bridge.residents.positions.view(-1, BLOCK)
+    unused = -num_tokens % BLOCK  # slots of each last page
+    return [
+        [sorted(positions[pages].flatten()[: len(pages) * BLOCK - unused].tolist()) for pages in layer]
+        for layer in bridge.page_table.pages_of(request_id, num_tokens)
+    ]
+
+
+def run_and_watch(running: Engine, prompt: list[int], **params: Any) -> tuple[list[int], list[int], dict[int, Any]]:
+    """Return the answer, the blocks held after each step, and what each eviction has kept, by tokens at the time."""
+    running.add(prompt, **params)
+    held, kept, answer = [], {}, []
+    while running.llm.llm_engine.has_unfinished_requests():
+        outputs = running.step()
+        if not running.scheduler.requests:
+            answer = list(outputs[-1].outputs[0].token_ids)
+            break
+        (request_id,) = running.scheduler.requests
+        held.append(len(running.blocks_held(request_id)))
+        num_tokens = running.scheduler.requests[request_id].num_computed_tokens
+        if request_id in running.bridge.page_table and (not kept or num_tokens % BLOCK == 0):
+            kept[num_tokens] = kept_positions(running, request_id)
+    return answer, held, kept

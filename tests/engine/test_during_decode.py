@@ -1,0 +1,123 @@
+"""Eviction while the answer grows: the blocks stay the same in number, and the right tokens stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import USES_V2_RUNNER
+from tests.engine.dense import DenseModel
+from tests.engine.dense_decode import BLOCK, Budget, LayerNow, Score, check_kept, run_and_watch, tova
+from tests.engine.harness import Engine, engine
+from tests.tiny_llama import random_prompt
+
+BUDGET = 128
+NUM_BLOCKS = BUDGET // BLOCK
+NUM_ANSWERED = 170
+
+
+@pytest.fixture(scope="module")
+def running(tiny_llama: Path) -> Iterator[Engine]:
+    with engine(tiny_llama, budget=BUDGET, fields={"during_decode": True}) as started:
+        started.poison_unowned_memory()
+        yield started
+
+
+POLICIES = ["snapkv", "lava", "tova", "h2o", "streaming_llm", "knorm", "keydiff", "curdkv", "criticalkv", "morphkv"]
+
+
+@pytest.mark.parametrize(
+    ("length", "policy", "allocator"),
+    [
+        (length, policy, ("uniform", "lava")[(index + place) % 2])
+        for index, policy in enumerate(POLICIES)
+        for place, length in enumerate((40, 128, 129, 500))
+        if not USES_V2_RUNNER or index % 4 == place
+    ],
+)
+def test_a_request_holds_its_budget_and_no_more(running: Engine, policy: str, allocator: str, length: int) -> None:
+    options = {"kv_eviction": policy, "kv_budget_allocator": allocator}
+    answer, held, kept = run_and_watch(
+        running, random_prompt(length, seed=length), max_tokens=NUM_ANSWERED, extra_args=options
+    )
+    assert len(answer) == NUM_ANSWERED
+    assert max(held[3:]) == NUM_BLOCKS or length == 40
+    first = next(step for step, blocks in enumerate(held) if step > 2 and blocks == NUM_BLOCKS)
+    # a late first eviction may need fresh blocks beside the old ones, for the steps until it is seen to be done
+    late = held.index(max(held)) if max(held) > NUM_BLOCKS else first
+    assert set(held[max(first, late) + 3 :]) == {NUM_BLOCKS}
+    total = length + NUM_ANSWERED - 1
+    assert len(kept) >= total // BLOCK - max(length // BLOCK, NUM_BLOCKS) - 1
+    for num_tokens, layers in kept.items():
+        counts = [len(head) for layer in layers for head in layer]
+        assert sum(counts) == ((NUM_BLOCKS - 1) * BLOCK + num_tokens % BLOCK) * len(counts)
+        for head in (head for layer in layers for head in layer):
+            assert len(set(head)) == len(head)
+            assert not head or (head[0] >= 0 and head[-1] < num_tokens)
+    running.check_all_free()
+
+
+def h2o(now: LayerNow) -> torch.Tensor:
+    return now.attention_then().sum(dim=2).mean(dim=1)
+
+
+def streaming_llm(now: LayerNow) -> torch.Tensor:
+    return torch.arange(now.num_tokens, dtype=torch.float64).expand(len(now.resident), -1)
+
+
+def snapkv(now: LayerNow) -> torch.Tensor:
+    """Neighbours are those that are left."""
+    attention = now.attention_now(32).mean(dim=(1, 2))
+    scores = torch.zeros_like(attention)
+    for head, resident in enumerate(now.resident):
+        older = resident.nonzero()[:-32, 0]
+        pooled = torch.nn.functional.max_pool1d(attention[head, older][None], 7, stride=1, padding=3)
+        scores[head, older] = pooled[0]
+    return scores
+
+
+def policy_cases() -> Iterator[Any]:
+    yield pytest.param("tova", {}, tova, 0, 1, id="tova")
+    yield pytest.param("h2o", {}, h2o, 0, 32, id="h2o")
+    yield pytest.param("streaming_llm", {}, streaming_llm, 4, 0, id="streaming_llm")
+    yield pytest.param("snapkv", {}, snapkv, 0, 32, id="snapkv")
+
+
+@pytest.fixture(scope="module")
+def dense(tiny_llama: Path) -> DenseModel:
+    return DenseModel(tiny_llama)
+
+
+@pytest.mark.parametrize("length", [203] if USES_V2_RUNNER else [40, 128, 203])
+@pytest.mark.parametrize(("policy", "options", "score", "num_sink", "num_recent"), policy_cases())
+def test_tokens_kept_and_answers_are_those_of_a_dense_model(
+    running: Engine,
+    dense: DenseModel,
+    policy: str,
+    options: dict[str, Any],
+    score: Score,
+    num_sink: int,
+    num_recent: int,
+    length: int,
+) -> None:
+    prompt = random_prompt(length, seed=length)
+    answer, _, kept = run_and_watch(running, prompt, max_tokens=300, extra_args={"kv_eviction": policy})
+    budget = Budget(NUM_BLOCKS, num_sink, num_recent)
+    num_swaps, logits = check_kept(dense, [*prompt, *answer], kept, score, budget)
+    assert num_swaps <= (1 if policy != "snapkv" else 200)  # its neighbours share their scores
+    assert logits[length - 1 : -1].argmax(-1).tolist() == answer
+    expected = range(max(length, BUDGET) // BLOCK * BLOCK + BLOCK, length + 300, BLOCK)
+    assert sorted(kept) == [max(length, BUDGET), *expected]
+
+
+def test_the_last_tokens_stay(running: Engine) -> None:
+    options = {"kv_eviction": "streaming_llm"}
+    _, _, kept = run_and_watch(running, random_prompt(200, seed=1), max_tokens=200, extra_args=options)
+    for num_tokens, layers in kept.items():
+        size = (NUM_BLOCKS - 1) * BLOCK + num_tokens % BLOCK
+        expected = [*range(4), *range(num_tokens - size + 4, num_tokens)]
+        assert all(head == expected for layer in layers for head in layer)

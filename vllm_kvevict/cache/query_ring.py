@@ -1,0 +1,75 @@
+"""The last queries of requests that evict while they decode, in memory whose addresses never change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_kvevict.cache.request_slots import RequestSlots
+
+
+@dataclass(frozen=True)
+class RingWrite:
+    """Which queries of a batch are to be remembered, and where.
+
+    tokens: [num_queries] int64 into the batch, the last query of each request that has a slot
+    slots:  [num_queries] int64, the slot of each query's request
+    places: [num_queries] int64, its place in the ring of the request
+    """
+
+    tokens: torch.Tensor
+    slots: torch.Tensor
+    places: torch.Tensor
+
+
+class QueryRing:
+    """The last ``depth`` queries of each request in every layer; the query of position p has place p % depth.
+
+    Memory: num_layers * max_num_reqs * depth * num_heads * head_size elements, taken with the first query.
+    """
+
+    def __init__(self, num_layers: int, max_num_reqs: int, depth: int, device: torch.device) -> None:
+        self.slots = RequestSlots(max_num_reqs, device)
+        self.depth = depth
+        self._shape = (num_layers, max_num_reqs, depth)
+        self._queries: torch.Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the queries take."""
+        return 0 if self._queries is None else self._queries.numel() * self._queries.element_size()
+
+    def plan(self, req_ids: list[str], query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> RingWrite | None:
+        """Return what a batch has to remember, None if it is nothing.
+
+        req_ids:         [num_reqs]
+        query_start_loc: [num_reqs + 1], where the queries of each request begin
+        seq_lens:        [num_reqs], tokens in the cache, the batch's included
+        """
+        if not len(self.slots):
+            return None
+        slots = self.slots.of(req_ids)
+        rows = (slots >= 0).nonzero()[:, 0]
+        if not len(rows):
+            return None
+        tokens = query_start_loc[1:].to(torch.int64)[rows] - 1
+        return RingWrite(tokens, slots[rows], (seq_lens.to(torch.int64)[rows] - 1) % self.depth)
+
+    def write(self, layer: int, queries: torch.Tensor, where: RingWrite) -> None:
+        """Remember those queries of one layer's [num_tokens, num_heads, head_size] that ``where`` names."""
+        if self._queries is None:
+            self._queries = queries.new_zeros(*self._shape, *queries.shape[1:])
+        self._queries[layer, where.slots, where.places] = queries[where.tokens]
+
+    def last(self, layer: int, req_id: str, num_tokens: int, num_queries: int) -> torch.Tensor:
+        """Return [num_queries, num_heads, head_size], the last queries of a request of ``num_tokens`` tokens.
+
+        num_queries: at most the depth
+
+        Raises RuntimeError if no query was written.
+        """
+        if self._queries is None:
+            raise RuntimeError(f"no query of request {req_id} was remembered, though its policy looks at queries")
+        positions = torch.arange(num_tokens - num_queries, num_tokens, device=self._queries.device)
+        return self._queries[layer, self.slots[req_id], positions % self.depth]

@@ -1,0 +1,58 @@
+"""Which row of a table belongs to which request."""
+
+from __future__ import annotations
+
+import torch
+
+
+class RequestSlots:
+    """Rows 0 to ``max_num_reqs - 1``, given to requests and taken back.
+
+    generation: changes whenever a request gets a slot or gives one back
+    """
+
+    def __init__(self, max_num_reqs: int, device: torch.device) -> None:
+        self._device = device
+        self._free = list(range(max_num_reqs))[::-1]
+        self._slots: dict[str, int] = {}
+        self.generation = 0
+        self._found: tuple[list[str], int, torch.Tensor] = ([], -1, torch.empty(0, dtype=torch.int64))
+
+    def __contains__(self, req_id: object) -> bool:
+        return req_id in self._slots
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __getitem__(self, req_id: str) -> int:
+        return self._slots[req_id]
+
+    def take(self, req_id: str) -> int:
+        """Return a slot that is ``req_id``'s from now on.
+
+        Raises ValueError if it has one, or none is left.
+        """
+        if req_id in self._slots:
+            raise ValueError(f"req_id: {req_id!r} has a slot already")
+        if not self._free:
+            raise ValueError(f"req_id: no slot left for {req_id!r}, all {len(self._slots)} are in use")
+        slot = self._slots[req_id] = self._free.pop()
+        self.generation += 1
+        return slot
+
+    def give_back(self, req_id: str) -> bool:
+        """Take the slot of a request back; return whether it had one."""
+        slot = self._slots.pop(req_id, None)
+        if slot is None:
+            return False
+        self._free.append(slot)
+        self.generation += 1
+        return True
+
+    def of(self, req_ids: list[str]) -> torch.Tensor:
+        """Return [num_reqs] int64 slots, -1 where a request has none; looked up only when something has changed."""
+        known_ids, generation, slots = self._found
+        if generation != self.generation or known_ids != req_ids:
+            slots = torch.tensor([self._slots.get(req_id, -1) for req_id in req_ids], device=self._device)
+            self._found = (req_ids, self.generation, slots)
+        return slots

@@ -1,0 +1,112 @@
+"""MorphKV: keep the tokens that the last tokens of the answer agree on, within a constant size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
+
+_TILE = 1024  # tokens
+
+
+@POLICIES.register("morphkv")
+@dataclass(frozen=True)
+class MorphKV(EvictionPolicy):
+    """Score an older token by the attention it gets from the last ``window`` queries, of the prompt or of the answer.
+
+    Paper: Ghadia et al. 2025 (MorphKV), arXiv:2503.00979. Its code has two algorithms, both here. Departs from it:
+    eviction takes a block of tokens at a time, not one per step; the newest query counts, where the code for query
+    caches leaves it out; and heads that share a KV head decide together, where the code masks the output of a step per
+    query head and prunes the cache per KV head.
+
+    window:      last queries, whose own tokens always stay, >= 1
+    fusion:      over the queries: "sum" of what they attend to, or "max"
+    variant:     "probabilities": softmax per query head, then ``group``; "logits": the products of the heads that share
+                 a KV head are summed before one softmax, and ``group`` finds one head
+    group:       reduction over the query heads of one KV head: "max" or "mean"; "layer": the mean over all heads of the
+                 layer, which then keep the same tokens with the allocator ``uniform``
+    denominator: tokens over which the softmax runs: the "older" ones that are judged, or "all" that a query sees
+
+    Raises ValueError for another value.
+    """
+
+    window: int = 32
+    fusion: Literal["sum", "max"] = "sum"
+    variant: Literal["probabilities", "logits"] = "probabilities"
+    group: Literal["max", "mean", "layer"] = "max"
+    denominator: Literal["older", "all"] = "older"
+    name: ClassVar[str] = "morphkv"
+    paper: ClassVar[str] = "MorphKV, arXiv:2503.00979"
+
+    def __post_init__(self) -> None:
+        if type(self.window) is not int or self.window < 1:
+            raise ValueError(f"morphkv.window: expected at least 1 token, got {self.window!r}")
+        for option, allowed in (
+            ("fusion", ("sum", "max")),
+            ("variant", ("probabilities", "logits")),
+            ("group", ("max", "mean", "layer")),
+            ("denominator", ("older", "all")),
+        ):
+            if getattr(self, option) not in allowed:
+                expected = " or ".join(map(repr, allowed))
+                raise ValueError(f"morphkv.{option}: expected {expected}, got {getattr(self, option)!r}")
+
+    @property
+    def query_window(self) -> int:
+        return self.window
+
+    @property
+    def num_recent(self) -> int:
+        return self.window
+
+    @property
+    def evicts_during_decode(self) -> bool:
+        return True
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        num_older = inputs.kv_len - len(inputs.query)
+        scores = inputs.query.new_zeros(inputs.num_kv_heads, inputs.kv_len, dtype=torch.float32)
+        if num_older <= 0:  # every token observes: none is to be judged
+            return scores
+        highest, total = self._softmax_terms(inputs, num_older if self.denominator == "older" else inputs.kv_len)
+        for start, end in inputs.tiles(0, num_older, _TILE):
+            probabilities = (self._logits(inputs, start, end) - highest).exp() / total
+            scores[:, start:end] = self._fused(probabilities)
+        scores[:, num_older:] = scores.amax()
+        return scores
+
+    def _logits(self, inputs: ScoreInputs, start: int, end: int) -> torch.Tensor:
+        """Return [num_kv_heads, group or 1, num_queries, num_tokens] float32, -inf for tokens after their query."""
+        query = inputs.query.float().transpose(0, 1).unflatten(0, (inputs.num_kv_heads, -1))
+        if self.variant == "logits":
+            query = query.sum(dim=1, keepdim=True)
+        logits: torch.Tensor = query @ inputs.gather_keys(start, end).transpose(1, 2)[:, None] * inputs.scale
+        position = torch.arange(inputs.kv_len - len(inputs.query), inputs.kv_len, device=logits.device)
+        is_later = torch.arange(start, end, device=logits.device) > position[:, None]
+        return logits.masked_fill_(is_later, float("-inf"))
+
+    def _softmax_terms(self, inputs: ScoreInputs, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the highest logit of each query, and the sum of its exponentials, [num_kv_heads, group or 1, w, 1]."""
+        highest = total = torch.zeros(())
+        for start, end in inputs.tiles(0, num_tokens, _TILE):
+            logits = self._logits(inputs, start, end)
+            earlier, highest = highest, logits.amax(dim=-1, keepdim=True)
+            if start > 0:  # the first token is seen by every query, so that this is finite
+                highest = torch.maximum(earlier, highest)
+                total = total * (earlier - highest).exp()
+            total = total + (logits - highest).exp().sum(dim=-1, keepdim=True)
+        return highest, total
+
+    def _fused(self, attention: torch.Tensor) -> torch.Tensor:
+        """Return [num_kv_heads or 1, num_tokens] from [num_kv_heads, group or 1, num_queries, num_tokens]."""
+        if self.group == "max":
+            of_heads = attention.amax(dim=1)
+        else:
+            of_heads = attention.mean(dim=1) if self.group == "mean" else attention.mean(dim=(0, 1))[None]
+        return of_heads.sum(dim=1) if self.fusion == "sum" else of_heads.amax(dim=1)
+
+    def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        return 4 * num_kv_heads  # the scores; all else is a tile
