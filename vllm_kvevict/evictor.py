@@ -19,7 +19,7 @@ from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.selection import protect, select
 from vllm_kvevict.kernels.move_tokens import move_tokens
-from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, ScoreInputs
+from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, Need, ScoreInputs
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,12 @@ class Method:
     def query_window(self) -> int:
         """Last queries of the prompt that the policy or the allocator looks at."""
         return max(self.policy.query_window, self.allocator.query_window)
+
+    @property
+    def watches_answer(self) -> bool:
+        """Whether the engine must remember queries of the answer."""
+        is_watched = self.during_decode or self.policy.num_deferred > 0
+        return is_watched and (self.query_window > 0 or Need.ALL_QUERIES in self.policy.needs)
 
     @property
     def min_tokens(self) -> int:

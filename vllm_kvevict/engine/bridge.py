@@ -20,7 +20,6 @@ from vllm_kvevict.engine.model import ModelWeights
 from vllm_kvevict.engine.prefill import Prefill, PrefillRow
 from vllm_kvevict.engine.step import STEP, EvictionReport, PrefillEnd, StepEvictions
 from vllm_kvevict.evictor import Eviction, Method
-from vllm_kvevict.policies.base import Need
 
 logger = logging.getLogger("vllm.kvevict")
 
@@ -129,6 +128,7 @@ class EvictionBridge:
             reports[req_id] = _report(eviction.plan, eviction.seconds + prefill.seconds, failure)
             if not prefill.method.during_decode:
                 del self._prefills[req_id]
+                self.ring.slots.give_back(req_id)
         for req_id, num_tokens in step.shrinking.items():
             reports[req_id] = self._shrink(req_id, num_tokens)
         self._step = None
@@ -241,7 +241,7 @@ class EvictionBridge:
 
     def _begin_prefill(self, req_id: str, method: Method) -> Prefill:
         prefill = self._prefills[req_id] = Prefill(method, self.pool.num_layers)
-        if method.during_decode and (method.query_window or Need.ALL_QUERIES in prefill.needs):
+        if method.watches_answer:
             self.ring.slots.take(req_id)
         return prefill
 
@@ -252,7 +252,7 @@ class EvictionBridge:
         for row, req_id in enumerate(req_ids if full else []):
             if req_id in full:
                 _check_length(req_id, full[req_id], int(common.seq_lens[row]))
-                num_blocks = full[req_id] // self.pool.block_size
+                num_blocks = cdiv(full[req_id], self.pool.block_size)
                 self._full_rows[req_id] = common.block_table_tensor[row, :num_blocks].to(torch.int64)
 
     def _fresh(self, end: PrefillEnd) -> torch.Tensor | None:

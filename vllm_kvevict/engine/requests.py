@@ -28,7 +28,14 @@ def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
     """Raise ValueError if a config, the server's or that of a request, does not go with the model or the engine."""
     method = config.method()
     check_needs(config.policy, method.policy, evicted_models(vllm_config))
-    if method.during_decode and vllm_config.speculative_config is not None:
+    if vllm_config.speculative_config is None:
+        return
+    if method.policy.num_deferred:
+        raise ValueError(
+            f"{REQUEST_POLICY}: policy {config.policy!r} counts the tokens of the answer, and does not work with "
+            f"speculative decoding; drop --speculative-config, or choose another policy"
+        )
+    if method.during_decode:
         raise ValueError(
             f"{REQUEST_DURING_DECODE}: does not work with speculative decoding, whose drafts may be rejected when what "
             f"they displaced is gone; drop --speculative-config, or say {REQUEST_DURING_DECODE} false"

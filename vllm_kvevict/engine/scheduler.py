@@ -91,12 +91,14 @@ class EvictionMixin(Scheduler):
         if config is None:
             return None
         method = config.method()
-        sizes = (request.num_tokens, config.budget, block_size, method.min_tokens)
-        plan, is_late = plan_eviction(*sizes, method.during_decode), False
+        num_deferred = method.policy.num_deferred
+        sizes = (request.num_tokens + num_deferred, config.budget, block_size, method.min_tokens)
+        plan, is_late = plan_eviction(*sizes, method.during_decode), num_deferred > 0
         if plan is None and method.during_decode:
             plan, is_late = plan_first_eviction(*sizes), True
-            if request.num_prompt_tokens + request.max_tokens <= plan.num_tokens:  # the last token is never computed
-                return None
+        # the last token of an answer is never computed
+        if is_late and plan is not None and request.num_prompt_tokens + request.max_tokens <= plan.num_tokens:
+            return None
         if plan is None:
             return None
         # fresh blocks are for the prefix cache's sake; a prompt that leaves no room for them would wait for ever

@@ -44,7 +44,7 @@ class RequestEviction:
 
     plan:         made when the prefill begins; the step that ends it makes it final
     in_place:     whether the kept tokens stay in the last blocks of the prompt
-    is_late:      whether the budget holds the prompt, and is full some way into the answer
+    is_late:      whether the eviction is due some way into the answer: the budget holds the prompt, or the policy waits
     fresh_blocks: taken in the step that ends the prefill, and held here until they enter the request's table
     has_prefilled: whether the last chunk of the prompt was scheduled; of interest if ``is_late``
     is_final:     whether the step that ends in an eviction was scheduled

@@ -16,7 +16,7 @@ class PrefillEnd:
     """A request whose prefill ends in a step, to be evicted at its end.
 
     fresh_block_ids: where its kept tokens go, as many as the plan has full blocks; None for its own last blocks
-    is_late:         its prompt was not evicted: its answer has filled the budget now
+    is_late:         some way into its answer, which has filled the budget or is what the policy waited for
     """
 
     config: EvictionConfig

@@ -15,7 +15,7 @@ class AttentionTile:
     """What the queries pay to tokens ``start`` to ``end``.
 
     logits:        [num_kv_heads, group, num_queries, end - start] float32, scaled; -inf where causality hides the key
-    probabilities: likewise, the softmax over all tokens of the cache
+    probabilities: likewise, the softmax
     """
 
     start: int
@@ -24,19 +24,29 @@ class AttentionTile:
     probabilities: torch.Tensor
 
 
-def attention_tiles(inputs: ScoreInputs) -> Iterator[AttentionTile]:
-    """Yield the attention of ``inputs.query`` over the whole cache in tiles of 1,024 tokens, in order.
+def grouped_query(inputs: ScoreInputs) -> torch.Tensor:
+    """Return [num_kv_heads, group, num_queries, head_size] float32, the queries by the KV head that they read."""
+    by_head: torch.Tensor = inputs.query.float().transpose(0, 1).unflatten(0, (inputs.num_kv_heads, -1))
+    return by_head
+
+
+def attention_tiles(
+    inputs: ScoreInputs, query: torch.Tensor | None = None, num_keys: int | None = None
+) -> Iterator[AttentionTile]:
+    """Yield the attention of the last queries over the cache in tiles of 1,024 tokens, in order.
 
     Keys are visited twice, first for the sums of the softmax. Scratch memory: 8 bytes for each query, head and token
     of a tile, whatever the length of the prompt.
+
+    query:    what to use in place of ``grouped_query(inputs)``; any group
+    num_keys: the softmax runs over the first tokens only, as many as this; None: over all that a query sees
     """
-    query = (
-        inputs.query.float().transpose(0, 1).unflatten(0, (inputs.num_kv_heads, -1))
-    )  # [kv heads, group, queries, D]
+    if query is None:
+        query = grouped_query(inputs)
     log_sums = query.new_full(query.shape[:-1], float("-inf"))
-    for start, end in inputs.tiles():
+    for start, end in inputs.tiles(end=num_keys):
         log_sums = torch.logaddexp(log_sums, _logits(query, inputs, start, end).logsumexp(-1))
-    for start, end in inputs.tiles():
+    for start, end in inputs.tiles(end=num_keys):
         logits = _logits(query, inputs, start, end)
         yield AttentionTile(start, end, logits, (logits - log_sums[..., None]).exp())
 

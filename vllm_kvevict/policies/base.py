@@ -147,6 +147,11 @@ class EvictionPolicy(ABC):
         return False
 
     @property
+    def num_deferred(self) -> int:
+        """Tokens of the answer that a prompt waits for to be evicted, the last queries being theirs; 0: for none."""
+        return 0
+
+    @property
     def supports_decode(self) -> bool:
         """Whether ``score`` means the same of what is left of a prompt and its answer, in the order of their positions.
 

@@ -7,9 +7,8 @@ from typing import ClassVar, Literal
 
 import torch
 
+from vllm_kvevict.policies.attention import attention_tiles, grouped_query
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
-
-_TILE = 1024  # tokens
 
 
 @POLICIES.register("morphkv")
@@ -71,34 +70,15 @@ class MorphKV(EvictionPolicy):
         scores = inputs.query.new_zeros(inputs.num_kv_heads, inputs.kv_len, dtype=torch.float32)
         if num_older <= 0:  # every token observes: none is to be judged
             return scores
-        highest, total = self._softmax_terms(inputs, num_older if self.denominator == "older" else inputs.kv_len)
-        for start, end in inputs.tiles(0, num_older, _TILE):
-            probabilities = (self._logits(inputs, start, end) - highest).exp() / total
-            scores[:, start:end] = self._fused(probabilities)
-        scores[:, num_older:] = scores.amax()
-        return scores
-
-    def _logits(self, inputs: ScoreInputs, start: int, end: int) -> torch.Tensor:
-        """Return [num_kv_heads, group or 1, num_queries, num_tokens] float32, -inf for tokens after their query."""
-        query = inputs.query.float().transpose(0, 1).unflatten(0, (inputs.num_kv_heads, -1))
+        query = grouped_query(inputs)
         if self.variant == "logits":
             query = query.sum(dim=1, keepdim=True)
-        logits: torch.Tensor = query @ inputs.gather_keys(start, end).transpose(1, 2)[:, None] * inputs.scale
-        position = torch.arange(inputs.kv_len - len(inputs.query), inputs.kv_len, device=logits.device)
-        is_later = torch.arange(start, end, device=logits.device) > position[:, None]
-        return logits.masked_fill_(is_later, float("-inf"))
-
-    def _softmax_terms(self, inputs: ScoreInputs, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the highest logit of each query, and the sum of its exponentials, [num_kv_heads, group or 1, w, 1]."""
-        highest = total = torch.zeros(())
-        for start, end in inputs.tiles(0, num_tokens, _TILE):
-            logits = self._logits(inputs, start, end)
-            earlier, highest = highest, logits.amax(dim=-1, keepdim=True)
-            if start > 0:  # the first token is seen by every query, so that this is finite
-                highest = torch.maximum(earlier, highest)
-                total = total * (earlier - highest).exp()
-            total = total + (logits - highest).exp().sum(dim=-1, keepdim=True)
-        return highest, total
+        for tile in attention_tiles(inputs, query, num_older if self.denominator == "older" else None):
+            end = min(tile.end, num_older)
+            if tile.start < end:
+                scores[:, tile.start : end] = self._fused(tile.probabilities[..., : end - tile.start])
+        scores[:, num_older:] = scores.amax()
+        return scores
 
     def _fused(self, attention: torch.Tensor) -> torch.Tensor:
         """Return [num_kv_heads or 1, num_tokens] from [num_kv_heads, group or 1, num_queries, num_tokens]."""

@@ -29,6 +29,10 @@ class ObservationWindow(EvictionPolicy):
     def __post_init__(self) -> None:
         if type(self.window) is not int or self.window < 1:
             raise ValueError(f"{self.name}.window: expected at least 1 token, got {self.window!r}")
+        self.check_pool_kernel()
+
+    def check_pool_kernel(self) -> None:
+        """Raise ValueError unless ``pool_kernel`` is a width that it may have."""
         if type(self.pool_kernel) is not int or self.pool_kernel < 1 or self.pool_kernel % 2 == 0:
             raise ValueError(f"{self.name}.pool_kernel: expected an odd number of at least 1, got {self.pool_kernel!r}")
 

@@ -52,6 +52,14 @@ class WrapperPolicy(EvictionPolicy):
         return self.wrapped.needs
 
     @property
+    def evicts_during_decode(self) -> bool:
+        return self.wrapped.evicts_during_decode
+
+    @property
+    def num_deferred(self) -> int:
+        return self.wrapped.num_deferred
+
+    @property
     def supports_decode(self) -> bool:
         return self.wrapped.supports_decode
 
