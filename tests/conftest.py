@@ -11,7 +11,10 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 # pytest-xdist's processes share the cores: two OpenMP teams on the same ones wait for each other at every barrier
 PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(min((os.cpu_count() or 1) // PROCESSES, 2), 1)))
+if (
+    PROCESSES > 1 or "OMP_NUM_THREADS" not in os.environ
+):  # a worker inherits what the first process has chosen for itself
+    os.environ["OMP_NUM_THREADS"] = str(max(min((os.cpu_count() or 1) // PROCESSES, 2), 1))
 # the benchmarks, which some tests import, ask for less; servers that tests start inherit it
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
 os.environ["HF_HUB_OFFLINE"] = "1"

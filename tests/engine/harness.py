@@ -25,7 +25,7 @@ class Engine:
         self.scheduler = self.core.scheduler
         self.block_pool = self.scheduler.kv_cache_manager.block_pool
         self.worker = self.core.model_executor.driver_worker.worker
-        self._poison = False
+        self._poisoned: set[int] | None = None
         self.max_running = 0
         self.num_evictions = 0
         if self.bridge is not None:
@@ -52,7 +52,7 @@ class Engine:
 
         def count() -> Any:
             reports = end_step()
-            self.num_evictions += len(reports)
+            self.num_evictions += sum(report.plan is not None for report in reports.values())
             return reports
 
         self.bridge.end_step = count
@@ -98,8 +98,8 @@ class Engine:
         """Pages held == blocks held * layers * heads; no page in two tables; the null block in none."""
         for bridge in self.bridges:
             self._check_pages(bridge)
-        if self._poison:
-            self._poison_free_blocks()
+        if self._poisoned is not None:
+            self._poison_free_blocks(self._poisoned)
 
     def _check_pages(self, bridge: Any) -> None:
         owner: dict[int, str] = {}
@@ -142,7 +142,7 @@ class Engine:
         Blocks are cleared when a request gets them: vLLM's kernels multiply slots past a sequence's end by zero.
         In e4m3, which scores read as NaN, vLLM's CPU kernel takes the same byte for 480: logits then give it away.
         """
-        self._poison = True
+        self._poisoned = set()
         execute_model = self.worker.execute_model
 
         def clear_then_execute(output: Any) -> Any:
@@ -155,12 +155,15 @@ class Engine:
             return execute_model(output)
 
         self.worker.execute_model = clear_then_execute
-        self._poison_free_blocks()
+        self._poison_free_blocks(self._poisoned)
 
-    def _poison_free_blocks(self) -> None:
+    def _poison_free_blocks(self, poisoned: set[int]) -> None:
+        """Poison the blocks that nobody owns any more, and keep ``poisoned`` up to date."""
         blocks = self.block_pool.free_block_queue.get_all_free_blocks()
-        unowned = [block.block_id for block in blocks if block.block_hash is None]
-        block_ids = torch.tensor([self.block_pool.null_block.block_id, *unowned])
+        unowned = {block.block_id for block in blocks if block.block_hash is None}
+        block_ids = torch.tensor([self.block_pool.null_block.block_id, *sorted(unowned - poisoned)])
+        poisoned.clear()
+        poisoned.update(unowned)
         for pool in (bridge.pool for bridge in self.bridges):
             pool.pages[pool.page_ids(block_ids).flatten()] = float("nan")
 
