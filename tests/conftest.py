@@ -9,7 +9,8 @@ from pathlib import Path
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-# pytest-xdist's processes share the cores: two OpenMP teams on the same ones wait for each other at every barrier
+# pytest-xdist's processes share the cores: two OpenMP teams on the same ones wait for each other at every barrier.
+# A worker inherits what the first process has chosen for itself
 PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 if (
     PROCESSES > 1 or "OMP_NUM_THREADS" not in os.environ

@@ -35,18 +35,23 @@ def attention_tiles(
 ) -> Iterator[AttentionTile]:
     """Yield the attention of the last queries over the cache in tiles of 1,024 tokens, in order.
 
-    Keys are visited twice, first for the sums of the softmax. Scratch memory: 8 bytes for each query, head and token
-    of a tile, whatever the length of the prompt.
+    Keys are visited twice, first for the sums of the softmax, unless one tile holds them all. Scratch memory: 8 bytes
+    for each query, head and token of a tile, whatever the length of the prompt.
 
     query:    what to use in place of ``grouped_query(inputs)``; any group
     num_keys: the softmax runs over the first tokens only, as many as this; None: over all that a query sees
     """
     if query is None:
         query = grouped_query(inputs)
+    tiles = list(inputs.tiles(end=num_keys))
+    if len(tiles) == 1:
+        logits = _logits(query, inputs, *tiles[0])
+        yield AttentionTile(*tiles[0], logits, logits.softmax(-1))
+        return
     log_sums = query.new_full(query.shape[:-1], float("-inf"))
-    for start, end in inputs.tiles(end=num_keys):
+    for start, end in tiles:
         log_sums = torch.logaddexp(log_sums, _logits(query, inputs, start, end).logsumexp(-1))
-    for start, end in inputs.tiles(end=num_keys):
+    for start, end in tiles:
         logits = _logits(query, inputs, start, end)
         yield AttentionTile(start, end, logits, (logits - log_sums[..., None]).exp())
 

@@ -24,7 +24,7 @@ class MorphKV(EvictionPolicy):
     window:      last queries, whose own tokens always stay, >= 1
     fusion:      over the queries: "sum" of what they attend to, or "max"
     variant:     "probabilities": softmax per query head, then ``group``; "logits": the products of the heads that share
-                 a KV head are summed before one softmax, and ``group`` finds one head
+                 a KV head are summed before one softmax, so that only "layer" is left to reduce
     group:       reduction over the query heads of one KV head: "max" or "mean"; "layer": the mean over all heads of the
                  layer, which then keep the same tokens with the allocator ``uniform``
     denominator: tokens over which the softmax runs: the "older" ones that are judged, or "all" that a query sees
