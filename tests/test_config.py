@@ -120,8 +120,9 @@ def test_logging_is_on_or_off(value):
 
 
 @pytest.mark.parametrize("value", [1, "yes"])
-def test_eviction_during_decode_is_on_or_off(value):
-    assert refusal(during_decode=value) == f"kv_evict_during_decode: expected true or false, got {value!r}"
+@pytest.mark.parametrize("field", ["during_decode", "during_prefill"])
+def test_later_evictions_are_on_or_off(field, value):
+    assert refusal(**{field: value}) == f"kv_evict_{field}: expected true or false, got {value!r}"
 
 
 def test_a_policy_says_whether_it_evicts_during_decode():
@@ -131,25 +132,28 @@ def test_a_policy_says_whether_it_evicts_during_decode():
 
 
 @pytest.mark.parametrize("policy", ["compactor", "expected_attention", "obcache_k"])
-def test_policies_that_rank_a_whole_prompt_do_not_evict_during_decode(policy):
-    message = refusal(policy=policy, during_decode=True)
-    assert message.startswith(f"kv_evict_during_decode: policy {policy!r} ranks the tokens of a whole prompt, once;")
+@pytest.mark.parametrize("field", ["during_decode", "during_prefill"])
+def test_policies_that_rank_a_whole_prompt_evict_once(field, policy):
+    message = refusal(policy=policy, **{field: True})
+    assert message.startswith(f"kv_evict_{field}: policy {policy!r} ranks the tokens of a whole prompt, once;")
     assert "h2o" in refusal(policy="h2o", policy_options={"normalize": True}, during_decode=True)
 
 
-def test_during_decode_the_observed_tokens_are_protected():
+@pytest.mark.parametrize("field", ["during_decode", "during_prefill"])
+def test_what_is_evicted_again_keeps_the_observed_tokens(field):
     assert parse(num_recent=0).method().num_recent == 0
-    assert parse(num_recent=0, during_decode=True).method().num_recent == 32
-    assert parse(num_recent=50, during_decode=True).method().num_recent == 50
+    assert parse(num_recent=0, **{field: True}).method().num_recent == 32
+    assert parse(num_recent=50, **{field: True}).method().num_recent == 50
 
 
-def test_during_decode_a_budget_must_hold_one_more_block():
+@pytest.mark.parametrize("field", ["during_decode", "during_prefill"])
+def test_what_is_evicted_again_needs_one_more_block(field):
     parse(budget=33).check_block_size(32)
-    parse(budget=33, during_decode=True).check_block_size(32)
+    parse(budget=33, **{field: True}).check_block_size(32)
     parse(budget=64, num_sink=1).check_block_size(32)
     with pytest.raises(ValueError, match="expected at least 65 tokens") as error:
-        parse(budget=64, num_sink=1, during_decode=True).check_block_size(32)
-    assert "beside the block that the answer fills; got 64" in str(error.value)
+        parse(budget=64, num_sink=1, **{field: True}).check_block_size(32)
+    assert "beside the block that new tokens fill; got 64" in str(error.value)
 
 
 @pytest.mark.parametrize(("field", "flag"), [("policy", "kv_eviction"), ("allocator", "kv_budget_allocator")])
@@ -388,9 +392,16 @@ def test_a_request_says_whether_to_evict_during_decode(said, meant):
 
 
 @pytest.mark.parametrize("said", ["yes", 2, -1, 0.5, [1]])
-def test_wrong_answers_of_requests_about_decode(said):
-    message = request_refusal(parse(), kv_evict_during_decode=said)
-    assert message == f"kv_evict_during_decode: expected true or false, got {said!r}"
+@pytest.mark.parametrize("option", ["kv_evict_during_decode", "kv_evict_during_prefill"])
+def test_wrong_answers_of_requests_about_later_evictions(option, said):
+    assert request_refusal(parse(), **{option: said}) == f"{option}: expected true or false, got {said!r}"
+
+
+@pytest.mark.parametrize("said", [True, 1, "true"])
+def test_a_request_says_whether_to_evict_between_chunks(said):
+    assert not parse().method().during_prefill
+    assert parse().for_request({"kv_evict_during_prefill": said}, 16).method().during_prefill
+    assert not parse(during_prefill=True).for_request({"kv_evict_during_prefill": 0}, 16).method().during_prefill
 
 
 @pytest.mark.parametrize("policy", [True, False, 5, 0, 0.5, ["snapkv"], {}])

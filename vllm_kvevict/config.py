@@ -19,7 +19,8 @@ REQUEST_POLICY = "kv_eviction"
 REQUEST_BUDGET = "kv_budget"
 REQUEST_ALLOCATOR = "kv_budget_allocator"
 REQUEST_DURING_DECODE = "kv_evict_during_decode"
-REQUEST_OPTIONS = (REQUEST_POLICY, REQUEST_BUDGET, REQUEST_ALLOCATOR, REQUEST_DURING_DECODE)
+REQUEST_DURING_PREFILL = "kv_evict_during_prefill"
+REQUEST_OPTIONS = (REQUEST_POLICY, REQUEST_BUDGET, REQUEST_ALLOCATOR, REQUEST_DURING_DECODE, REQUEST_DURING_PREFILL)
 NONE = "none"
 
 
@@ -37,6 +38,8 @@ class EvictionConfig(BaseModel):
     allocator_options: parameters of the allocator
     during_decode:     whether eviction goes on while the answer grows, so that a request holds its budget and no more;
                        None: what the policy's paper says
+    during_prefill:    whether each chunk of a prompt is evicted before the next one, so that a prompt of any length
+                       needs the memory of its budget and of a chunk
     log_requests:      write one JSON line to the log for every prompt that is evicted
     """
 
@@ -50,6 +53,7 @@ class EvictionConfig(BaseModel):
     policy_options: dict[str, Any] = {}
     allocator_options: dict[str, Any] = {}
     during_decode: bool | None = None
+    during_prefill: bool = False
     log_requests: bool = False
 
     @field_validator("policy")
@@ -93,14 +97,14 @@ class EvictionConfig(BaseModel):
     def check_block_size(self, block_size: int) -> None:
         """Raise ValueError if the budget cannot hold the tokens that must stay in blocks of ``block_size``."""
         method = self.method()
-        num_blocks = min_kept_blocks(method.min_tokens, block_size, method.during_decode)
+        num_blocks = min_kept_blocks(method.min_tokens, block_size, method.is_bounded)
         smallest = (num_blocks - 1) * block_size + 1
         if isinstance(self.budget, int) and self.budget < smallest:
-            during_decode = ", beside the block that the answer fills" if method.during_decode else ""
+            new_tokens = ", beside the block that new tokens fill" if method.is_bounded else ""
             raise ValueError(
                 f"kv_budget: expected at least {smallest} tokens, since blocks hold {block_size} and {self.policy!r} "
                 f"needs {method.min_tokens} tokens in every head ({method.num_protected} protected, "
-                f"{method.query_window} observed){during_decode}; got {self.budget}. Raise the budget, or lower "
+                f"{method.query_window} observed){new_tokens}; got {self.budget}. Raise the budget, or lower "
                 f"num_sink, num_recent or the policy's window"
             )
 
@@ -108,12 +112,13 @@ class EvictionConfig(BaseModel):
         """Return the config of one request, None if it asked for no eviction.
 
         options: the request's ``vllm_xargs``, of which ``REQUEST_OPTIONS`` are read: ``kv_eviction`` (a policy or
-                 "none"), ``kv_budget``, ``kv_budget_allocator`` and ``kv_evict_during_decode``. The server's own
-                 options go with its own policy and allocator; others get their defaults
+                 "none"), ``kv_budget``, ``kv_budget_allocator``, ``kv_evict_during_decode`` and
+                 ``kv_evict_during_prefill``. The server's own options go with its own policy and allocator; others get
+                 their defaults
 
         Raises ValueError that names the field and what is allowed.
         """
-        policy, budget, allocator, during_decode = map((options or {}).get, REQUEST_OPTIONS)
+        policy, budget, allocator, during_decode, during_prefill = map((options or {}).get, REQUEST_OPTIONS)
         if policy is not None and not isinstance(policy, str):
             raise ValueError(f"{REQUEST_POLICY}: expected 'none' or the name of a policy, got {policy!r}")
         if allocator is not None and not isinstance(allocator, str):
@@ -137,7 +142,9 @@ class EvictionConfig(BaseModel):
         if budget is not None:
             changes["budget"] = budget
         if during_decode is not None:
-            changes["during_decode"] = _as_bool(during_decode)
+            changes["during_decode"] = _as_bool(REQUEST_DURING_DECODE, during_decode)
+        if during_prefill is not None:
+            changes["during_prefill"] = _as_bool(REQUEST_DURING_PREFILL, during_prefill)
         config = self if not changes else EvictionConfig.parse({**self.model_dump(), **changes})
         config.check_block_size(block_size)
         return None if policy == NONE else config
@@ -148,9 +155,10 @@ def _method(config_json: str) -> Method:
     config = EvictionConfig.model_validate_json(config_json)
     policy = _build(POLICIES, config.policy, config.policy_options, "policy_options")
     during_decode = policy.evicts_during_decode if config.during_decode is None else config.during_decode
-    if during_decode and not policy.supports_decode:
+    if (during_decode or config.during_prefill) and not policy.supports_decode:
+        option = REQUEST_DURING_DECODE if during_decode else REQUEST_DURING_PREFILL
         raise ValueError(
-            f"{REQUEST_DURING_DECODE}: policy {config.policy!r} ranks the tokens of a whole prompt, once; leave the "
+            f"{option}: policy {config.policy!r} ranks the tokens of a whole prompt, once; leave the "
             f"option out, or choose another policy"
         )
     num_recent = policy.num_recent if config.num_recent is None else config.num_recent
@@ -159,16 +167,17 @@ def _method(config_json: str) -> Method:
         _build(ALLOCATORS, config.allocator or policy.default_allocator, config.allocator_options, "allocator_options"),
         policy.num_sink if config.num_sink is None else config.num_sink,
         # to a policy the last tokens are those of the last queries, which an earlier eviction must not have taken away
-        max(num_recent, policy.query_window) if during_decode else num_recent,
+        max(num_recent, policy.query_window) if during_decode or config.during_prefill else num_recent,
         during_decode,
+        config.during_prefill,
     )
 
 
-def _as_bool(value: object) -> bool:
+def _as_bool(option: str, value: object) -> bool:
     """Return what a request said: over HTTP vLLM takes texts and numbers only, and JSON's true arrives as 1."""
     words = {"true": True, "false": False, 1: True, 0: False}
     if not isinstance(value, str | int | float) or value not in words:
-        raise ValueError(f"{REQUEST_DURING_DECODE}: expected true or false, got {value!r}")
+        raise ValueError(f"{option}: expected true or false, got {value!r}")
     return words[value]
 
 
@@ -193,6 +202,7 @@ _FLAGS = {
     "budget": "kv_budget",
     "allocator": "kv_budget_allocator",
     "during_decode": "kv_evict_during_decode",
+    "during_prefill": "kv_evict_during_prefill",
     "log_requests": "kv_eviction_log_requests",
 }
 _ALLOWED = {
@@ -200,6 +210,7 @@ _ALLOWED = {
     "num_sink": "a whole number of tokens of at least 0",
     "num_recent": "a whole number of tokens of at least 0",
     "during_decode": "true or false",
+    "during_prefill": "true or false",
     "log_requests": "true or false",
 }
 

@@ -26,7 +26,8 @@ from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, Need, Score
 class Method:
     """A policy, an allocator, how many tokens both ends of the prompt are protected by, and whether answers count too.
 
-    during_decode: the request holds its budget and no more while its answer grows
+    during_decode:  the request holds its budget and no more while its answer grows
+    during_prefill: it holds its budget and no more between the chunks of its prompt
     """
 
     policy: EvictionPolicy
@@ -34,6 +35,12 @@ class Method:
     num_sink: int
     num_recent: int
     during_decode: bool = False
+    during_prefill: bool = False
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether what an eviction leaves may be evicted again."""
+        return self.during_decode or self.during_prefill
 
     @property
     def num_protected(self) -> int:
@@ -141,7 +148,7 @@ class Eviction:
         wish = wish.to("cpu", torch.float64)
         tokens = wish * (plan.num_kept_tokens * num_heads / wish.sum())
         # once the block of the tail is full it is emptied into the other pages: they must hold what is protected then
-        tail = 0 if self.method.during_decode else plan.num_tail_tokens
+        tail = 0 if self.method.is_bounded else plan.num_tail_tokens
         minimum = cdiv(max(self.method.num_protected - tail, 0), plan.block_size)
         return round_to_pages(
             (tokens - plan.num_tail_tokens).clamp(min=0),  # every head holds the tail, in a page of its own

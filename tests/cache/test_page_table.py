@@ -274,6 +274,7 @@ def test_rows_that_shrink_whenever_a_block_is_full(rng, num_tokens):
     table = PageTable(cache.pool, 2)
     compaction, plan, model = evict(cache, rng, 5, num_tokens)
     table.add("a", compaction, plan)
+    num_full = table.num_full_pages("a").tolist()
     for _ in range(50):
         decode(table, cache, {"a": model}, rng)
         if model.seq_len % 16 == 0:
@@ -281,7 +282,31 @@ def test_rows_that_shrink_whenever_a_block_is_full(rng, num_tokens):
             model.pages = [[row[:-1] for row in rows] for rows in model.pages]
             model.kv_lens = [[kv_len - 16 for kv_len in row] for row in model.kv_lens]
         assert table.pages_of("a", model.seq_len) == model.pages
+    assert table.num_full_pages("a").tolist() == num_full
     longest = max(len(row) for rows in model.pages for row in rows)
     pages, num_pages = table.rows("a", model.seq_len)
     assert pages.shape == (LAYERS, HEADS, longest)
     assert num_pages.tolist() == [[len(row) for row in rows] for rows in model.pages]
+
+
+@pytest.mark.parametrize("num_tokens", [16 * 7, 16 * 7 + 5])
+@pytest.mark.parametrize("chunk", [3, 16, 40])
+def test_rows_that_shrink_behind_every_chunk_keep_the_page_that_is_not_full(rng, num_tokens, chunk):
+    cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
+    table = PageTable(cache.pool, 1)
+    compaction, plan, model = evict(cache, rng, 5, num_tokens)
+    table.add("a", compaction, plan)
+    num_full = table.num_full_pages("a").tolist()
+    for _ in range(10):
+        for _ in range(chunk):
+            model.generate(cache, rng)
+        folded = fold(table, {"a": model}, [chunk])
+        check(folded, {"a": model})
+        table.shrink("a", model.seq_len)
+        tail = model.seq_len % 16
+        for layer, rows in enumerate(model.pages):
+            for head, row in enumerate(rows):
+                rows[head] = row[: num_full[layer][head]] + row[-1:] * (tail > 0)
+                model.kv_lens[layer][head] = num_full[layer][head] * 16 + tail
+        assert table.pages_of("a", model.seq_len) == model.pages
+        assert table.num_full_pages("a").tolist() == num_full

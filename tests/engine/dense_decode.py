@@ -137,6 +137,7 @@ def run_and_watch(running: Engine, prompt: list[int], **params: Any) -> tuple[li
         (request_id,) = running.scheduler.requests
         held.append(len(running.blocks_held(request_id)))
         num_tokens = running.scheduler.requests[request_id].num_computed_tokens
-        if request_id in running.bridge.page_table and (not kept or num_tokens % BLOCK == 0):
+        is_due = not kept or num_tokens <= len(prompt) or num_tokens % BLOCK == 0
+        if request_id in running.bridge.page_table and is_due:
             kept[num_tokens] = kept_positions(running, request_id)
     return answer, held, kept

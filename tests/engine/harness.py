@@ -119,7 +119,7 @@ class Engine:
 
     def _has_freed(self, request_id: str) -> bool:
         eviction = self.scheduler._evictions.get(request_id)
-        return eviction is not None and eviction.freed_blocks is not None
+        return eviction is not None and eviction.is_final and not eviction.releases
 
     def _has_emptied_last_block(self, request: Any) -> bool:
         """Whether a request that evicts during decode has just filled a block, which it will use again."""

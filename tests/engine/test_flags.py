@@ -90,7 +90,7 @@ def test_help_has_a_group_with_the_policies() -> None:
     (group,) = [group for group in parser._action_groups if group.title == "KV eviction (vllm_kvevict)"]
     flags = [option for action in group._group_actions for option in action.option_strings]
     names = ["kv-eviction", "kv-budget", "kv-budget-allocator", "kv-evict-during-decode", "no-kv-evict-during-decode"]
-    names += ["kv-eviction-config", "kv-eviction-log-requests"]
+    names += ["kv-evict-during-prefill", "kv-eviction-config", "kv-eviction-log-requests"]
     assert flags == [f"--{name}" for name in names]
     assert "snapkv" in group._group_actions[0].help
     assert "uniform" in group._group_actions[2].help

@@ -36,6 +36,8 @@ OPTIONS: list[dict[str, Any] | None] = [
     {"kv_evict_during_decode": "true", "kv_eviction": "h2o", "kv_budget": 128},
     {"kv_evict_during_decode": 1, "kv_eviction": "lava", "kv_budget": 0.4},
     {"kv_evict_during_decode": 1, "kv_eviction": "streaming_llm", "kv_budget": 70},
+    {"kv_evict_during_prefill": 1},
+    {"kv_evict_during_prefill": 1, "kv_evict_during_decode": 1, "kv_eviction": "lava", "kv_budget": 128},
 ]
 
 
@@ -50,7 +52,9 @@ class Served:
 
     @property
     def is_comparable(self) -> bool:
-        """Whether it ran to its end and was evicted where a request that runs alone is."""
+        """Whether it ran to its end and was evicted where a request that runs alone is: the batch decides on chunks."""
+        if "kv_evict_during_prefill" in (self.params["extra_args"] or {}):
+            return False
         return self.answer is not None and len(self.answer) == self.params["max_tokens"] and not self.was_preempted
 
 

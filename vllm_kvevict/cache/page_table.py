@@ -74,14 +74,29 @@ class PageTable:
         self._generation += self.slots.give_back(req_id)
 
     def shrink(self, req_id: str, num_tokens: int) -> None:
-        """Drop the last page of every row: it was full after ``num_tokens`` tokens, and has been emptied."""
+        """Drop the pages of every row but the full ones of its first eviction, and the last one if it is not full.
+
+        Those in between have been filled since then, and were emptied after ``num_tokens`` tokens.
+        """
         slot = self.slots[req_id]
-        num_blocks = num_tokens // self._pool.block_size
-        self._num_pages[:, slot] = self._pages_in_use(slot, num_blocks) - 1
-        self._kv_lens[:, slot] = (self._num_pages[:, slot] * self._pool.block_size).to(torch.int32)
+        num_blocks = cdiv(num_tokens, self._pool.block_size)
+        num_full, tail = self.num_full_pages(req_id), num_tokens % self._pool.block_size
+        pages = self._pages[:, slot]
+        last = pages.gather(2, self._pages_in_use(slot, num_blocks)[..., None] - 1)
+        is_full = torch.arange(pages.shape[2], device=pages.device) < num_full[..., None]
+        pages = pages * is_full  # 0 behind them, the null block's page
+        self._pages[:, slot] = pages.scatter(2, num_full[..., None], last) if tail else pages
+        self._num_pages[:, slot] = num_full + int(tail > 0)
+        self._kv_lens[:, slot] = (num_full * self._pool.block_size + tail).to(torch.int32)
         self._num_tokens[slot] = num_tokens
         self._num_blocks[slot] = num_blocks
         self._generation += 1
+
+    def num_full_pages(self, req_id: str) -> torch.Tensor:
+        """Return [num_layers, num_kv_heads] int64, the pages of a request that its evictions have filled."""
+        slot = self.slots[req_id]
+        num_tail_pages = int(int(self._num_tokens[slot]) % self._pool.block_size > 0)
+        return self._num_pages[:, slot] - num_tail_pages
 
     def rows(self, req_id: str, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the page ids [num_layers, num_kv_heads, max_pages] int64 of a request of this many tokens, and how

@@ -64,7 +64,7 @@ def plan_eviction(
     min_tokens:    a budget never keeps fewer blocks than these tokens need
     during_decode: the last block of the budget is for the answer, and never full when the prefill ends
     """
-    num_kept = _budget_blocks(num_tokens, budget, block_size, min_tokens, during_decode)
+    num_kept = budget_blocks(num_tokens, budget, block_size, min_tokens, during_decode)
     if during_decode:
         num_kept -= num_tokens % block_size == 0
     if num_kept >= cdiv(num_tokens, block_size):
@@ -77,11 +77,12 @@ def plan_first_eviction(num_tokens: int, budget: int | float, block_size: int, m
 
     It is carried out when the last block of the budget is full, which then is for what comes next.
     """
-    num_blocks = _budget_blocks(num_tokens, budget, block_size, min_tokens, during_decode=True)
+    num_blocks = budget_blocks(num_tokens, budget, block_size, min_tokens, during_decode=True)
     return EvictionPlan(num_blocks * block_size, num_blocks - 1, block_size)
 
 
-def _budget_blocks(num_tokens: int, budget: int | float, block_size: int, min_tokens: int, during_decode: bool) -> int:
+def budget_blocks(num_tokens: int, budget: int | float, block_size: int, min_tokens: int, during_decode: bool) -> int:
+    """Return the blocks that a request of ``num_tokens`` may hold; the arguments are those of ``plan_eviction``."""
     # rounded first: 0.07 * 1600 is a little more than 112
     budget_tokens = budget if isinstance(budget, int) else math.ceil(round(budget * num_tokens, 6))
     return max(cdiv(budget_tokens, block_size), min_kept_blocks(min_tokens, block_size, during_decode))

@@ -15,11 +15,11 @@ from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.query_ring import QueryRing, RingWrite
 from vllm_kvevict.cache.residents import Residents
-from vllm_kvevict.decode_evictor import DecodeEviction
 from vllm_kvevict.engine.model import ModelWeights
-from vllm_kvevict.engine.prefill import Prefill, PrefillRow
+from vllm_kvevict.engine.prefill import ChunkRow, Prefill, PrefillRow
 from vllm_kvevict.engine.step import STEP, EvictionReport, PrefillEnd, StepEvictions
 from vllm_kvevict.evictor import Eviction, Method
+from vllm_kvevict.resident_evictor import ResidentEviction
 
 logger = logging.getLogger("vllm.kvevict")
 
@@ -62,7 +62,7 @@ class StepRows:
     split: RowSplit
     queries: FoldedQueries | None
     folded: FoldedBatch | None
-    prefills: list[PrefillRow]
+    prefills: list[PrefillRow | ChunkRow]
     remembered: RingWrite | None
 
 
@@ -92,6 +92,7 @@ class EvictionBridge:
         self.ring = QueryRing(pool.num_layers, max_num_reqs, pool.block_size, pool.pages.device)
         self.residents = Residents(pool)
         self._full_rows: dict[str, torch.Tensor] = {}
+        self._chunks: dict[str, ResidentEviction] = {}
 
     def forget_weights(self) -> None:
         """The model has new weights: what policies read of the old ones is of no use any more."""
@@ -109,6 +110,7 @@ class EvictionBridge:
         self._step = getattr(output, STEP)
         self.evictions = {}
         self._full_rows = {}
+        self._chunks = {}
 
     def end_step(self) -> dict[str, EvictionReport]:
         """After the last layer: allocate, select and compact what the layers have scored."""
@@ -126,11 +128,13 @@ class EvictionBridge:
             prefill = self._prefills[req_id]
             failure = prefill.failure or self._finish(req_id, eviction)
             reports[req_id] = _report(eviction.plan, eviction.seconds + prefill.seconds, failure)
-            if not prefill.method.during_decode:
+            if not prefill.method.is_bounded:
                 del self._prefills[req_id]
                 self.ring.slots.give_back(req_id)
         for req_id, num_tokens in step.shrinking.items():
             reports[req_id] = self._shrink(req_id, num_tokens)
+        for req_id, plan in step.chunks.items():
+            reports[req_id] = self._finish_chunk(req_id, plan)
         self._step = None
         return reports
 
@@ -143,7 +147,7 @@ class EvictionBridge:
             return error
         self.page_table.add(req_id, compaction, eviction.plan)
         prefill = self._prefills.get(req_id)
-        if prefill is not None and prefill.method.during_decode:
+        if prefill is not None and prefill.method.is_bounded:
             known_bytes = self.residents.num_bytes
             self.residents.settle(compaction, eviction.plan, eviction.block_ids, prefill.take_states())
             if self.residents.num_bytes > known_bytes:
@@ -165,11 +169,25 @@ class EvictionBridge:
             return prefill.queries.none_of(layer)
         return self.ring.last(layer, req_id, num_tokens, num_tokens - prefill.num_tokens)
 
+    def _finish_chunk(self, req_id: str, plan: EvictionPlan) -> EvictionReport:
+        """Empty the blocks that a chunk of a prompt has filled, all but the last one."""
+        prefill, eviction = self._prefills[req_id], self._chunks[req_id]
+        if prefill.failure is None:
+            eviction.finish()
+            prefill.num_tokens = plan.num_tokens
+            self.page_table.shrink(req_id, plan.num_tokens)
+        return _report(plan, eviction.seconds, prefill.failure)
+
+    def _resident_eviction(self, req_id: str, num_tokens: int) -> ResidentEviction:
+        prefill, rows = self._prefills[req_id], self.page_table.rows(req_id, num_tokens)
+        num_new, num_full_pages = num_tokens - prefill.num_tokens, self.page_table.num_full_pages(req_id)
+        return ResidentEviction(
+            prefill.method, num_tokens, num_new, self.pool, self.residents, *rows, num_full_pages=num_full_pages
+        )
+
     def _shrink(self, req_id: str, num_tokens: int) -> EvictionReport:
         """Empty the block that the answer of an evicted request has filled; a policy that fails ends the request."""
-        prefill, rows = self._prefills[req_id], self.page_table.rows(req_id, num_tokens)
-        num_new = num_tokens - prefill.num_tokens
-        eviction = DecodeEviction(prefill.method, num_tokens, num_new, self.pool, self.residents, *rows)
+        prefill, eviction = self._prefills[req_id], self._resident_eviction(req_id, num_tokens)
         try:
             for layer in range(self.pool.num_layers):
                 chunk = self._new_queries(layer, req_id, num_tokens)
@@ -206,7 +224,19 @@ class EvictionBridge:
         )
         first_tokens = common.query_start_loc[:-1].to(torch.int64)[evicted]
         queries = _fold_queries(first_tokens, query_lens, self.pool.num_kv_heads, common.max_query_len)
-        return StepRows(split, queries, folded, prefills, remembered)
+        return StepRows(split, queries, folded, [*prefills, *self._chunk_rows(req_ids, common, step)], remembered)
+
+    def _chunk_rows(self, req_ids: list[str], common: CommonAttentionMetadata, step: StepEvictions) -> list[ChunkRow]:
+        """Prepare the evictions behind chunks of prompts; their pages are in the page table by now."""
+        rows = []
+        bounds = common.query_start_loc_cpu.tolist() if step.chunks else []
+        for row, req_id in enumerate(req_ids if step.chunks else []):
+            if req_id in step.chunks:
+                num_tokens = step.chunks[req_id].num_tokens
+                _check_length(req_id, num_tokens, int(common.seq_lens[row]))
+                eviction = self._chunks[req_id] = self._resident_eviction(req_id, num_tokens)
+                rows.append(ChunkRow(self._prefills[req_id], bounds[row], bounds[row + 1], eviction))
+        return rows
 
     def _row_req_ids(self, common: CommonAttentionMetadata) -> list[str]:
         if common.req_idx is not None:  # model runner V2
@@ -215,11 +245,11 @@ class EvictionBridge:
 
     def _prefill_rows(
         self, req_ids: list[str], common: CommonAttentionMetadata, step: StepEvictions
-    ) -> list[PrefillRow]:
+    ) -> list[PrefillRow | ChunkRow]:
         if not (step.prefilling or step.ending):
             return []
         bounds = common.query_start_loc_cpu.tolist()
-        rows = []
+        rows: list[PrefillRow | ChunkRow] = []
         for row, req_id in enumerate(req_ids):
             if req_id in step.prefilling:
                 config, end = step.prefilling[req_id], None
@@ -268,7 +298,9 @@ class EvictionBridge:
         if is_first:
             logger.info("The last queries of answers take %.1f MiB", self.ring.num_bytes / 2**20)
 
-    def observe(self, row: PrefillRow, layer: int, query: torch.Tensor, output: torch.Tensor, scale: float) -> None:
+    def observe(
+        self, row: PrefillRow | ChunkRow, layer: int, query: torch.Tensor, output: torch.Tensor, scale: float
+    ) -> None:
         """Show a layer's queries and outputs [num_tokens, num_heads, head_size] to one row of the batch.
 
         Whatever a policy raises, maybe one of a third party, ends its request and not the engine.

@@ -21,6 +21,7 @@ _DESTINATIONS = {
     "budget": "kv_budget",
     "allocator": "kv_budget_allocator",
     "during_decode": "kv_evict_during_decode",
+    "during_prefill": "kv_evict_during_prefill",
     "log_requests": "kv_eviction_log_requests",
 }
 
@@ -90,6 +91,13 @@ def add_group(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="Go on while an answer grows, so that a request never holds more than its budget; or not, for a policy "
         "that would. Default: what the policy's paper does.",
+    )
+    group.add_argument(
+        "--kv-evict-during-prefill",
+        action="store_true",
+        default=None,
+        help="Evict after each chunk of a prompt, so that it needs the memory of its budget and of a chunk only, and "
+        "prompts are served that do not fit into the KV cache.",
     )
     group.add_argument(
         "--kv-eviction-config",

@@ -175,9 +175,9 @@ _FLAG_PATCHES = (
 
 _REQUEST_PATCHES = (
     Patch(
-        "vllm.v1.engine.input_processor:InputProcessor._validate_params",
+        "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         with_checked_options,
-        ("params",),
+        ("request_id", "prompt", "params"),
         "a wrong request option must be a 400 and not an error inside the engine",
         "vLLM has a hook to validate vllm_xargs",
     ),

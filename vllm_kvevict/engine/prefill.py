@@ -11,6 +11,7 @@ import torch
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.evictor import Eviction, Method
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
+from vllm_kvevict.resident_evictor import ResidentEviction
 
 
 class LastRows:
@@ -58,6 +59,33 @@ class Prefill:
         """Return what the policy has summed up per token in every layer, None if nothing; it is forgotten here."""
         states, self.states = self.states, [None] * len(self.states)
         return states if Need.ALL_QUERIES in self.needs else None
+
+
+@dataclass
+class ChunkRow:
+    """One row of a batch: a chunk of a prompt that was evicted before, and is evicted again behind it.
+
+    start, end: its tokens in the batch
+    """
+
+    prefill: Prefill
+    start: int
+    end: int
+    eviction: ResidentEviction
+
+    def observe(
+        self,
+        pool: PagePool,
+        layer: int,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        scale: float,
+        weights: LayerWeights,
+    ) -> None:
+        """As ``PrefillRow.observe``."""
+        chunk = query[self.start : self.end]
+        last = self.prefill.queries.extend(layer, chunk)
+        self.eviction.score_layer(layer, last, chunk, scale, weights)
 
 
 @dataclass

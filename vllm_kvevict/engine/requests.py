@@ -10,7 +10,15 @@ from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from vllm_kvevict.config import REQUEST_DURING_DECODE, REQUEST_OPTIONS, REQUEST_POLICY, EvictionConfig
+from vllm_kvevict.cache.plan import budget_blocks, cdiv
+from vllm_kvevict.config import (
+    REQUEST_BUDGET,
+    REQUEST_DURING_DECODE,
+    REQUEST_DURING_PREFILL,
+    REQUEST_OPTIONS,
+    REQUEST_POLICY,
+    EvictionConfig,
+)
 from vllm_kvevict.engine.flags import FIELD
 from vllm_kvevict.engine.metrics import process_metrics
 from vllm_kvevict.engine.model import check_needs, evicted_models
@@ -28,6 +36,11 @@ def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
     """Raise ValueError if a config, the server's or that of a request, does not go with the model or the engine."""
     method = config.method()
     check_needs(config.policy, method.policy, evicted_models(vllm_config))
+    if method.during_prefill and method.policy.num_deferred:
+        raise ValueError(
+            f"{REQUEST_DURING_PREFILL}: does not work with policy {config.policy!r}, which holds the whole prompt "
+            f"until it has seen the answer; choose another policy"
+        )
     if vllm_config.speculative_config is None:
         return
     if method.policy.num_deferred:
@@ -35,20 +48,23 @@ def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
             f"{REQUEST_POLICY}: policy {config.policy!r} counts the tokens of the answer, and does not work with "
             f"speculative decoding; drop --speculative-config, or choose another policy"
         )
-    if method.during_decode:
+    if method.is_bounded:
+        option = REQUEST_DURING_DECODE if method.during_decode else REQUEST_DURING_PREFILL
         raise ValueError(
-            f"{REQUEST_DURING_DECODE}: does not work with speculative decoding, whose drafts may be rejected when what "
-            f"they displaced is gone; drop --speculative-config, or say {REQUEST_DURING_DECODE} false"
+            f"{option}: does not work with speculative decoding, whose drafts may be rejected when what they displaced "
+            f"is gone; drop --speculative-config, or say {option} false"
         )
 
 
-def with_checked_options(validate: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``InputProcessor._validate_params`` so that wrong eviction options end the request, not the engine."""
+def with_checked_options(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``InputProcessor.process_inputs`` so that wrong eviction options end the request, not the engine."""
 
-    @functools.wraps(validate)
-    def wrapper(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(process_inputs)
+    def wrapper(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         _check(self.vllm_config, params)
-        return validate(self, params, *args, **kwargs)
+        request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        _check(self.vllm_config, params, len(request.prompt_token_ids or ()))
+        return request
 
     return wrapper
 
@@ -58,29 +74,66 @@ def with_early_check(generate: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(generate)
     def wrapper(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-        _check(self.vllm_config, sampling_params)
+        tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+        _check(self.vllm_config, sampling_params, len(tokens or ()))
         return generate(self, prompt, sampling_params, *args, **kwargs)
 
     return wrapper
 
 
-def _check(vllm_config: VllmConfig, params: Any) -> None:
+def _check(vllm_config: VllmConfig, params: Any, num_tokens: int = 0) -> None:
+    """num_tokens: of the prompt, 0 where that is not known."""
     options = getattr(params, "extra_args", None) or {}
-    if not any(option in options for option in REQUEST_OPTIONS):
-        return
     values = (vllm_config.additional_config or {}).get(FIELD)
-    if values is None:
+    has_options = any(option in options for option in REQUEST_OPTIONS)
+    if values is None and has_options:
         raise VLLMValidationError(f"{REQUEST_POLICY}: this engine was started without --kv-eviction")
+    if values is None:
+        return
+    server = EvictionConfig.parse(values)
+    if not has_options and not server.during_prefill:
+        return
     try:
-        config = request_config(EvictionConfig.parse(values), params, vllm_config.cache_config.block_size)
+        config = request_config(server, params, vllm_config.cache_config.block_size)
         if config is not None:
             check_config(config, vllm_config)
+        if server.during_prefill:
+            _check_fits(config, vllm_config, num_tokens)
     except ValueError as error:
         process_metrics().refusals.labels(_option_named_in(str(error))).inc()
         raise VLLMValidationError(str(error)) from None
+
+
+def _check_fits(config: EvictionConfig | None, vllm_config: VllmConfig, num_tokens: int) -> None:
+    """Raise ValueError for a prompt that would wait for ever.
+
+    vLLM itself makes sure that the longest one fits, unless the server's own requests need no more than a part of it.
+    """
+    cache, num_engines = vllm_config.cache_config, vllm_config.parallel_config.data_parallel_size
+    num_blocks = (cache.num_gpu_blocks or 0) // num_engines - 1  # one is vLLM's null block
+    is_bounded = config is not None and config.during_prefill
+    num_needed = cdiv(num_tokens + 1, cache.block_size)  # with the first token of the answer
+    if config is not None and config.during_prefill:
+        sizes = (num_tokens, config.budget, cache.block_size, config.method().min_tokens)
+        num_kept = budget_blocks(*sizes, during_decode=True)
+        num_needed = min(num_needed, num_kept + chunk_blocks(vllm_config))
+    if num_needed > num_blocks > 0:
+        remedy = "lower kv_budget" if is_bounded else f"let it be evicted, with {REQUEST_DURING_PREFILL}"
+        option = REQUEST_BUDGET if is_bounded else REQUEST_DURING_PREFILL
+        raise ValueError(
+            f"{option}: a prompt of {num_tokens} tokens needs {num_needed} blocks with these options, and the KV cache "
+            f"has {num_blocks}; {remedy}"
+        )
 
 
 def _option_named_in(message: str) -> str:
     """Return the option that a message is about: the word before its colon, the policy's if that is none of them."""
     option = message.partition(":")[0]
     return option if option in REQUEST_OPTIONS else REQUEST_POLICY
+
+
+def chunk_blocks(vllm_config: VllmConfig) -> int:
+    """Return the most blocks that one step's chunk of a prompt fills, or enters."""
+    scheduler = vllm_config.scheduler_config
+    longest = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
+    return cdiv(min(longest, scheduler.max_num_batched_tokens), vllm_config.cache_config.block_size) + 1

@@ -14,13 +14,19 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_kvevict.cache.plan import EvictionPlan, cdiv, plan_eviction, plan_first_eviction
+from vllm_kvevict.cache.plan import EvictionPlan, budget_blocks, cdiv, plan_eviction, plan_first_eviction
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.draft import split_draft_layers
 from vllm_kvevict.engine.install import eviction_config
 from vllm_kvevict.engine.metrics import EvictionRecord, Gauges, pack
-from vllm_kvevict.engine.requests import request_config
-from vllm_kvevict.engine.spec import EvictionManager, PrivateBlocks, RequestEviction, cache_hits_up_to
+from vllm_kvevict.engine.requests import chunk_blocks, request_config
+from vllm_kvevict.engine.spec import (
+    EvictionManager,
+    PrivateBlocks,
+    RequestEviction,
+    bounded_blocks,
+    cache_hits_up_to,
+)
 from vllm_kvevict.engine.step import REPORTS, STEP, EvictionReport, PrefillEnd, StepEvictions
 
 logger = logging.getLogger("vllm.kvevict")
@@ -48,6 +54,7 @@ class EvictionMixin(Scheduler):
         (self._manager,) = (manager for manager in managers if isinstance(manager, EvictionManager))
         group = self.kv_cache_config.kv_cache_groups[self._manager.kv_cache_group_id]
         layer_names, _ = split_draft_layers(group.layer_names)
+        self._manager.chunk_blocks = chunk_blocks(self.vllm_config)
         self._pages_per_block = len(layer_names) * group.kv_cache_spec.num_kv_heads
         self._gauges = Gauges()
         self._log_concurrency()
@@ -102,11 +109,15 @@ class EvictionMixin(Scheduler):
         if plan is None:
             return None
         # fresh blocks are for the prefix cache's sake; a prompt that leaves no room for them would wait for ever
-        num_tokens = plan.num_tokens + self.num_lookahead_tokens
-        num_needed = cdiv(num_tokens, block_size) + plan.num_full_blocks + self._num_other_blocks(num_tokens)
+        num_tokens, num_chunk_blocks = plan.num_tokens + self.num_lookahead_tokens, None
+        num_needed = cdiv(num_tokens, block_size) + plan.num_full_blocks
+        if method.during_prefill:
+            num_chunk_blocks = budget_blocks(*sizes, during_decode=True) - 1
+            num_needed = min(num_needed, bounded_blocks(num_chunk_blocks, self._manager.chunk_blocks))
+        num_needed += self._num_other_blocks(num_tokens)
         # one block is vLLM's null block, and one may be needed for the answer before the others are back
         in_place = not self._manager.enable_caching or num_needed > self.kv_cache_config.num_blocks - 2
-        return RequestEviction(config, plan, in_place, is_late)
+        return RequestEviction(config, plan, in_place, is_late, num_chunk_blocks)
 
     def _num_other_blocks(self, num_tokens: int) -> int:
         """Return how many blocks a request of ``num_tokens`` needs at most in layers that are not evicted."""
@@ -126,33 +137,49 @@ class EvictionMixin(Scheduler):
         self._unplanned &= self._evictions.keys()  # those that ended early are gone
         self._bounded &= self._evictions.keys()
         for req_id in self._bounded & output.num_scheduled_tokens.keys():
-            num_tokens = self.requests[req_id].num_computed_tokens  # with what this step computes
-            if num_tokens % self._manager.block_size == 0:
-                step.shrinking[req_id] = num_tokens
+            self._plan_next_eviction(self.requests[req_id], self._evictions[req_id], step)
         for req_id in self._unplanned & output.num_scheduled_tokens.keys():
             self._plan_first_eviction(self.requests[req_id], self._evictions[req_id], step)
         return step
 
+    def _plan_next_eviction(self, request: Request, eviction: RequestEviction, step: StepEvictions) -> None:
+        req_id, num_tokens = request.request_id, request.num_computed_tokens  # with what this step computes
+        if not eviction.has_prefilled:
+            eviction.has_prefilled = not request.is_prefill_chunk
+            eviction.go_on(num_tokens)
+            step.chunks[req_id] = eviction.plan
+            if eviction.has_prefilled and not eviction.config.method().during_decode:
+                self._bounded.remove(req_id)
+        elif num_tokens % self._manager.block_size == 0:
+            step.shrinking[req_id] = num_tokens
+
     def _plan_first_eviction(self, request: Request, eviction: RequestEviction, step: StepEvictions) -> None:
-        req_id, num_tokens = request.request_id, request.num_computed_tokens
+        num_tokens = request.num_computed_tokens
         is_full = num_tokens >= eviction.plan.num_tokens
-        if request.is_prefill_chunk or (eviction.is_late and not eviction.has_prefilled and not is_full):
-            step.prefilling[req_id] = eviction.config
+        chunk_plan = eviction.chunk_plan(num_tokens) if request.is_prefill_chunk else None
+        if chunk_plan is not None:
+            self._evict_first(request, eviction, chunk_plan, step, is_late=False)
+        elif request.is_prefill_chunk or (eviction.is_late and not eviction.has_prefilled and not is_full):
+            step.prefilling[request.request_id] = eviction.config
             eviction.has_prefilled = not request.is_prefill_chunk
         elif not is_full:
             if num_tokens % eviction.plan.block_size == 0:
-                step.growing[req_id] = num_tokens
+                step.growing[request.request_id] = num_tokens
         else:
-            self._end_prefill(request, eviction, step)
+            is_late, eviction.has_prefilled = eviction.has_prefilled, True
+            plan = eviction.final_plan(num_tokens if is_late else request.num_tokens)
+            self._evict_first(request, eviction, plan, step, is_late)
 
-    def _end_prefill(self, request: Request, eviction: RequestEviction, step: StepEvictions) -> None:
-        req_id, is_late = request.request_id, eviction.has_prefilled
-        eviction.end_prefill(request.num_computed_tokens if is_late else request.num_tokens)
-        self._unplanned.remove(req_id)
-        if eviction.config.method().during_decode:
-            self._bounded.add(req_id)
+    def _evict_first(
+        self, request: Request, eviction: RequestEviction, plan: EvictionPlan, step: StepEvictions, is_late: bool
+    ) -> None:
+        eviction.begin(plan)
+        self._unplanned.remove(request.request_id)
+        method = eviction.config.method()
+        if method.during_decode or (method.during_prefill and not eviction.has_prefilled):
+            self._bounded.add(request.request_id)
         fresh = None if eviction.in_place else [block.block_id for block in eviction.fresh_blocks or []]
-        step.ending[req_id] = PrefillEnd(eviction.config, eviction.plan, fresh, is_late)
+        step.ending[request.request_id] = PrefillEnd(eviction.config, plan, fresh, is_late)
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         step: StepEvictions = getattr(scheduler_output, STEP)
@@ -160,6 +187,9 @@ class EvictionMixin(Scheduler):
         for req_id, end in step.ending.items():
             if self._is_done(req_id, reports, end.plan):
                 self._count(req_id, end.config, end.plan, reports[req_id].seconds)
+        for req_id, plan in step.chunks.items():
+            if self._is_done(req_id, reports, plan):
+                self._count_in_use(req_id, plan)
         for req_id in step.shrinking:
             if self._is_done(req_id, reports, None) and req_id in self._evictions:  # it may have been aborted meanwhile
                 config = self._evictions[req_id].config
@@ -181,13 +211,21 @@ class EvictionMixin(Scheduler):
         return failure is None
 
     def _count(self, req_id: str, config: EvictionConfig, plan: EvictionPlan, seconds: float) -> None:
-        eviction = self._evictions.get(req_id)
-        if eviction is not None and eviction.plan is plan:  # it may have been aborted or preempted while the step ran
-            eviction.is_done = True
-            self._manager.in_use.add(plan)
+        self._count_in_use(req_id, plan)
         self._records.append(_evicted(config, plan, seconds))
         if self._eviction_config.log_requests:
             logger.info("%s", json.dumps(_log_line(req_id, config, plan, seconds)))
+
+    def _count_in_use(self, req_id: str, plan: EvictionPlan) -> bool:
+        """Count what a request holds since ``plan``; False if it was aborted or preempted while the step ran."""
+        eviction = self._evictions.get(req_id)
+        if eviction is None or not any(each is plan for each in eviction.plans):
+            return False
+        if eviction.counted is not None:
+            self._manager.in_use.add(eviction.counted, sign=-1)
+        eviction.counted = plan
+        self._manager.in_use.add(plan)
+        return True
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
@@ -220,8 +258,8 @@ def _evicted(config: EvictionConfig, plan: EvictionPlan, seconds: float) -> Evic
     )
 
 
-def _shrunk(config: EvictionConfig, block_size: int) -> EvictionRecord:
-    return EvictionRecord(config.policy, config.allocator_name, evicted_tokens=block_size, during_decode=True)
+def _shrunk(config: EvictionConfig, num_tokens: int) -> EvictionRecord:
+    return EvictionRecord(config.policy, config.allocator_name, evicted_tokens=num_tokens, during_decode=True)
 
 
 def _log_line(req_id: str, config: EvictionConfig, plan: EvictionPlan, seconds: float) -> dict[str, Any]:
@@ -237,8 +275,8 @@ def _log_line(req_id: str, config: EvictionConfig, plan: EvictionPlan, seconds: 
     }
 
 
-def _freed(evictions: list[RequestEviction]) -> list[EvictionRecord]:
+def _freed(freed: list[tuple[EvictionConfig, int]]) -> list[EvictionRecord]:
     blocks: Counter[tuple[str, str]] = Counter()
-    for eviction in evictions:
-        blocks[eviction.config.policy, eviction.config.allocator_name] += eviction.freed_blocks or 0
+    for config, num_blocks in freed:
+        blocks[config.policy, config.allocator_name] += num_blocks
     return [EvictionRecord(*labels, freed_blocks=count) for labels, count in blocks.items()]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
@@ -18,8 +19,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, Sliding
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 from vllm.v1.request import Request
 
-from vllm_kvevict.cache.plan import EvictionPlan, cdiv
+from vllm_kvevict.cache.plan import EvictionPlan, budget_blocks, cdiv
 from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.engine.install import eviction_config
+from vllm_kvevict.engine.requests import chunk_blocks
 from vllm_kvevict.policies import Need
 
 _hit_limit: ContextVar[int | None] = ContextVar("kvevict_hit_limit", default=None)
@@ -35,6 +38,20 @@ def cache_hits_up_to(num_tokens: int) -> Iterator[None]:
         _hit_limit.reset(token)
 
 
+@dataclass(frozen=True)
+class Release:
+    """Blocks of a request that are free once so many of its tokens have been processed.
+
+    start, stop: their places in its block table, where null blocks take over
+    fresh:       blocks that take the last of these places
+    """
+
+    num_tokens: int
+    start: int
+    stop: int
+    fresh: list[KVCacheBlock]
+
+
 @dataclass
 class RequestEviction:
     """What the scheduler knows of a request that is, or will be, evicted.
@@ -42,31 +59,39 @@ class RequestEviction:
     Its kept tokens go into fresh blocks if there are any, so that nothing in the prefix cache is ever rewritten; a
     prompt too long for that is compacted in place, and the blocks it keeps are never shared.
 
-    plan:         made when the prefill begins; the step that ends it makes it final
-    in_place:     whether the kept tokens stay in the last blocks of the prompt
-    is_late:      whether the eviction is due some way into the answer: the budget holds the prompt, or the policy waits
-    fresh_blocks: taken in the step that ends the prefill, and held here until they enter the request's table
-    has_prefilled: whether the last chunk of the prompt was scheduled; of interest if ``is_late``
-    is_final:     whether the step that ends in an eviction was scheduled
-    is_done:      whether the workers have evicted it
-    freed_blocks: set once the blocks are back in the pool
+    plan:          made when the prefill begins; the step of the first eviction makes it final, and later ones renew it
+    in_place:      whether the kept tokens stay in the last blocks of the prompt
+    is_late:       whether the eviction is due in the answer: the budget holds the prompt, or the policy waits
+    num_chunk_blocks: full blocks that are kept between the chunks of the prompt; None if it is evicted at its end only
+    has_prefilled: whether the last chunk of the prompt was scheduled
+    fresh_blocks:  taken in the step of the first eviction, and held here until they enter the request's table
+    is_final:      whether the step of the first eviction was scheduled
+    plans:         of every eviction that was scheduled
+    counted:       the last of these that the workers have carried out
+    releases:      blocks to be freed, in order
+    freed_blocks:  how many are back in the pool, None before the first
     """
 
     config: EvictionConfig
     plan: EvictionPlan
     in_place: bool
     is_late: bool = False
+    num_chunk_blocks: int | None = None
     has_prefilled: bool = False
     fresh_blocks: list[KVCacheBlock] | None = None
     is_final: bool = False
-    is_done: bool = False
+    plans: list[EvictionPlan] = field(default_factory=list)
+    counted: EvictionPlan | None = None
+    releases: list[Release] = field(default_factory=list)
     freed_blocks: int | None = None
 
     @property
     def num_shared_tokens(self) -> int:
         """Tokens after these, whole blocks of them, never enter the prefix cache."""
-        plan = self.plan
-        return plan.block_size * (plan.first_kept_block if self.in_place else plan.num_tokens // plan.block_size)
+        plan = self.plans[0] if self.plans else self.plan
+        if not self.in_place:
+            return plan.num_tokens // plan.block_size * plan.block_size
+        return 0 if self.num_chunk_blocks is not None else plan.first_kept_block * plan.block_size
 
     @property
     def max_cached_tokens(self) -> int:
@@ -74,29 +99,57 @@ class RequestEviction:
         method = self.config.method()
         if Need.ALL_QUERIES in method.policy.needs:
             return 0
-        return min(self.num_shared_tokens, self.plan.num_tokens - method.query_window)
+        most = min(self.num_shared_tokens, self.plan.num_tokens - method.query_window)
+        if self.num_chunk_blocks is not None:  # a longer hit would have to be held at once
+            most = min(most, self.num_chunk_blocks * self.plan.block_size)
+        return most
+
+    def chunk_plan(self, num_tokens: int) -> EvictionPlan | None:
+        """Return the plan for the end of a chunk of the prompt, None if it needs none."""
+        if self.num_chunk_blocks is None:
+            return None
+        block_size = self.plan.block_size
+        num_kept = self.num_chunk_blocks + (num_tokens % block_size > 0)
+        return EvictionPlan(num_tokens, num_kept, block_size) if num_kept < cdiv(num_tokens, block_size) else None
 
     def num_fresh_blocks(self, num_tokens: int) -> int:
         """Return how many fresh blocks a step needs that computes the request up to ``num_tokens``."""
-        is_due = not self.in_place and self.fresh_blocks is None and num_tokens >= self.plan.num_tokens
-        return self.plan.num_full_blocks if is_due else 0
+        if self.in_place or self.fresh_blocks is not None:
+            return 0
+        plan = self.plan if num_tokens >= self.plan.num_tokens else self.chunk_plan(num_tokens)
+        return 0 if plan is None else plan.num_full_blocks
 
     def reuses_last_block(self, num_tokens: int, num_blocks: int) -> bool:
         """Return whether a request that holds ``num_blocks`` goes on to ``num_tokens`` in its last block.
 
         The answer has filled that block, and the workers empty it before they write to it again.
         """
-        if not (self.is_final and self.config.method().during_decode):
+        if not (self.is_final and self.has_prefilled and self.config.method().during_decode):
             return False
         is_of_the_answer = num_blocks > self.plan.num_tokens // self.plan.block_size
         return is_of_the_answer and num_tokens > num_blocks * self.plan.block_size
 
-    def end_prefill(self, num_tokens: int) -> None:
-        """Make the plan final. The request may have grown since its prefill began; as many blocks are kept full."""
+    def final_plan(self, num_tokens: int) -> EvictionPlan:
+        """Return the plan for a request that may have grown since it was made; as many blocks are kept full."""
         plan = self.plan
         first_kept = plan.first_kept_block if self.in_place else num_tokens // plan.block_size - plan.num_full_blocks
-        self.plan = replace(plan, num_tokens=num_tokens, num_kept_blocks=cdiv(num_tokens, plan.block_size) - first_kept)
-        self.is_final = True
+        return replace(plan, num_tokens=num_tokens, num_kept_blocks=cdiv(num_tokens, plan.block_size) - first_kept)
+
+    def begin(self, plan: EvictionPlan) -> None:
+        """The step of the first eviction, by ``plan``, is scheduled."""
+        self.plan, self.is_final = plan, True
+        self.plans.append(plan)
+        fresh = self.fresh_blocks or []
+        self.releases.append(Release(plan.num_tokens, 0, plan.first_kept_block + len(fresh), fresh))
+
+    def go_on(self, num_tokens: int) -> None:
+        """The step of the next eviction is scheduled: the full blocks stay, and what was filled since then goes."""
+        plan = self.plan
+        num_kept = plan.num_full_blocks + (num_tokens % plan.block_size > 0)
+        self.plan = replace(plan, num_tokens=num_tokens, num_kept_blocks=num_kept)
+        self.plans.append(self.plan)
+        start, stop = plan.num_tokens // plan.block_size, num_tokens // plan.block_size
+        self.releases.append(Release(num_tokens, start, stop, []))
 
 
 @dataclass
@@ -140,11 +193,16 @@ class PrivateSlidingWindowManager(PrivateBlocks, SlidingWindowManager):
 
 
 class EvictionManager(PrivateBlocks, FullAttentionManager):
-    """Full attention whose requests give all blocks but the kept ones back after the prefill."""
+    """Full attention whose requests give all blocks but the kept ones back after the prefill.
+
+    chunk_blocks: the most blocks that one chunk of a prompt fills; the scheduler's
+    """
+
+    chunk_blocks: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.newly_freed: list[RequestEviction] = []
+        self.newly_freed: list[tuple[EvictionConfig, int]] = []
         self.in_use = CacheInUse()
 
     @classmethod
@@ -162,6 +220,7 @@ class EvictionManager(PrivateBlocks, FullAttentionManager):
         total_computed_tokens: int,
         num_local_computed_tokens: int,
         num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
         **kwargs: Any,
     ) -> int:
         num_blocks = super().get_num_blocks_to_allocate(
@@ -171,6 +230,7 @@ class EvictionManager(PrivateBlocks, FullAttentionManager):
             total_computed_tokens,
             num_local_computed_tokens,
             num_tokens_main_model,
+            apply_admission_cap,
             **kwargs,
         )
         eviction = self.evictions.get(request_id)
@@ -178,7 +238,10 @@ class EvictionManager(PrivateBlocks, FullAttentionManager):
             return num_blocks
         if eviction.reuses_last_block(num_tokens, len(self.req_to_blocks[request_id])):
             return num_blocks - 1
-        return num_blocks + eviction.num_fresh_blocks(num_tokens_main_model)
+        num_blocks += eviction.num_fresh_blocks(num_tokens_main_model)
+        if apply_admission_cap and eviction.num_chunk_blocks is not None:
+            num_blocks = min(num_blocks, bounded_blocks(eviction.num_chunk_blocks, self.chunk_blocks))
+        return num_blocks
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         eviction = self.evictions.get(request_id)
@@ -196,25 +259,40 @@ class EvictionManager(PrivateBlocks, FullAttentionManager):
     ) -> None:
         super().remove_skipped_blocks(request_id, processed_computed_tokens, num_prompt_tokens)
         eviction = self.evictions.get(request_id)
-        if eviction is None or not eviction.is_final or eviction.freed_blocks is not None:
-            return
         # with async scheduling the step that compacts may still be in flight
-        if processed_computed_tokens >= eviction.plan.num_tokens:
-            first_kept = eviction.plan.first_kept_block
-            fresh, eviction.fresh_blocks = eviction.fresh_blocks or [], []
-            self._remove_blocks_in_range(request_id, 0, first_kept + len(fresh))
-            self.req_to_blocks[request_id][first_kept : first_kept + len(fresh)] = fresh
-            eviction.freed_blocks = first_kept
-            self.newly_freed.append(eviction)
+        while (
+            eviction is not None and eviction.releases and eviction.releases[0].num_tokens <= processed_computed_tokens
+        ):
+            self._release(request_id, eviction, eviction.releases.pop(0))
+
+    def _release(self, request_id: str, eviction: RequestEviction, release: Release) -> None:
+        self._remove_blocks_in_range(request_id, release.start, release.stop)
+        num_freed = release.stop - release.start - len(release.fresh)
+        if release.fresh:
+            self.req_to_blocks[request_id][release.stop - len(release.fresh) : release.stop] = release.fresh
+            eviction.fresh_blocks = []
+        eviction.freed_blocks = (eviction.freed_blocks or 0) + num_freed
+        self.newly_freed.append((eviction.config, num_freed))
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         blocks = super().pop_blocks_for_free(request_id)
         eviction = self.evictions.pop(request_id, None)
         if eviction is None:
             return blocks
-        if eviction.is_done:
-            self.in_use.add(eviction.plan, sign=-1)
+        if eviction.counted is not None:
+            self.in_use.add(eviction.counted, sign=-1)
         return blocks + (eviction.fresh_blocks or [])
+
+
+def bounded_blocks(num_chunk_blocks: int, chunk_blocks: int) -> int:
+    """Return the most blocks that a prompt holds which is evicted chunk by chunk.
+
+    At its first eviction: a hit in the prefix cache, a chunk, and fresh blocks; behind that what is kept, and a chunk.
+
+    num_chunk_blocks: full blocks that are kept between its chunks
+    chunk_blocks:     blocks that a chunk may fill, or enter
+    """
+    return 2 * num_chunk_blocks + chunk_blocks
 
 
 # the built-in specs register lazily, and only into an empty registry
@@ -225,6 +303,17 @@ KVCacheSpecRegistry._ensure_registered()
 @dataclass(frozen=True, kw_only=True)
 class EvictionSpec(FullAttentionSpec):
     """Full attention with eviction. Has no fields of its own: ``merge`` would drop them."""
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """As vLLM's, but for a server that evicts between the chunks of a prompt: what its longest one holds."""
+        whole = super().max_memory_usage_bytes(vllm_config)
+        config = eviction_config(vllm_config)
+        if config is None or not config.during_prefill:
+            return whole
+        longest, method = vllm_config.model_config.max_model_len, config.method()
+        num_blocks = budget_blocks(longest, config.budget, self.block_size, method.min_tokens, during_decode=True)
+        most = bounded_blocks(num_blocks - 1, chunk_blocks(vllm_config))
+        return min(whole, most * self.page_size_bytes)
 
 
 @register_kv_cache_spec(manager_class=PrivateSlidingWindowManager, uniform_type_base_spec=SlidingWindowSpec)

@@ -13,7 +13,7 @@ REPORTS = "kv_eviction_reports"
 
 @dataclass(frozen=True)
 class PrefillEnd:
-    """A request whose prefill ends in a step, to be evicted at its end.
+    """A request whose prefill ends in a step, or a chunk of it, to be evicted at its end.
 
     fresh_block_ids: where its kept tokens go, as many as the plan has full blocks; None for its own last blocks
     is_late:         some way into its answer, which has filled the budget or is what the policy waited for
@@ -33,12 +33,14 @@ class StepEvictions:
     ending:     requests whose prefill ends in this step
     growing:    requests not evicted yet whose answer fills a block in this step -> tokens
     shrinking:  requests evicted before whose answer fills a block, to be emptied at the end of this step -> tokens
+    chunks:     requests evicted before of whose prompt this step computes a chunk, to be evicted again
     """
 
     prefilling: dict[str, EvictionConfig] = field(default_factory=dict)
     ending: dict[str, PrefillEnd] = field(default_factory=dict)
     growing: dict[str, int] = field(default_factory=dict)
     shrinking: dict[str, int] = field(default_factory=dict)
+    chunks: dict[str, EvictionPlan] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

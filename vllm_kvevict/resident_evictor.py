@@ -1,8 +1,8 @@
-"""The same verbs while an answer grows: whenever a block of it is full, every head makes room for the next one.
+"""The same verbs for what earlier evictions have left: while an answer grows, and between the chunks of a prompt.
 
-A bounded request holds full pages and one that its answer fills. When that one is full, each head evicts as many tokens
-as it holds; what survives of it moves into their slots, and the block is used again. The request holds the same blocks
-from then on, and vLLM allocates nothing for it.
+Such a request holds full pages, the same ones from its first eviction on, and behind them pages that new tokens fill.
+Each time it is evicted, every head drops as many tokens as it has new ones in full pages; what survives of these moves
+into the slots of what does not, so that they are empty. One that is filled in part stays, to be filled up.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from time import perf_counter
 import torch
 
 from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.cache.plan import cdiv
 from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.cache.selection import protect, select
 from vllm_kvevict.evictor import Method
@@ -21,14 +22,15 @@ from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
 
 
 @dataclass
-class DecodeEviction:
-    """One request's eviction at the end of a block of its answer.
+class ResidentEviction:
+    """One request's eviction after its first one.
 
-    num_tokens: tokens it has, a multiple of the block size
-    num_new:    of these, since the last eviction: they fill the end of the last page
-    page_table: [num_layers, num_kv_heads, max_pages] int64, its full pages; the last one in use is the answer's
-    num_pages:  [num_layers, num_kv_heads] int64, pages in use
-    seconds:    what scoring, selection and compaction took so far
+    num_tokens:     tokens it has
+    num_new:        of these, since the last eviction: they fill the end of its pages
+    page_table:     [num_layers, num_kv_heads, max_pages] int64, full pages, and then those of the new tokens
+    num_pages:      [num_layers, num_kv_heads] int64, pages in use
+    num_full_pages: [num_layers, num_kv_heads] int64, of these, the ones that stay; and one more that is filled in part
+    seconds:        what scoring, selection and compaction took so far
     """
 
     method: Method
@@ -38,29 +40,40 @@ class DecodeEviction:
     residents: Residents
     page_table: torch.Tensor
     num_pages: torch.Tensor
+    num_full_pages: torch.Tensor
     seconds: float = 0.0
     _slots: torch.Tensor = field(init=False)
+    _stays: torch.Tensor = field(init=False)
     _kept: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        """Put the slots of every head into the order of their tokens; entries past its pages come last."""
+        """Put the slots of every head into the order of their tokens; slots that hold none come last."""
         start = perf_counter()
         block_size = self.pool.block_size
         lane = torch.arange(block_size, device=self.page_table.device)
         slots = (self.page_table[..., None] * block_size + lane).flatten(2)
-        is_used = torch.arange(slots.shape[2], device=slots.device) < self.num_pages[..., None] * block_size
-        new = self._last_page()[..., block_size - self.num_new :]
+        place = torch.arange(slots.shape[2], device=slots.device)
+        kv_lens = self._kv_lens[..., None]
+        is_held = place < kv_lens
+        is_new = is_held & (place >= kv_lens - self.num_new)
         positions = self.residents.positions
-        positions[new] = torch.arange(self.num_tokens - self.num_new, self.num_tokens).to(positions)
-        order = positions[slots].masked_fill(~is_used, torch.iinfo(torch.int32).max).argsort(dim=-1)
-        self._slots = slots.gather(2, order)
-        self._kept = torch.zeros_like(is_used)
+        new_positions = self.num_tokens - kv_lens + place
+        positions[slots[is_new]] = new_positions[is_new].to(torch.int32)
+        order = positions[slots].masked_fill(~is_held, torch.iinfo(torch.int32).max).argsort(dim=-1)
+        page = place // block_size
+        is_tail = (page == self.num_pages[..., None] - 1) & (self._num_tail_tokens > 0)
+        stays = (page < self.num_full_pages[..., None]) | is_tail
+        self._slots, self._stays = slots.gather(2, order), stays.gather(2, order)
+        self._kept = torch.zeros_like(is_held)
         self.seconds += perf_counter() - start
 
-    def _last_page(self) -> torch.Tensor:
-        """Return the slots [num_layers, num_kv_heads, block_size] of the page that the answer has filled."""
-        pages = self.page_table.gather(2, self.num_pages[..., None] - 1)
-        return pages * self.pool.block_size + torch.arange(self.pool.block_size, device=pages.device)
+    @property
+    def _num_tail_tokens(self) -> int:
+        return self.num_tokens % self.pool.block_size
+
+    @property
+    def _kv_lens(self) -> torch.Tensor:
+        return self.num_pages * self.pool.block_size - -self.num_tokens % self.pool.block_size
 
     def score_layer(
         self,
@@ -76,10 +89,10 @@ class DecodeEviction:
         chunk: [num_new, num_heads, head_size] all queries since the last eviction, if it looks at all; else unused
         """
         start = perf_counter()
-        num_pages = self.num_pages[layer]
-        for count in num_pages.unique().tolist():
-            heads = (num_pages == count).nonzero()[:, 0]
-            inputs = self._inputs(layer, heads, count * self.pool.block_size, scale, weights or LayerWeights())
+        kv_lens = self._kv_lens[layer]
+        for kv_len in kv_lens.unique().tolist():
+            heads = (kv_lens == kv_len).nonzero()[:, 0]
+            inputs = self._inputs(layer, heads, kv_len, scale, weights or LayerWeights())
             self._score(inputs, heads, self._of_heads(query, heads), self._of_heads(chunk, heads))
         self.seconds += perf_counter() - start
 
@@ -90,7 +103,7 @@ class DecodeEviction:
 
     def _inputs(self, layer: int, heads: torch.Tensor, kv_len: int, scale: float, weights: LayerWeights) -> ScoreInputs:
         """Return what a policy sees of heads that hold equally many tokens: they are a layer of their own to it."""
-        slots = self._slots[layer, heads, :kv_len]
+        slots = self._slots[layer, heads, : cdiv(kv_len, self.pool.block_size) * self.pool.block_size]
         keys, values = _gathered(self.pool.keys, slots), _gathered(self.pool.values, slots)
         projection = weights.output_projection
         if projection is not None and len(heads) < self.pool.num_kv_heads:
@@ -103,7 +116,7 @@ class DecodeEviction:
             kv_len=kv_len,
             scale=scale,
             weights=replace(weights, output_projection=projection),
-            num_kept=kv_len - self.pool.block_size,
+            num_kept=int(self._num_kept(layer, heads)[0]),
             layer=layer,
         )
 
@@ -117,18 +130,18 @@ class DecodeEviction:
             inputs = replace(inputs, state=sums)
         scores = policy.score(replace(inputs, query=query[max(len(query) - policy.query_window, 0) :]))
         scores = protect(scores, self.method.num_sink, self.method.num_recent)
-        num_kept = torch.full((len(heads),), kv_len - self.pool.block_size)
-        self._kept[inputs.layer, heads, :kv_len] = select(scores, num_kept)
+        self._kept[inputs.layer, heads, :kv_len] = select(scores, self._num_kept(inputs.layer, heads))
+
+    def _num_kept(self, layer: int, heads: torch.Tensor) -> torch.Tensor:
+        return self.num_full_pages[layer, heads] * self.pool.block_size + self._num_tail_tokens
 
     def finish(self) -> None:
-        """Move what survives of the last page into the slots of evicted tokens. The pool's pages change."""
+        """Move what survives of the pages that go into the slots of what does not. The pool's pages change."""
         start = perf_counter()
-        slots, kept = self._slots, self._kept
-        last = self._last_page()
-        is_last = (slots >= last[..., :1]) & (slots <= last[..., -1:])
-        held = torch.arange(slots.shape[2], device=slots.device) < self.num_pages[..., None] * self.pool.block_size
-        # head by head as many of the ones as of the others: each keeps a page less than it holds
-        source, destination = slots[kept & is_last], slots[~kept & held & ~is_last]
+        is_held = torch.arange(self._slots.shape[2], device=self._slots.device) < self._kv_lens[..., None]
+        # head by head as many of the ones as of the others: what is kept fills the slots that stay
+        source = self._slots[self._kept & ~self._stays]
+        destination = self._slots[~self._kept & is_held & self._stays]
         move_tokens(self.pool.keys, self.pool.values, source, destination)
         self.residents.move(source, destination)
         self.seconds += perf_counter() - start

@@ -1,0 +1,99 @@
+"""Eviction between the chunks of a prompt: constant memory for prompts of any length, and the right tokens stay."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import USES_V2_RUNNER
+from tests.engine.dense import DenseModel
+from tests.engine.dense_decode import BLOCK, Budget, LayerNow, check_kept, run_and_watch, tova
+from tests.engine.harness import Engine, engine
+from tests.tiny_llama import random_prompt
+
+BUDGET, CHUNK = 128, 100
+ON, OFF = {"kv_evict_during_prefill": 1}, {"kv_evict_during_prefill": 0}
+NUM_BLOCKS = BUDGET // BLOCK
+BOUND = 2 * (NUM_BLOCKS - 1) + -(-CHUNK // BLOCK) + 1
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["fresh blocks", "in place"])
+def running(tiny_llama: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    settings = {"max_num_batched_tokens": CHUNK, "enable_prefix_caching": request.param}
+    with engine(tiny_llama, budget=BUDGET, fields={"during_prefill": True}, **settings) as started:
+        started.poison_unowned_memory()
+        yield started
+
+
+@pytest.fixture(scope="module")
+def dense(tiny_llama: Path) -> DenseModel:
+    return DenseModel(tiny_llama)
+
+
+def streaming_llm(now: LayerNow) -> torch.Tensor:
+    return torch.arange(now.num_tokens, dtype=torch.float64).expand(len(now.resident), -1)
+
+
+def h2o(now: LayerNow) -> torch.Tensor:
+    return now.attention_then().sum(dim=2).mean(dim=1)
+
+
+CASES: list[tuple[str, Any, int, int]] = [
+    ("streaming_llm", streaming_llm, 4, 0),
+    ("h2o", h2o, 0, 32),
+    ("tova", tova, 0, 1),
+]
+
+
+@pytest.mark.feature("eviction between the chunks of a prompt")
+@pytest.mark.parametrize("bounded", [0, 1])
+@pytest.mark.parametrize("length", [1001] if USES_V2_RUNNER else [150, 640, 1001])
+@pytest.mark.parametrize(("policy", "score", "num_sink", "num_recent"), CASES)
+def test_tokens_kept_and_answers_are_those_of_a_dense_model(
+    running: Engine,
+    dense: DenseModel,
+    policy: str,
+    score: Any,
+    num_sink: int,
+    num_recent: int,
+    length: int,
+    bounded: int,
+) -> None:
+    prompt = random_prompt(length, seed=length)
+    options = {"kv_eviction": policy, "kv_evict_during_decode": bounded}
+    answer, held, kept = run_and_watch(running, prompt, max_tokens=70, extra_args=options)
+    if not bounded:
+        kept = {now: heads for now, heads in kept.items() if now <= length}
+    budget = Budget(NUM_BLOCKS, num_sink, num_recent)
+    num_swaps, logits = check_kept(dense, [*prompt, *answer], kept, score, budget)
+    assert num_swaps <= 1
+    # a hit in the prefix cache moves where chunks end
+    ends = [now for now in sorted(kept) if now <= length]
+    assert ends[-1] == length
+    assert all(0 < after - before <= CHUNK for before, after in pairwise([CHUNK, *ends]))
+    assert logits[length - 1 : -1].argmax(-1).tolist() == answer
+    assert max(held[: length // CHUNK + 1]) <= BOUND
+    running.check_all_free()
+
+
+def test_chunks_and_decodes_in_one_batch_with_aborts(running: Engine) -> None:
+    rng = random.Random(3)
+    policies = ["snapkv", "lava", "h2o", "knorm", "morphkv", "curdkv"]
+    names = []
+    for index in range(16):
+        options = {"kv_eviction": rng.choice(policies), "kv_budget_allocator": rng.choice(["uniform", "lava"])}
+        options |= {"kv_budget": rng.choice([96, 128, 0.3]), **rng.choice([ON, ON, OFF])}
+        prompt = random_prompt(rng.randint(20, 1500), seed=rng.randint(0, 3))
+        names.append(running.add(prompt, max_tokens=rng.randint(1, 80), extra_args=options))
+        for _ in range(rng.randint(0, 6)):
+            running.step()
+        if index % 5 == 4:
+            running.llm.llm_engine.abort_request([rng.choice(names)])
+    running.run()
+    running.check_all_free()
