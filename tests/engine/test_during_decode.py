@@ -121,3 +121,20 @@ def test_the_last_tokens_stay(running: Engine) -> None:
         size = (NUM_BLOCKS - 1) * BLOCK + num_tokens % BLOCK
         expected = [*range(4), *range(num_tokens - size + 4, num_tokens)]
         assert all(head == expected for layer in layers for head in layer)
+
+
+@pytest.mark.parametrize("when", [BLOCK, BLOCK + 5])
+def test_a_request_that_must_start_again_is_evicted_anew(running: Engine, when: int) -> None:
+    """At a length that is a multiple of the block size, where it would have been due if it had gone on."""
+    prompt = random_prompt(300, seed=7)
+    running.add(prompt, max_tokens=120)
+    while not any(
+        request.num_computed_tokens >= 300 + when - 300 % BLOCK for request in running.scheduler.requests.values()
+    ):
+        running.step()
+    before = running.num_evictions
+    assert running.llm.reset_prefix_cache(reset_running_requests=True)
+    (output,) = running.run().values()
+    assert len(output.outputs[0].token_ids) == 120
+    assert running.num_evictions == before + 1
+    running.check_all_free()

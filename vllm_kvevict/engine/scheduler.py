@@ -78,6 +78,7 @@ class EvictionMixin(Scheduler):
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
         """Every prefill starts here, resumed ones too: decide whether it will be evicted, and cap its cache hit."""
         self._evictions.pop(request.request_id, None)
+        self._bounded.discard(request.request_id)
         eviction = self._will_evict(request)
         if eviction is None:
             return super()._get_local_prefix_cache_hit(request)
