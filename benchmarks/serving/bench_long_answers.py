@@ -1,0 +1,81 @@
+"""Long answers: what a step costs and what a request holds, whole, and with eviction that goes on during decode.
+
+One engine serves every arm, request by request; the arms take turns. Seconds of a step are the mean, since evictions
+come once in a block.
+
+python -m benchmarks.serving.bench_long_answers
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from vllm import LLM, SamplingParams
+
+from benchmarks.serving.engine import BLOCK_SIZE, MODEL, core, engine, random_prompt
+from benchmarks.timing import write_row
+
+WHOLE = "none"
+POLICIES = ("streaming_llm", "knorm", "tova", "snapkv", "morphkv", "h2o")
+
+
+def answer(llm: LLM, policy: str, arguments: argparse.Namespace, seed: int) -> tuple[float, int]:
+    """Serve one batch; return the mean seconds of a step in the second half of the answers, and the most blocks held.
+
+    In that half the budget is full, and every step computes a token of each request.
+    """
+    options = {"kv_eviction": policy, "kv_evict_during_decode": 1} if policy != WHOLE else {"kv_eviction": WHOLE}
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=arguments.output, ignore_eos=True, detokenize=False, extra_args=options
+    )
+    for index in range(arguments.batch):
+        tokens = {"prompt_token_ids": random_prompt(arguments.prompt, seed=seed + index)}
+        llm.llm_engine.add_request(f"{seed + index}", tokens, sampling)
+    steps, most_blocks = [], 0
+    scheduler = core(llm).scheduler
+    num_blocks = scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is the null block
+    while llm.llm_engine.has_unfinished_requests():
+        progress = min((request.num_output_tokens for request in scheduler.requests.values()), default=0)
+        begin = time.perf_counter()
+        llm.llm_engine.step()
+        if progress > arguments.output // 2:
+            steps.append(time.perf_counter() - begin)
+            free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+            most_blocks = max(most_blocks, num_blocks - free)
+    return sum(steps) / len(steps), most_blocks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=300)
+    parser.add_argument("--output", type=int, default=1000)
+    parser.add_argument("--budget", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    arms = (WHOLE, *POLICIES)
+    results: dict[str, list[tuple[float, int]]] = {arm: [] for arm in arms}
+    size: dict[str, Any] = {"kv_cache_memory_bytes": 1 << 30, "enable_prefix_caching": False}
+    with engine(arguments.model, arguments.budget, **size) as llm:
+        for round_ in range(arguments.rounds):
+            for arm in arms[round_ % len(arms) :] + arms[: round_ % len(arms)]:
+                results[arm].append(answer(llm, arm, arguments, 1000 * round_))
+    settings = {key: value for key, value in vars(arguments).items() if key != "model"}
+    for arm, measured in results.items():
+        step = median(seconds for seconds, _ in measured)
+        ratio = median(whole / ours for (whole, _), (ours, _) in zip(results[WHOLE], measured, strict=True))
+        tokens = max(blocks for _, blocks in measured) * BLOCK_SIZE / arguments.batch
+        print(
+            f"{arm:14} {step * 1e3:7.2f} ms a step, {ratio:.2f}x the speed of whole requests, {tokens:.0f} tokens held"
+        )
+        row = {"step_ms": round(step * 1e3, 3), "relative_speed": round(ratio, 3), "tokens_held": round(tokens)}
+        write_row("long_answers", {"policy": arm, **settings, **row})
+
+
+if __name__ == "__main__":
+    main()
