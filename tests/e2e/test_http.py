@@ -159,6 +159,23 @@ def test_a_long_answer_holds_a_constant_number_of_blocks(server: Server, client:
     wait_until_idle(server)
 
 
+@pytest.mark.feature("eviction between the chunks of a prompt")
+def test_chunks_of_a_long_prompt_are_counted_as_they_are_evicted(server: Server, client: OpenAI) -> None:
+    wait_until_idle(server)
+    before = server.metrics()
+    options = {"kv_evict_during_prefill": 1}
+    prompt_tokens = chat(client, long_text(300), extra_body={"vllm_xargs": options}).usage.prompt_tokens
+    assert prompt_tokens > 4096  # at least three chunks of 2,048
+    wait_until_idle(server)
+    after = server.metrics()
+    grew = {name: after[name] - before[name] for name in after if name.startswith("kvevict:")}
+    kept = (BUDGET // 32 - 1) * 32 + prompt_tokens % 32
+    assert grew["kvevict:evictions_total"] == 1
+    assert grew["kvevict:evicted_tokens_total"] == prompt_tokens - kept
+    assert grew["kvevict:freed_blocks_total"] == -(-prompt_tokens // 32) - -(-kept // 32)
+    assert after["kvevict:kept_tokens"] == after["kvevict:kept_pages"] == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -157,7 +157,7 @@ class EvictionMixin(Scheduler):
     def _plan_first_eviction(self, request: Request, eviction: RequestEviction, step: StepEvictions) -> None:
         num_tokens = request.num_computed_tokens
         is_full = num_tokens >= eviction.plan.num_tokens
-        chunk_plan = eviction.chunk_plan(num_tokens) if request.is_prefill_chunk else None
+        chunk_plan = eviction.chunk_plan(num_tokens) if request.is_prefill_chunk and not is_full else None
         if chunk_plan is not None:
             self._evict_first(request, eviction, chunk_plan, step, is_late=False)
         elif request.is_prefill_chunk or (eviction.is_late and not eviction.has_prefilled and not is_full):
@@ -189,8 +189,8 @@ class EvictionMixin(Scheduler):
             if self._is_done(req_id, reports, end.plan):
                 self._count(req_id, end.config, end.plan, reports[req_id].seconds)
         for req_id, plan in step.chunks.items():
-            if self._is_done(req_id, reports, plan):
-                self._count_in_use(req_id, plan)
+            if self._is_done(req_id, reports, plan) and self._count_in_use(req_id, plan):
+                self._records.append(_evicted_again(self._evictions[req_id], plan))
         for req_id in step.shrinking:
             if self._is_done(req_id, reports, None) and req_id in self._evictions:  # it may have been aborted meanwhile
                 config = self._evictions[req_id].config
@@ -257,6 +257,14 @@ def _evicted(config: EvictionConfig, plan: EvictionPlan, seconds: float) -> Evic
         kept_fraction=plan.num_kept_tokens / plan.num_tokens,
         seconds=seconds,
     )
+
+
+def _evicted_again(eviction: RequestEviction, plan: EvictionPlan) -> EvictionRecord:
+    before = max(
+        (each for each in eviction.plans if each.num_tokens < plan.num_tokens), key=lambda each: each.num_tokens
+    )
+    num_tokens = plan.num_evicted_tokens - before.num_evicted_tokens
+    return EvictionRecord(eviction.config.policy, eviction.config.allocator_name, evicted_tokens=num_tokens)
 
 
 def _shrunk(config: EvictionConfig, num_tokens: int) -> EvictionRecord:
