@@ -1,6 +1,6 @@
 """Random requests over a tree of prefixes, in little memory, some aborted: every answer is that of a fresh engine.
 
-KVEVICT_STRESS_REQUESTS, an environment variable: how many requests; if it is not set 60, or 30 in the interpreter.
+KVEVICT_STRESS_REQUESTS, an environment variable: how many requests; if it is not set 60, or 50 in the interpreter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.conftest import USES_V2_RUNNER
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 
-NUM_REQUESTS = int(os.environ.get("KVEVICT_STRESS_REQUESTS", 30 if USES_V2_RUNNER else 60))
+NUM_REQUESTS = int(os.environ.get("KVEVICT_STRESS_REQUESTS", 50 if USES_V2_RUNNER else 60))
 MODELS = [("tiny_llama", 1), ("tiny_gemma", 0)]
 if not USES_V2_RUNNER:
     MODELS += [("tiny_llama", 0), ("tiny_llama", 2)]
