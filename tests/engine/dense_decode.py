@@ -114,6 +114,16 @@ def tova(now: LayerNow) -> torch.Tensor:
     return now.attention_now(1)[:, :, 0].mean(dim=(0, 1)).expand(len(now.resident), -1)
 
 
+def h2o(now: LayerNow) -> torch.Tensor:
+    """The attention that each token has got so far, mean over the group."""
+    return now.attention_then().sum(dim=2).mean(dim=1)
+
+
+def streaming_llm(now: LayerNow) -> torch.Tensor:
+    """The position."""
+    return torch.arange(now.num_tokens, dtype=torch.float64).expand(len(now.resident), -1)
+
+
 def kept_positions(running: Engine, request_id: str) -> list[list[list[int]]]:
     """Positions [num_layers][num_kv_heads][tokens held], from where the worker says that they are."""
     bridge, num_tokens = running.bridge, running.scheduler.requests[request_id].num_computed_tokens

@@ -11,7 +11,17 @@ import torch
 
 from tests.conftest import USES_V2_RUNNER
 from tests.engine.dense import DenseModel
-from tests.engine.dense_decode import BLOCK, Budget, LayerNow, Score, check_kept, run_and_watch, tova
+from tests.engine.dense_decode import (
+    BLOCK,
+    Budget,
+    LayerNow,
+    Score,
+    check_kept,
+    h2o,
+    run_and_watch,
+    streaming_llm,
+    tova,
+)
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 
@@ -59,14 +69,6 @@ def test_a_request_holds_its_budget_and_no_more(running: Engine, policy: str, al
             assert len(set(head)) == len(head)
             assert not head or (head[0] >= 0 and head[-1] < num_tokens)
     running.check_all_free()
-
-
-def h2o(now: LayerNow) -> torch.Tensor:
-    return now.attention_then().sum(dim=2).mean(dim=1)
-
-
-def streaming_llm(now: LayerNow) -> torch.Tensor:
-    return torch.arange(now.num_tokens, dtype=torch.float64).expand(len(now.resident), -1)
 
 
 def snapkv(now: LayerNow) -> torch.Tensor:

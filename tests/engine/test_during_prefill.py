@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.conftest import USES_V2_RUNNER
 from tests.engine.dense import DenseModel
-from tests.engine.dense_decode import BLOCK, Budget, LayerNow, check_kept, run_and_watch, tova
+from tests.engine.dense_decode import BLOCK, Budget, check_kept, h2o, run_and_watch, streaming_llm, tova
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 
@@ -34,14 +33,6 @@ def running(tiny_llama: Path, request: pytest.FixtureRequest) -> Iterator[Engine
 @pytest.fixture(scope="module")
 def dense(tiny_llama: Path) -> DenseModel:
     return DenseModel(tiny_llama)
-
-
-def streaming_llm(now: LayerNow) -> torch.Tensor:
-    return torch.arange(now.num_tokens, dtype=torch.float64).expand(len(now.resident), -1)
-
-
-def h2o(now: LayerNow) -> torch.Tensor:
-    return now.attention_then().sum(dim=2).mean(dim=1)
 
 
 CASES: list[tuple[str, Any, int, int]] = [

@@ -157,6 +157,7 @@ class EvictionBridge:
     def _observe_answer(self, req_id: str, num_tokens: int, eviction: Eviction | None) -> None:
         """Show the policy the queries since the last full block of a request whose prompt was not evicted."""
         prefill, block_ids = self._prefills[req_id], self._full_rows[req_id]
+        # before the first is observed: it counts as seen then
         chunks = [self._new_queries(layer, req_id, num_tokens) for layer in range(self.pool.num_layers)]
         for layer, chunk in enumerate(chunks):
             row = PrefillRow(prefill, 0, len(chunk), block_ids, num_tokens, eviction)
@@ -228,9 +229,11 @@ class EvictionBridge:
 
     def _chunk_rows(self, req_ids: list[str], common: CommonAttentionMetadata, step: StepEvictions) -> list[ChunkRow]:
         """Prepare the evictions behind chunks of prompts; their pages are in the page table by now."""
+        if not step.chunks:
+            return []
         rows = []
-        bounds = common.query_start_loc_cpu.tolist() if step.chunks else []
-        for row, req_id in enumerate(req_ids if step.chunks else []):
+        bounds = common.query_start_loc_cpu.tolist()
+        for row, req_id in enumerate(req_ids):
             if req_id in step.chunks:
                 num_tokens = step.chunks[req_id].num_tokens
                 _check_length(req_id, num_tokens, int(common.seq_lens[row]))
@@ -276,12 +279,16 @@ class EvictionBridge:
         return prefill
 
     def _note_full_rows(self, req_ids: list[str], common: CommonAttentionMetadata, step: StepEvictions) -> None:
-        """Keep the block tables of requests whose answer fills a block in this step, for its end."""
+        """Check the lengths of requests whose answer is looked at in this step, and keep the block tables of those
+        that are not evicted yet, for its end.
+        """
         late = {req_id: end.plan.num_tokens for req_id, end in step.ending.items() if end.is_late}
         full = {**step.growing, **step.shrinking, **late}
         for row, req_id in enumerate(req_ids if full else []):
             if req_id in full:
                 _check_length(req_id, full[req_id], int(common.seq_lens[row]))
+                if req_id in step.shrinking:  # its pages are in the page table
+                    continue
                 num_blocks = cdiv(full[req_id], self.pool.block_size)
                 self._full_rows[req_id] = common.block_table_tensor[row, :num_blocks].to(torch.int64)
 

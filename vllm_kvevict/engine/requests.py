@@ -90,9 +90,9 @@ def _check(vllm_config: VllmConfig, params: Any, num_tokens: int = 0) -> None:
         raise VLLMValidationError(f"{REQUEST_POLICY}: this engine was started without --kv-eviction")
     if values is None:
         return
-    server = EvictionConfig.parse(values)
-    if not has_options and not server.during_prefill:
+    if not has_options and not values.get("during_prefill"):
         return
+    server = EvictionConfig.parse(values)
     try:
         config = request_config(server, params, vllm_config.cache_config.block_size)
         if config is not None:
@@ -111,15 +111,14 @@ def _check_fits(config: EvictionConfig | None, vllm_config: VllmConfig, num_toke
     """
     cache, num_engines = vllm_config.cache_config, vllm_config.parallel_config.data_parallel_size
     num_blocks = (cache.num_gpu_blocks or 0) // num_engines - 1  # one is vLLM's null block
-    is_bounded = config is not None and config.during_prefill
+    option, remedy = REQUEST_DURING_PREFILL, f"let it be evicted, with {REQUEST_DURING_PREFILL}"
     num_needed = cdiv(num_tokens + 1, cache.block_size)  # with the first token of the answer
     if config is not None and config.during_prefill:
+        option, remedy = REQUEST_BUDGET, "lower kv_budget"
         sizes = (num_tokens, config.budget, cache.block_size, config.method().min_tokens)
         num_kept = budget_blocks(*sizes, during_decode=True)
         num_needed = min(num_needed, num_kept + chunk_blocks(vllm_config))
     if num_needed > num_blocks > 0:
-        remedy = "lower kv_budget" if is_bounded else f"let it be evicted, with {REQUEST_DURING_PREFILL}"
-        option = REQUEST_BUDGET if is_bounded else REQUEST_DURING_PREFILL
         raise ValueError(
             f"{option}: a prompt of {num_tokens} tokens needs {num_needed} blocks with these options, and the KV cache "
             f"has {num_blocks}; {remedy}"

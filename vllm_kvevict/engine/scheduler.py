@@ -260,9 +260,7 @@ def _evicted(config: EvictionConfig, plan: EvictionPlan, seconds: float) -> Evic
 
 
 def _evicted_again(eviction: RequestEviction, plan: EvictionPlan) -> EvictionRecord:
-    before = max(
-        (each for each in eviction.plans if each.num_tokens < plan.num_tokens), key=lambda each: each.num_tokens
-    )
+    before = eviction.plans[eviction.plans.index(plan) - 1]
     num_tokens = plan.num_evicted_tokens - before.num_evicted_tokens
     return EvictionRecord(eviction.config.policy, eviction.config.allocator_name, evicted_tokens=num_tokens)
 

@@ -65,11 +65,9 @@ class RequestEviction:
     num_chunk_blocks: full blocks that are kept between the chunks of the prompt; None if it is evicted at its end only
     has_prefilled: whether the last chunk of the prompt was scheduled
     fresh_blocks:  taken in the step of the first eviction, and held here until they enter the request's table
-    is_final:      whether the step of the first eviction was scheduled
     plans:         of every eviction that was scheduled
     counted:       the last of these that the workers have carried out
     releases:      blocks to be freed, in order
-    freed_blocks:  how many are back in the pool, None before the first
     """
 
     config: EvictionConfig
@@ -79,11 +77,14 @@ class RequestEviction:
     num_chunk_blocks: int | None = None
     has_prefilled: bool = False
     fresh_blocks: list[KVCacheBlock] | None = None
-    is_final: bool = False
     plans: list[EvictionPlan] = field(default_factory=list)
     counted: EvictionPlan | None = None
     releases: list[Release] = field(default_factory=list)
-    freed_blocks: int | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the step of the first eviction was scheduled."""
+        return bool(self.plans)
 
     @property
     def num_shared_tokens(self) -> int:
@@ -137,7 +138,7 @@ class RequestEviction:
 
     def begin(self, plan: EvictionPlan) -> None:
         """The step of the first eviction, by ``plan``, is scheduled."""
-        self.plan, self.is_final = plan, True
+        self.plan = plan
         self.plans.append(plan)
         fresh = self.fresh_blocks or []
         self.releases.append(Release(plan.num_tokens, 0, plan.first_kept_block + len(fresh), fresh))
@@ -271,7 +272,6 @@ class EvictionManager(PrivateBlocks, FullAttentionManager):
         if release.fresh:
             self.req_to_blocks[request_id][release.stop - len(release.fresh) : release.stop] = release.fresh
             eviction.fresh_blocks = []
-        eviction.freed_blocks = (eviction.freed_blocks or 0) + num_freed
         self.newly_freed.append((eviction.config, num_freed))
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
