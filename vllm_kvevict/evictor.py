@@ -88,6 +88,21 @@ class Eviction:
         self._scores = [None] * self.pool.num_layers
         self._measures = [torch.empty(0, dtype=torch.float64)] * self.pool.num_layers
 
+    def preselect_layer(
+        self, layer: int, query: torch.Tensor, scale: float, weights: LayerWeights | None = None
+    ) -> torch.Tensor:
+        """Return [num_kv_heads, num_tokens] int64, the slots of the tokens of one layer that pseudo tokens see.
+
+        query, weights: as for ``score_layer``
+        """
+        start = perf_counter()
+        policy, inputs = self.method.policy, self._inputs(layer, query, scale, weights)
+        tokens = policy.preselect(_last_queries(inputs, policy.query_window))
+        block_size = self.pool.block_size
+        slots = inputs.page_table.gather(1, tokens // block_size) * block_size + tokens % block_size
+        self.seconds += perf_counter() - start
+        return slots
+
     def score_layer(
         self,
         layer: int,
@@ -96,29 +111,32 @@ class Eviction:
         output: torch.Tensor | None = None,
         weights: LayerWeights | None = None,
         state: Any = None,
+        pseudo_query: torch.Tensor | None = None,
     ) -> None:
         """Score one layer whose keys and values are in the cache.
 
-        query, output, weights, state: as in ``ScoreInputs``; the last queries that the policy and the allocator need
+        The arguments are as in ``ScoreInputs``; query: the last ones that the policy and the allocator need
         """
         start = perf_counter()
-        inputs = ScoreInputs(
+        inputs = self._inputs(layer, query, scale, weights)
+        inputs = replace(inputs, output=output, state=state, pseudo_query=pseudo_query)
+        policy, allocator = self.method.policy, self.method.allocator
+        self._scores[layer] = policy.score(_last_queries(inputs, policy.query_window))
+        self._measures[layer] = allocator.measure(_last_queries(inputs, allocator.query_window))
+        self.seconds += perf_counter() - start
+
+    def _inputs(self, layer: int, query: torch.Tensor, scale: float, weights: LayerWeights | None) -> ScoreInputs:
+        return ScoreInputs(
             query,
             self.pool.keys,
             self.pool.values,
             self.pool.layer_page_ids(layer, self.block_ids),
             self.plan.num_tokens,
             scale,
-            output,
-            weights or LayerWeights(),
-            state,
-            self.plan.num_kept_tokens,
-            layer,
+            weights=weights or LayerWeights(),
+            num_kept=self.plan.num_kept_tokens,
+            layer=layer,
         )
-        policy, allocator = self.method.policy, self.method.allocator
-        self._scores[layer] = policy.score(_last_queries(inputs, policy.query_window))
-        self._measures[layer] = allocator.measure(_last_queries(inputs, allocator.query_window))
-        self.seconds += perf_counter() - start
 
     def finish(self) -> Compaction:
         """Allocate, select and compact. The pool's pages change; the caller puts the result in its page table.

@@ -12,12 +12,12 @@ from time import perf_counter
 
 import torch
 
-from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.cache.pages import PagePool, gather_tokens
 from vllm_kvevict.cache.plan import cdiv
 from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.cache.selection import protect, select
 from vllm_kvevict.evictor import Method
-from vllm_kvevict.kernels.move_tokens import ELEMENT_VIEWS, move_tokens
+from vllm_kvevict.kernels.move_tokens import move_tokens
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
 
 
@@ -104,7 +104,8 @@ class ResidentEviction:
     def _inputs(self, layer: int, heads: torch.Tensor, kv_len: int, scale: float, weights: LayerWeights) -> ScoreInputs:
         """Return what a policy sees of heads that hold equally many tokens: they are a layer of their own to it."""
         slots = self._slots[layer, heads, : cdiv(kv_len, self.pool.block_size) * self.pool.block_size]
-        keys, values = _gathered(self.pool.keys, slots), _gathered(self.pool.values, slots)
+        shape = (-1, self.pool.block_size, self.pool.head_size)
+        keys, values = (gather_tokens(kv, slots).reshape(shape) for kv in (self.pool.keys, self.pool.values))
         projection = weights.output_projection
         if projection is not None and len(heads) < self.pool.num_kv_heads:
             projection = projection.unflatten(1, (self.pool.num_kv_heads, -1))[:, heads].flatten(1)
@@ -145,11 +146,3 @@ class ResidentEviction:
         move_tokens(self.pool.keys, self.pool.values, source, destination)
         self.residents.move(source, destination)
         self.seconds += perf_counter() - start
-
-
-def _gathered(pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Return [num_slots / block_size, block_size, head_size], a copy of these slots in their order."""
-    block_size = pages.shape[1]
-    elements = pages.view(ELEMENT_VIEWS[pages.element_size()])  # indexing is not defined for every 8-bit float
-    gathered = elements[slots // block_size, slots % block_size].view(pages.dtype)
-    return gathered.reshape(-1, block_size, pages.shape[2])

@@ -206,6 +206,30 @@ def test_drafts_are_refused_with_eviction_during_decode(tiny_llama: Path) -> Non
     assert "drop --speculative-config" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "feature"),
+    [
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+            "speculative decoding, whose draft model has no part in it",
+        ),
+        ({"enable_lora": True}, "LoRA adapters"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+    ],
+)
+def test_what_pseudo_tokens_cannot_work_with(tiny_llama: Path, settings: dict[str, Any], feature: str) -> None:
+    created(tiny_llama, **kv_eviction_args("snapkv", 256), **settings)
+    with pytest.raises(ValueError, match="policy 'laq' generates pseudo tokens") as error:
+        created(tiny_llama, **kv_eviction_args("laq", 256), **settings)
+    assert f"which does not work with {feature}; choose another policy" in str(error.value)
+
+
+def test_pseudo_tokens_need_layers_that_see_everything(tiny_gemma: Path) -> None:
+    created(tiny_gemma, **kv_eviction_args("laq_deferred", 256))
+    with pytest.raises(ValueError, match="does not work with layers that see a part of the context only"):
+        created(tiny_gemma, **kv_eviction_args("laq++", 256))
+
+
 @pytest.mark.parametrize("prefix", ["--", "--no-"])
 def test_eviction_during_decode_is_a_flag(parse: Parse, prefix: str) -> None:
     engine_args = parse(["--kv-eviction", "morphkv", "--kv-budget", "512", f"{prefix}kv-evict-during-decode"])

@@ -15,7 +15,11 @@ from vllm_kvevict import kv_eviction_args
 LENGTHS = (40, 333, 700, 1100)
 
 
-def answers(model: Path, **settings: Any) -> dict[str, list[list[int]]]:
+ALLOCATORS = {name: {"kv_budget_allocator": name} for name in ("uniform", "pyramid", "lava")}
+LOOKAHEAD = {"laq": {"kv_eviction": "laq"}}
+
+
+def answers(model: Path, cases: dict[str, Any] = ALLOCATORS, **settings: Any) -> dict[str, list[list[int]]]:
     settings = {"enforce_eager": True, **settings}
     llm = LLM(
         str(model),
@@ -29,14 +33,13 @@ def answers(model: Path, **settings: Any) -> dict[str, list[list[int]]]:
         **kv_eviction_args("snapkv", 96),
     )
     try:
-        return {allocator: generate(llm, allocator) for allocator in ("uniform", "pyramid", "lava")}
+        return {name: generate(llm, options) for name, options in cases.items()}
     finally:
         llm.llm_engine.engine_core.shutdown()
 
 
-def generate(llm: LLM, allocator: str) -> list[list[int]]:
+def generate(llm: LLM, options: dict[str, str]) -> list[list[int]]:
     prompts = [{"prompt_token_ids": random_prompt(length, seed=length)} for length in LENGTHS]
-    options = {"kv_budget_allocator": allocator}
     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, detokenize=False, extra_args=options)
     outputs = llm.generate(prompts, params, use_tqdm=False)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
@@ -48,9 +51,10 @@ def generate(llm: LLM, allocator: str) -> list[list[int]]:
 @pytest.mark.skipif(USES_V2_RUNNER, reason="worker processes would each have to load Triton's interpreter")
 def test_two_workers_answer_as_one(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    two, one = answers(tiny_llama, tensor_parallel_size=2), answers(tiny_llama)
-    assert two["uniform"] == one["uniform"]
-    assert two["pyramid"] == one["pyramid"]
+    cases = {**ALLOCATORS, **LOOKAHEAD}
+    two, one = answers(tiny_llama, cases, tensor_parallel_size=2), answers(tiny_llama, cases)
+    for same in ("uniform", "pyramid", "laq"):
+        assert two[same] == one[same]
     # lava compares heads, and a worker sees its own ones only: the shares differ, the blocks do not
     assert two["lava"][0] == one["lava"][0], "this prompt fits its budget"
     assert [len(answer) for answer in two["lava"]] == [24] * len(LENGTHS)

@@ -51,6 +51,9 @@ def with_needs(policy, inputs, generator):
         output_projection=projection if Need.OUTPUT_PROJECTION in needs else None,
     )
     inputs = replace(inputs, output=output if Need.OUTPUTS in needs else None, weights=weights)
+    if policy.num_pseudo_tokens:
+        pseudo_query = torch.randn(policy.num_pseudo_tokens, heads, HEAD_SIZE, generator=generator)
+        inputs = replace(inputs, pseudo_query=pseudo_query)
     if Need.ALL_QUERIES not in needs:
         return inputs
     state = None
@@ -125,6 +128,15 @@ def test_entries_past_the_prompt_do_not_matter(policy):
     inputs, cache = make_inputs(policy, 257)
     wide = torch.nn.functional.pad(inputs.page_table, (0, 3), value=cache.pool.pages.shape[0] - 1)
     assert policy.score(replace(inputs, page_table=wide)).equal(policy.score(inputs))
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES.names() if POLICIES.get(name)().num_pseudo_tokens])
+def test_pseudo_tokens_see_tokens_of_the_prompt(name):
+    policy = POLICIES.get(name)()
+    inputs, _ = make_inputs(policy, 257)
+    tokens = policy.preselect(replace(inputs, pseudo_query=None, num_kept=100))
+    assert tokens.shape == (KV_HEADS, 100)
+    assert all(len(set(head.tolist()) & set(range(257))) == 100 for head in tokens)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

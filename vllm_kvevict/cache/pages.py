@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from vllm_kvevict.kernels.move_tokens import ELEMENT_VIEWS
+
 Packing = Literal["transposed", "interleaved"]
 
 
@@ -82,6 +84,17 @@ class PagePool:
             first.stride(0) // page_elements if num_blocks > 1 else num_kv_heads,
             num_kv_heads,
         )
+
+
+def gather_tokens(pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Return [*slots.shape, head_size], a copy of what these slots hold, as it is stored.
+
+    pages: [num_pages, block_size, head_size], ``PagePool.keys`` or ``PagePool.values``
+    slots: [...] int64, page_id * block_size + offset
+    """
+    block_size = pages.shape[1]
+    elements = pages.view(ELEMENT_VIEWS[pages.element_size()])  # indexing is not defined for every 8-bit float
+    return elements[slots // block_size, slots % block_size].view(pages.dtype)
 
 
 def _check_layer(cache: torch.Tensor, first: torch.Tensor, page_elements: int) -> None:

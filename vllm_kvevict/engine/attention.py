@@ -28,6 +28,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_kvevict.cache.page_table import FoldedBatch
 from vllm_kvevict.cache.pages import Packing, PagePool
 from vllm_kvevict.engine.bridge import EvictionBridge, FoldedQueries, StepRows
+from vllm_kvevict.engine.lookahead import LookaheadMetadata
 from vllm_kvevict.engine.spec import with_eviction_managers
 
 
@@ -129,6 +130,9 @@ class EvictionImpl(AttentionImpl[Any]):
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
+        if isinstance(attn_metadata, LookaheadMetadata):
+            output.copy_(attn_metadata.attend(query, key, value, self.scale))
+            return output
         if not isinstance(attn_metadata, EvictionMetadata):
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         rows, tokens = attn_metadata.rows, attn_metadata.rows.split.whole_tokens

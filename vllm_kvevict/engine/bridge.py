@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +17,7 @@ from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.query_ring import QueryRing, RingWrite
 from vllm_kvevict.cache.residents import Residents
+from vllm_kvevict.engine.lookahead import Lookahead
 from vllm_kvevict.engine.model import ModelWeights
 from vllm_kvevict.engine.prefill import ChunkRow, Prefill, PrefillRow
 from vllm_kvevict.engine.step import STEP, EvictionReport, PrefillEnd, StepEvictions
@@ -93,6 +96,8 @@ class EvictionBridge:
         self.residents = Residents(pool)
         self._full_rows: dict[str, torch.Tensor] = {}
         self._chunks: dict[str, ResidentEviction] = {}
+        self._lookahead = Lookahead(runner, pool, layer_names)
+        self._looking_ahead: list[PrefillRow] = []
 
     def forget_weights(self) -> None:
         """The model has new weights: what policies read of the old ones is of no use any more."""
@@ -111,10 +116,13 @@ class EvictionBridge:
         self.evictions = {}
         self._full_rows = {}
         self._chunks = {}
+        self._looking_ahead = []
 
     def end_step(self) -> dict[str, EvictionReport]:
         """After the last layer: allocate, select and compact what the layers have scored."""
         step = self._step or StepEvictions()
+        if self._looking_ahead:
+            self._look_ahead()
         for req_id, num_tokens in step.growing.items():
             if req_id in self.ring.slots:
                 self._observe_answer(req_id, num_tokens, None)
@@ -137,6 +145,17 @@ class EvictionBridge:
             reports[req_id] = self._finish_chunk(req_id, plan)
         self._step = None
         return reports
+
+    def _look_ahead(self) -> None:
+        """Generate pseudo tokens behind the prompts that end in this step, and score what these attend to.
+
+        All workers run the same passes, whatever a policy has raised on one of them.
+        """
+        queries = self._lookahead.run(self._looking_ahead, self._weights)
+        for row, pseudo_queries in zip(self._looking_ahead, queries, strict=True):
+            for layer, pseudo_query in enumerate(pseudo_queries):
+                scale, weights = self._weights.scale(layer), self._weights.of(layer, row.prefill.needs)
+                _ask(row.prefill, layer, partial(row.score_ahead, layer, scale, weights, pseudo_query))
 
     def _finish(self, req_id: str, eviction: Eviction) -> Exception | None:
         """Evict, or return what the allocator raised. Tokens move only into blocks that no other request reads."""
@@ -167,7 +186,7 @@ class EvictionBridge:
         """Return [num_new, num_heads, head_size], the queries since the last full block; none if no policy asks."""
         prefill = self._prefills[req_id]
         if req_id not in self.ring.slots:
-            return prefill.queries.none_of(layer)
+            return prefill.queries.last(layer)[:0]
         return self.ring.last(layer, req_id, num_tokens, num_tokens - prefill.num_tokens)
 
     def _finish_chunk(self, req_id: str, plan: EvictionPlan) -> EvictionReport:
@@ -211,7 +230,7 @@ class EvictionBridge:
         req_ids = self.row_req_ids = self._row_req_ids(common)
         slots = self.page_table.slots.of(req_ids)
         split = _split(slots, common)
-        prefills = self._prefill_rows(req_ids, common, step)
+        prefills: list[PrefillRow | ChunkRow] = [*self._prefill_rows(req_ids, common, step)]
         self._note_full_rows(req_ids, common, step)
         remembered = self.ring.plan(req_ids, common.query_start_loc, common.seq_lens)
         if not len(split.evicted) and not prefills and remembered is None:
@@ -248,11 +267,11 @@ class EvictionBridge:
 
     def _prefill_rows(
         self, req_ids: list[str], common: CommonAttentionMetadata, step: StepEvictions
-    ) -> list[PrefillRow | ChunkRow]:
+    ) -> list[PrefillRow]:
         if not (step.prefilling or step.ending):
             return []
         bounds = common.query_start_loc_cpu.tolist()
-        rows: list[PrefillRow | ChunkRow] = []
+        rows: list[PrefillRow] = []
         for row, req_id in enumerate(req_ids):
             if req_id in step.prefilling:
                 config, end = step.prefilling[req_id], None
@@ -270,6 +289,8 @@ class EvictionBridge:
                 self.evictions[req_id] = eviction
             end_token = bounds[row + 1] - self.num_extra_tokens
             rows.append(PrefillRow(prefill, bounds[row], end_token, block_ids, kv_len, eviction))
+            if end is not None and prefill.method.policy.num_pseudo_tokens:
+                self._looking_ahead.append(rows[-1])
         return rows
 
     def _begin_prefill(self, req_id: str, method: Method) -> Prefill:
@@ -308,18 +329,20 @@ class EvictionBridge:
     def observe(
         self, row: PrefillRow | ChunkRow, layer: int, query: torch.Tensor, output: torch.Tensor, scale: float
     ) -> None:
-        """Show a layer's queries and outputs [num_tokens, num_heads, head_size] to one row of the batch.
+        """Show a layer's queries and outputs [num_tokens, num_heads, head_size] to one row of the batch."""
+        weights = self._weights.of(layer, row.prefill.needs)
+        _ask(row.prefill, layer, partial(row.observe, self.pool, layer, query, output, scale, weights))
 
-        Whatever a policy raises, maybe one of a third party, ends its request and not the engine.
-        """
-        prefill = row.prefill
-        if prefill.failure is not None:
-            return
-        try:
-            row.observe(self.pool, layer, query, output, scale, self._weights.of(layer, prefill.needs))
-        except Exception as error:
-            prefill.failure = error
-            logger.exception("a policy failed in layer %d", layer)
+
+def _ask(prefill: Prefill, layer: int, question: Callable[[], None]) -> None:
+    """Whatever a policy raises, maybe one of a third party, ends its request and not the engine."""
+    if prefill.failure is not None:
+        return
+    try:
+        question()
+    except Exception as error:
+        prefill.failure = error
+        logger.exception("a policy failed in layer %d", layer)
 
 
 def _check_length(req_id: str, expected: int, actual: int) -> None:

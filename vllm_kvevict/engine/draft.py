@@ -12,7 +12,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.bridge import EvictionBridge, StepRows
-from vllm_kvevict.engine.prefill import ChunkRow, PrefillRow
+from vllm_kvevict.engine.prefill import PrefillRow
 from vllm_kvevict.engine.step import PrefillEnd, StepEvictions
 from vllm_kvevict.evictor import Eviction
 
@@ -61,7 +61,7 @@ class DraftBridge(EvictionBridge):
 
     def _prefill_rows(
         self, req_ids: list[str], common: CommonAttentionMetadata, step: StepEvictions
-    ) -> list[PrefillRow | ChunkRow]:
+    ) -> list[PrefillRow]:
         return super()._prefill_rows(req_ids, common, step) if self._is_first_pass else []
 
     def evict(self) -> dict[str, float]:

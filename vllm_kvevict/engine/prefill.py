@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -29,12 +29,12 @@ class LastRows:
         last = self._rows[layer] = last[max(len(last) - self._window, 0) :].clone()
         return last
 
-    def none_of(self, layer: int) -> torch.Tensor:
-        """Return [0, num_heads, head_size], for a layer that has seen a chunk."""
+    def last(self, layer: int) -> torch.Tensor:
+        """Return the last ``window`` rows of a layer that has seen a chunk."""
         rows = self._rows[layer]
         if rows is None:
             raise RuntimeError(f"layer {layer} has seen no chunk")
-        return rows[:0]
+        return rows
 
 
 class Prefill:
@@ -96,6 +96,7 @@ class PrefillRow:
     block_ids:  [num_blocks] int64, the block table up to the end of the chunk
     kv_len:     tokens in the cache at the end of the chunk
     eviction:   set if the chunk is the last one
+    selected:   of the last chunk, per layer [num_kv_heads, num_selected] int64: slots that pseudo tokens see
     """
 
     prefill: Prefill
@@ -104,6 +105,7 @@ class PrefillRow:
     block_ids: torch.Tensor
     kv_len: int
     eviction: Eviction | None
+    selected: list[torch.Tensor] = field(default_factory=list)
 
     def observe(
         self,
@@ -136,5 +138,15 @@ class PrefillRow:
             prefill.states[layer] = prefill.method.policy.observe(prefill.states[layer], inputs)
             prefill.seconds += perf_counter() - start
         last = prefill.queries.extend(layer, chunk)
-        if self.eviction is not None:
+        if self.eviction is not None and prefill.method.policy.num_pseudo_tokens:
+            self.selected.append(self.eviction.preselect_layer(layer, last, scale, weights))
+        elif self.eviction is not None:
             self.eviction.score_layer(layer, last, scale, outputs, weights, prefill.states[layer])
+
+    def score_ahead(self, layer: int, scale: float, weights: LayerWeights, pseudo_query: torch.Tensor) -> None:
+        """Score a layer of a prompt that pseudo tokens [num_tokens, num_heads, head_size] have followed."""
+        prefill = self.prefill
+        if self.eviction is not None:
+            outputs = prefill.outputs.last(layer) if Need.OUTPUTS in prefill.needs else None
+            last, state = prefill.queries.last(layer), prefill.states[layer]
+            self.eviction.score_layer(layer, last, scale, outputs, weights, state, pseudo_query)

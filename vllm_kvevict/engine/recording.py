@@ -87,7 +87,7 @@ def _record(eviction: Eviction, scores: torch.Tensor, kept: torch.Tensor, compac
         compaction.num_pages.cpu(),
         eviction.plan,
         num_first=method.num_sink,
-        num_last=max(method.num_recent, method.query_window),
+        num_last=max(method.num_recent, method.policy.num_recent),
         page_bytes=pages.shape[1] * pages.element_size(),
         seconds=eviction.seconds,
     )

@@ -20,6 +20,7 @@ from vllm_kvevict.config import (
     EvictionConfig,
 )
 from vllm_kvevict.engine.flags import FIELD
+from vllm_kvevict.engine.lookahead import check_lookahead
 from vllm_kvevict.engine.metrics import process_metrics
 from vllm_kvevict.engine.model import check_needs, evicted_models
 
@@ -36,6 +37,7 @@ def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
     """Raise ValueError if a config, the server's or that of a request, does not go with the model or the engine."""
     method = config.method()
     check_needs(config.policy, method.policy, evicted_models(vllm_config))
+    check_lookahead(config.policy, method.policy, vllm_config)
     if method.during_prefill and method.policy.num_deferred:
         raise ValueError(
             f"{REQUEST_DURING_PREFILL}: does not work with policy {config.policy!r}, which holds the whole prompt "

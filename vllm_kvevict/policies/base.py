@@ -58,6 +58,8 @@ class ScoreInputs:
     state:      what the policy's ``observe`` returned for the last chunk, if ``Need.ALL_QUERIES``
     num_kept:   tokens that a head will keep on average; None where that is not known yet
     layer:      index of the layer
+    pseudo_query: [num_pseudo_tokens or fewer, num_heads, head_size] queries of the tokens that the engine generated
+                behind the prompt, which are not in the cache; None if the policy asked for none
     """
 
     query: torch.Tensor
@@ -71,6 +73,7 @@ class ScoreInputs:
     state: Any = None
     num_kept: int | None = None
     layer: int = 0
+    pseudo_query: torch.Tensor | None = None
 
     @property
     def num_kv_heads(self) -> int:
@@ -152,6 +155,15 @@ class EvictionPolicy(ABC):
         return 0
 
     @property
+    def num_pseudo_tokens(self) -> int:
+        """Greedy tokens that the engine generates behind the prompt, and forgets, for the sake of their queries.
+
+        What they may see of the prompt is chosen by ``preselect``; ``score`` finds the queries as
+        ``inputs.pseudo_query``.
+        """
+        return 0
+
+    @property
     def supports_decode(self) -> bool:
         """Whether ``score`` means the same of what is left of a prompt and its answer, in the order of their positions.
 
@@ -184,6 +196,14 @@ class EvictionPolicy(ABC):
         prompt takes nothing from the prefix cache. Chunks are cut anywhere.
 
         state: what the call for the chunk before returned, None for the first
+        """
+        raise NotImplementedError
+
+    def preselect(self, inputs: ScoreInputs) -> torch.Tensor:
+        """Return [num_kv_heads, num_tokens] int64, in any order, the tokens of the prompt that pseudo tokens see.
+
+        Called for every layer before ``score``, with the same inputs but for ``pseudo_query``, if there are to be
+        pseudo tokens. All layers return as many tokens.
         """
         raise NotImplementedError
 

@@ -1,0 +1,80 @@
+"""Pseudo tokens: a few greedy tokens behind each of several prompts, for the sake of their queries.
+
+They read what a policy has selected of each prompt, straight from its pages, and each other's keys and values, which
+live beside the cache and go with this object. Nothing of the cache changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from vllm_kvevict.cache.pages import PagePool, gather_tokens
+from vllm_kvevict.policies.base import LayerWeights
+
+
+@dataclass
+class PseudoDecode:
+    """Attention of the pseudo tokens of ``num_reqs`` prompts, one more token of each in every pass of the model.
+
+    Scratch memory: for one layer at a time the keys and values of ``num_selected`` tokens of every prompt, twice in
+    float32; for all layers 8 bytes for each of these tokens and head, and the pseudo tokens' own.
+
+    pool:       the cache
+    slots:      [num_layers, num_reqs, num_kv_heads, num_selected] int64, what the pseudo tokens see of the prompts
+    is_visible: [num_reqs, num_selected] bool, False where a prompt has fewer tokens selected than another one
+    num_passes: the most pseudo tokens of a prompt
+    """
+
+    pool: PagePool
+    slots: torch.Tensor
+    is_visible: torch.Tensor
+    num_passes: int
+    _keys: list[list[torch.Tensor]] = field(init=False)
+    _values: list[list[torch.Tensor]] = field(init=False)
+    _queries: list[list[torch.Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        layers = range(self.pool.num_layers)
+        self._keys, self._values, self._queries = [[] for _ in layers], [[] for _ in layers], [[] for _ in layers]
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        weights: LayerWeights,
+    ) -> torch.Tensor:
+        """Return [num_reqs, num_heads, head_size], the attention of one pseudo token of every prompt in one layer.
+
+        query:      [num_reqs, num_heads, head_size]
+        key, value: [num_reqs, num_kv_heads, head_size]
+        scale:      softmax scale
+        """
+        self._queries[layer].append(query.clone())
+        self._keys[layer].append(key.clone())
+        self._values[layer].append(value.clone())
+        keys = self._context(self.pool.keys, layer, weights.key_scale, self._keys[layer])
+        values = self._context(self.pool.values, layer, weights.value_scale, self._values[layer])
+        visible = torch.nn.functional.pad(self.is_visible, (0, len(self._keys[layer])), value=True)
+        attended: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(
+            query.float()[:, :, None],
+            keys,
+            values,
+            attn_mask=visible[:, None, None],
+            scale=scale,
+            enable_gqa=True,
+        )
+        return attended[:, :, 0].to(query.dtype)
+
+    def _context(self, pages: torch.Tensor, layer: int, scale: float, own: list[torch.Tensor]) -> torch.Tensor:
+        """Return [num_reqs, num_kv_heads, num_tokens, head_size] float32: of the prompts, then of pseudo tokens."""
+        selected = gather_tokens(pages, self.slots[layer]).float().mul_(scale)
+        return torch.cat([selected, torch.stack(own, dim=2).float()], dim=2)
+
+    def queries(self, layer: int, row: int, num_tokens: int) -> torch.Tensor:
+        """Return [num_tokens, num_heads, head_size], the queries of the first pseudo tokens of one prompt."""
+        return torch.stack([query[row] for query in self._queries[layer][:num_tokens]])

@@ -1,0 +1,50 @@
+"""What the lookahead policies share: attention from queries behind the prompt, the answer's or ones that stand in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_kvevict.policies.attention import attention_tiles
+from vllm_kvevict.policies.base import ScoreInputs
+from vllm_kvevict.policies.window import ObservationWindow
+
+
+@dataclass(frozen=True)
+class Lookahead(ObservationWindow):
+    """Judges the prompt by tokens behind it, and by the last ``window`` ones of the prompt, which always stay.
+
+    Lookahead Q-Cache (Wang et al. 2025, arXiv:2505.20334). Query heads that share a KV head are averaged, since a
+    paged GQA cache holds one copy of a token per KV head.
+
+    window:        last tokens of the prompt whose queries count as well: 0 as in LAQ, 8 as in LAQ++
+    pool_kernel:   see ``ObservationWindow``
+    num_lookahead: tokens behind the prompt
+
+    Raises ValueError for a wrong value.
+    """
+
+    window: int = 0
+    num_lookahead: int = 8
+
+    def __post_init__(self) -> None:
+        if type(self.window) is not int or self.window < 0:
+            raise ValueError(f"{self.name}.window: expected at least 0 tokens, got {self.window!r}")
+        self.check_pool_kernel()
+
+    def rank(self, inputs: ScoreInputs, num_keys: int) -> torch.Tensor:
+        """Return [num_kv_heads, kv_len] float32, the pooled attention that ``inputs.query`` pays to each token.
+
+        The last ``window`` of the first ``num_keys`` tokens, and what stands behind them, get the highest score.
+        """
+        num_judged = num_keys - self.window
+        if num_judged <= 0:  # every token observes: none is to be judged
+            return inputs.query.new_zeros(inputs.num_kv_heads, inputs.kv_len, dtype=torch.float32)
+        tiles = [tile.probabilities.sum(dim=2).mean(dim=1) for tile in attention_tiles(inputs, num_keys=num_keys)]
+        scores = self.pooled(torch.cat(tiles, dim=1)[:, :num_judged], "max")
+        return torch.cat([scores, scores.amax().expand(inputs.num_kv_heads, inputs.kv_len - num_judged)], dim=1)
+
+    def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        # the scores in tiles, in one piece, after the pool and at last, and the places of the maxima in int64
+        return 24 * num_kv_heads
