@@ -103,7 +103,7 @@ def test_budgets_that_are_allowed(budget):
     "budget", [True, False, "1024", "0.5", 0, -1, -0.5, 0.0, 1.0, 1.5, 2048.0, None, [512], float("nan"), float("inf")]
 )
 def test_budgets_that_are_not(budget):
-    expected = "kv_budget: expected a whole number of tokens of at least 1, or a fraction between 0 and 1"
+    expected = "kv_budget: expected a whole number of tokens of at least 1, a fraction between 0 and 1, or 'auto'"
     assert refusal(budget=budget) == f"{expected}, got {budget!r}"
 
 
@@ -338,8 +338,63 @@ def test_a_request_may_set_its_budget(budget):
 
 @pytest.mark.parametrize("budget", [True, "512", "0.5", 0, -4, 1.0, 0.0, 700.0, [512]])
 def test_wrong_budgets_of_requests(budget):
-    expected = "kv_budget: expected a whole number of tokens of at least 1, or a fraction between 0 and 1"
+    expected = "kv_budget: expected a whole number of tokens of at least 1, a fraction between 0 and 1, or 'auto'"
     assert request_refusal(parse(), kv_budget=budget) == f"{expected}, got {budget!r}"
+
+
+CALIBRATION = {"snapkv": {"alpha": 1.0, "beta": -9.0}}
+
+
+def auto(**values):
+    return parse(budget="auto", calibration=CALIBRATION, **values)
+
+
+def test_a_chosen_budget():
+    config = auto(budget_max=0.5, budget_target=0.8, num_sink=4)
+    chosen = config.auto_budget()
+    assert (chosen.target, chosen.least, chosen.most, chosen.min_tokens) == (0.8, 0.05, 0.5, 36)
+    assert (chosen.calibration.alpha, chosen.calibration.beta) == (1.0, -9.0)
+    assert config.most_kept == 0.5
+    assert parse().auto_budget() is None
+    assert parse().most_kept == 1024
+    assert EvictionConfig.parse(json.loads(json.dumps(config.model_dump()))) == config
+
+
+def test_a_request_may_have_its_budget_chosen():
+    config = parse(calibration=CALIBRATION)
+    changed = config.for_request({"kv_budget": "auto", "kv_budget_min": 0.2, "kv_budget_max": 0.4}, 16)
+    assert changed == auto(budget_min=0.2, budget_max=0.4)
+    assert auto().for_request({"kv_budget": 64}, 16).auto_budget() is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"calibration": {}}, "kv_budget: 'auto' needs a calibration of policy 'snapkv' (given: none); make one with"),
+        ({"policy": "lava"}, "kv_budget: 'auto' needs a calibration of policy 'lava' (given: snapkv); make one with"),
+        ({"calibration": {"snapkv": {"alpha": 1.0}}}, "kv_budget_calibration: expected for each policy the numbers alpha"),
+        ({"calibration": {"snapkv": {"alpha": "x", "beta": 1}}}, "kv_budget_calibration: expected for each policy"),
+        ({"during_decode": True}, "kv_budget: 'auto' is chosen when all of a prompt is known, and does not go with kv_evict"),
+        ({"during_prefill": True}, "does not go with kv_evict_during_prefill; give a number, or say"),
+        ({"budget_min": 0.5, "budget_max": 0.2}, "kv_budget_min: expected at most kv_budget_max (0.2), got 0.5"),
+        ({"budget_target": 1.0}, "kv_budget_target: expected a fraction between 0 and 1, got 1.0"),
+        ({"budget_max": 0}, "kv_budget_max: expected a fraction between 0 and 1, got 0"),
+    ],
+)
+def test_what_a_chosen_budget_needs(values, message):
+    assert message in refusal(**{"budget": "auto", "calibration": CALIBRATION, **values})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_eviction": "lava"}, "kv_budget: 'auto' needs a calibration of policy 'lava' (given: snapkv)"),
+        ({"kv_budget_max": 2}, "kv_budget_max: expected a fraction between 0 and 1, got 2"),
+        ({"kv_budget_min": 0.99}, "kv_budget_min: expected at most kv_budget_max (0.95), got 0.99"),
+    ],
+)
+def test_wrong_bounds_of_requests(options, message):
+    assert message in request_refusal(auto(), **options)
 
 
 def test_budgets_of_requests_must_hold_the_protected_tokens():

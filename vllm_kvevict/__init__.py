@@ -19,11 +19,11 @@ def register() -> None:
     install_flags()
 
 
-def kv_eviction_args(policy: str, budget: int | float, **fields: Any) -> dict[str, Any]:
+def kv_eviction_args(policy: str, budget: int | float | str, **fields: Any) -> dict[str, Any]:
     """Return keyword arguments that switch eviction on: ``LLM(model, **kv_eviction_args("snapkv", budget=2048))``.
 
     policy: name of an eviction policy
-    budget: tokens per KV head and layer (int), or the fraction of every prompt that stays (float)
+    budget: tokens per KV head and layer (int), the fraction of every prompt that stays (float), or "auto"
     fields: any other field of ``vllm_kvevict.config.EvictionConfig``
 
     Raises ValueError for a value that is not allowed.

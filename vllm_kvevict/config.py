@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_kvevict.budgets import ALLOCATORS
 from vllm_kvevict.cache.plan import min_kept_blocks
+from vllm_kvevict.calibration.auto_budget import AutoBudget
+from vllm_kvevict.calibration.curve import Calibration
 from vllm_kvevict.evictor import Method
 from vllm_kvevict.policies import POLICIES
 from vllm_kvevict.registry import Registry
@@ -20,8 +22,21 @@ REQUEST_BUDGET = "kv_budget"
 REQUEST_ALLOCATOR = "kv_budget_allocator"
 REQUEST_DURING_DECODE = "kv_evict_during_decode"
 REQUEST_DURING_PREFILL = "kv_evict_during_prefill"
-REQUEST_OPTIONS = (REQUEST_POLICY, REQUEST_BUDGET, REQUEST_ALLOCATOR, REQUEST_DURING_DECODE, REQUEST_DURING_PREFILL)
+REQUEST_BUDGET_MIN = "kv_budget_min"
+REQUEST_BUDGET_MAX = "kv_budget_max"
+REQUEST_OPTIONS = (
+    REQUEST_POLICY,
+    REQUEST_BUDGET,
+    REQUEST_ALLOCATOR,
+    REQUEST_DURING_DECODE,
+    REQUEST_DURING_PREFILL,
+    REQUEST_BUDGET_MIN,
+    REQUEST_BUDGET_MAX,
+)
 NONE = "none"
+AUTO = "auto"
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 class EvictionConfig(BaseModel):
@@ -29,7 +44,13 @@ class EvictionConfig(BaseModel):
 
     policy:            how tokens rank, a name of the registry of policies
     budget:            what a prompt keeps: tokens per KV head and layer (int), or a fraction of it (0 < float < 1);
-                       rounded up to whole blocks, of which the last one is filled as far as the prompt fills it
+                       rounded up to whole blocks, of which the last one is filled as far as the prompt fills it; or
+                       "auto", for what a calibration says of each prompt
+    calibration:       policy -> constants that ``python -m vllm_kvevict calibrate`` has fitted, for "auto"
+    budget_target:     quality that "auto" shall leave: log-likelihood of the answer with all of the prompt over the
+                       one with what is kept, 0 < float < 1
+    budget_min:        the smallest fraction of a prompt that "auto" keeps
+    budget_max:        the largest one
     allocator:         how the budget is shared among layers and heads, a name of the registry of allocators;
                        None: what the policy's paper says
     num_sink:          tokens at the start that always stay; None: what the policy's paper says
@@ -46,7 +67,11 @@ class EvictionConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     policy: str
-    budget: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+    budget: Annotated[int, Field(ge=1)] | Fraction | Literal["auto"]
+    calibration: dict[str, Calibration] = {}
+    budget_target: Fraction = 0.95
+    budget_min: Fraction = 0.05
+    budget_max: Fraction = 0.95
     allocator: str | None = None
     num_sink: Annotated[int, Field(ge=0)] | None = None
     num_recent: Annotated[int, Field(ge=0)] | None = None
@@ -80,7 +105,40 @@ class EvictionConfig(BaseModel):
         except ValidationError as error:
             raise ValueError(_one_sentence(error)) from None
         config.method()
+        config.auto_budget()
         return config
+
+    @property
+    def most_kept(self) -> int | float:
+        """What a prompt keeps at most: tokens, or the fraction of it."""
+        return self.budget_max if isinstance(self.budget, str) else self.budget
+
+    def auto_budget(self) -> AutoBudget | None:
+        """Return how the budget of each prompt is chosen, None if it is fixed.
+
+        Raises ValueError if that is not known of the policy, or does not go with what else was asked for.
+        """
+        if self.budget != AUTO:
+            return None
+        method = self.method()
+        if self.policy not in self.calibration:
+            known = ", ".join(sorted(self.calibration)) or "none"
+            raise ValueError(
+                f"kv_budget: 'auto' needs a calibration of policy {self.policy!r} (given: {known}); make one with "
+                f"`python -m vllm_kvevict calibrate` and name its file with --kv-budget-calibration"
+            )
+        if method.is_bounded:
+            option = REQUEST_DURING_DECODE if method.during_decode else REQUEST_DURING_PREFILL
+            raise ValueError(
+                f"kv_budget: 'auto' is chosen when all of a prompt is known, and does not go with {option}; give a "
+                f"number, or say {option} false"
+            )
+        if self.budget_min > self.budget_max:
+            raise ValueError(
+                f"kv_budget_min: expected at most kv_budget_max ({self.budget_max}), got {self.budget_min}"
+            )
+        fitted = self.calibration[self.policy]
+        return AutoBudget(fitted, self.budget_target, self.budget_min, self.budget_max, method.min_tokens)
 
     def method(self) -> Method:
         """Return the policy, the allocator and the protection this config names.
@@ -112,13 +170,14 @@ class EvictionConfig(BaseModel):
         """Return the config of one request, None if it asked for no eviction.
 
         options: the request's ``vllm_xargs``, of which ``REQUEST_OPTIONS`` are read: ``kv_eviction`` (a policy or
-                 "none"), ``kv_budget``, ``kv_budget_allocator``, ``kv_evict_during_decode`` and
-                 ``kv_evict_during_prefill``. The server's own options go with its own policy and allocator; others get
-                 their defaults
+                 "none"), ``kv_budget``, ``kv_budget_allocator``, ``kv_evict_during_decode``,
+                 ``kv_evict_during_prefill``, and for an "auto" budget ``kv_budget_min`` and ``kv_budget_max``. The
+                 server's own options go with its own policy and allocator; others get their defaults
 
         Raises ValueError that names the field and what is allowed.
         """
-        policy, budget, allocator, during_decode, during_prefill = map((options or {}).get, REQUEST_OPTIONS)
+        given = (options or {}).get
+        policy, budget, allocator, during_decode, during_prefill, least, most = map(given, REQUEST_OPTIONS)
         if policy is not None and not isinstance(policy, str):
             raise ValueError(f"{REQUEST_POLICY}: expected 'none' or the name of a policy, got {policy!r}")
         if allocator is not None and not isinstance(allocator, str):
@@ -139,8 +198,9 @@ class EvictionConfig(BaseModel):
                 changes["allocator_options"] = {}
             elif "allocator_options" in changes:  # the server's own allocator, with another policy
                 del changes["allocator_options"]
-        if budget is not None:
-            changes["budget"] = budget
+        for field, value in (("budget", budget), ("budget_min", least), ("budget_max", most)):
+            if value is not None:
+                changes[field] = value
         if during_decode is not None:
             changes["during_decode"] = _as_bool(REQUEST_DURING_DECODE, during_decode)
         if during_prefill is not None:
@@ -200,13 +260,21 @@ def _build(registry: Registry[Any], name: str, options: Mapping[str, Any], field
 _FLAGS = {
     "policy": "kv_eviction",
     "budget": "kv_budget",
+    "calibration": "kv_budget_calibration",
+    "budget_target": "kv_budget_target",
+    "budget_min": "kv_budget_min",
+    "budget_max": "kv_budget_max",
     "allocator": "kv_budget_allocator",
     "during_decode": "kv_evict_during_decode",
     "during_prefill": "kv_evict_during_prefill",
     "log_requests": "kv_eviction_log_requests",
 }
 _ALLOWED = {
-    "budget": "a whole number of tokens of at least 1, or a fraction between 0 and 1",
+    "budget": "a whole number of tokens of at least 1, a fraction between 0 and 1, or 'auto'",
+    "calibration": "for each policy the numbers alpha and beta",
+    "budget_target": "a fraction between 0 and 1",
+    "budget_min": "a fraction between 0 and 1",
+    "budget_max": "a fraction between 0 and 1",
     "num_sink": "a whole number of tokens of at least 0",
     "num_recent": "a whole number of tokens of at least 0",
     "during_decode": "true or false",
@@ -218,9 +286,9 @@ _ALLOWED = {
 def _one_sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     name = str(first["loc"][0])
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         return f"kv_eviction: unknown field {name!r}. Available: {', '.join(EvictionConfig.model_fields)}"
-    if first["type"] == "missing":
+    if first["type"] == "missing" and len(first["loc"]) == 1:
         return f"kv_eviction: {name!r} is missing. Give --kv-eviction POLICY and --kv-budget N"
     field = _FLAGS.get(name, f"kv_eviction.{name}")
     if first["type"] == "value_error":

@@ -138,6 +138,12 @@ class Eviction:
             layer=layer,
         )
 
+    def adopt(self, plan: EvictionPlan) -> None:
+        """Go on with a plan that keeps fewer blocks, of the same prompt."""
+        self.plan = plan
+        if self.fresh_block_ids is not None:
+            self.fresh_block_ids = self.fresh_block_ids[len(self.fresh_block_ids) - plan.num_full_blocks :]
+
     def finish(self) -> Compaction:
         """Allocate, select and compact. The pool's pages change; the caller puts the result in its page table.
 

@@ -67,15 +67,15 @@ class Grade:
 
 @contextmanager
 def grading_engine(
-    model: Path, max_tokens: int, protected: dict[str, int] | None = None, kv_bytes: int = 1 << 30, **kwargs: Any
+    model: Path, max_tokens: int, fields: dict[str, Any] | None = None, kv_bytes: int = 1 << 30, **kwargs: Any
 ) -> Iterator[LLM]:
     """Start an engine that grades, with prefix caching: the arms of one prompt compute its head once.
 
-    protected: ``num_sink`` and ``num_recent`` of every arm; None: what each policy says
+    fields: of the ``EvictionConfig`` of every arm
     """
     settings = {"kv_cache_memory_bytes": kv_bytes, "max_model_len": max_tokens, "max_num_seqs": 32, **kwargs}
     # policy and budget are defaults that every arm overrides
-    with engine(model, 512, fields=protected, logits_processors=[ForceAnswer], **settings) as llm:
+    with engine(model, 512, fields=fields, logits_processors=[ForceAnswer], **settings) as llm:
         yield llm
 
 

@@ -60,14 +60,16 @@ def run(
     arms: Sequence[Arm],
     model: Path,
     limit: int | None = None,
-    protected: dict[str, int] | None = None,
+    fields: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> None:
     """Grade what is missing in benchmarks/results/quality_<name>_prompts.csv, ``limit`` prompts at most.
 
     A prompt counts as done whichever arms it was graded under. Rows are appended prompt by prompt: a study that was
     interrupted goes on, and two processes may share the cells.
 
-    protected: ``num_sink`` and ``num_recent`` for every arm; None: what each policy says
+    fields:   of the ``EvictionConfig`` for every arm; without ``num_sink`` and ``num_recent`` what each policy says
+    settings: of the engine
     """
     path = RESULTS / f"quality_{name}_prompts.csv"
     done = {(row["task"], int(row["length"]), row["question"], int(row["prompt"])) for row in read(path)}
@@ -75,7 +77,7 @@ def run(
     todo = [(cell, index) for cell, index in todo if (cell.task, cell.length, cell.question, index) not in done]
     if not todo:
         return
-    with grading_engine(model, max(cell.length for cell in cells) + 64, protected) as llm:
+    with grading_engine(model, max(cell.length for cell in cells) + 64, fields, **settings) as llm:
         for cell, index in tqdm(todo[:limit], unit="prompt"):
             example = make_example(model, cell.task, cell.length, index)
             grades = grade(llm, example, [arm.options() for arm in arms], cell.question == "outside")

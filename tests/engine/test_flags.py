@@ -78,6 +78,17 @@ def test_config_may_be_json_text(parse: Parse) -> None:
     assert values == {"policy": "snapkv", "budget": 256, "num_sink": 4}
 
 
+def test_a_calibration_comes_from_its_file(parse: Parse, tmp_path: Path) -> None:
+    file, constants = tmp_path / "calibration.json", {"snapkv": {"alpha": 1.5, "beta": -8.0}}
+    file.write_text(json.dumps({"model": "m", "policies": constants}))
+    arguments = ["--kv-eviction", "snapkv", "--kv-budget", "auto", "--kv-budget-calibration"]
+    values = parse([*arguments, str(file)]).additional_config["kv_eviction"]
+    assert values == {"policy": "snapkv", "budget": "auto", "calibration": constants}
+    file.write_text(json.dumps({"model": "m", "policies": {"lava": constants["snapkv"]}}))
+    with pytest.raises(ValueError, match="'auto' needs a calibration of policy 'snapkv' .given: lava.; make one with"):
+        parse([*arguments, str(file)])
+
+
 def test_vllms_own_config_file_takes_the_flags(parse: Parse, tmp_path: Path) -> None:
     file = tmp_path / "server.yaml"
     file.write_text("kv-eviction: snapkv\nkv-budget: 512\nkv-eviction-config: {num_sink: 4}\n")
@@ -89,11 +100,11 @@ def test_help_has_a_group_with_the_policies() -> None:
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     (group,) = [group for group in parser._action_groups if group.title == "KV eviction (vllm_kvevict)"]
     flags = [option for action in group._group_actions for option in action.option_strings]
-    names = ["kv-eviction", "kv-budget", "kv-budget-allocator", "kv-evict-during-decode", "no-kv-evict-during-decode"]
-    names += ["kv-evict-during-prefill", "kv-eviction-config", "kv-eviction-log-requests"]
+    names = ["kv-eviction", "kv-budget", "kv-budget-calibration", "kv-budget-allocator", "kv-evict-during-decode"]
+    names += ["no-kv-evict-during-decode", "kv-evict-during-prefill", "kv-eviction-config", "kv-eviction-log-requests"]
     assert flags == [f"--{name}" for name in names]
     assert "snapkv" in group._group_actions[0].help
-    assert "uniform" in group._group_actions[2].help
+    assert "uniform" in group._group_actions[3].help
 
 
 @pytest.mark.parametrize(
@@ -101,9 +112,11 @@ def test_help_has_a_group_with_the_policies() -> None:
     [
         (["--kv-eviction", "snapkvv", "--kv-budget", "256"], "invalid choice: 'snapkvv' (choose from"),
         ([*FLAGS, "--kv-budget-allocator", "lavaa"], "invalid choice: 'lavaa'"),
-        (["--kv-eviction", "snapkv", "--kv-budget", "many"], "expected a whole number of tokens, or a fraction"),
+        (["--kv-eviction", "snapkv", "--kv-budget", "many"], "expected a whole number of tokens, a fraction"),
         ([*FLAGS, "--kv-eviction-config", "missing.yaml"], "expected a YAML or JSON file"),
         ([*FLAGS, "--kv-eviction-config", "{broken"], "expected a YAML or JSON file"),
+        ([*FLAGS, "--kv-budget-calibration", "missing.json"], "expected a YAML or JSON file"),
+        ([*FLAGS, "--kv-budget-calibration", '{"policies": 3}'], "expected 'policies', a mapping of names"),
     ],
 )
 def test_the_parser_refuses(
@@ -120,7 +133,7 @@ def test_the_parser_refuses(
         (["--kv-eviction", "snapkv"], "'budget' is missing"),
         (["--kv-budget", "256"], "'policy' is missing"),
         (["--kv-eviction", "snapkv", "--kv-budget", "0"], "kv_budget: expected a whole number of tokens of at least 1"),
-        (["--kv-eviction", "snapkv", "--kv-budget", "1.5"], "or a fraction between 0 and 1, got 1.5"),
+        (["--kv-eviction", "snapkv", "--kv-budget", "1.5"], "or 'auto', got 1.5"),
         ([*FLAGS, "--kv-eviction-config", '{"sink": 4}'], "unknown field 'sink'. Available: policy, budget"),
         ([*FLAGS, "--kv-eviction-config", '{"policy_options": {"windw": 4}}'], "takes window, pool"),
         ([*FLAGS, "--kv-eviction-config", '{"policy_options": {"window": 0}}'], "snapkv.window: expected at least 1"),

@@ -16,7 +16,8 @@ LENGTHS = (40, 333, 700, 1100)
 
 
 ALLOCATORS = {name: {"kv_budget_allocator": name} for name in ("uniform", "pyramid", "lava")}
-LOOKAHEAD = {"laq": {"kv_eviction": "laq"}}
+OTHERS = {"laq": {"kv_eviction": "laq"}, "auto": {"kv_budget": "auto"}}
+CALIBRATION = {"snapkv": {"alpha": 10.0, "beta": -74.0}}
 
 
 def answers(model: Path, cases: dict[str, Any] = ALLOCATORS, **settings: Any) -> dict[str, list[list[int]]]:
@@ -30,7 +31,7 @@ def answers(model: Path, cases: dict[str, Any] = ALLOCATORS, **settings: Any) ->
         dtype="float32",
         kv_cache_memory_bytes=32 << 20,
         **settings,
-        **kv_eviction_args("snapkv", 96),
+        **kv_eviction_args("snapkv", 96, calibration=CALIBRATION),
     )
     try:
         return {name: generate(llm, options) for name, options in cases.items()}
@@ -51,9 +52,9 @@ def generate(llm: LLM, options: dict[str, str]) -> list[list[int]]:
 @pytest.mark.skipif(USES_V2_RUNNER, reason="worker processes would each have to load Triton's interpreter")
 def test_two_workers_answer_as_one(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    cases = {**ALLOCATORS, **LOOKAHEAD}
+    cases = {**ALLOCATORS, **OTHERS}
     two, one = answers(tiny_llama, cases, tensor_parallel_size=2), answers(tiny_llama, cases)
-    for same in ("uniform", "pyramid", "laq"):
+    for same in ("uniform", "pyramid", *OTHERS):
         assert two[same] == one[same]
     # lava compares heads, and a worker sees its own ones only: the shares differ, the blocks do not
     assert two["lava"][0] == one["lava"][0], "this prompt fits its budget"

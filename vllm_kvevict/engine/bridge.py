@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -17,11 +18,13 @@ from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.query_ring import QueryRing, RingWrite
 from vllm_kvevict.cache.residents import Residents
+from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.engine.likelihood import PromptLikelihood
 from vllm_kvevict.engine.lookahead import Lookahead
 from vllm_kvevict.engine.model import ModelWeights
 from vllm_kvevict.engine.prefill import ChunkRow, Prefill, PrefillRow
 from vllm_kvevict.engine.step import STEP, EvictionReport, PrefillEnd, StepEvictions
-from vllm_kvevict.evictor import Eviction, Method
+from vllm_kvevict.evictor import Eviction
 from vllm_kvevict.resident_evictor import ResidentEviction
 
 logger = logging.getLogger("vllm.kvevict")
@@ -96,6 +99,8 @@ class EvictionBridge:
         self.residents = Residents(pool)
         self._full_rows: dict[str, torch.Tensor] = {}
         self._chunks: dict[str, ResidentEviction] = {}
+        self._likelihood = PromptLikelihood(runner)
+        self._chosen_rows: list[PrefillRow] = []
         self._lookahead = Lookahead(runner, pool, layer_names)
         self._looking_ahead: list[PrefillRow] = []
 
@@ -117,6 +122,7 @@ class EvictionBridge:
         self._full_rows = {}
         self._chunks = {}
         self._looking_ahead = []
+        self._chosen_rows = []
 
     def end_step(self) -> dict[str, EvictionReport]:
         """After the last layer: allocate, select and compact what the layers have scored."""
@@ -131,6 +137,7 @@ class EvictionBridge:
                 method, block_ids = self._prefills[req_id].method, self._full_rows[req_id]
                 eviction = self.evictions[req_id] = Eviction(method, end.plan, self.pool, block_ids, self._fresh(end))
                 self._observe_answer(req_id, end.plan.num_tokens, eviction)
+        self._choose_budgets()
         reports = {}
         for req_id, eviction in self.evictions.items():
             prefill = self._prefills[req_id]
@@ -145,6 +152,22 @@ class EvictionBridge:
             reports[req_id] = self._finish_chunk(req_id, plan)
         self._step = None
         return reports
+
+    def _choose_budgets(self) -> None:
+        """Settle how much the requests of this step keep whose budget is "auto"."""
+        if self._chosen_rows:
+            self._likelihood.observe(self._chosen_rows)
+        chosen = {}
+        for req_id, eviction in self.evictions.items():
+            prefill = self._prefills[req_id]
+            if prefill.auto_budget is not None:
+                chosen[req_id] = prefill.auto_budget.choose(eviction.plan, prefill.nll)
+        if chosen:
+            # all workers free the same blocks, whatever the last digits of their sums are
+            sizes = torch.tensor([plan.num_kept_blocks for plan in chosen.values()], device=self.pool.pages.device)
+            sizes = get_tp_group().broadcast(sizes, src=0)
+            for (req_id, plan), num_kept in zip(chosen.items(), sizes.tolist(), strict=True):
+                self.evictions[req_id].adopt(replace(plan, num_kept_blocks=num_kept))
 
     def _look_ahead(self) -> None:
         """Generate pseudo tokens behind the prompts that end in this step, and score what these attend to.
@@ -281,7 +304,7 @@ class EvictionBridge:
                 continue
             kv_len = int(common.seq_lens[row]) - self.num_extra_tokens
             block_ids = common.block_table_tensor[row, : cdiv(kv_len, self.pool.block_size)].to(torch.int64)
-            prefill = self._prefills.get(req_id) or self._begin_prefill(req_id, config.method())
+            prefill = self._prefills.get(req_id) or self._begin_prefill(req_id, config)
             eviction = None
             if end is not None:
                 _check_length(req_id, end.plan.num_tokens, kv_len)
@@ -289,12 +312,15 @@ class EvictionBridge:
                 self.evictions[req_id] = eviction
             end_token = bounds[row + 1] - self.num_extra_tokens
             rows.append(PrefillRow(prefill, bounds[row], end_token, block_ids, kv_len, eviction))
+            if prefill.auto_budget is not None:
+                self._chosen_rows.append(rows[-1])
             if end is not None and prefill.method.policy.num_pseudo_tokens:
                 self._looking_ahead.append(rows[-1])
         return rows
 
-    def _begin_prefill(self, req_id: str, method: Method) -> Prefill:
-        prefill = self._prefills[req_id] = Prefill(method, self.pool.num_layers)
+    def _begin_prefill(self, req_id: str, config: EvictionConfig) -> Prefill:
+        method = config.method()
+        prefill = self._prefills[req_id] = Prefill(method, self.pool.num_layers, config.auto_budget())
         if method.watches_answer:
             self.ring.slots.take(req_id)
         return prefill

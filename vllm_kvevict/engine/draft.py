@@ -64,6 +64,11 @@ class DraftBridge(EvictionBridge):
     ) -> list[PrefillRow]:
         return super()._prefill_rows(req_ids, common, step) if self._is_first_pass else []
 
+    def _choose_budgets(self) -> None:
+        """What the target has chosen: both keep the same blocks."""
+        for req_id, eviction in self.evictions.items():
+            eviction.adopt(self._target.evictions[req_id].plan)
+
     def evict(self) -> dict[str, float]:
         """After the drafter's last pass: as ``end_step``, and return the seconds that each request took."""
         ending = {} if self._step is None else self._step.ending
@@ -78,12 +83,12 @@ class DraftBridge(EvictionBridge):
     def _keep_last(self, req_id: str, end: PrefillEnd) -> float:
         """The drafter sat out, which vLLM has it do near the longest length it can take, or a policy failed."""
         logger.warning("request %s: the draft model keeps its last tokens, it could not be scored", req_id)
-        method = EvictionConfig(policy="streaming_llm", budget=end.config.budget).method()
-        block_ids = self._target.evictions[req_id].block_ids
-        eviction = Eviction(method, end.plan, self.pool, block_ids, self._fresh(end))
-        no_query = torch.empty(0, self.pool.num_kv_heads, self.pool.head_size, device=block_ids.device)
+        method = EvictionConfig(policy="streaming_llm", budget=end.config.most_kept).method()
+        target = self._target.evictions[req_id]
+        eviction = Eviction(method, target.plan, self.pool, target.block_ids, target.fresh_block_ids)
+        no_query = torch.empty(0, self.pool.num_kv_heads, self.pool.head_size, device=target.block_ids.device)
         for layer in range(self.pool.num_layers):
             eviction.score_layer(layer, no_query, scale=1.0)
-        self.page_table.add(req_id, eviction.finish(), end.plan)
+        self.page_table.add(req_id, eviction.finish(), target.plan)
         self._prefills.pop(req_id, None)
         return eviction.seconds

@@ -12,13 +12,14 @@ from typing import Any
 import yaml
 
 from vllm_kvevict.budgets import ALLOCATORS
-from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.config import AUTO, EvictionConfig
 from vllm_kvevict.policies import POLICIES
 
 FIELD = "kv_eviction"
 _DESTINATIONS = {
     "policy": "kv_eviction",
     "budget": "kv_budget",
+    "calibration": "kv_budget_calibration",
     "allocator": "kv_budget_allocator",
     "during_decode": "kv_evict_during_decode",
     "during_prefill": "kv_evict_during_prefill",
@@ -76,8 +77,14 @@ def add_group(parser: argparse.ArgumentParser) -> None:
         "--kv-budget",
         metavar="N",
         type=_budget,
-        help="Tokens per KV head and layer that a prompt keeps, or the fraction in (0, 1) of it; "
-        "rounded up to whole blocks.",
+        help="Tokens per KV head and layer that a prompt keeps, or the fraction in (0, 1) of it; rounded up to whole "
+        "blocks. Or 'auto': as much of each prompt as a calibration says.",
+    )
+    group.add_argument(
+        "--kv-budget-calibration",
+        metavar="FILE",
+        type=_calibration,
+        help="What `python -m vllm_kvevict calibrate` has written, for --kv-budget auto.",
     )
     group.add_argument(
         "--kv-budget-allocator",
@@ -104,7 +111,7 @@ def add_group(parser: argparse.ArgumentParser) -> None:
         metavar="FILE-or-JSON",
         type=_mapping,
         help="Everything else, as a YAML or JSON file or a JSON text: num_sink, num_recent, policy_options, "
-        "allocator_options. The flags win over it.",
+        "allocator_options, budget_target, budget_min, budget_max. The flags win over it.",
     )
     group.add_argument(
         "--kv-eviction-log-requests",
@@ -124,7 +131,9 @@ def flag_values(args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def _budget(text: str) -> int | float:
+def _budget(text: str) -> int | float | str:
+    if text == AUTO:
+        return text
     try:
         return int(text)
     except ValueError:
@@ -132,8 +141,17 @@ def _budget(text: str) -> int | float:
     try:
         return float(text)
     except ValueError:
-        message = f"expected a whole number of tokens, or a fraction between 0 and 1; got {text!r}"
+        message = f"expected a whole number of tokens, a fraction between 0 and 1, or 'auto'; got {text!r}"
         raise argparse.ArgumentTypeError(message) from None
+
+
+def _calibration(value: Any) -> dict[str, Any]:
+    """Return policy -> constants, of a file or, in a process that vLLM has started, of itself."""
+    parsed = _mapping(value)
+    policies = parsed.get("policies", parsed)
+    if not isinstance(policies, dict):
+        raise argparse.ArgumentTypeError(f"expected 'policies', a mapping of names to constants; got {policies!r}")
+    return policies
 
 
 def _mapping(value: Any) -> dict[str, Any]:

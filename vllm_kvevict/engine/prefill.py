@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.calibration.auto_budget import AutoBudget
 from vllm_kvevict.evictor import Eviction, Method
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
 from vllm_kvevict.resident_evictor import ResidentEviction
@@ -41,12 +42,18 @@ class Prefill:
     """One request from its first chunk to its last; to its end, if it evicts while it decodes.
 
     num_tokens: tokens whose queries it has seen
+    auto_budget: how its budget is chosen; None if it is fixed
+    likelihood: negative log-likelihoods of those of its tokens that were looked at, nats, if its budget is chosen
+    waiting: hidden state [hidden_size] of the last token so far, if it is to be looked at
     seconds: what observing took so far
     failure: what the policy or the allocator raised first; neither is asked again
     """
 
-    def __init__(self, method: Method, num_layers: int) -> None:
+    def __init__(self, method: Method, num_layers: int, auto_budget: AutoBudget | None = None) -> None:
         self.method = method
+        self.auto_budget = auto_budget
+        self.likelihood: list[float] = []
+        self.waiting: torch.Tensor | None = None
         self.needs = method.policy.needs
         self.queries = LastRows(num_layers, method.query_window)
         self.outputs = LastRows(num_layers, method.query_window)
@@ -54,6 +61,11 @@ class Prefill:
         self.num_tokens = 0
         self.seconds = 0.0
         self.failure: Exception | None = None
+
+    @property
+    def nll(self) -> float | None:
+        """Mean negative log-likelihood of its tokens, nats; None if none was looked at."""
+        return sum(self.likelihood) / len(self.likelihood) if self.likelihood else None
 
     def take_states(self) -> list[torch.Tensor] | None:
         """Return what the policy has summed up per token in every layer, None if nothing; it is forgotten here."""

@@ -12,6 +12,7 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_kvevict.cache.plan import budget_blocks, cdiv
 from vllm_kvevict.config import (
+    AUTO,
     REQUEST_BUDGET,
     REQUEST_DURING_DECODE,
     REQUEST_DURING_PREFILL,
@@ -38,6 +39,11 @@ def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
     method = config.method()
     check_needs(config.policy, method.policy, evicted_models(vllm_config))
     check_lookahead(config.policy, method.policy, vllm_config)
+    if config.budget == AUTO and vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(
+            f"{REQUEST_BUDGET}: 'auto' reads the logits of a prompt, which only the last pipeline stage has; give a "
+            f"number, or drop --pipeline-parallel-size"
+        )
     if method.during_prefill and method.policy.num_deferred:
         raise ValueError(
             f"{REQUEST_DURING_PREFILL}: does not work with policy {config.policy!r}, which holds the whole prompt "
@@ -117,7 +123,7 @@ def _check_fits(config: EvictionConfig | None, vllm_config: VllmConfig, num_toke
     num_needed = cdiv(num_tokens + 1, cache.block_size)  # with the first token of the answer
     if config is not None and config.during_prefill:
         option, remedy = REQUEST_BUDGET, "lower kv_budget"
-        sizes = (num_tokens, config.budget, cache.block_size, config.method().min_tokens)
+        sizes = (num_tokens, config.most_kept, cache.block_size, config.method().min_tokens)
         num_kept = budget_blocks(*sizes, during_decode=True)
         num_needed = min(num_needed, num_kept + chunk_blocks(vllm_config))
     if num_needed > num_blocks > 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -15,7 +16,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_kvevict.cache.plan import EvictionPlan, budget_blocks, cdiv, plan_eviction, plan_first_eviction
-from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.config import AUTO, EvictionConfig
 from vllm_kvevict.engine.draft import split_draft_layers
 from vllm_kvevict.engine.install import eviction_config
 from vllm_kvevict.engine.metrics import EvictionRecord, Gauges, pack
@@ -65,7 +66,7 @@ class EvictionMixin(Scheduler):
         block_size, num_blocks = self._manager.block_size, self.kv_cache_config.num_blocks
         others = self._num_other_blocks(longest)
         method = config.method()
-        plan = plan_eviction(longest, config.budget, block_size, method.min_tokens, method.during_decode)
+        plan = plan_eviction(longest, config.most_kept, block_size, method.min_tokens, method.during_decode)
         whole = cdiv(longest, block_size)
         kept = whole if plan is None else plan.num_kept_blocks
         logger.info(
@@ -100,8 +101,9 @@ class EvictionMixin(Scheduler):
             return None
         method = config.method()
         num_deferred = method.policy.num_deferred
-        sizes = (request.num_tokens + num_deferred, config.budget, block_size, method.min_tokens)
-        plan, is_late = plan_eviction(*sizes, method.during_decode), num_deferred > 0
+        sizes = (request.num_tokens + num_deferred, config.most_kept, block_size, method.min_tokens)
+        auto, is_late = config.auto_budget(), num_deferred > 0
+        plan = plan_eviction(*sizes, method.during_decode) if auto is None else auto.plan(sizes[0], block_size)
         if plan is None and method.during_decode:
             plan, is_late = plan_first_eviction(*sizes), True
         # the last token of an answer is never computed
@@ -186,8 +188,9 @@ class EvictionMixin(Scheduler):
         step: StepEvictions = getattr(scheduler_output, STEP)
         reports: dict[str, EvictionReport] = getattr(model_runner_output, REPORTS, {})
         for req_id, end in step.ending.items():
-            if self._is_done(req_id, reports, end.plan):
-                self._count(req_id, end.config, end.plan, reports[req_id].seconds)
+            plan = self._chosen_plan(req_id, end, reports)
+            if self._is_done(req_id, reports, plan):
+                self._count(req_id, end.config, plan, reports[req_id].seconds)
         for req_id, plan in step.chunks.items():
             if self._is_done(req_id, reports, plan) and self._count_in_use(req_id, plan):
                 self._records.append(_evicted_again(self._evictions[req_id], plan))
@@ -196,6 +199,18 @@ class EvictionMixin(Scheduler):
                 config = self._evictions[req_id].config
                 self._records.append(_shrunk(config, self._manager.block_size))
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _chosen_plan(self, req_id: str, end: PrefillEnd, reports: dict[str, EvictionReport]) -> EvictionPlan:
+        """Return the plan of an eviction, the one that a worker has chosen where that was its task."""
+        plan, chosen = end.plan, reports[req_id].plan if req_id in reports else None
+        if end.config.budget != AUTO or chosen is None or chosen.num_kept_blocks > plan.num_kept_blocks:
+            return plan
+        if replace(chosen, num_kept_blocks=plan.num_kept_blocks) != plan:
+            return plan
+        eviction = self._evictions.get(req_id)
+        if eviction is not None and eviction.plans and eviction.plans[0] is plan:  # not aborted meanwhile
+            eviction.settle(chosen)
+        return chosen
 
     def _is_done(self, req_id: str, reports: dict[str, EvictionReport], plan: EvictionPlan | None) -> bool:
         """Return whether a worker has evicted as planned; if a policy failed, its request will end.

@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cach
 from vllm.v1.request import Request
 
 from vllm_kvevict.cache.plan import EvictionPlan, budget_blocks, cdiv
-from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.config import AUTO, EvictionConfig
 from vllm_kvevict.engine.install import eviction_config
 from vllm_kvevict.engine.requests import chunk_blocks
 from vllm_kvevict.policies import Need
@@ -44,12 +44,14 @@ class Release:
 
     start, stop: their places in its block table, where null blocks take over
     fresh:       blocks that take the last of these places
+    surplus:     fresh blocks that were not needed
     """
 
     num_tokens: int
     start: int
     stop: int
     fresh: list[KVCacheBlock]
+    surplus: list[KVCacheBlock] = field(default_factory=list)
 
 
 @dataclass
@@ -98,7 +100,7 @@ class RequestEviction:
     def max_cached_tokens(self) -> int:
         """Tokens that may come from the prefix cache: none that will be rewritten, and none that a policy looks at."""
         method = self.config.method()
-        if Need.ALL_QUERIES in method.policy.needs:
+        if Need.ALL_QUERIES in method.policy.needs or self.config.budget == AUTO:  # which looks at all of the prompt
             return 0
         most = min(self.num_shared_tokens, self.plan.num_tokens - method.query_window)
         if self.num_chunk_blocks is not None:  # a longer hit would have to be held at once
@@ -142,6 +144,17 @@ class RequestEviction:
         self.plans.append(plan)
         fresh = self.fresh_blocks or []
         self.releases.append(Release(plan.num_tokens, 0, plan.first_kept_block + len(fresh), fresh))
+
+    def settle(self, chosen: EvictionPlan) -> None:
+        """The workers have chosen a plan that keeps fewer blocks than the one of the first eviction."""
+        release = self.releases[0]
+        num_surplus = self.plan.num_kept_blocks - chosen.num_kept_blocks
+        self.plan = self.plans[0] = chosen
+        if self.in_place:
+            self.releases[0] = replace(release, stop=release.stop + num_surplus)
+        else:
+            fresh = release.fresh
+            self.releases[0] = replace(release, fresh=fresh[num_surplus:], surplus=fresh[:num_surplus])
 
     def go_on(self, num_tokens: int) -> None:
         """The step of the next eviction is scheduled: the full blocks stay, and what was filled since then goes."""
@@ -269,8 +282,9 @@ class EvictionManager(PrivateBlocks, FullAttentionManager):
     def _release(self, request_id: str, eviction: RequestEviction, release: Release) -> None:
         self._remove_blocks_in_range(request_id, release.start, release.stop)
         num_freed = release.stop - release.start - len(release.fresh)
-        if release.fresh:
+        if eviction.fresh_blocks:
             self.req_to_blocks[request_id][release.stop - len(release.fresh) : release.stop] = release.fresh
+            self.block_pool.free_blocks(release.surplus)
             eviction.fresh_blocks = []
         self.newly_freed.append((eviction.config, num_freed))
 
@@ -311,7 +325,7 @@ class EvictionSpec(FullAttentionSpec):
         if config is None or not config.during_prefill:
             return whole
         longest, method = vllm_config.model_config.max_model_len, config.method()
-        num_blocks = budget_blocks(longest, config.budget, self.block_size, method.min_tokens, during_decode=True)
+        num_blocks = budget_blocks(longest, config.most_kept, self.block_size, method.min_tokens, during_decode=True)
         most = bounded_blocks(num_blocks - 1, chunk_blocks(vllm_config))
         return min(whole, most * self.page_size_bytes)
 

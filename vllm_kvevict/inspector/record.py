@@ -63,7 +63,7 @@ class RecordedEviction:
 class Inspection:
     """One prompt through the engine: its eviction, the answer, and the names of what produced them.
 
-    budget: tokens per layer and KV head (int), or fraction of the prompt (float), as the user gave it
+    budget: tokens per layer and KV head (int), or fraction of the prompt (float), as the user gave it; or "auto"
     answer: text, or token ids where the model has no tokenizer
     """
 
@@ -71,5 +71,5 @@ class Inspection:
     model: str
     policy: str
     allocator: str
-    budget: int | float
+    budget: int | float | str
     answer: str

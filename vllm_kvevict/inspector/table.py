@@ -17,7 +17,7 @@ def table_rows(inspection: Inspection) -> list[tuple[str, str]]:
         ("model", f"{inspection.model} ({layers} layers x {heads} KV heads)"),
         ("policy", inspection.policy),
         ("budget allocator", inspection.allocator),
-        ("budget", f"{inspection.budget} {'tokens' if isinstance(inspection.budget, int) else 'of the prompt'}"),
+        ("budget", _budget(inspection.budget)),
         ("prompt tokens", str(plan.num_tokens)),
         ("kept tokens per head, mean", f"{kept.double().mean().item():.1f}"),
         ("kept tokens per head, smallest", str(least)),
@@ -32,6 +32,12 @@ def table_rows(inspection: Inspection) -> list[tuple[str, str]]:
         ("eviction, milliseconds (a first run)", f"{record.seconds * 1000:.1f}"),
         ("answer", inspection.answer),
     ]
+
+
+def _budget(budget: int | float | str) -> str:
+    if isinstance(budget, str):
+        return budget
+    return f"{budget} {'tokens' if isinstance(budget, int) else 'of the prompt'}"
 
 
 def _ratio(most: int, least: int) -> str:
