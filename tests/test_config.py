@@ -372,9 +372,15 @@ def test_a_request_may_have_its_budget_chosen():
     [
         ({"calibration": {}}, "kv_budget: 'auto' needs a calibration of policy 'snapkv' (given: none); make one with"),
         ({"policy": "lava"}, "kv_budget: 'auto' needs a calibration of policy 'lava' (given: snapkv); make one with"),
-        ({"calibration": {"snapkv": {"alpha": 1.0}}}, "kv_budget_calibration: expected for each policy the numbers alpha"),
+        (
+            {"calibration": {"snapkv": {"alpha": 1.0}}},
+            "kv_budget_calibration: expected for each policy the numbers",
+        ),
         ({"calibration": {"snapkv": {"alpha": "x", "beta": 1}}}, "kv_budget_calibration: expected for each policy"),
-        ({"during_decode": True}, "kv_budget: 'auto' is chosen when all of a prompt is known, and does not go with kv_evict"),
+        (
+            {"during_decode": True},
+            "'auto' is chosen when all of a prompt is known, and does not go with kv_evict_during_decode",
+        ),
         ({"during_prefill": True}, "does not go with kv_evict_during_prefill; give a number, or say"),
         ({"budget_min": 0.5, "budget_max": 0.2}, "kv_budget_min: expected at most kv_budget_max (0.2), got 0.5"),
         ({"budget_target": 1.0}, "kv_budget_target: expected a fraction between 0 and 1, got 1.0"),

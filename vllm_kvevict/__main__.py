@@ -1,4 +1,4 @@
-"""``python -m vllm_kvevict``: see what an eviction keeps (``inspect``), and which policies there are (``policies``)."""
+"""``python -m vllm_kvevict``: ``inspect`` an eviction, ``calibrate`` budgets, list the ``policies``."""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.quality.grading import Grade, grade, grading_engine
-from benchmarks.quality.tasks import make_example
-from benchmarks.serving.engine import MODEL
+from benchmarks.serving.engine import MODEL, engine
 from benchmarks.timing import RESULTS, provenance
+from vllm_kvevict.calibration.tasks import make_example
+
+from vllm import LLM  # isort: skip  (after the environment is set)
+from vllm_kvevict.engine.grading import ForceAnswer, Grade, grade  # isort: skip
 
 METRICS = tuple(field.name for field in fields(Grade))
 NUM_RESAMPLES = 2000
@@ -52,6 +55,20 @@ class Cell:
     length: int
     question: str
     num_prompts: int
+
+
+@contextmanager
+def grading_engine(
+    model: Path, max_tokens: int, fields: dict[str, Any] | None = None, kv_bytes: int = 1 << 30, **kwargs: Any
+) -> Iterator[LLM]:
+    """Start an engine that grades, with prefix caching: the arms of one prompt compute its head once.
+
+    fields: of the ``EvictionConfig`` of every arm
+    """
+    settings = {"kv_cache_memory_bytes": kv_bytes, "max_model_len": max_tokens, "max_num_seqs": 32, **kwargs}
+    # policy and budget are defaults that every arm overrides
+    with engine(model, 512, fields=fields, logits_processors=[ForceAnswer], **settings) as llm:
+        yield llm
 
 
 def run(

@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.quality import study
 from benchmarks.quality.study import Arm, Cell, compare, interval, run, summarise
-from benchmarks.quality.tasks import TASKS, make_example
 from tests.conftest import USES_V2_RUNNER
+from vllm_kvevict.calibration.tasks import TASKS, make_example
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_comparisons_pair_prompts_and_weigh_cells_alike(results: Path) -> None:
 
 @pytest.fixture(scope="module")
 def llm(smollm2: Path) -> Iterator[Any]:
-    from benchmarks.quality.grading import grading_engine
+    from benchmarks.quality.study import grading_engine
 
     with grading_engine(smollm2, 1200, kv_bytes=256 << 20, dtype="float32") as llm:
         yield llm
@@ -122,7 +122,7 @@ def llm(smollm2: Path) -> Iterator[Any]:
 def test_grades_are_those_of_a_forward_pass_of_transformers(llm: Any, smollm2: Path, outside: bool) -> None:
     from transformers import AutoModelForCausalLM
 
-    from benchmarks.quality.grading import grade
+    from vllm_kvevict.engine.grading import grade
 
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     for task in ("needle_noise", "key_value", "copying"):

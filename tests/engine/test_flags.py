@@ -85,7 +85,7 @@ def test_a_calibration_comes_from_its_file(parse: Parse, tmp_path: Path) -> None
     values = parse([*arguments, str(file)]).additional_config["kv_eviction"]
     assert values == {"policy": "snapkv", "budget": "auto", "calibration": constants}
     file.write_text(json.dumps({"model": "m", "policies": {"lava": constants["snapkv"]}}))
-    with pytest.raises(ValueError, match="'auto' needs a calibration of policy 'snapkv' .given: lava.; make one with"):
+    with pytest.raises(ValueError, match=r"'auto' needs a calibration of policy 'snapkv' \(given: lava\); make one"):
         parse([*arguments, str(file)])
 
 

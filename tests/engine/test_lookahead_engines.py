@@ -10,6 +10,7 @@ from tests.conftest import USES_V2_RUNNER
 from tests.engine.dense_lookahead import LookaheadModel, check_kept
 from tests.engine.harness import engine
 from tests.tiny_llama import random_prompt
+from vllm_kvevict.calibration.tasks import make_example
 from vllm_kvevict.engine.recording import recorded_evictions
 
 TASKS = ("needle_noise", "needle_prose", "passkey", "key_value", "copying")
@@ -29,8 +30,6 @@ def test_preemption(tiny_llama: Path) -> None:
 @pytest.mark.skipif(USES_V2_RUNNER, reason="Triton's interpreter takes minutes for such prompts")
 def test_a_real_model_keeps_what_the_offline_lookahead_keeps(smollm2: Path) -> None:
     """20 prompts of the quality tasks, some of whose pseudo tokens end the answer."""
-    from benchmarks.quality.tasks import make_example
-
     prompts = [make_example(smollm2, task, 220, index).prompt for task in TASKS for index in range(4)]
     settings = {"max_model_len": 512, "kv_cache_memory_bytes": 256 << 20}
     with engine(smollm2, "laq", 96, **settings) as running, recorded_evictions() as records:

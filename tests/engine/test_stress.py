@@ -38,7 +38,12 @@ OPTIONS: list[dict[str, Any] | None] = [
     {"kv_evict_during_decode": 1, "kv_eviction": "streaming_llm", "kv_budget": 70},
     {"kv_evict_during_prefill": 1},
     {"kv_evict_during_prefill": 1, "kv_evict_during_decode": 1, "kv_eviction": "lava", "kv_budget": 128},
+    {"kv_budget": "auto"},
+    {"kv_budget": "auto", "kv_budget_max": 0.4},
 ]
+# not with sliding windows
+LOOKAHEAD = [{"kv_eviction": "laq"}, {"kv_eviction": "laq++", "kv_budget": 0.4}]
+CALIBRATION = {"snapkv": {"alpha": 10.0, "beta": -74.0}}
 
 
 @dataclass
@@ -63,7 +68,7 @@ class Served:
         return self.answer is not None and len(self.answer) == self.params["max_tokens"] and not self.was_preempted
 
 
-def random_request(rng: random.Random, served: dict[str, Served]) -> Served:
+def random_request(rng: random.Random, served: dict[str, Served], options: list[dict[str, Any] | None]) -> Served:
     """A prompt that shares its first pieces with others, or goes on after an answer, as a chat does."""
     prompt: list[int] = []
     ended = [request for request in served.values() if request.answer is not None]
@@ -72,16 +77,18 @@ def random_request(rng: random.Random, served: dict[str, Served]) -> Served:
         prompt = previous.prompt + (previous.answer or [])
     for depth in range(rng.randint(1, 4)):
         prompt = prompt + random_prompt(rng.choice([20, 64, 130, 257]), seed=100 * depth + rng.randint(0, 1))
-    return Served(prompt[:MAX_PROMPT], {"max_tokens": rng.randint(1, 120), "extra_args": rng.choice(OPTIONS)})
+    return Served(prompt[:MAX_PROMPT], {"max_tokens": rng.randint(1, 120), "extra_args": rng.choice(options)})
 
 
-def run_at_random(running: Engine, rng: random.Random, count: int) -> dict[str, Served]:
+def run_at_random(
+    running: Engine, rng: random.Random, count: int, options: list[dict[str, Any] | None]
+) -> dict[str, Served]:
     """Queue ``count`` requests over time and abort some. In the middle everything that runs must start again."""
     served: dict[str, Served] = {}
     was_reset = False
     while len(served) < count or running.llm.llm_engine.has_unfinished_requests():
         if len(served) < count and rng.random() < 0.4:
-            request = random_request(rng, served)
+            request = random_request(rng, served, options)
             served[running.add(request.prompt, **request.params)] = request
         waiting = [name for name, request in served.items() if request.answer is None]
         if waiting and rng.random() < 0.03:
@@ -106,10 +113,12 @@ def run_at_random(running: Engine, rng: random.Random, count: int) -> dict[str, 
 def test_every_answer_is_that_of_a_fresh_engine(request: pytest.FixtureRequest, model: str, seed: int) -> None:
     folder = request.getfixturevalue(model)
     blocks = 40 if model == "tiny_llama" else 80  # one request of the longest takes 36, with windows some more
-    settings = {"budget": 96, "max_model_len": 1152, "max_num_batched_tokens": 300}
+    options = OPTIONS if model == "tiny_gemma" else OPTIONS + LOOKAHEAD
+    settings: dict[str, Any] = {"budget": 96, "max_model_len": 1152, "max_num_batched_tokens": 300}
+    settings["fields"] = {"calibration": CALIBRATION}
     with engine(folder, num_gpu_blocks_override=blocks, max_num_seqs=8, **settings) as running:
         running.poison_unowned_memory()
-        served = run_at_random(running, random.Random(seed), NUM_REQUESTS)
+        served = run_at_random(running, random.Random(seed), NUM_REQUESTS, options)
         running.check_all_free()
         num_evictions, num_preempted = running.num_evictions, sum(one.was_preempted for one in served.values())
     comparable = [one for one in served.values() if one.is_comparable]

@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 from vllm import LLM, SamplingParams
-from vllm.engine.arg_utils import EngineArgs
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_kvevict import evictor, register
+from vllm_kvevict import evictor
 from vllm_kvevict.cache.compaction import Compaction
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.engine.flags import FIELD
+from vllm_kvevict.engine.offline import check_in_process, engine_args
 from vllm_kvevict.evictor import Eviction
 from vllm_kvevict.inspector.record import Inspection, RecordedEviction
 
@@ -29,9 +27,9 @@ def inspect_prompt(
 
     Raises ValueError if the prompt was not evicted, or vLLM refuses the model, the prompt or a flag.
     """
-    llm = LLM.from_engine_args(_engine_args(model, isinstance(prompt, list), config, engine_flags))
+    llm = LLM.from_engine_args(engine_args(model, isinstance(prompt, list), config, engine_flags))
     try:
-        _check_in_process(llm)
+        check_in_process(llm)
         _check_token_ids(llm, prompt)
         with recorded_evictions() as records:
             params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
@@ -91,21 +89,6 @@ def _record(eviction: Eviction, scores: torch.Tensor, kept: torch.Tensor, compac
         page_bytes=pages.shape[1] * pages.element_size(),
         seconds=eviction.seconds,
     )
-
-
-def _engine_args(model: str, skip_tokenizer: bool, config: EvictionConfig, engine_flags: list[str]) -> EngineArgs:
-    register()  # also where the package runs from a checkout, without its entry point
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vLLM", exit_on_error=False))
-    args = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *engine_flags]))
-    args.additional_config = {**(args.additional_config or {}), FIELD: config.model_dump(exclude_unset=True)}
-    args.skip_tokenizer_init = skip_tokenizer
-    return args
-
-
-def _check_in_process(llm: LLM) -> None:
-    size = llm.llm_engine.vllm_config.parallel_config.world_size
-    if size != 1:
-        raise ValueError(f"the inspector sees one worker, in its own process, got {size}; drop the parallel sizes")
 
 
 def _check_token_ids(llm: LLM, prompt: str | list[int]) -> None:

@@ -126,7 +126,7 @@ TASKS: dict[str, Callable[[random.Random, float], Text]] = {
 }
 
 
-def make_example(model: Path, task: str, num_tokens: int, index: int) -> Example:
+def make_example(model: str | Path, task: str, num_tokens: int, index: int) -> Example:
     """Return the prompt ``index`` of a task, at most ``num_tokens`` long and at most one sentence shorter."""
     rng = random.Random(f"{task} {num_tokens} {index}")
     text = TASKS[task](rng, (index * 0.618 + 0.1) % 1)  # the golden ratio: depths of any number of prompts are even
@@ -170,7 +170,7 @@ def _prose(rng: random.Random) -> str:
     return f" {when.capitalize()} {who} {did} {what}."
 
 
-def _chat(model: Path) -> tuple[str, str]:
+def _chat(model: str | Path) -> tuple[str, str]:
     """What the chat template puts before and after the user's words."""
     messages = [{"role": "user", "content": "<here>"}]
     text = _tokenizer(model).apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -178,13 +178,13 @@ def _chat(model: Path) -> tuple[str, str]:
     return before, after
 
 
-def _tokens(model: Path, text: str) -> list[int]:
+def _tokens(model: str | Path, text: str) -> list[int]:
     ids: list[int] = _tokenizer(model)(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
 @cache
-def _tokenizer(model: Path) -> Any:
+def _tokenizer(model: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model)

@@ -6,19 +6,15 @@ of an answer is not graded: it is computed from the full KV, whatever is evicted
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from vllm import LLM, SamplingParams
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from benchmarks.quality.tasks import Example
-from benchmarks.serving.engine import engine
-
-from vllm import LLM, SamplingParams  # isort: skip  (after the environment is set)
-from vllm.v1.sample.logits_processor import AdapterLogitsProcessor  # isort: skip
+from vllm_kvevict.calibration.tasks import Example
 
 FORCED, NAME = "forced_tokens", "forced_name"
 
@@ -63,20 +59,6 @@ class Grade:
     likelihood: float
     exact: int
     divergence: float
-
-
-@contextmanager
-def grading_engine(
-    model: Path, max_tokens: int, fields: dict[str, Any] | None = None, kv_bytes: int = 1 << 30, **kwargs: Any
-) -> Iterator[LLM]:
-    """Start an engine that grades, with prefix caching: the arms of one prompt compute its head once.
-
-    fields: of the ``EvictionConfig`` of every arm
-    """
-    settings = {"kv_cache_memory_bytes": kv_bytes, "max_model_len": max_tokens, "max_num_seqs": 32, **kwargs}
-    # policy and budget are defaults that every arm overrides
-    with engine(model, 512, fields=fields, logits_processors=[ForceAnswer], **settings) as llm:
-        yield llm
 
 
 def grade(llm: LLM, example: Example, arms: Sequence[dict[str, Any]], question_outside: bool = False) -> list[Grade]:
