@@ -4,8 +4,9 @@ Quality is that of the calibration: the log-likelihood of the answer with all of
 kept.
 
 python -m vllm_kvevict calibrate --model .cache/models/SmolLM2-135M-Instruct --kv-eviction compactor \
-    --prompt-tokens 1024 --prompts 5 --kept 0.1 0.25 0.5 0.75 --out benchmarks/results/calibration.json \
-    --enforce-eager --kv-cache-memory-bytes 536870912
+    --prompt-tokens 640 --prompts 4 --kept 0.15 0.3 0.5 0.75 --out benchmarks/results/calibration.json \
+    --points benchmarks/results/calibration_points.csv \
+    --dtype float32 --enforce-eager --kv-cache-memory-bytes 536870912
 python -m benchmarks.quality.bench_auto
 """
 
@@ -28,9 +29,9 @@ from vllm_kvevict.calibration.tasks import TASKS, make_example
 from vllm_kvevict.engine.grading import grade  # isort: skip  (after the environment is set)
 from vllm_kvevict.engine.recording import recorded_evictions  # isort: skip
 
-FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-TARGETS = (0.8, 0.9)
-FIRST_UNSEEN = 5  # of each task
+FRACTIONS = (0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
+TARGETS = (0.9, 0.95)
+FIRST_UNSEEN = 4  # of each task
 
 
 def measure(model: Path, policy: str, calibration: Path, num_tokens: int, num_prompts: int) -> list[dict[str, Any]]:
@@ -40,7 +41,7 @@ def measure(model: Path, policy: str, calibration: Path, num_tokens: int, num_pr
     for target in TARGETS:
         fields: dict[str, Any] = {"calibration": {policy: {name: constants[name] for name in ("alpha", "beta")}}}
         fields |= {"budget_target": target}
-        with grading_engine(model, num_tokens + 64, fields, policy=policy) as llm:
+        with grading_engine(model, num_tokens + 64, fields, policy=policy, dtype="float32") as llm:
             fixed = FRACTIONS if target == TARGETS[0] else ()
             arms = [("auto", target), *(("fixed", kept) for kept in fixed)]
             options = [{"kv_budget": "auto" if name == "auto" else value} for name, value in arms]
@@ -83,8 +84,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--policy", default="compactor")
     parser.add_argument("--calibration", type=Path, default=RESULTS / "calibration.json")
-    parser.add_argument("--prompt-tokens", type=int, default=1024)
-    parser.add_argument("--prompts", type=int, default=5, help="of each task")
+    parser.add_argument("--prompt-tokens", type=int, default=640)
+    parser.add_argument("--prompts", type=int, default=4, help="of each task")
     arguments = parser.parse_args()
     rows = measure(arguments.model, arguments.policy, arguments.calibration, arguments.prompt_tokens, arguments.prompts)
     for name, table in (("quality_auto_prompts", rows), ("quality_auto", summarise(rows))):

@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.quality.bench_policies import PROTECTED, TASKS
 from benchmarks.quality.study import METRICS, Arm, add_arguments, arm_label, chosen_cells, compare, run, summarise
+from benchmarks.timing import RESULTS
 
 PROMPTS = {1024: 4}
 KEPT = (0.1, 0.25)
@@ -28,6 +29,10 @@ def arms(policies: tuple[str, ...]) -> list[Arm]:
     return [Arm(policy, "uniform", kept) for kept, policy in product(KEPT, policies)]
 
 
+def _is_begun(name: str) -> bool:
+    return (RESULTS / f"quality_{name}_prompts.csv").exists()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, TASKS, PROMPTS)
@@ -37,7 +42,7 @@ def main() -> None:
         run(WHOLE, cells, arms(AT_ONCE), arguments.model, arguments.limit, PROTECTED)
         fields = {**PROTECTED, "during_prefill": True}
         run(CHUNKED, cells, arms(CHUNK_BY_CHUNK), arguments.model, arguments.limit, fields, **CHUNKS)
-    for name in (WHOLE, CHUNKED):
+    for name in filter(_is_begun, (WHOLE, CHUNKED)):
         means: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for row in summarise(name):
             means.setdefault((row["question"], row["kept"], arm_label(row)), []).append(row)

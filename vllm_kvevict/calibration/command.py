@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ def add_calibrate(commands: Any) -> argparse.ArgumentParser:
         default=[0.1, 0.2, 0.35, 0.5, 0.75],
         help="Fractions of each prompt to keep.",
     )
+    calibrate.add_argument("--points", metavar="FILE", type=Path, help="Write what was measured there, too, as CSV.")
     calibrate.set_defaults(run=_calibrate)
     return calibrate
 
@@ -47,6 +50,12 @@ def _calibrate(args: argparse.Namespace, engine_flags: list[str]) -> Iterator[st
     from vllm_kvevict.engine.calibrating import measure
 
     points = measure(args.model, args.kv_eviction, args.prompt_tokens, args.prompts, args.kept, engine_flags)
+    if args.points is not None:
+        with args.points.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([field.name for field in fields(points[0])])
+            writer.writerows(astuple(point) for point in points)
+        yield f"wrote {args.points}"
     found = fit([point.kept for point in points], [point.nll for point in points], [point.quality for point in points])
     known["policies"][args.kv_eviction] = found.model_dump()
     args.out.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")

@@ -50,7 +50,7 @@ class Calibration(BaseModel):
         return target if abs(bend) < _STRAIGHT else math.log1p(target * math.expm1(bend)) / bend
 
 
-def fit(fractions: list[float], nlls: list[float], qualities: list[float], caution: float = 4.0) -> Calibration:
+def fit(fractions: list[float], nlls: list[float], qualities: list[float], caution: float = 1.5) -> Calibration:
     """Return the constants that describe what was measured best, by least squares.
 
     fractions: kept of each prompt
