@@ -127,14 +127,16 @@ async def one_request(client: AsyncOpenAI, rng: random.Random, lengths: tuple[in
     soak.prompt_tokens += len(prompt) * (kind == "answered")
 
 
-async def load(server: Server, seconds: float, clients: int, seed: int, lengths: tuple[int, int]) -> Soak:
-    """Keep ``clients`` requests under way for ``seconds``, then wait for the last of them."""
+async def load(
+    server: Server, seconds: float, clients: int, seed: int, lengths: tuple[int, int], num_answers: int
+) -> Soak:
+    """Keep ``clients`` requests under way for ``seconds`` and ``num_answers``, then wait for the last of them."""
     soak, end = Soak(), time.monotonic() + seconds
     client = AsyncOpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0, timeout=600)
 
     async def one_client(index: int) -> None:
         rng = random.Random(seed * 1000 + index)
-        while time.monotonic() < end:
+        while time.monotonic() < end or soak.outcomes["answered"] < num_answers:
             await one_request(client, rng, lengths, soak)
 
     async def watch() -> None:
@@ -172,11 +174,18 @@ def wait_until_idle(server: Server, seconds: float = 60.0) -> dict[str, float]:
 
 
 def run(
-    model: Path, seconds: float, clients: int, seed: int, log: Path, lengths: tuple[int, int] = LENGTHS
+    model: Path,
+    seconds: float,
+    clients: int,
+    seed: int,
+    log: Path,
+    lengths: tuple[int, int] = LENGTHS,
+    num_answers: int = 0,
 ) -> tuple[Soak, dict[str, float]]:
     """Start a server, put it under load, and return what happened and its metrics when it is idle again.
 
-    lengths: of the shortest and the longest prompt; the memory is that of about three of the longest
+    lengths:     of the shortest and the longest prompt; the memory is that of about three of the longest
+    num_answers: the load goes on until there are as many, however slow the machine is
     """
     flags = [
         "--kv-eviction",
@@ -191,7 +200,7 @@ def run(
     memory = ["--num-gpu-blocks-override", str(3 * lengths[1] // BLOCK_SIZE + 1), "--enforce-eager"]
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TRITON_INTERPRET": "0", **BOUNDED_CACHES}
     with Server(model, log, *flags, *memory, "--served-model-name", "model", env=env) as server:
-        soak = asyncio.run(load(server, seconds, clients, seed, lengths))
+        soak = asyncio.run(load(server, seconds, clients, seed, lengths, num_answers))
         return soak, wait_until_idle(server)
 
 

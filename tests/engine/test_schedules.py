@@ -42,15 +42,21 @@ def async_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.feature("async scheduling")
-def test_async_scheduling_gives_the_same_answers(tiny_llama: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("caching", [False, True])
+def test_async_scheduling_gives_the_same_answers(
+    tiny_llama: Path, request: pytest.FixtureRequest, caching: bool
+) -> None:
     prompts = [random_prompt(length, seed=length) for length in (40, 333, 700, 1200)]
-    with engine(tiny_llama, budget=BUDGET, enable_prefix_caching=False) as synchronous:
+    cases: list[dict[str, Any]] = [{}, {"kv_eviction": "laq"}, {"kv_budget": "auto"}]
+    fields = {"calibration": {"snapkv": {"alpha": 10.0, "beta": -74.0}}}
+    settings = {"budget": BUDGET, "fields": fields, "enable_prefix_caching": caching}
+    with engine(tiny_llama, **settings) as synchronous:
         assert type(synchronous.scheduler).__name__ == "EvictionScheduler"
-        expected = synchronous.tokens(prompts, max_tokens=40)
+        expected = [synchronous.tokens(prompts, max_tokens=40, extra_args=case) for case in cases]
     request.getfixturevalue("async_on_cpu")
-    with engine(tiny_llama, budget=BUDGET, async_scheduling=True, enable_prefix_caching=False) as asynchronous:
+    with engine(tiny_llama, async_scheduling=True, **settings) as asynchronous:
         assert type(asynchronous.scheduler).__name__ == "AsyncEvictionScheduler"
-        assert asynchronous.tokens(prompts, max_tokens=40) == expected
+        assert [asynchronous.tokens(prompts, max_tokens=40, extra_args=case) for case in cases] == expected
         asynchronous.check_all_free()
 
 
