@@ -136,7 +136,7 @@ async def load(
 
     async def one_client(index: int) -> None:
         rng = random.Random(seed * 1000 + index)
-        while time.monotonic() < end or soak.outcomes["answered"] < num_answers:
+        while time.monotonic() < end or (soak.outcomes["answered"] < num_answers and not soak.errors):
             await one_request(client, rng, lengths, soak)
 
     async def watch() -> None:
