@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from tests.e2e.prompts import long_text
 from tools.server import Server
 
-ENGINE = ("--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20))
+ENGINE = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20))
 
 
 def calibrate(model: Path, out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -43,7 +43,7 @@ def test_calibrate_and_serve(smollm2: Path, tmp_path: Path) -> None:
     assert "--out: expected a calibration of" in other.stderr
 
     flags = ["--kv-eviction", "knorm", "--kv-budget", "auto", "--kv-budget-calibration", str(file)]
-    rest = ["--max-model-len", "2048", "--enforce-eager", "--served-model-name", "model"]
+    rest = ["--max-model-len", "2048", "--dtype", "float32", "--enforce-eager", "--served-model-name", "model"]
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "TRITON_INTERPRET": "0"}
     with Server(smollm2, tmp_path / "server.log", *flags, *rest, env=env) as server:
         client = OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0)
