@@ -27,8 +27,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_kvevict.cache.page_table import FoldedBatch
 from vllm_kvevict.cache.pages import Packing, PagePool
-from vllm_kvevict.engine.bridge import EvictionBridge, FoldedQueries, StepRows
+from vllm_kvevict.engine.bridge import EvictionBridge
 from vllm_kvevict.engine.lookahead import LookaheadMetadata
+from vllm_kvevict.engine.rows import FoldedQueries, StepRows
 from vllm_kvevict.engine.spec import with_eviction_managers
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,63 +13,22 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from vllm_kvevict.cache.page_table import FoldedBatch, PageTable
+from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
-from vllm_kvevict.cache.query_ring import QueryRing, RingWrite
+from vllm_kvevict.cache.query_ring import QueryRing
 from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.likelihood import PromptLikelihood
 from vllm_kvevict.engine.lookahead import Lookahead
 from vllm_kvevict.engine.model import ModelWeights
 from vllm_kvevict.engine.prefill import ChunkRow, Prefill, PrefillRow
+from vllm_kvevict.engine.rows import StepRows, fold_queries, split_rows
 from vllm_kvevict.engine.step import STEP, EvictionReport, PrefillEnd, StepEvictions
 from vllm_kvevict.evictor import Eviction
 from vllm_kvevict.resident_evictor import ResidentEviction
 
 logger = logging.getLogger("vllm.kvevict")
-
-
-@dataclass(frozen=True)
-class RowSplit:
-    """A batch as attention must see it.
-
-    whole:        rows [num_whole] int64 whose cache is complete
-    evicted:      rows [num_evicted] int64 that read their own page tables
-    whole_tokens: tokens [*] int64 of the whole rows, None if that is all of them
-    """
-
-    whole: torch.Tensor
-    evicted: torch.Tensor
-    whole_tokens: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class FoldedQueries:
-    """The query tokens of evicted rows, sorted by row, then KV head, then position.
-
-    index:           [num_queries] int64 into the batch's queries seen as [num_tokens * num_kv_heads, group, head_size]
-    query_start_loc: [num_evicted * num_kv_heads + 1] int32, where the queries of each row and head begin
-    max_query_len:   most queries of a row of the batch, evicted or not
-    """
-
-    index: torch.Tensor
-    query_start_loc: torch.Tensor
-    max_query_len: int
-
-
-@dataclass(frozen=True)
-class StepRows:
-    """One step's batch: how it splits, what its evicted rows ask and read, and which of its rows are to be scored.
-
-    remembered: queries of requests that evict while they decode, None if there are none
-    """
-
-    split: RowSplit
-    queries: FoldedQueries | None
-    folded: FoldedBatch | None
-    prefills: list[PrefillRow | ChunkRow]
-    remembered: RingWrite | None
 
 
 class EvictionBridge:
@@ -252,7 +211,7 @@ class EvictionBridge:
             return None
         req_ids = self.row_req_ids = self._row_req_ids(common)
         slots = self.page_table.slots.of(req_ids)
-        split = _split(slots, common)
+        split = split_rows(slots, common)
         prefills: list[PrefillRow | ChunkRow] = [*self._prefill_rows(req_ids, common, step)]
         self._note_full_rows(req_ids, common, step)
         remembered = self.ring.plan(req_ids, common.query_start_loc, common.seq_lens)
@@ -266,7 +225,7 @@ class EvictionBridge:
             slots[evicted], common.seq_lens[evicted], query_lens, common.block_table_tensor[evicted].to(torch.int64)
         )
         first_tokens = common.query_start_loc[:-1].to(torch.int64)[evicted]
-        queries = _fold_queries(first_tokens, query_lens, self.pool.num_kv_heads, common.max_query_len)
+        queries = fold_queries(first_tokens, query_lens, self.pool.num_kv_heads, common.max_query_len)
         return StepRows(split, queries, folded, [*prefills, *self._chunk_rows(req_ids, common, step)], remembered)
 
     def _chunk_rows(self, req_ids: list[str], common: CommonAttentionMetadata, step: StepEvictions) -> list[ChunkRow]:
@@ -378,28 +337,3 @@ def _check_length(req_id: str, expected: int, actual: int) -> None:
 
 def _report(plan: EvictionPlan | None, seconds: float, failure: Exception | None) -> EvictionReport:
     return EvictionReport(plan, seconds, None if failure is None else repr(failure))
-
-
-def _split(slots: torch.Tensor, common: CommonAttentionMetadata) -> RowSplit:
-    is_evicted = slots >= 0
-    evicted = is_evicted.nonzero()[:, 0]
-    whole = (~is_evicted).nonzero()[:, 0]
-    if not len(evicted):
-        return RowSplit(whole, evicted, None)
-    token_is_whole = torch.repeat_interleave(~is_evicted, common.naive_query_lens().to(torch.int64))
-    return RowSplit(whole, evicted, token_is_whole.nonzero()[:, 0])
-
-
-def _fold_queries(
-    first_tokens: torch.Tensor, query_lens: torch.Tensor, num_kv_heads: int, max_query_len: int
-) -> FoldedQueries:
-    """first_tokens, query_lens: [num_evicted] int64, where the tokens of each row begin, and how many there are."""
-    lens = query_lens.repeat_interleave(num_kv_heads)
-    query_start_loc = torch.nn.functional.pad(lens.cumsum(0), (1, 0))
-    head = torch.arange(num_kv_heads, device=lens.device).repeat(len(query_lens))
-    # a query's place in the batch, less its place in the folded order: the same for all queries of one row and head
-    shift = first_tokens.repeat_interleave(num_kv_heads) - query_start_loc[:-1]
-    place = torch.arange(int(query_start_loc[-1]), device=lens.device)
-    tokens = place + shift.repeat_interleave(lens)
-    index = tokens * num_kv_heads + head.repeat_interleave(lens)
-    return FoldedQueries(index, query_start_loc.to(torch.int32), max_query_len)

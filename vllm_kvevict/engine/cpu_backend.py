@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_kvevict.cache.pages import Packing, PagePool
 from vllm_kvevict.engine.attention import EvictionBackend, EvictionImpl, EvictionMetadataBuilder, backend_in_place_of
-from vllm_kvevict.engine.bridge import FoldedQueries, StepRows
+from vllm_kvevict.engine.rows import FoldedQueries, StepRows
 from vllm_kvevict.engine.spec import EvictionSpec
 
 # the page packing that vLLM's kernel calls "vec": K as [head_size, block_size], then V as [block_size, head_size]

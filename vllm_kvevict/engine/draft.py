@@ -11,8 +11,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.engine.bridge import EvictionBridge, StepRows
+from vllm_kvevict.engine.bridge import EvictionBridge
 from vllm_kvevict.engine.prefill import PrefillRow
+from vllm_kvevict.engine.rows import StepRows
 from vllm_kvevict.engine.step import PrefillEnd, StepEvictions
 from vllm_kvevict.evictor import Eviction
 

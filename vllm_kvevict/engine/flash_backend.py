@@ -18,8 +18,8 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_kvevict.cache.pages import Packing, PagePool
 from vllm_kvevict.engine.attention import EvictionBackend, EvictionImpl, EvictionMetadataBuilder
-from vllm_kvevict.engine.bridge import FoldedQueries
 from vllm_kvevict.engine.cache_dtype import FLOAT8_DTYPES
+from vllm_kvevict.engine.rows import FoldedQueries
 
 _VERSIONS = (2, 3)
 

@@ -18,7 +18,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_kvevict.cache.pages import Packing, PagePool
 from vllm_kvevict.engine.attention import EvictionBackend, EvictionImpl, EvictionMetadataBuilder
-from vllm_kvevict.engine.bridge import FoldedQueries
+from vllm_kvevict.engine.rows import FoldedQueries
 
 
 class EvictionTritonBackend(EvictionBackend, TritonAttentionBackend):
