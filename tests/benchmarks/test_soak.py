@@ -8,7 +8,7 @@ from benchmarks.serving.soak import run
 
 
 def test_a_minute_of_random_load(smollm2: Path, tmp_path: Path) -> None:
-    log, lengths = tmp_path / "server.log", (100, 1_500)
+    log, lengths = tmp_path / "server.log", (100, 1_000)
     soak, metrics = run(smollm2, seconds=60, clients=8, seed=1, log=log, lengths=lengths, num_answers=20)
     assert not soak.errors, soak.outcomes
     assert soak.outcomes["answered"] >= 15
