@@ -39,7 +39,7 @@ def test_equals_dense_attention(dtype: torch.dtype, packing: Packing) -> None:
         seen.append([kv.gather(2, index) for kv in scaled])
     before = cache.pool.pages.clone()
     is_visible = torch.arange(max(COUNTS)) < torch.tensor(COUNTS)[:, None]
-    decode = PseudoDecode(cache.pool, torch.stack(slots, dim=1), is_visible, PASSES)
+    decode = PseudoDecode(cache.pool, torch.stack(slots, dim=1), is_visible)
 
     queries = torch.randn(PASSES, LAYERS, len(LENGTHS), KV_HEADS * GROUP, HEAD_SIZE, generator=generator)
     own_keys, own_values = torch.randn(2, PASSES, LAYERS, len(LENGTHS), KV_HEADS, HEAD_SIZE, generator=generator)

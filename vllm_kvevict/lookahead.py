@@ -24,13 +24,11 @@ class PseudoDecode:
     pool:       the cache
     slots:      [num_layers, num_reqs, num_kv_heads, num_selected] int64, what the pseudo tokens see of the prompts
     is_visible: [num_reqs, num_selected] bool, False where a prompt has fewer tokens selected than another one
-    num_passes: the most pseudo tokens of a prompt
     """
 
     pool: PagePool
     slots: torch.Tensor
     is_visible: torch.Tensor
-    num_passes: int
     _keys: list[list[torch.Tensor]] = field(init=False)
     _values: list[list[torch.Tensor]] = field(init=False)
     _queries: list[list[torch.Tensor]] = field(init=False)

@@ -39,8 +39,7 @@ def measure(model: Path, policy: str, calibration: Path, num_tokens: int, num_pr
     constants = json.loads(calibration.read_text())["policies"][policy]
     rows = []
     for target in TARGETS:
-        fields: dict[str, Any] = {"calibration": {policy: {name: constants[name] for name in ("alpha", "beta")}}}
-        fields |= {"budget_target": target}
+        fields = {"calibration": {policy: constants}, "budget_target": target}
         with grading_engine(model, num_tokens + 64, fields, policy=policy, dtype="float32") as llm:
             fixed = FRACTIONS if target == TARGETS[0] else ()
             arms = [("auto", target), *(("fixed", kept) for kept in fixed)]
@@ -55,7 +54,7 @@ def measure(model: Path, policy: str, calibration: Path, num_tokens: int, num_pr
                     kept = record.plan.num_kept_tokens / record.plan.num_tokens
                     if name == "fixed" and abs(kept - value) > 64 / num_tokens:  # two blocks
                         raise RuntimeError(f"{task} {index}: {kept} was kept where {value} was asked for")
-                    quality = min(full.likelihood / part.likelihood, 1.0) if part.likelihood < 0 else 1.0
+                    quality = part.quality(full)
                     rows.append(
                         {"task": task, "prompt": index, "arm": name, "setting": value}
                         | {"kept": round(kept, 4), "quality": round(quality, 4), "accuracy": round(part.accuracy, 4)}

@@ -86,6 +86,14 @@ class Engine:
     def tokens(self, prompts: list[list[int]], **params: Any) -> list[list[int]]:
         return [list(output.outputs[0].token_ids) for output in self.generate(prompts, **params)]
 
+    def check_as_alone(self, cases: list[tuple[list[int], dict[str, Any]]], max_tokens: int) -> None:
+        """Requests (prompt, options) in one batch are answered as each of them alone."""
+        alone = [self.tokens([prompt], max_tokens=max_tokens, extra_args=options)[0] for prompt, options in cases]
+        ids = [self.add(prompt, max_tokens=max_tokens, extra_args=options) for prompt, options in cases]
+        outputs = self.run()
+        assert [list(outputs[request_id].outputs[0].token_ids) for request_id in ids] == alone
+        self.check_all_free()
+
     def blocks_held(self, internal_id: str, num_tokens: int | None = None) -> list[int]:
         """Return the blocks of a request, those of its first ``num_tokens`` tokens if given."""
         groups = self.scheduler.kv_cache_manager.get_block_ids(internal_id)

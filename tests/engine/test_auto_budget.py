@@ -102,11 +102,7 @@ def test_bounds_of_a_request(running: Engine) -> None:
 def test_requests_of_all_kinds_in_one_batch_are_as_alone(running: Engine) -> None:
     options: list[dict[str, Any]] = [{}, {"kv_budget": 128}, {"kv_eviction": "none"}, {"kv_budget_max": 0.3}, {}]
     cases = [(random_prompt(200 + 130 * index, seed=index), each) for index, each in enumerate(options)]
-    alone = [running.tokens([prompt], max_tokens=80, extra_args=each)[0] for prompt, each in cases]
-    ids = [running.add(prompt, max_tokens=80, extra_args=each) for prompt, each in cases]
-    outputs = running.run()
-    assert [list(outputs[request_id].outputs[0].token_ids) for request_id in ids] == alone
-    running.check_all_free()
+    running.check_as_alone(cases, max_tokens=80)
 
 
 def test_aborted_at_any_step(running: Engine) -> None:

@@ -90,8 +90,4 @@ def test_requests_that_wait_and_others_in_one_batch_are_as_alone(running: Engine
             [("laq_deferred", 0), ("laq_deferred", 1), ("snapkv", 0), ("laq_deferred", 0), ("h2o", 1), ("none", 0)]
         )
     ]
-    alone = [running.tokens([prompt], max_tokens=150, extra_args=options)[0] for prompt, options in cases]
-    ids = [running.add(prompt, max_tokens=150, extra_args=options) for prompt, options in cases]
-    outputs = running.run()
-    assert [list(outputs[request_id].outputs[0].token_ids) for request_id in ids] == alone
-    running.check_all_free()
+    running.check_as_alone(cases, max_tokens=150)

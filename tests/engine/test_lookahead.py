@@ -55,11 +55,7 @@ def test_requests_of_any_kind_in_one_step_are_as_alone(running: Engine) -> None:
         (random_prompt(90 + 31 * index, seed=index), {"kv_eviction": policy, "kv_budget": 65 + 32 * (index % 3)})
         for index, policy in enumerate(policies)
     ]
-    alone = [running.tokens([prompt], max_tokens=40, extra_args=options)[0] for prompt, options in cases]
-    ids = [running.add(prompt, max_tokens=40, extra_args=options) for prompt, options in cases]
-    outputs = running.run()
-    assert [list(outputs[request_id].outputs[0].token_ids) for request_id in ids] == alone
-    running.check_all_free()
+    running.check_as_alone(cases, max_tokens=40)
 
 
 def test_near_the_end_of_the_context(running: Engine) -> None:

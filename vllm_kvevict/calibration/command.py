@@ -11,6 +11,7 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
+from vllm_kvevict.arguments import file_to_write, positive
 from vllm_kvevict.calibration.curve import fit
 from vllm_kvevict.policies import POLICIES
 
@@ -27,9 +28,11 @@ def add_calibrate(commands: Any) -> argparse.ArgumentParser:
     )
     calibrate.add_argument("--model", metavar="M", required=True, help="Model name or folder, with a chat template.")
     calibrate.add_argument("--kv-eviction", metavar="POLICY", choices=POLICIES, required=True, help="The policy.")
-    calibrate.add_argument("--out", metavar="FILE", type=Path, required=True, help="The file; others in it stay.")
-    calibrate.add_argument("--prompt-tokens", metavar="N", type=int, default=2048, help="Length of the prompts.")
-    calibrate.add_argument("--prompts", metavar="N", type=int, default=6, help="Prompts of each kind.")
+    calibrate.add_argument(
+        "--out", metavar="FILE", type=file_to_write, required=True, help="The file; others in it stay."
+    )
+    calibrate.add_argument("--prompt-tokens", metavar="N", type=positive, default=2048, help="Length of the prompts.")
+    calibrate.add_argument("--prompts", metavar="N", type=positive, default=6, help="Prompts of each kind.")
     calibrate.add_argument(
         "--kept",
         metavar="R",
@@ -38,7 +41,9 @@ def add_calibrate(commands: Any) -> argparse.ArgumentParser:
         default=[0.1, 0.2, 0.35, 0.5, 0.75],
         help="Fractions of each prompt to keep.",
     )
-    calibrate.add_argument("--points", metavar="FILE", type=Path, help="Write what was measured there, too, as CSV.")
+    calibrate.add_argument(
+        "--points", metavar="FILE", type=file_to_write, help="Write what was measured there, too, as CSV."
+    )
     calibrate.set_defaults(run=_calibrate)
     return calibrate
 

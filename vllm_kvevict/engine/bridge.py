@@ -136,8 +136,11 @@ class EvictionBridge:
         queries = self._lookahead.run(self._looking_ahead, self._weights)
         for row, pseudo_queries in zip(self._looking_ahead, queries, strict=True):
             for layer, pseudo_query in enumerate(pseudo_queries):
-                scale, weights = self._weights.scale(layer), self._weights.of(layer, row.prefill.needs)
-                _ask(row.prefill, layer, partial(row.score_ahead, layer, scale, weights, pseudo_query))
+                _ask(row.prefill, layer, partial(self._score_ahead, row, layer, pseudo_query))
+
+    def _score_ahead(self, row: PrefillRow, layer: int, pseudo_query: torch.Tensor) -> None:
+        weights = self._weights.of(layer, row.prefill.needs)
+        row.score_ahead(layer, self._weights.scale(layer), weights, pseudo_query)
 
     def _finish(self, req_id: str, eviction: Eviction) -> Exception | None:
         """Evict, or return what the allocator raised. Tokens move only into blocks that no other request reads."""
@@ -315,8 +318,11 @@ class EvictionBridge:
         self, row: PrefillRow | ChunkRow, layer: int, query: torch.Tensor, output: torch.Tensor, scale: float
     ) -> None:
         """Show a layer's queries and outputs [num_tokens, num_heads, head_size] to one row of the batch."""
-        weights = self._weights.of(layer, row.prefill.needs)
-        _ask(row.prefill, layer, partial(row.observe, self.pool, layer, query, output, scale, weights))
+
+        def show() -> None:
+            row.observe(self.pool, layer, query, output, scale, self._weights.of(layer, row.prefill.needs))
+
+        _ask(row.prefill, layer, show)
 
 
 def _ask(prefill: Prefill, layer: int, question: Callable[[], None]) -> None:

@@ -56,8 +56,7 @@ def measure(
             nll = prompt_nll(llm, example.prompt)
             full, *parts = grade(llm, example, [{"kv_budget": kept} for kept in fractions])
             for kept, part in zip(fractions, parts, strict=True):
-                quality = min(full.likelihood / part.likelihood, 1.0) if part.likelihood < 0 else 1.0
-                points.append(Point(task, index, kept, nll, quality))
+                points.append(Point(task, index, kept, nll, part.quality(full)))
     finally:
         llm.llm_engine.engine_core.shutdown()
     return points

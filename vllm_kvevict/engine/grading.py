@@ -60,6 +60,10 @@ class Grade:
     exact: int
     divergence: float
 
+    def quality(self, full: Grade) -> float:
+        """Return the likelihood with the full KV over this one, which is 1 where nothing is lost; at most 1."""
+        return min(full.likelihood / self.likelihood, 1.0) if self.likelihood < 0 else 1.0
+
 
 def grade(llm: LLM, example: Example, arms: Sequence[dict[str, Any]], question_outside: bool = False) -> list[Grade]:
     """Return a grade for the full KV, then one for each arm: the options of a request.

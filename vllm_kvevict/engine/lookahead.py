@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from time import perf_counter
 from typing import Any
 
@@ -71,7 +72,11 @@ class Lookahead:
         self._pool = pool
         self._layer_names = layer_names
         self._vllm_config: VllmConfig = runner.vllm_config
-        self._end_tokens = _end_tokens(self._vllm_config.model_config)
+
+    @cached_property
+    def _end_tokens(self) -> torch.Tensor:
+        # read where a policy looks ahead only: the generation config is a file
+        return _end_tokens(self._vllm_config.model_config)
 
     def run(self, rows: list[PrefillRow], weights: ModelWeights) -> list[list[torch.Tensor]]:
         """Return per row and layer the queries of its pseudo tokens, [num_tokens, num_heads, head_size].
@@ -84,10 +89,10 @@ class Lookahead:
         wanted = torch.tensor([row.prefill.method.policy.num_pseudo_tokens for row in rows], device=device)
         last_position = self._vllm_config.model_config.max_model_len - 1
         wanted = torch.minimum(wanted, last_position + 1 - kv_lens)
-        decode = self._decode(rows, int(wanted.max()))
+        decode = self._decode(rows)
         count, goes_on = torch.zeros_like(wanted), torch.ones_like(wanted, dtype=torch.bool)
         hidden = self._runner.execute_model_state.hidden_states[[row.end - 1 for row in rows]]
-        for number in range(decode.num_passes):
+        for number in range(int(wanted.max())):
             tokens = self._runner.model.compute_logits(hidden).argmax(dim=-1)
             if number:  # a single one is looked at even if it ends the answer
                 goes_on &= ~torch.isin(tokens, self._end_tokens.to(device))
@@ -100,7 +105,7 @@ class Lookahead:
             for index, num_tokens in enumerate(count.tolist())
         ]
 
-    def _decode(self, rows: list[PrefillRow], num_passes: int) -> PseudoDecode:
+    def _decode(self, rows: list[PrefillRow]) -> PseudoDecode:
         device = self._pool.pages.device
         selected = [self._selected(row) for row in rows]
         counts = torch.tensor([slots.shape[2] for slots in selected], device=device)
@@ -108,7 +113,7 @@ class Lookahead:
         # where a prompt has fewer tokens selected than another one, a masked one of its own stands in
         padded = [torch.cat([slots, slots[..., :1].expand(-1, -1, most - slots.shape[2])], dim=2) for slots in selected]
         is_visible = torch.arange(most, device=device) < counts[:, None]
-        return PseudoDecode(self._pool, torch.stack(padded, dim=1), is_visible, num_passes)
+        return PseudoDecode(self._pool, torch.stack(padded, dim=1), is_visible)
 
     def _selected(self, row: PrefillRow) -> torch.Tensor:
         """Return [num_layers, num_kv_heads, num_selected]; the first token if the policy has failed.

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vllm_kvevict.arguments import file_to_write, positive
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.flags import add_group, flag_values
 
@@ -32,8 +33,8 @@ def add_inspect(commands: Any) -> argparse.ArgumentParser:
         type=_token_ids,
         help="The prompt as a JSON list of token ids; the model needs no tokenizer then.",
     )
-    inspect.add_argument("--max-tokens", metavar="N", type=_positive, default=16, help="Tokens to answer with.")
-    inspect.add_argument("--out", metavar="FILE", type=_file_to_write, required=True, help="The page to write, HTML.")
+    inspect.add_argument("--max-tokens", metavar="N", type=positive, default=16, help="Tokens to answer with.")
+    inspect.add_argument("--out", metavar="FILE", type=file_to_write, required=True, help="The page to write, HTML.")
     inspect.add_argument("--png", action="store_true", help="Write the charts next to the page, too.")
     add_group(inspect)
     inspect.set_defaults(run=_inspect)
@@ -75,16 +76,3 @@ def _token_ids(path: str) -> list[int]:
     if not isinstance(ids, list) or not ids or not all(type(token) is int and token >= 0 for token in ids):
         raise argparse.ArgumentTypeError(f"expected a list of token ids, whole numbers of at least 0, in {path!r}")
     return ids
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _file_to_write(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():  # found out before the engine starts
-        raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
-    return path
