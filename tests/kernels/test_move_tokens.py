@@ -83,7 +83,7 @@ def test_values_may_have_another_head_size(move):
 
 
 def test_reference_without_library(monkeypatch):
-    monkeypatch.setattr(module, "library", lambda: None)
+    monkeypatch.setattr(module, "function", lambda *_: None)
     keys, values = torch.randn(2, 16, 8), torch.randn(2, 16, 8)
     expected = keys[0, 1].clone()
     move_tokens(keys, values, torch.tensor([1]), torch.tensor([20]))

@@ -2,9 +2,11 @@
 
 import torch
 
-from vllm_kvevict.kernels.native import library
+from vllm_kvevict.kernels.native import INT64, POINTER, function
 
 ELEMENT_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_POOL = (POINTER, INT64, INT64, INT64, INT64)  # data, strides, head_size
+_ARGTYPES = (*_POOL, *_POOL, POINTER, POINTER, INT64, INT64, INT64)
 
 
 def move_tokens(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, destination: torch.Tensor) -> None:
@@ -26,10 +28,10 @@ def move_tokens(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, 
     check_arguments(keys, values, source, destination)
     if source.numel() == 0:
         return
-    kernels = library() if keys.device.type == "cpu" else None
-    if kernels is None:
+    kernel = function("kvevict_move_tokens", *_ARGTYPES) if keys.device.type == "cpu" else None
+    if kernel is None:
         return move_tokens_reference(keys, values, source, destination)
-    kernels.kvevict_move_tokens(
+    kernel(
         keys.data_ptr(), *keys.stride(), keys.shape[2],
         values.data_ptr(), *values.stride(), values.shape[2],
         source.data_ptr(), destination.data_ptr(), source.numel(),

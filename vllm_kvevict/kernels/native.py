@@ -3,8 +3,10 @@
 import ctypes
 import functools
 import logging
+from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any, cast
 
 # torch must come first: it loads the OpenMP runtime that the kernels then share, threads and all
 import torch  # noqa: F401
@@ -31,22 +33,20 @@ def library() -> ctypes.CDLL | None:
             "and reinstall, or run `python setup.py build_ext --inplace` in a checkout."
         )
         return None
-    kernels = ctypes.CDLL(spec.origin)
-    kernels.kvevict_window_attention.argtypes = [
-        *(POINTER, INT64, INT64),  # query: data, strides
-        *(POINTER, INT64, INT64, INT64),  # keys: data, strides
-        *(POINTER, INT64),  # page_table: data, stride of a head
-        POINTER,  # column_sums
-        *(INT32, INT32, INT64, INT64, INT64, INT64, INT64, INT64, FLOAT),  # dtypes, sizes, scale
-    ]
-    kernels.kvevict_window_attention.restype = INT32
-    kernels.kvevict_limit_lanes.argtypes = [INT32]
-    kernels.kvevict_limit_lanes.restype = INT32
-    kernels.kvevict_move_tokens.argtypes = [
-        *(POINTER, INT64, INT64, INT64, INT64),  # keys: data, strides, head_size
-        *(POINTER, INT64, INT64, INT64, INT64),  # values: data, strides, head_size
-        *(POINTER, POINTER, INT64),  # source, destination, num_tokens
-        *(INT64, INT64),  # block_size, element_bytes
-    ]
-    kernels.kvevict_move_tokens.restype = INT32
-    return kernels
+    return ctypes.CDLL(spec.origin)
+
+
+@functools.cache
+def function(name: str, *argtypes: Any) -> Callable[..., int] | None:
+    """Return the compiled function ``name``, whose status 0 means success; None where the kernels were not built.
+
+    argtypes: of its arguments, ``POINTER`` for the data of a tensor
+
+    Raises AttributeError if the library was built before the function was written; build it again then.
+    """
+    kernels = library()
+    if kernels is None:
+        return None
+    found: Any = getattr(kernels, name)
+    found.argtypes, found.restype = argtypes, INT32
+    return cast("Callable[..., int]", found)

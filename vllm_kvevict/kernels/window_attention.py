@@ -2,12 +2,19 @@
 
 import torch
 
-from vllm_kvevict.kernels.native import library
+from vllm_kvevict.kernels.native import FLOAT, INT32, INT64, POINTER, function
 
 # The numbers are those of `enum Dtype` in csrc/cpu/element.hpp.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.float8_e5m2: 4}
 QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+_ARGTYPES = (
+    *(POINTER, INT64, INT64),  # query: data, strides
+    *(POINTER, INT64, INT64, INT64),  # keys: data, strides
+    *(POINTER, INT64),  # page_table: data, stride of a head
+    POINTER,  # column_sums
+    *(INT32, INT32, INT64, INT64, INT64, INT64, INT64, INT64, FLOAT),  # dtypes, sizes, scale
+)
 
 
 def window_attention(
@@ -35,12 +42,12 @@ def window_attention(
     scratch memory cannot be had.
     """
     check_arguments(query, keys, page_table, kv_len)
-    kernels = library() if query.device.type == "cpu" else None
-    if kernels is None:
+    kernel = function("kvevict_window_attention", *_ARGTYPES) if query.device.type == "cpu" else None
+    if kernel is None:
         return window_attention_reference(query, keys, page_table, kv_len, scale)
     window, num_heads, head_size = query.shape
     column_sums = torch.empty(num_heads, kv_len, dtype=torch.float32)
-    status = kernels.kvevict_window_attention(
+    status = kernel(
         query.data_ptr(), *query.stride()[:2],
         keys.data_ptr(), *keys.stride(),
         page_table.data_ptr(), page_table.stride(0),
