@@ -15,7 +15,11 @@ from tools.feature_table import with_table
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vllm_kvevict"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-KERNELS = [path.stem for path in MODULES if path.parent.name == "kernels" and path.stem not in ("__init__", "native")]
+KERNELS = [
+    path.stem
+    for path in MODULES
+    if path.parent.name == "kernels" and path.stem not in ("__init__", "native", "optional_triton")
+]
 MAX_LINES = 400
 MAX_README_LINES = 270  # a row for every policy, and one for every feature that works
 # In pieces, so that this file does not name them either.
