@@ -156,6 +156,48 @@ def test_what_is_evicted_again_needs_one_more_block(field):
     assert "beside the block that new tokens fill; got 64" in str(error.value)
 
 
+@pytest.mark.parametrize("value", [0, -1, True, "1", 1.0])
+def test_intervals_are_numbers_of_tokens(value):
+    message = refusal(policy="tova", during_decode=True, interval=value)
+    assert message == f"kv_evict_interval: expected 1 or the size of a block, in tokens, got {value!r}"
+
+
+def test_an_interval_is_one_token_or_one_block():
+    for interval in (None, 1, 32):
+        config = parse(policy="morphkv", budget=128, interval=interval)
+        config.check_block_size(32)
+        assert config.method().per_token == (interval == 1)
+    with pytest.raises(ValueError) as error:
+        parse(policy="morphkv", budget=128, interval=16).check_block_size(32)
+    assert str(error.value) == "kv_evict_interval: expected 1 or the size of a block (32), got 16"
+
+
+def test_an_interval_is_for_policies_that_evict_answers_token_by_token():
+    message = refusal(policy="tova", interval=1)
+    assert message.startswith("kv_evict_interval: counts tokens of the answer, and policy 'tova' does not evict")
+    message = refusal(policy="lava", during_decode=True, interval=1)
+    assert message.startswith("kv_evict_interval: policy 'lava' evicts from an answer a block at a time;")
+    assert message.endswith("or choose one of h2o, morphkv, streaming_llm, tova")
+
+
+def test_of_a_full_budget_one_token_may_go():
+    parse(policy="tova", budget=33, during_decode=True, interval=1, num_recent=31).check_block_size(32)
+    with pytest.raises(ValueError, match="expected at least 65 tokens"):
+        parse(policy="tova", budget=64, during_decode=True, interval=1, num_recent=32).check_block_size(32)
+
+
+def test_the_server_s_interval_is_for_its_own_policy():
+    server = parse(policy="morphkv", budget=128, interval=1)
+    assert server.for_request({}, 32).method().per_token
+    assert server.for_request({"kv_budget": 256}, 32).method().per_token
+    assert not server.for_request({"kv_eviction": "snapkv"}, 32).method().per_token
+    assert not server.for_request({"kv_evict_during_decode": 0}, 32).method().per_token
+    options = {"kv_eviction": "h2o", "kv_evict_during_decode": 1, "kv_evict_interval": 1}
+    assert server.for_request(options, 32).method().per_token
+    assert not parse(policy="morphkv").for_request({"kv_evict_interval": 32}, 32).method().per_token
+    assert request_refusal(server, kv_evict_interval=7).startswith("kv_evict_interval: expected 1 or the size of a bl")
+
+
 @pytest.mark.parametrize(("field", "flag"), [("policy", "kv_eviction"), ("allocator", "kv_budget_allocator")])
 @pytest.mark.parametrize("value", [False, 5, ["snapkv"]])
 def test_names_must_be_text(field, flag, value):

@@ -22,6 +22,7 @@ REQUEST_BUDGET = "kv_budget"
 REQUEST_ALLOCATOR = "kv_budget_allocator"
 REQUEST_DURING_DECODE = "kv_evict_during_decode"
 REQUEST_DURING_PREFILL = "kv_evict_during_prefill"
+REQUEST_INTERVAL = "kv_evict_interval"
 REQUEST_BUDGET_MIN = "kv_budget_min"
 REQUEST_BUDGET_MAX = "kv_budget_max"
 REQUEST_OPTIONS = (
@@ -30,6 +31,7 @@ REQUEST_OPTIONS = (
     REQUEST_ALLOCATOR,
     REQUEST_DURING_DECODE,
     REQUEST_DURING_PREFILL,
+    REQUEST_INTERVAL,
     REQUEST_BUDGET_MIN,
     REQUEST_BUDGET_MAX,
 )
@@ -61,6 +63,8 @@ class EvictionConfig(BaseModel):
                        None: what the policy's paper says
     during_prefill:    whether each chunk of a prompt is evicted before the next one, so that a prompt of any length
                        needs the memory of its budget and of a chunk
+    interval:          tokens of the answer from one eviction to the next: 1, so that each new token takes the slot of
+                       one that goes, or the size of a block; None: the size of a block
     log_requests:      write one JSON line to the log for every prompt that is evicted
     """
 
@@ -79,6 +83,7 @@ class EvictionConfig(BaseModel):
     allocator_options: dict[str, Any] = {}
     during_decode: bool | None = None
     during_prefill: bool = False
+    interval: Annotated[int, Field(ge=1)] | None = None
     log_requests: bool = False
 
     @field_validator("policy")
@@ -155,6 +160,10 @@ class EvictionConfig(BaseModel):
     def check_block_size(self, block_size: int) -> None:
         """Raise ValueError if the budget cannot hold the tokens that must stay in blocks of ``block_size``."""
         method = self.method()
+        if self.interval not in (None, 1, block_size):
+            raise ValueError(
+                f"{REQUEST_INTERVAL}: expected 1 or the size of a block ({block_size}), got {self.interval}"
+            )
         num_blocks = min_kept_blocks(method.min_tokens, block_size, method.is_bounded)
         smallest = (num_blocks - 1) * block_size + 1
         if isinstance(self.budget, int) and self.budget < smallest:
@@ -171,13 +180,14 @@ class EvictionConfig(BaseModel):
 
         options: the request's ``vllm_xargs``, of which ``REQUEST_OPTIONS`` are read: ``kv_eviction`` (a policy or
                  "none"), ``kv_budget``, ``kv_budget_allocator``, ``kv_evict_during_decode``,
-                 ``kv_evict_during_prefill``, and for an "auto" budget ``kv_budget_min`` and ``kv_budget_max``. The
-                 server's own options go with its own policy and allocator; others get their defaults
+                 ``kv_evict_during_prefill``, ``kv_evict_interval``, and for an "auto" budget ``kv_budget_min`` and
+                 ``kv_budget_max``. The server's own options go with its own policy and allocator; others get their
+                 defaults
 
         Raises ValueError that names the field and what is allowed.
         """
         given = (options or {}).get
-        policy, budget, allocator, during_decode, during_prefill, least, most = map(given, REQUEST_OPTIONS)
+        policy, budget, allocator, during_decode, during_prefill, interval, least, most = map(given, REQUEST_OPTIONS)
         if policy is not None and not isinstance(policy, str):
             raise ValueError(f"{REQUEST_POLICY}: expected 'none' or the name of a policy, got {policy!r}")
         if allocator is not None and not isinstance(allocator, str):
@@ -205,6 +215,10 @@ class EvictionConfig(BaseModel):
             changes["during_decode"] = _as_bool(REQUEST_DURING_DECODE, during_decode)
         if during_prefill is not None:
             changes["during_prefill"] = _as_bool(REQUEST_DURING_PREFILL, during_prefill)
+        if interval is not None:
+            changes["interval"] = interval
+        elif "policy" in changes or changes.get("during_decode") is False:  # the server's is for its own policy
+            changes["interval"] = None
         config = self if not changes else EvictionConfig.parse({**self.model_dump(), **changes})
         config.check_block_size(block_size)
         return None if policy == NONE else config
@@ -221,6 +235,18 @@ def _method(config_json: str) -> Method:
             f"{option}: policy {config.policy!r} ranks the tokens of a whole prompt, once; leave the "
             f"option out, or choose another policy"
         )
+    per_token = config.interval == 1
+    if per_token and not during_decode:
+        raise ValueError(
+            f"{REQUEST_INTERVAL}: counts tokens of the answer, and policy {config.policy!r} does not evict answers by "
+            f"itself; say {REQUEST_DURING_DECODE} true, or leave the option out"
+        )
+    if per_token and not policy.supports_per_token():
+        able = ", ".join(name for name in POLICIES.names() if POLICIES.get(name).supports_per_token())
+        raise ValueError(
+            f"{REQUEST_INTERVAL}: policy {config.policy!r} evicts from an answer a block at a time; leave the option "
+            f"out, or choose one of {able}"
+        )
     num_recent = policy.num_recent if config.num_recent is None else config.num_recent
     return Method(
         policy,
@@ -230,6 +256,7 @@ def _method(config_json: str) -> Method:
         max(num_recent, policy.query_window) if during_decode or config.during_prefill else num_recent,
         during_decode,
         config.during_prefill,
+        per_token,
     )
 
 
@@ -267,6 +294,7 @@ _FLAGS = {
     "allocator": "kv_budget_allocator",
     "during_decode": "kv_evict_during_decode",
     "during_prefill": "kv_evict_during_prefill",
+    "interval": "kv_evict_interval",
     "log_requests": "kv_eviction_log_requests",
 }
 _ALLOWED = {
@@ -279,6 +307,7 @@ _ALLOWED = {
     "num_recent": "a whole number of tokens of at least 0",
     "during_decode": "true or false",
     "during_prefill": "true or false",
+    "interval": "1 or the size of a block, in tokens",
     "log_requests": "true or false",
 }
 

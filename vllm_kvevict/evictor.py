@@ -28,6 +28,7 @@ class Method:
 
     during_decode:  the request holds its budget and no more while its answer grows
     during_prefill: it holds its budget and no more between the chunks of its prompt
+    per_token:      during decode one token goes for each that comes, in place of a block of them now and then
     """
 
     policy: EvictionPolicy
@@ -36,6 +37,7 @@ class Method:
     num_recent: int
     during_decode: bool = False
     during_prefill: bool = False
+    per_token: bool = False
 
     @property
     def is_bounded(self) -> bool:
@@ -61,9 +63,10 @@ class Method:
     def min_tokens(self) -> int:
         """Tokens that a budget must hold: the protected ones, and those whose queries are looked at.
 
-        A prefix-cache hit never covers the latter, so they are always computed and never scored in part.
+        A prefix-cache hit never covers the latter, so they are always computed and never scored in part. If each new
+        token takes the slot of another one, that one is neither.
         """
-        return max(self.num_protected, self.query_window)
+        return max(self.num_protected, self.query_window) + self.per_token
 
 
 @dataclass
@@ -73,6 +76,8 @@ class Eviction:
     block_ids:       [num_blocks] int64, the request's block table
     fresh_block_ids: [num_full_blocks] int64, where the kept tokens go; None for the last blocks of the prompt
     seconds:         what observing, scoring, allocation, selection and compaction took so far
+    next_victims:    [num_layers, num_kv_heads] int64, positions of the lowest scores that were kept: the next tokens to
+                     go, if from now on each new token takes the slot of one that goes
     """
 
     method: Method
@@ -81,6 +86,7 @@ class Eviction:
     block_ids: torch.Tensor
     fresh_block_ids: torch.Tensor | None = None
     seconds: float = 0.0
+    next_victims: torch.Tensor | None = None
     _scores: list[torch.Tensor | None] = field(init=False)
     _measures: list[torch.Tensor] = field(init=False)
 
@@ -153,6 +159,8 @@ class Eviction:
         scores = protect(self._all_scores(), self.method.num_sink, self.method.num_recent)
         num_full_pages = self._allocate(scores)
         kept = select(scores, num_full_pages * self.plan.block_size + self.plan.num_tail_tokens)
+        if not self.plan.keeps_tail:
+            self.next_victims = scores.masked_fill(~kept, float("inf")).argmin(dim=-1)
         compaction = plan_compaction(kept, num_full_pages, self.block_ids, self.plan, self.pool, self.fresh_block_ids)
         for source, destination in compaction.phases:
             move_tokens(self.pool.keys, self.pool.values, source, destination)
@@ -173,7 +181,7 @@ class Eviction:
         tokens = wish * (plan.num_kept_tokens * num_heads / wish.sum())
         # once the block of the tail is full it is emptied into the other pages: they must hold what is protected then
         tail = 0 if self.method.is_bounded else plan.num_tail_tokens
-        minimum = cdiv(max(self.method.num_protected - tail, 0), plan.block_size)
+        minimum = cdiv(max(self.method.num_protected + self.method.per_token - tail, 0), plan.block_size)
         return round_to_pages(
             (tokens - plan.num_tail_tokens).clamp(min=0),  # every head holds the tail, in a page of its own
             plan.num_full_blocks * num_heads,

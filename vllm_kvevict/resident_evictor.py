@@ -30,7 +30,9 @@ class ResidentEviction:
     page_table:     [num_layers, num_kv_heads, max_pages] int64, full pages, and then those of the new tokens
     num_pages:      [num_layers, num_kv_heads] int64, pages in use
     num_full_pages: [num_layers, num_kv_heads] int64, of these, the ones that stay; and one more that is filled in part
+    keeps_tail:     as in ``EvictionPlan``
     seconds:        what scoring, selection and compaction took so far
+    next_victims:   as in ``Eviction``, once all layers are scored
     """
 
     method: Method
@@ -41,7 +43,9 @@ class ResidentEviction:
     page_table: torch.Tensor
     num_pages: torch.Tensor
     num_full_pages: torch.Tensor
+    keeps_tail: bool = True
     seconds: float = 0.0
+    next_victims: torch.Tensor = field(init=False)
     _slots: torch.Tensor = field(init=False)
     _stays: torch.Tensor = field(init=False)
     _kept: torch.Tensor = field(init=False)
@@ -62,6 +66,7 @@ class ResidentEviction:
         order = positions[slots].masked_fill(~is_held, torch.iinfo(torch.int32).max).argsort(dim=-1)
         page = place // block_size
         is_tail = (page == self.num_pages[..., None] - 1) & (self._num_tail_tokens > 0)
+        self.next_victims = torch.zeros_like(self.num_pages)
         stays = (page < self.num_full_pages[..., None]) | is_tail
         self._slots, self._stays = slots.gather(2, order), stays.gather(2, order)
         self._kept = torch.zeros_like(is_held)
@@ -69,7 +74,7 @@ class ResidentEviction:
 
     @property
     def _num_tail_tokens(self) -> int:
-        return self.num_tokens % self.pool.block_size
+        return self.num_tokens % self.pool.block_size if self.keeps_tail else 0
 
     @property
     def _kv_lens(self) -> torch.Tensor:
@@ -131,7 +136,11 @@ class ResidentEviction:
             inputs = replace(inputs, state=sums)
         scores = policy.score(replace(inputs, query=query[max(len(query) - policy.query_window, 0) :]))
         scores = protect(scores, self.method.num_sink, self.method.num_recent)
-        self._kept[inputs.layer, heads, :kv_len] = select(scores, self._num_kept(inputs.layer, heads))
+        kept = self._kept[inputs.layer, heads, :kv_len] = select(scores, self._num_kept(inputs.layer, heads))
+        if not self.keeps_tail:
+            lowest = scores.masked_fill(~kept, float("inf")).argmin(dim=1, keepdim=True)
+            slots = self._slots[inputs.layer, heads].gather(1, lowest)[:, 0]
+            self.next_victims[inputs.layer, heads] = self.residents.positions[slots].to(torch.int64)
 
     def _num_kept(self, layer: int, heads: torch.Tensor) -> torch.Tensor:
         return self.num_full_pages[layer, heads] * self.pool.block_size + self._num_tail_tokens

@@ -112,9 +112,10 @@ def make_case(
     skew: float = 3.0,
     seed: int = 0,
     fresh: bool = False,
+    keeps_tail: bool = True,
 ) -> Case:
     generator = torch.Generator().manual_seed(seed)
-    plan = EvictionPlan(num_tokens, num_kept_blocks, block_size)
+    plan = EvictionPlan(num_tokens, num_kept_blocks, block_size, keeps_tail)
     num_blocks = plan.num_blocks + fresh * plan.num_full_blocks
     cache = make_pool(*shape, num_blocks + 4, block_size, HEAD_SIZE, packing, layout)
     all_ids = scrambled_blocks(cache, num_blocks, generator)
@@ -135,16 +136,19 @@ def random_case(block_size: int, packing: str, layout: str, seed: int, fresh: bo
     num_blocks = rng.randint(2, 7)
     num_tokens = (num_blocks - 1) * block_size + rng.choice([1, rng.randint(1, block_size), block_size])
     shape = (rng.randint(1, 3), rng.randint(1, 3))
+    num_kept = rng.randint(1, num_blocks - 1)
+    keeps_something = num_kept > (num_tokens % block_size > 0)  # without its tail
     return make_case(
         block_size,
         shape,
         num_tokens,
-        rng.randint(1, num_blocks - 1),
+        num_kept,
         packing,
         layout,
         rng.choice([0.0, 1.0, 8.0]),
         seed,
         fresh,
+        rng.random() < 0.7 or not keeps_something,
     )
 
 

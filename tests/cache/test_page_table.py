@@ -25,18 +25,20 @@ class RequestModel:
     pages:   [num_layers][num_kv_heads] page ids
     kv_lens: [num_layers][num_kv_heads] tokens held
     blocks:  vLLM's block table; freed blocks are the null block
+    grows:   whether new tokens are added behind the others
     """
 
     seq_len: int
     pages: list[list[list[int]]]
     kv_lens: list[list[int]]
     blocks: list[int] = field(default_factory=list)
+    grows: bool = True
 
     def generate(self, cache: PagedCache, rng: random.Random) -> None:
         """Take a token, and a new block for it if all blocks are full."""
         if self.seq_len == len(self.blocks) * cache.pool.block_size:
             self.blocks.append(rng.randrange(1, BLOCKS))
-            for layer, rows in enumerate(self.pages):
+            for layer, rows in enumerate(self.pages if self.grows else []):
                 for head, row in enumerate(rows):
                     row.append(cache.page_id(layer, self.blocks[-1], head))
         self.grow(1)
@@ -44,7 +46,8 @@ class RequestModel:
     def grow(self, num_tokens: int) -> None:
         """Change the lengths only; rejected drafts leave their blocks to the request."""
         self.seq_len += num_tokens
-        self.kv_lens = [[kv_len + num_tokens for kv_len in row] for row in self.kv_lens]
+        if self.grows:
+            self.kv_lens = [[kv_len + num_tokens for kv_len in row] for row in self.kv_lens]
 
 
 def evict(
@@ -54,7 +57,8 @@ def evict(
     block_size = cache.pool.block_size
     num_full = [[rng.randrange(most_pages) for _ in range(HEADS)] for _ in range(LAYERS)]
     num_tokens = num_tokens or rng.randrange(most_pages * block_size, (most_pages + 2) * block_size)
-    plan = EvictionPlan(num_tokens, rng.randint(1, -(-num_tokens // block_size) - 1), block_size)
+    grows = rng.random() < 0.7
+    plan = EvictionPlan(num_tokens, rng.randint(1, -(-num_tokens // block_size) - 1), block_size, grows)
     has_tail = plan.num_tail_tokens > 0
     blocks = [0] * plan.first_kept_block + [rng.randrange(1, BLOCKS) for _ in range(plan.num_kept_blocks)]
     last_page = [[cache.page_id(layer, blocks[-1], head) for head in range(HEADS)] for layer in range(LAYERS)]
@@ -72,7 +76,7 @@ def evict(
             table[layer, head, : len(row)] = torch.tensor(row, dtype=torch.int64)
     kv_lens = torch.tensor(num_full) * block_size + plan.num_tail_tokens
     compaction = Compaction([], table, torch.tensor(num_full) + has_tail, kv_lens)
-    return compaction, plan, RequestModel(num_tokens, pages, kv_lens.tolist(), blocks)
+    return compaction, plan, RequestModel(num_tokens, pages, kv_lens.tolist(), blocks, grows)
 
 
 def fold(table: PageTable, batch: dict[str, RequestModel], query_lens: list[int]) -> FoldedBatch:
@@ -140,6 +144,17 @@ def test_follows_the_model(block_size, layout, most_pages, seed):
                 decode(table, cache, {req_id: models[req_id] for req_id in req_ids}, rng)
     assert len(table) == len(models)
     assert all(req_id in table for req_id in models)
+    slots = table.slots.of(list(models)).to(torch.int64)
+    assert table.constant_rows(slots).tolist() == [not model.grows for model in models.values()]
+    for (req_id, model), slot in zip(models.items(), slots, strict=True):
+        assert table.pages_of(req_id, model.seq_len) == model.pages
+        if not model.grows:
+            most = max(len(row) for rows in model.pages for row in rows)
+            assert table.most_pages(slot[None]) == most
+            for layer in range(LAYERS):
+                pages, num_pages = table.layer_rows(layer, slot[None], most)
+                assert num_pages[0].tolist() == [len(row) for row in model.pages[layer]]
+                assert pages[0].tolist() == [row + [0] * (most - len(row)) for row in model.pages[layer]]
 
 
 @pytest.fixture

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvevict.cache.plan import EvictionPlan, cdiv, min_kept_blocks, plan_eviction, plan_first_eviction
+from vllm_kvevict.cache.plan import (
+    EvictionPlan,
+    cdiv,
+    min_kept_blocks,
+    plan_eviction,
+    plan_first_eviction,
+    plan_per_token,
+)
 
 properties = settings(max_examples=300, deadline=None, derandomize=True)
 block_sizes = st.sampled_from([1, 16, 32, 64])
@@ -81,6 +88,21 @@ def test_during_decode_a_request_never_needs_more_than_its_first_blocks(num_toke
     whole = plan_eviction(num_tokens, budget, block_size, num_protected)
     if whole is not None and plan.num_tail_tokens > 0 and not is_late:
         assert plan.num_kept_blocks >= whole.num_kept_blocks
+
+
+@properties
+@given(prompt_lengths, token_budgets | fractions, block_sizes, protections)
+def test_token_by_token_a_request_holds_full_blocks_and_one_that_is_written_to(num_tokens, budget, block_size, needed):
+    plan = plan_per_token(num_tokens, budget, block_size, needed)
+    blockwise = plan_eviction(num_tokens, budget, block_size, needed, during_decode=True)
+    if blockwise is None:
+        blockwise = plan_first_eviction(num_tokens, budget, block_size, needed)
+    assert plan.num_full_blocks == blockwise.num_full_blocks
+    assert plan.num_kept_tokens == plan.num_full_blocks * block_size >= needed
+    assert plan.num_tokens == max(num_tokens, plan.num_kept_tokens)
+    assert plan.num_tail_tokens == 0
+    assert plan.num_evicted_tokens == plan.num_tokens - plan.num_kept_tokens >= 0
+    assert plan.num_kept_blocks == plan.num_full_blocks + (plan.num_tokens % block_size > 0)
 
 
 @properties

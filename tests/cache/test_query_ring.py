@@ -42,7 +42,24 @@ def test_last_queries_of_requests_in_changing_batches():
                 last = ring.last(layer, req_id, seq_lens[req_id], count)
                 expected = [query_of(layer, req_id, seq_lens[req_id] - count + index) for index in range(count)]
                 assert torch.equal(last, torch.stack(expected) if expected else last[:0])
+    slots, num_tokens = ring.slots.of(["b", "a"]), torch.tensor([seq_lens["b"], seq_lens["a"]])
+    for count in (1, DEPTH):
+        of_both = ring.last_of(1, slots, num_tokens, count)
+        for row, req_id in enumerate("ba"):
+            assert torch.equal(of_both[row], ring.last(1, req_id, seq_lens[req_id], count))
+    assert len(ring.last_of(1, slots, num_tokens, 0)[0]) == 0
     assert ring.num_bytes == LAYERS * 4 * DEPTH * HEADS * HEAD_SIZE * 4
+
+
+def test_a_ring_that_begins_in_the_middle():
+    ring = QueryRing(LAYERS, 4, DEPTH, torch.device("cpu"))
+    ring.slots.take("a")
+    last = torch.stack([query_of(0, "a", position) for position in range(12, 18)])
+    ring.seed(0, "a", last, 18)
+    assert torch.equal(ring.last(0, "a", 18, 6), last)
+    where = ring.plan(["a"], torch.tensor([0, 1]), torch.tensor([19]))
+    ring.write(0, query_of(0, "a", 18)[None], where)
+    assert torch.equal(ring.last(0, "a", 19, 7), torch.cat([last, query_of(0, "a", 18)[None]]))
 
 
 def test_nothing_is_kept_for_requests_without_a_slot():

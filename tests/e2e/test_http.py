@@ -187,6 +187,10 @@ def test_chunks_of_a_long_prompt_are_counted_as_they_are_evicted(server: Server,
         ({"kv_budget_allocator": "adakw"}, "unknown budget allocator 'adakw'. Did you mean 'adakv'?"),
         ({"kv_budget": 8}, "kv_budget: expected at least 33 tokens, since blocks hold 32 and"),
         ({"kv_evict_during_decode": "yes"}, "kv_evict_during_decode: expected true or false, got 'yes'"),
+        (
+            {"kv_evict_interval": 1},
+            "kv_evict_interval: counts tokens of the answer, and policy 'snapkv' does not",
+        ),
     ],
 )
 def test_wrong_options_are_a_400_that_names_the_field(

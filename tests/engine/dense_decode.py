@@ -47,14 +47,20 @@ Score = Callable[[LayerNow], torch.Tensor]
 
 @dataclass(frozen=True)
 class Budget:
-    """What each head may hold, and what it never loses."""
+    """What each head may hold, and what it never loses.
+
+    per_token_from: tokens from which on it loses one for each that comes; None: never
+    """
 
     num_blocks: int
     num_sink: int
     num_recent: int
+    per_token_from: int | None = None
 
     def target(self, num_tokens: int) -> int:
-        """Tokens that a head holds when the last block is empty or filled in part."""
+        """Tokens that a head holds when the last block is empty or filled in part; or less the one that goes next."""
+        if self.per_token_from is not None and num_tokens >= self.per_token_from:
+            return (self.num_blocks - 1) * BLOCK - 1
         return (self.num_blocks - 1) * BLOCK + num_tokens % BLOCK
 
 
@@ -72,17 +78,26 @@ def check_kept(
     model.logits(tokens[:1])
     num_layers, num_kv_heads = len(model.keys), len(model.keys[0])
     visible = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril().repeat(num_layers, num_kv_heads, 1, 1)
+    stays = {now: _as_mask(layers, now) for now, layers in sorted(kept.items())}
+    for now, mask in stays.items():
+        visible[:, :, now:, :now] &= mask[:, :, None]
+    # one pass for all evictions: what a token is computed from does not depend on what goes later
+    logits = model.logits_of_visible(tokens, visible)
     num_swaps = 0
-    for now, layers in sorted(kept.items()):
-        model.logits_of_visible(tokens[:now], visible[:, :, :now, :now])
-        for layer, heads in enumerate(layers):
+    for now, mask in stays.items():
+        for layer in range(num_layers):
             state = _layer_now(model, layer, visible[layer, :, :now, :now])
-            stays = torch.zeros_like(state.resident)
-            for head, positions in enumerate(heads):
-                stays[head, torch.tensor(positions)] = True
-            num_swaps += _check_highest(_protected(score(state), state.resident, budget), stays, budget.target(now))
-            visible[layer, :, now:, :now] &= stays[:, None]
-    return num_swaps, model.logits_of_visible(tokens, visible)
+            scores = _protected(score(state), state.resident, budget)
+            num_swaps += _check_highest(scores, mask[layer], budget.target(now))
+    return num_swaps, logits
+
+
+def _as_mask(layers: list[list[list[int]]], num_tokens: int) -> torch.Tensor:
+    mask = torch.zeros(len(layers), len(layers[0]), num_tokens, dtype=torch.bool)
+    for layer, heads in enumerate(layers):
+        for head, positions in enumerate(heads):
+            mask[layer, head, torch.tensor(positions)] = True
+    return mask
 
 
 def _protected(scores: torch.Tensor, resident: torch.Tensor, budget: Budget) -> torch.Tensor:
@@ -103,7 +118,8 @@ def _check_highest(scores: torch.Tensor, stays: torch.Tensor, target: int) -> in
 
 
 def _layer_now(model: DenseModel, layer: int, visible: torch.Tensor) -> LayerNow:
-    queries, keys = model.queries[layer].double(), model.keys[layer].double()
+    num_tokens = visible.shape[-1]
+    queries, keys = model.queries[layer][:num_tokens].double(), model.keys[layer][:, :num_tokens].double()
     by_head = queries.transpose(0, 1).unflatten(0, (len(keys), -1))  # [num_kv_heads, group, num_tokens, head_size]
     logits = by_head @ keys.transpose(1, 2)[:, None] * queries.shape[2] ** -0.5
     return LayerNow(logits, visible, visible[:, -1])
@@ -124,10 +140,26 @@ def streaming_llm(now: LayerNow) -> torch.Tensor:
     return torch.arange(now.num_tokens, dtype=torch.float64).expand(len(now.resident), -1)
 
 
+def morphkv(window: int, fusion: str, group: str) -> Score:
+    """The public code for query caches, the newest query included: older tokens only are attended to."""
+
+    def score(now: LayerNow) -> torch.Tensor:
+        order = now.resident.cumsum(-1)
+        is_older = now.resident & (order <= order[:, -1:] - window)
+        logits = now.logits[:, :, -window:].masked_fill(~is_older[:, None, None], float("-inf"))
+        attention = logits.softmax(-1)
+        of_group = attention.amax(dim=1) if group == "max" else attention.mean(dim=1)
+        return of_group.sum(dim=1) if fusion == "sum" else of_group.amax(dim=1)
+
+    return score
+
+
 def kept_positions(running: Engine, request_id: str) -> list[list[list[int]]]:
     """Positions [num_layers][num_kv_heads][tokens held], from where the worker says that they are."""
     bridge, num_tokens = running.bridge, running.scheduler.requests[request_id].num_computed_tokens
     positions = bridge.residents.positions.view(-1, BLOCK)
+    if bridge.page_table.constant_rows(torch.tensor([bridge.page_table.slots[request_id]])):
+        return _but_the_next(running, request_id)
     unused = -num_tokens % BLOCK  # slots of each last page
     return [
         [sorted(positions[pages].flatten()[: len(pages) * BLOCK - unused].tolist()) for pages in layer]
@@ -135,7 +167,23 @@ def kept_positions(running: Engine, request_id: str) -> list[list[list[int]]]:
     ]
 
 
-def run_and_watch(running: Engine, prompt: list[int], **params: Any) -> tuple[list[int], list[int], dict[int, Any]]:
+def _but_the_next(running: Engine, request_id: str) -> list[list[list[int]]]:
+    """Positions as above, of a request whose next token takes the slot of one that is as good as gone."""
+    bridge, num_tokens = running.bridge, running.scheduler.requests[request_id].num_computed_tokens
+    holes = bridge._replacing._tokens._holes[:, bridge.page_table.slots[request_id]]
+    kept = []
+    for layer, rows in enumerate(bridge.page_table.pages_of(request_id, num_tokens)):
+        kept.append([])
+        for head, pages in enumerate(rows):
+            slots = (torch.tensor(pages)[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
+            assert int((slots == holes[layer, head]).sum()) == 1
+            kept[-1].append(sorted(bridge.residents.positions[slots[slots != holes[layer, head]]].tolist()))
+    return kept
+
+
+def run_and_watch(
+    running: Engine, prompt: list[int], per_token: bool = False, **params: Any
+) -> tuple[list[int], list[int], dict[int, Any]]:
     """Return the answer, the blocks held after each step, and what each eviction has kept, by tokens at the time."""
     running.add(prompt, **params)
     held, kept, answer = [], {}, []
@@ -147,7 +195,7 @@ def run_and_watch(running: Engine, prompt: list[int], **params: Any) -> tuple[li
         (request_id,) = running.scheduler.requests
         held.append(len(running.blocks_held(request_id)))
         num_tokens = running.scheduler.requests[request_id].num_computed_tokens
-        is_due = not kept or num_tokens <= len(prompt) or num_tokens % BLOCK == 0
+        is_due = not kept or num_tokens <= len(prompt) or num_tokens % BLOCK == 0 or per_token
         if request_id in running.bridge.page_table and is_due:
             kept[num_tokens] = kept_positions(running, request_id)
     return answer, held, kept

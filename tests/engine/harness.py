@@ -130,9 +130,13 @@ class Engine:
         return eviction is not None and eviction.is_final and not eviction.releases
 
     def _has_emptied_last_block(self, request: Any) -> bool:
-        """Whether a request that evicts during decode has just filled a block, which it will use again."""
+        """Whether a request that evicts during decode has just filled a block, which it will use again; or any token
+        of it has been in its last block, if it evicts token by token.
+        """
         eviction = self.scheduler._evictions[request.request_id]
         num_tokens, plan = request.num_computed_tokens, eviction.plan
+        if not plan.keeps_tail:
+            return num_tokens > plan.num_tokens // plan.block_size * plan.block_size
         is_full = num_tokens % plan.block_size == 0 and num_tokens > plan.num_tokens
         return is_full and eviction.config.method().during_decode
 

@@ -13,7 +13,7 @@ import torch
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
-from vllm_kvevict.policies import POLICIES, EvictionPolicy, Need, ScoreInputs
+from vllm_kvevict.policies import POLICIES, EvictionPolicy, Need, ScoreInputs, StepInputs
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,17 @@ class _WrongShape(_Failing):
 
 
 @dataclass(frozen=True)
+class _FailingLate(_Failing):
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        return torch.zeros(inputs.num_kv_heads, inputs.kv_len)
+
+    def score_step(self, inputs: StepInputs) -> torch.Tensor:
+        if int(inputs.num_tokens.min()) >= 705:
+            raise ZeroDivisionError("a bug in somebody's policy")
+        return inputs.positions.float()
+
+
+@dataclass(frozen=True)
 class _FailingAllocator(BudgetAllocator):
     def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
         raise ZeroDivisionError("a bug in somebody's allocator")
@@ -57,14 +68,15 @@ FAILURES = [
 
 @pytest.fixture(scope="module")
 def running(tiny_llama: Path) -> Iterator[Engine]:
-    POLICIES._classes |= {"failing": _Failing, "failing_early": _FailingEarly, "wrong_shape": _WrongShape}
+    policies = {"failing": _Failing, "failing_early": _FailingEarly, "wrong_shape": _WrongShape, "late": _FailingLate}
+    POLICIES._classes |= policies
     ALLOCATORS._classes["failing"] = _FailingAllocator
     try:
         with engine(tiny_llama, budget=96, max_num_batched_tokens=256) as started:
             started.poison_unowned_memory()
             yield started
     finally:
-        for name in ("failing", "failing_early", "wrong_shape"):
+        for name in policies:
             del POLICIES._classes[name]
         del ALLOCATORS._classes["failing"]
 
@@ -80,6 +92,18 @@ def test_only_the_request_of_a_failing_policy_ends(running: Engine, options: dic
     assert failed.finish_reason == "error" and len(failed.token_ids) <= 1
     answers = [list(outputs[request_id].outputs[0].token_ids) for request_id in ids]
     assert [answers[0], *answers[2:]] == expected
+    running.check_all_free()
+
+
+def test_a_policy_that_fails_token_by_token_ends_its_requests_at_once(running: Engine) -> None:
+    options = {"kv_eviction": "late", "kv_evict_during_decode": 1, "kv_evict_interval": 1}
+    (expected,) = running.tokens([random_prompt(300, seed=1)], max_tokens=40)
+    other = running.add(random_prompt(300, seed=1), max_tokens=40)
+    failing = running.add(random_prompt(700, seed=9), max_tokens=40, extra_args=options)
+    outputs = running.run()
+    assert outputs[failing].outputs[0].finish_reason == "error"
+    assert 5 <= len(outputs[failing].outputs[0].token_ids) <= 7
+    assert list(outputs[other].outputs[0].token_ids) == expected
     running.check_all_free()
 
 

@@ -19,7 +19,9 @@ from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_kvevict import kv_eviction_args
+from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.cpu_backend import EvictionCPUImpl
+from vllm_kvevict.engine.requests import check_config
 
 # AsyncEngineArgs does this by itself before it makes its parser
 load_general_plugins()
@@ -101,7 +103,8 @@ def test_help_has_a_group_with_the_policies() -> None:
     (group,) = [group for group in parser._action_groups if group.title == "KV eviction (vllm_kvevict)"]
     flags = [option for action in group._group_actions for option in action.option_strings]
     names = ["kv-eviction", "kv-budget", "kv-budget-calibration", "kv-budget-allocator", "kv-evict-during-decode"]
-    names += ["no-kv-evict-during-decode", "kv-evict-during-prefill", "kv-eviction-config", "kv-eviction-log-requests"]
+    names += ["no-kv-evict-during-decode", "kv-evict-during-prefill", "kv-evict-interval"]
+    names += ["kv-eviction-config", "kv-eviction-log-requests"]
     assert flags == [f"--{name}" for name in names]
     assert "snapkv" in group._group_actions[0].help
     assert "uniform" in group._group_actions[3].help
@@ -248,6 +251,24 @@ def test_eviction_during_decode_is_a_flag(parse: Parse, prefix: str) -> None:
     engine_args = parse(["--kv-eviction", "morphkv", "--kv-budget", "512", f"{prefix}kv-evict-during-decode"])
     expected = {"policy": "morphkv", "budget": 512, "during_decode": prefix == "--"}
     assert engine_args.additional_config == {"kv_eviction": expected}
+
+
+def test_the_interval_is_a_flag(parse: Parse) -> None:
+    engine_args = parse(["--kv-eviction", "morphkv", "--kv-budget", "512", "--kv-evict-interval", "1"])
+    assert engine_args.additional_config == {"kv_eviction": {"policy": "morphkv", "budget": 512, "interval": 1}}
+
+
+def test_a_window_longer_than_what_is_remembered_of_answers_is_refused(tiny_llama: Path) -> None:
+    config = created(tiny_llama)
+    config.cache_config.block_size = 16  # as on CUDA
+    per_token = EvictionConfig.parse({"policy": "morphkv", "budget": 256, "interval": 1})
+    check_config(per_token.model_copy(update={"policy": "tova", "during_decode": True}), config)
+    check_config(per_token.model_copy(update={"policy_options": {"window": 32}}), config)
+    with pytest.raises(ValueError) as error:
+        check_config(per_token.model_copy(update={"policy_options": {"window": 33}}), config)
+    assert str(error.value).startswith(
+        "kv_evict_interval: policy 'morphkv' looks at the last 33 queries, and this serv"
+    )
 
 
 SMALL = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 8, "max_position_embeddings": 2048}

@@ -6,28 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.conftest import USES_V2_RUNNER
 from tests.engine.dense import DenseModel
-from tests.engine.dense_decode import BLOCK, Budget, LayerNow, Score, check_kept, run_and_watch, tova
+from tests.engine.dense_decode import BLOCK, Budget, Score, check_kept, morphkv, run_and_watch, tova
 from tests.engine.harness import engine
 from tests.tiny_llama import random_prompt
-
-
-def morphkv(window: int, fusion: str, group: str) -> Score:
-    """The public code for query caches, the newest query included: older tokens only are attended to."""
-
-    def score(now: LayerNow) -> torch.Tensor:
-        order = now.resident.cumsum(-1)
-        is_older = now.resident & (order <= order[:, -1:] - window)
-        logits = now.logits[:, :, -window:].masked_fill(~is_older[:, None, None], float("-inf"))
-        attention = logits.softmax(-1)
-        of_group = attention.amax(dim=1) if group == "max" else attention.mean(dim=1)
-        return of_group.sum(dim=1) if fusion == "sum" else of_group.amax(dim=1)
-
-    return score
-
 
 CASES = [
     pytest.param(96, {"window": 8, "fusion": "sum"}, morphkv(8, "sum", "max"), id="8-sum-max"),
@@ -35,6 +19,24 @@ CASES = [
     pytest.param(160, {"window": 40, "fusion": "sum", "group": "mean"}, morphkv(40, "sum", "mean"), id="40-sum-mean"),
     pytest.param(96, {"window": 1, "group": "layer", "denominator": "all"}, tova, id="1-tova"),
 ]
+
+
+@pytest.mark.feature("eviction while the answer grows")
+@pytest.mark.parametrize(("budget", "options", "score"), CASES[1:2] if USES_V2_RUNNER else CASES)
+def test_tokens_kept_one_by_one_are_the_papers(
+    tiny_llama: Path, budget: int, options: dict[str, Any], score: Score
+) -> None:
+    dense, num_blocks, prompt = DenseModel(tiny_llama), budget // BLOCK, random_prompt(200, seed=200)
+    with engine(tiny_llama, "morphkv", budget, fields={"policy_options": options, "interval": 1}) as running:
+        running.poison_unowned_memory()
+        answer, held, kept = run_and_watch(running, prompt, True, max_tokens=300)
+        assert set(held[4:]) == {num_blocks}
+        assert sorted(kept) == list(range(200, 499))
+        limits = Budget(num_blocks, num_sink=0, num_recent=options["window"], per_token_from=0)
+        num_swaps, logits = check_kept(dense, [*prompt, *answer], kept, score, limits)
+        assert num_swaps == 0
+        assert logits[199:-1].argmax(-1).tolist() == answer
+        running.check_all_free()
 
 
 @pytest.mark.feature("eviction while the answer grows")

@@ -59,7 +59,7 @@ def plan_compaction(
     own = pool.page_ids(block_ids.to(device)).reshape(heads, plan.num_blocks)
     want = num_full_pages.reshape(heads)
     last = plan.first_kept_block + plan.num_full_blocks
-    stays = (torch.arange(plan.num_blocks, device=device) >= last).repeat(heads, 1)
+    stays = ((torch.arange(plan.num_blocks, device=device) >= last) & plan.keeps_tail).repeat(heads, 1)
     if fresh_block_ids is None:
         full_pages, keeps = _assign_pages(own[:, plan.first_kept_block : last], want)
         stays[:, plan.first_kept_block : last] = keeps

@@ -31,6 +31,8 @@ class PageTable:
 
     The table grows with the longest row; a request takes a slot at eviction and gives it back when it ends.
     ``fold`` is the per-step path: it only adds to lengths unless a request enters a new block or the batch changed.
+
+    generation: changes whenever a row comes, goes, or is evicted
     """
 
     def __init__(self, pool: PagePool, max_num_reqs: int) -> None:
@@ -43,10 +45,12 @@ class PageTable:
         # per slot: tokens and blocks at the last eviction, for what comes after them
         self._num_tokens = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
         self._num_blocks = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
+        # whether new tokens are added behind the others; if not, each takes the slot of one that is evicted
+        self._grows = torch.ones(max_num_reqs, dtype=torch.bool, device=device)
         self.slots = RequestSlots(max_num_reqs, device)
-        self._generation = 0
+        self.generation = 0
         empty = torch.empty(0, dtype=torch.int64, device=device)
-        self._folded = _Folded(-1, empty, empty, empty, empty, empty)
+        self._folded = _Folded(-1, empty, empty, empty, empty, empty, empty)
 
     def __contains__(self, req_id: object) -> bool:
         return req_id in self.slots
@@ -67,20 +71,23 @@ class PageTable:
         self._num_pages[:, slot] = compaction.num_pages
         self._num_tokens[slot] = plan.num_tokens
         self._num_blocks[slot] = plan.num_blocks
-        self._generation += 1
+        self._grows[slot] = plan.keeps_tail
+        self.generation += 1
 
     def remove(self, req_id: str) -> None:
         """Drop the row of a request that ended or was preempted; nothing happens if it has none."""
-        self._generation += self.slots.give_back(req_id)
+        self.generation += self.slots.give_back(req_id)
 
-    def shrink(self, req_id: str, num_tokens: int) -> None:
+    def shrink(self, req_id: str, num_tokens: int, keeps_tail: bool = True) -> None:
         """Drop the pages of every row but the full ones of its first eviction, and the last one if it is not full.
 
         Those in between have been filled since then, and were emptied after ``num_tokens`` tokens.
+
+        keeps_tail: as in ``EvictionPlan``
         """
         slot = self.slots[req_id]
         num_blocks = cdiv(num_tokens, self._pool.block_size)
-        num_full, tail = self.num_full_pages(req_id), num_tokens % self._pool.block_size
+        num_full, tail = self.num_full_pages(req_id), num_tokens % self._pool.block_size if keeps_tail else 0
         pages = self._pages[:, slot]
         last = pages.gather(2, self._pages_in_use(slot, num_blocks)[..., None] - 1)
         is_full = torch.arange(pages.shape[2], device=pages.device) < num_full[..., None]
@@ -90,13 +97,14 @@ class PageTable:
         self._kv_lens[:, slot] = (num_full * self._pool.block_size + tail).to(torch.int32)
         self._num_tokens[slot] = num_tokens
         self._num_blocks[slot] = num_blocks
-        self._generation += 1
+        self._grows[slot] = keeps_tail
+        self.generation += 1
 
     def num_full_pages(self, req_id: str) -> torch.Tensor:
         """Return [num_layers, num_kv_heads] int64, the pages of a request that its evictions have filled."""
         slot = self.slots[req_id]
-        num_tail_pages = int(int(self._num_tokens[slot]) % self._pool.block_size > 0)
-        return self._num_pages[:, slot] - num_tail_pages
+        has_tail = int(self._num_tokens[slot]) % self._pool.block_size > 0 and bool(self._grows[slot])
+        return self._num_pages[:, slot] - int(has_tail)
 
     def rows(self, req_id: str, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the page ids [num_layers, num_kv_heads, max_pages] int64 of a request of this many tokens, and how
@@ -107,7 +115,21 @@ class PageTable:
         return self._pages[:, slot, :, : int(num_pages.max())].to(torch.int64), num_pages
 
     def _pages_in_use(self, slot: int, num_blocks: int) -> torch.Tensor:
-        return self._num_pages[:, slot] + num_blocks - self._num_blocks[slot]
+        return self._num_pages[:, slot] + (num_blocks - self._num_blocks[slot]) * self._grows[slot]
+
+    def constant_rows(self, slots: torch.Tensor) -> torch.Tensor:
+        """Return [num_reqs] bool, which of ``slots`` [num_reqs] int64 have rows that never grow."""
+        return ~self._grows[slots]
+
+    def most_pages(self, slots: torch.Tensor) -> int:
+        """Return the pages of the longest constant row of ``slots``, in any layer and head."""
+        return int(self._num_pages[:, slots].max())
+
+    def layer_rows(self, layer: int, slots: torch.Tensor, max_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the page ids [num_reqs, num_kv_heads, max_pages] int64 of constant rows in one layer, 0 behind the
+        last one, and how many there are [num_reqs, num_kv_heads] int64.
+        """
+        return self._pages[layer, slots, :, :max_pages].to(torch.int64), self._num_pages[layer, slots]
 
     def pages_of(self, req_id: str, num_tokens: int) -> list[list[list[int]]]:
         """Return page ids [num_layers][num_kv_heads][pages in use] of a request of this many tokens, for checks."""
@@ -130,21 +152,22 @@ class PageTable:
         if not self._still_folded(slots, blocks):
             self._enter_blocks(slots, (seq_lens - query_lens) // self._pool.block_size, blocks, block_table)
             self._folded = _Folded(
-                self._generation,
+                self.generation,
                 slots,
                 blocks,
                 self._pages.index_select(1, slots).flatten(1, 2),
                 self._kv_lens.index_select(1, slots),
                 self._num_tokens[slots],
+                self._grows[slots],
             )
         folded = self._folded
-        new_tokens = (seq_lens - folded.num_tokens).to(torch.int32)
+        new_tokens = ((seq_lens - folded.num_tokens) * folded.grows).to(torch.int32)
         return FoldedBatch(folded.page_table, (folded.kv_lens + new_tokens[:, None]).flatten(1, 2))
 
     def _still_folded(self, slots: torch.Tensor, blocks: torch.Tensor) -> bool:
         folded = self._folded
         return (
-            folded.generation == self._generation
+            folded.generation == self.generation
             and torch.equal(folded.slots, slots)
             and torch.equal(folded.blocks, blocks)
         )
@@ -153,6 +176,10 @@ class PageTable:
         self, slots: torch.Tensor, first: torch.Tensor, last: torch.Tensor, block_table: torch.Tensor
     ) -> None:
         """Append the pages of the blocks that each request writes now; those it has entered before are rewritten."""
+        grows = self._grows[slots]
+        slots, first, last, block_table = slots[grows], first[grows], last[grows], block_table[grows]
+        if not len(slots):
+            return
         span = torch.arange(int((last - first).max()) + 1, device=slots.device)
         blocks = torch.minimum(first[:, None] + span, last[:, None])  # [num_reqs, span]
         pages = self._pool.page_ids(block_table.gather(1, blocks))  # [num_layers, num_kv_heads, num_reqs, span]
@@ -178,3 +205,4 @@ class _Folded:
     page_table: torch.Tensor
     kv_lens: torch.Tensor
     num_tokens: torch.Tensor
+    grows: torch.Tensor

@@ -18,11 +18,14 @@ class EvictionPlan:
     num_tokens:      tokens in the cache when the prefill ends
     num_kept_blocks: blocks the request keeps; they stand at the end of its block table
     block_size:      tokens per block
+    keeps_tail:      whether decode goes on behind the tokens of the partly filled last block; False if these go where
+                     the others are, since each new token will take the slot of one that is evicted
     """
 
     num_tokens: int
     num_kept_blocks: int
     block_size: int
+    keeps_tail: bool = True
 
     @property
     def num_blocks(self) -> int:
@@ -36,13 +39,13 @@ class EvictionPlan:
 
     @property
     def num_tail_tokens(self) -> int:
-        """Tokens in the partly filled last block, 0 if the last block is full. Decode goes on behind them."""
-        return self.num_tokens % self.block_size
+        """Tokens that stay in the partly filled last block, 0 if the last block is full."""
+        return self.num_tokens % self.block_size if self.keeps_tail else 0
 
     @property
     def num_full_blocks(self) -> int:
         """Kept blocks that are full; the pages of these are what an allocator shares out."""
-        return self.num_kept_blocks - (self.num_tail_tokens > 0)
+        return self.num_kept_blocks - (self.num_tokens % self.block_size > 0)
 
     @property
     def num_kept_tokens(self) -> int:
@@ -79,6 +82,17 @@ def plan_first_eviction(num_tokens: int, budget: int | float, block_size: int, m
     """
     num_blocks = budget_blocks(num_tokens, budget, block_size, min_tokens, during_decode=True)
     return EvictionPlan(num_blocks * block_size, num_blocks - 1, block_size)
+
+
+def plan_per_token(num_tokens: int, budget: int | float, block_size: int, min_tokens: int) -> EvictionPlan:
+    """Return the plan for a request whose new tokens take the slots of evicted ones as soon as its budget is full.
+
+    One block of the budget is where vLLM writes new tokens to; what is kept fills the others. The plan is carried out
+    when there are as many tokens as these hold, which may be at the end of the prompt, or some way into the answer.
+    """
+    num_full = budget_blocks(num_tokens, budget, block_size, min_tokens, during_decode=True) - 1
+    num_tokens = max(num_tokens, num_full * block_size)
+    return EvictionPlan(num_tokens, num_full + (num_tokens % block_size > 0), block_size, keeps_tail=False)
 
 
 def budget_blocks(num_tokens: int, budget: int | float, block_size: int, min_tokens: int, during_decode: bool) -> int:

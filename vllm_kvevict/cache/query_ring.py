@@ -62,6 +62,25 @@ class QueryRing:
             self._queries = queries.new_zeros(*self._shape, *queries.shape[1:])
         self._queries[layer, where.slots, where.places] = queries[where.tokens]
 
+    def last_of(self, layer: int, slots: torch.Tensor, num_tokens: torch.Tensor, num_queries: int) -> torch.Tensor:
+        """Return [num_reqs, num_queries, num_heads, head_size], the last queries of several requests in one layer.
+
+        slots:       [num_reqs] int64
+        num_tokens:  [num_reqs] int64, tokens of each request, the last one being that of its newest query
+        num_queries: at most the depth; 0 for none, of requests that need not have a slot
+        """
+        if num_queries == 0 or self._queries is None:
+            return torch.empty(len(slots), 0, 0, 0)
+        positions = num_tokens[:, None] + torch.arange(-num_queries, 0, device=slots.device)
+        return self._queries[layer, slots[:, None], positions % self.depth]
+
+    def seed(self, layer: int, req_id: str, queries: torch.Tensor, num_tokens: int) -> None:
+        """Remember the queries [num_queries, num_heads, head_size] of the last of a request's ``num_tokens`` tokens."""
+        if self._queries is None:
+            self._queries = queries.new_zeros(*self._shape, *queries.shape[1:])
+        positions = torch.arange(num_tokens - len(queries), num_tokens, device=queries.device)
+        self._queries[layer, self.slots[req_id], positions % self.depth] = queries
+
     def last(self, layer: int, req_id: str, num_tokens: int, num_queries: int) -> torch.Tensor:
         """Return [num_queries, num_heads, head_size], the last queries of a request of ``num_tokens`` tokens.
 

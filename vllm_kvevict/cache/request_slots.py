@@ -27,6 +27,10 @@ class RequestSlots:
     def __getitem__(self, req_id: str) -> int:
         return self._slots[req_id]
 
+    def get(self, req_id: str) -> int:
+        """Return the slot of a request, -1 if it has none."""
+        return self._slots.get(req_id, -1)
+
     def take(self, req_id: str) -> int:
         """Return a slot that is ``req_id``'s from now on.
 
@@ -53,6 +57,6 @@ class RequestSlots:
         """Return [num_reqs] int64 slots, -1 where a request has none; looked up only when something has changed."""
         known_ids, generation, slots = self._found
         if generation != self.generation or known_ids != req_ids:
-            slots = torch.tensor([self._slots.get(req_id, -1) for req_id in req_ids], device=self._device)
+            slots = torch.tensor([self.get(req_id) for req_id in req_ids], device=self._device)
             self._found = (req_ids, self.generation, slots)
         return slots

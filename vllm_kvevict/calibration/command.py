@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import astuple, fields
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from vllm_kvevict.arguments import file_to_write, positive
@@ -38,7 +39,7 @@ def add_calibrate(commands: Any) -> argparse.ArgumentParser:
         metavar="R",
         type=_fraction,
         nargs="+",
-        default=[0.1, 0.2, 0.35, 0.5, 0.75],
+        default=[0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9],
         help="Fractions of each prompt to keep.",
     )
     calibrate.add_argument(
@@ -61,13 +62,15 @@ def _calibrate(args: argparse.Namespace, engine_flags: list[str]) -> Iterator[st
             writer.writerow([field.name for field in fields(points[0])])
             writer.writerows(astuple(point) for point in points)
         yield f"wrote {args.points}"
-    found = fit([point.kept for point in points], [point.nll for point in points], [point.quality for point in points])
+    prompts = [points[first : first + len(args.kept)] for first in range(0, len(points), len(args.kept))]
+    nlls = [of_prompt[0].nll for of_prompt in prompts]
+    found = fit(args.kept, nlls, [[point.quality for point in of_prompt] for of_prompt in prompts])
     known["policies"][args.kv_eviction] = found.model_dump()
     args.out.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     for kept in args.kept:
-        measured = [point.quality for point in points if point.kept == kept]
-        fitted = [found.quality(kept, point.nll) for point in points if point.kept == kept]
-        yield f"kept {kept:.0%}: quality {sum(measured) / len(measured):.3f}, fitted {sum(fitted) / len(fitted):.3f}"
+        yield f"kept {kept:.0%} of each prompt: quality {mean(p.quality for p in points if p.kept == kept):.3f}"
+    for target in (0.8, 0.9, 0.95):
+        yield f"--kv-budget auto for a quality of {target}: {mean(found.fraction(target, nll) for nll in nlls):.0%}"
     yield f"wrote {args.out}: alpha {found.alpha:.3f}, beta {found.beta:.3f}"
 
 

@@ -12,9 +12,11 @@ can go.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import repeat
 
-import torch
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 # below it the curve is a straight line, and its formula 0 / 0
@@ -46,47 +48,86 @@ class Calibration(BaseModel):
 
     def fraction(self, target: float, nll: float) -> float:
         """Return the smallest fraction of a prompt in (0, 1] whose quality is ``target``, in (0, 1)."""
-        bend = self.bend(nll)
-        return target if abs(bend) < _STRAIGHT else math.log1p(target * math.expm1(bend)) / bend
+        return float(_fraction(target, np.array(self.bend(nll))))
 
 
-def fit(fractions: list[float], nlls: list[float], qualities: list[float], caution: float = 1.5) -> Calibration:
-    """Return the constants that describe what was measured best, by least squares.
+def fit(
+    fractions: Sequence[float],
+    nlls: Sequence[float],
+    qualities: Sequence[Sequence[float]],
+    targets: Sequence[float] = (0.8, 0.9, 0.95),
+    caution: float = 1.0,
+) -> Calibration:
+    """Return the constants that keep least of the measured prompts and leave the quality that is asked for.
 
-    fractions: kept of each prompt
-    nlls:      mean negative log-likelihood of each prompt, nats per token
-    qualities: measured, as in the module's docstring
-    caution:   how much more it weighs to promise too high a quality, and so to keep too little, than too low a one
+    Not those that describe all of the curves best, as the paper has it: where a curve is fitted at fractions that no
+    target asks for, it promises too little or too much at those that one does. What a prompt would have at a fraction
+    that was not measured is interpolated.
 
-    Raises ValueError if there are fewer than three points.
+    fractions: kept of each prompt, in any order
+    nlls:      [num_prompts] mean negative log-likelihood of each prompt, nats per token
+    qualities: [num_prompts][num_fractions] measured, as in the module's docstring
+    targets:   each of them is met by the mean over the prompts
+    caution:   by how many standard errors of that mean, for the sake of prompts that were not measured
+
+    Raises ValueError if there are fewer than three prompts.
     """
-    if len(fractions) < 3:
-        raise ValueError(f"calibration: expected at least 3 measured points, got {len(fractions)}")
-    kept, signal, measured = (torch.tensor(values, dtype=torch.float64) for values in (fractions, nlls, qualities))
+    if len(nlls) < 3:
+        raise ValueError(f"calibration: expected at least 3 measured prompts, got {len(nlls)}")
+    curves = _Curves.of(fractions, qualities)
+    signal = np.array(nlls)
+    # around their middle, so that alpha turns the line and does not lift it
+    centred, spread = signal - signal.mean(), float(signal.std())
+    slopes = np.linspace(-5, 5, 101) / spread if spread > 0 else np.zeros(1)
+    best, least = Calibration(alpha=0.0, beta=_STEEPEST), math.inf
+    for slope in slopes:
+        level = _lowest_level(curves, slope * centred, targets, caution)
+        kept = float(np.mean([_fraction(target, slope * centred + level).mean() for target in targets]))
+        if kept < least:
+            best, least = Calibration(alpha=float(slope), beta=float(level - slope * signal.mean())), kept
+    return best
 
-    def loss(constants: torch.Tensor) -> torch.Tensor:
-        bend = (constants[0] * signal + constants[1]).clamp(-_STEEPEST, _STEEPEST)
-        bend = torch.where(bend.abs() < _STRAIGHT, _STRAIGHT, bend)
-        errors = torch.expm1(kept * bend) / torch.expm1(bend) - measured
-        return (errors.square() * torch.where(errors > 0, caution, 1.0)).mean()
 
-    # the loss has several valleys: the best of a few descents
-    starts = [(alpha, beta) for alpha in (-2.0, 0.0, 2.0) for beta in (-10.0, -2.0, 1.0)]
-    found = [_descend(loss, torch.tensor(start, dtype=torch.float64)) for start in starts]
-    alpha, beta = min(found, key=lambda constants: float(loss(constants))).tolist()
-    return Calibration(alpha=alpha, beta=beta)
+@dataclass(frozen=True)
+class _Curves:
+    """Quality over the fraction kept, a line through measured points for each prompt.
+
+    fractions: [num_points] ascending, from 0 to 1
+    qualities: [num_prompts, num_points]
+    """
+
+    fractions: np.ndarray
+    qualities: np.ndarray
+
+    @classmethod
+    def of(cls, fractions: Sequence[float], qualities: Sequence[Sequence[float]]) -> _Curves:
+        order = np.argsort(fractions)
+        return cls(
+            np.pad(np.array(fractions)[order], 1, constant_values=(0, 1)),
+            np.pad(np.array(qualities)[:, order], ((0, 0), (1, 1)), constant_values=((0, 0), (0, 1))),
+        )
+
+    def meet(self, bends: np.ndarray, targets: Sequence[float], caution: float) -> bool:
+        """Return whether budgets by these bends, one for each prompt, leave the quality that each target asks for."""
+        for target in targets:
+            left = np.array(list(map(np.interp, _fraction(target, bends), repeat(self.fractions), self.qualities)))
+            if left.mean() - caution * left.std(ddof=1) / math.sqrt(len(left)) < target:
+                return False
+        return True
 
 
-def _descend(loss: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor) -> torch.Tensor:
-    """Return where a descent by L-BFGS ends."""
-    constants = start.requires_grad_()
-    optimizer = torch.optim.LBFGS([constants], max_iter=200, line_search_fn="strong_wolfe")
+def _lowest_level(curves: _Curves, bends: np.ndarray, targets: Sequence[float], caution: float) -> float:
+    """Return what must be added to all bends to meet the targets; ``_STEEPEST``, which keeps all, if nothing does."""
+    low, high = -_STEEPEST, _STEEPEST
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (low, middle) if curves.meet(bends + middle, targets, caution) else (middle, high)
+    return high
 
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = loss(constants)
-        value.backward()
-        return value
 
-    optimizer.step(closure)
-    return constants.detach()
+def _fraction(target: float, bend: np.ndarray) -> np.ndarray:
+    """Return the fractions whose quality is ``target`` on curves of these bends."""
+    bend = np.clip(bend, -_STEEPEST, _STEEPEST)
+    is_straight = np.abs(bend) < _STRAIGHT
+    bend = np.where(is_straight, 1.0, bend)
+    return np.where(is_straight, target, np.log1p(target * np.expm1(bend)) / bend)

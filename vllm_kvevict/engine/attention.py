@@ -137,13 +137,14 @@ class EvictionImpl(AttentionImpl[Any]):
         if not isinstance(attn_metadata, EvictionMetadata):
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         rows, tokens = attn_metadata.rows, attn_metadata.rows.split.whole_tokens
+        index = attn_metadata.bridge.layer_index[layer.layer_name]
+        attn_metadata.bridge.land(rows, index)
         if attn_metadata.whole is not None and tokens is None:
             super().forward(layer, query, key, value, kv_cache, attn_metadata.whole, output)
         elif attn_metadata.whole is not None:
             part_query = query[tokens]
             part = output.new_empty(len(part_query), *output.shape[1:])
             output[tokens] = super().forward(layer, part_query, key, value, kv_cache, attn_metadata.whole, part)
-        index = attn_metadata.bridge.layer_index[layer.layer_name]
         if rows.folded is not None and rows.queries is not None:
             self._forward_folded(layer, rows.folded, rows.queries, index, query, attn_metadata, output)
         attn_metadata.bridge.remember(rows, index, query)

@@ -23,10 +23,13 @@ from vllm_kvevict.engine.likelihood import PromptLikelihood
 from vllm_kvevict.engine.lookahead import Lookahead
 from vllm_kvevict.engine.model import ModelWeights
 from vllm_kvevict.engine.prefill import ChunkRow, Prefill, PrefillRow
+from vllm_kvevict.engine.replacing import Replacing
+from vllm_kvevict.engine.requests import ring_depth
 from vllm_kvevict.engine.rows import StepRows, fold_queries, split_rows
 from vllm_kvevict.engine.step import STEP, EvictionReport, PrefillEnd, StepEvictions
 from vllm_kvevict.evictor import Eviction
 from vllm_kvevict.resident_evictor import ResidentEviction
+from vllm_kvevict.token_evictor import TokenEvictor
 
 logger = logging.getLogger("vllm.kvevict")
 
@@ -54,8 +57,10 @@ class EvictionBridge:
         self.row_req_ids: list[str] = []
         self.evictions: dict[str, Eviction] = {}
         # of requests that evict while they decode: queries since their last full block, and what their slots hold
-        self.ring = QueryRing(pool.num_layers, max_num_reqs, pool.block_size, pool.pages.device)
+        self.ring = QueryRing(pool.num_layers, max_num_reqs, ring_depth(runner.vllm_config), pool.pages.device)
         self.residents = Residents(pool)
+        tokens = TokenEvictor(pool, self.page_table, self.residents, self.ring, max_num_reqs)
+        self._replacing = Replacing(tokens, self.page_table)
         self._full_rows: dict[str, torch.Tensor] = {}
         self._chunks: dict[str, ResidentEviction] = {}
         self._likelihood = PromptLikelihood(runner)
@@ -75,6 +80,7 @@ class EvictionBridge:
         for req_id in output.finished_req_ids | (output.preempted_req_ids or set()):
             self.page_table.remove(req_id)
             self.ring.slots.give_back(req_id)
+            self._replacing.end(req_id)
             self._prefills.pop(req_id, None)
         self._step = getattr(output, STEP)
         self.evictions = {}
@@ -82,6 +88,7 @@ class EvictionBridge:
         self._chunks = {}
         self._looking_ahead = []
         self._chosen_rows = []
+        self._replacing.failed = {}
 
     def end_step(self) -> dict[str, EvictionReport]:
         """After the last layer: allocate, select and compact what the layers have scored."""
@@ -109,6 +116,7 @@ class EvictionBridge:
             reports[req_id] = self._shrink(req_id, num_tokens)
         for req_id, plan in step.chunks.items():
             reports[req_id] = self._finish_chunk(req_id, plan)
+        reports |= {req_id: _report(None, 0.0, failure) for req_id, failure in self._replacing.failed.items()}
         self._step = None
         return reports
 
@@ -156,7 +164,16 @@ class EvictionBridge:
             self.residents.settle(compaction, eviction.plan, eviction.block_ids, prefill.take_states())
             if self.residents.num_bytes > known_bytes:
                 logger.info("What the slots of answers hold is noted in %.1f MiB", self.residents.num_bytes / 2**20)
+            if eviction.next_victims is not None:
+                self._go_token_by_token(req_id, eviction.plan, eviction.next_victims)
         return None
+
+    def _go_token_by_token(self, req_id: str, plan: EvictionPlan, victims: torch.Tensor) -> None:
+        """From its next token on a request replaces what it holds; the ring has its last queries then."""
+        self._replacing.begin(req_id, self._prefills[req_id].method, victims)
+        if req_id in self.ring.slots:
+            for layer in range(self.pool.num_layers):
+                self.ring.seed(layer, req_id, self._prefills[req_id].queries.last(layer), plan.num_tokens)
 
     def _observe_answer(self, req_id: str, num_tokens: int, eviction: Eviction | None) -> None:
         """Show the policy the queries since the last full block of a request whose prompt was not evicted."""
@@ -180,19 +197,24 @@ class EvictionBridge:
         if prefill.failure is None:
             eviction.finish()
             prefill.num_tokens = plan.num_tokens
-            self.page_table.shrink(req_id, plan.num_tokens)
+            self.page_table.shrink(req_id, plan.num_tokens, plan.keeps_tail)
+            if not plan.keeps_tail:
+                self._go_token_by_token(req_id, plan, eviction.next_victims)
         return _report(plan, eviction.seconds, prefill.failure)
 
-    def _resident_eviction(self, req_id: str, num_tokens: int) -> ResidentEviction:
+    def _resident_eviction(self, req_id: str, num_tokens: int, keeps_tail: bool = True) -> ResidentEviction:
         prefill, rows = self._prefills[req_id], self.page_table.rows(req_id, num_tokens)
         num_new, num_full_pages = num_tokens - prefill.num_tokens, self.page_table.num_full_pages(req_id)
         return ResidentEviction(
-            prefill.method, num_tokens, num_new, self.pool, self.residents, *rows, num_full_pages=num_full_pages
+            prefill.method, num_tokens, num_new, self.pool, self.residents, *rows, num_full_pages, keeps_tail
         )
 
     def _shrink(self, req_id: str, num_tokens: int) -> EvictionReport:
         """Empty the block that the answer of an evicted request has filled; a policy that fails ends the request."""
-        prefill, eviction = self._prefills[req_id], self._resident_eviction(req_id, num_tokens)
+        prefill = self._prefills[req_id]
+        if prefill.method.per_token:  # its tokens have left the block one by one
+            return _report(None, 0.0, prefill.failure)
+        eviction = self._resident_eviction(req_id, num_tokens)
         try:
             for layer in range(self.pool.num_layers):
                 chunk = self._new_queries(layer, req_id, num_tokens)
@@ -221,7 +243,7 @@ class EvictionBridge:
         if not len(split.evicted) and not prefills and remembered is None:
             return None
         if not len(split.evicted):
-            return StepRows(split, None, None, prefills, remembered)
+            return StepRows(split, None, None, prefills, remembered, [])
         evicted = split.evicted
         query_lens = common.naive_query_lens().to(torch.int64)[evicted]
         folded = self.page_table.fold(
@@ -229,7 +251,9 @@ class EvictionBridge:
         )
         first_tokens = common.query_start_loc[:-1].to(torch.int64)[evicted]
         queries = fold_queries(first_tokens, query_lens, self.pool.num_kv_heads, common.max_query_len)
-        return StepRows(split, queries, folded, [*prefills, *self._chunk_rows(req_ids, common, step)], remembered)
+        prefills += self._chunk_rows(req_ids, common, step)
+        replacements = self._replacing.rows(req_ids, common)
+        return StepRows(split, queries, folded, prefills, remembered, replacements)
 
     def _chunk_rows(self, req_ids: list[str], common: CommonAttentionMetadata, step: StepEvictions) -> list[ChunkRow]:
         """Prepare the evictions behind chunks of prompts; their pages are in the page table by now."""
@@ -241,7 +265,8 @@ class EvictionBridge:
             if req_id in step.chunks:
                 num_tokens = step.chunks[req_id].num_tokens
                 _check_length(req_id, num_tokens, int(common.seq_lens[row]))
-                eviction = self._chunks[req_id] = self._resident_eviction(req_id, num_tokens)
+                keeps_tail = step.chunks[req_id].keeps_tail
+                eviction = self._chunks[req_id] = self._resident_eviction(req_id, num_tokens, keeps_tail)
                 rows.append(ChunkRow(self._prefills[req_id], bounds[row], bounds[row + 1], eviction))
         return rows
 
@@ -305,14 +330,20 @@ class EvictionBridge:
         ids = end.fresh_block_ids
         return None if ids is None else torch.tensor(ids, dtype=torch.int64, device=self.pool.pages.device)
 
+    def land(self, rows: StepRows, layer: int) -> None:
+        """Before attention reads a layer: new tokens of some requests go where those were that they replace."""
+        self._replacing.land(rows.replacements, layer)
+
     def remember(self, rows: StepRows, layer: int, query: torch.Tensor) -> None:
-        """Keep those of a layer's queries [num_tokens, num_heads, head_size] that an eviction will ask for."""
-        if rows.remembered is None:
-            return
-        is_first = self.ring.num_bytes == 0
-        self.ring.write(layer, query, rows.remembered)
-        if is_first:
-            logger.info("The last queries of answers take %.1f MiB", self.ring.num_bytes / 2**20)
+        """After a layer's attention: keep those of its queries [num_tokens, num_heads, head_size] that an eviction will
+        ask for, and evict from the requests that replace their tokens one by one.
+        """
+        if rows.remembered is not None:
+            is_first = self.ring.num_bytes == 0
+            self.ring.write(layer, query, rows.remembered)
+            if is_first:
+                logger.info("The last queries of answers take %.1f MiB", self.ring.num_bytes / 2**20)
+        self._replacing.choose(rows.replacements, layer, self._weights)
 
     def observe(
         self, row: PrefillRow | ChunkRow, layer: int, query: torch.Tensor, output: torch.Tensor, scale: float

@@ -23,6 +23,7 @@ _DESTINATIONS = {
     "allocator": "kv_budget_allocator",
     "during_decode": "kv_evict_during_decode",
     "during_prefill": "kv_evict_during_prefill",
+    "interval": "kv_evict_interval",
     "log_requests": "kv_eviction_log_requests",
 }
 
@@ -105,6 +106,13 @@ def add_group(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="Evict after each chunk of a prompt, so that it needs the memory of its budget and of a chunk only, and "
         "prompts are served that do not fit into the KV cache.",
+    )
+    group.add_argument(
+        "--kv-evict-interval",
+        metavar="N",
+        type=int,
+        help="Tokens of an answer from one eviction to the next: 1, so that each new token takes the slot of one that "
+        "goes, or the block size, which is the default.",
     )
     group.add_argument(
         "--kv-eviction-config",

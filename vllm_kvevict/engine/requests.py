@@ -16,6 +16,7 @@ from vllm_kvevict.config import (
     REQUEST_BUDGET,
     REQUEST_DURING_DECODE,
     REQUEST_DURING_PREFILL,
+    REQUEST_INTERVAL,
     REQUEST_OPTIONS,
     REQUEST_POLICY,
     EvictionConfig,
@@ -49,6 +50,11 @@ def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
             f"{REQUEST_DURING_PREFILL}: does not work with policy {config.policy!r}, which holds the whole prompt "
             f"until it has seen the answer; choose another policy"
         )
+    if method.per_token and method.query_window > ring_depth(vllm_config):
+        raise ValueError(
+            f"{REQUEST_INTERVAL}: policy {config.policy!r} looks at the last {method.query_window} queries, and this "
+            f"server remembers {ring_depth(vllm_config)}; start it with that policy, or lower the policy's window"
+        )
     if vllm_config.speculative_config is None:
         return
     if method.policy.num_deferred:
@@ -62,6 +68,14 @@ def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
             f"{option}: does not work with speculative decoding, whose drafts may be rejected when what they displaced "
             f"is gone; drop --speculative-config, or say {option} false"
         )
+
+
+def ring_depth(vllm_config: VllmConfig) -> int:
+    """Return how many of an answer's last queries the workers remember: a block of them, or what the server's own
+    policy looks at.
+    """
+    values = (vllm_config.additional_config or {})[FIELD]
+    return max(vllm_config.cache_config.block_size, EvictionConfig.parse(values).method().query_window)
 
 
 def with_checked_options(process_inputs: Callable[..., Any]) -> Callable[..., Any]:

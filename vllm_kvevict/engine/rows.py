@@ -10,6 +10,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_kvevict.cache.page_table import FoldedBatch
 from vllm_kvevict.cache.query_ring import RingWrite
 from vllm_kvevict.engine.prefill import ChunkRow, PrefillRow
+from vllm_kvevict.token_evictor import Replacement
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class StepRows:
     """One step's batch: how it splits, what its evicted rows ask and read, and which of its rows are to be scored.
 
     remembered: queries of requests that evict while they decode, None if there are none
+    replacements: of requests that do so token by token
     """
 
     split: RowSplit
@@ -52,6 +54,7 @@ class StepRows:
     folded: FoldedBatch | None
     prefills: list[PrefillRow | ChunkRow]
     remembered: RingWrite | None
+    replacements: list[Replacement]
 
 
 def split_rows(slots: torch.Tensor, common: CommonAttentionMetadata) -> RowSplit:

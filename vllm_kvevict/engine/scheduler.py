@@ -15,7 +15,14 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_kvevict.cache.plan import EvictionPlan, budget_blocks, cdiv, plan_eviction, plan_first_eviction
+from vllm_kvevict.cache.plan import (
+    EvictionPlan,
+    budget_blocks,
+    cdiv,
+    plan_eviction,
+    plan_first_eviction,
+    plan_per_token,
+)
 from vllm_kvevict.config import AUTO, EvictionConfig
 from vllm_kvevict.engine.draft import split_draft_layers
 from vllm_kvevict.engine.install import eviction_config
@@ -104,7 +111,10 @@ class EvictionMixin(Scheduler):
         sizes = (request.num_tokens + num_deferred, config.most_kept, block_size, method.min_tokens)
         auto, is_late = config.auto_budget(), num_deferred > 0
         plan = plan_eviction(*sizes, method.during_decode) if auto is None else auto.plan(sizes[0], block_size)
-        if plan is None and method.during_decode:
+        if method.per_token:
+            plan = plan_per_token(*sizes)
+            is_late = plan.num_tokens > request.num_tokens
+        elif plan is None and method.during_decode:
             plan, is_late = plan_first_eviction(*sizes), True
         # the last token of an answer is never computed
         if is_late and plan is not None and request.num_prompt_tokens + request.max_tokens <= plan.num_tokens:
@@ -198,6 +208,8 @@ class EvictionMixin(Scheduler):
             if self._is_done(req_id, reports, None) and req_id in self._evictions:  # it may have been aborted meanwhile
                 config = self._evictions[req_id].config
                 self._records.append(_shrunk(config, self._manager.block_size))
+        for req_id in reports.keys() - step.ending.keys() - step.chunks.keys() - step.shrinking.keys():
+            self._end_failed(req_id, reports[req_id])  # what is evicted token by token is reported only if it fails
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _chosen_plan(self, req_id: str, end: PrefillEnd, reports: dict[str, EvictionReport]) -> EvictionPlan:
@@ -213,18 +225,21 @@ class EvictionMixin(Scheduler):
         return chosen
 
     def _is_done(self, req_id: str, reports: dict[str, EvictionReport], plan: EvictionPlan | None) -> bool:
-        """Return whether a worker has evicted as planned; if a policy failed, its request will end.
+        """Return whether a worker has evicted as planned.
 
         Raises RuntimeError if the worker has done something else.
         """
         if req_id not in reports or reports[req_id].plan != plan:
             raise RuntimeError(f"request {req_id}: the worker did not evict as planned ({plan})")
-        failure = reports[req_id].failure
-        if failure is not None:
-            logger.error("request %s ends with an error, its eviction failed: %s", req_id, failure)
+        return self._end_failed(req_id, reports[req_id])
+
+    def _end_failed(self, req_id: str, report: EvictionReport) -> bool:
+        """End a request whose eviction failed; return whether it did not."""
+        if report.failure is not None:
+            logger.error("request %s ends with an error, its eviction failed: %s", req_id, report.failure)
             # vLLM's own list of requests that end with an error once this step's tokens are counted
             self.grammar_compile_error_reqs.add(req_id)
-        return failure is None
+        return report.failure is None
 
     def _count(self, req_id: str, config: EvictionConfig, plan: EvictionPlan, seconds: float) -> None:
         self._count_in_use(req_id, plan)

@@ -160,7 +160,8 @@ class RequestEviction:
         """The step of the next eviction is scheduled: the full blocks stay, and what was filled since then goes."""
         plan = self.plan
         num_kept = plan.num_full_blocks + (num_tokens % plan.block_size > 0)
-        self.plan = replace(plan, num_tokens=num_tokens, num_kept_blocks=num_kept)
+        keeps_tail = not (self.has_prefilled and self.config.method().per_token)
+        self.plan = replace(plan, num_tokens=num_tokens, num_kept_blocks=num_kept, keeps_tail=keeps_tail)
         self.plans.append(self.plan)
         start, stop = plan.num_tokens // plan.block_size, num_tokens // plan.block_size
         self.releases.append(Release(num_tokens, start, stop, []))

@@ -21,13 +21,14 @@ from vllm_kvevict.policies import (
     tova,
     vatp,
 )
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs, StepInputs
 
 __all__ = [
     "POLICIES",
     "EvictionPolicy",
     "Need",
     "ScoreInputs",
+    "StepInputs",
     "chunkkv",
     "compactor",
     "criticalkv",

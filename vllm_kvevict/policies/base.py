@@ -109,6 +109,69 @@ class ScoreInputs:
             yield first, min(first + size, last)
 
 
+@dataclass(frozen=True)
+class StepInputs:
+    """One layer of several requests after a step of their decode, for policies that evict token by token. Read only.
+
+    What a head holds is in no order: ``positions`` say which tokens they are.
+
+    query:      [num_reqs, num_queries, num_heads, head_size] the last queries, RoPE applied; the newest stands last
+    keys:       [num_pages, block_size, head_size] a view of the whole page pool, as in ``ScoreInputs``
+    page_table: [num_reqs, num_kv_heads, max_pages] int64, every page full; page 0 behind those of shorter heads
+    positions:  [num_reqs, num_kv_heads, max_pages * block_size] int64, -1 where a head holds nothing
+    num_tokens: [num_reqs] int64, true lengths, the newest token included
+    max_tokens: the longest of these, or more
+    scale:      softmax scale
+    weights:    as in ``ScoreInputs``
+    state:      [num_reqs, num_kv_heads, max_pages * block_size] float32, what the policy has summed up of each token
+                before this step, 0 for the newest one; None if it does not observe all queries
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    page_table: torch.Tensor
+    positions: torch.Tensor
+    num_tokens: torch.Tensor
+    max_tokens: int
+    scale: float
+    weights: LayerWeights = LayerWeights()
+    state: Any = None
+
+    @property
+    def is_held(self) -> torch.Tensor:
+        """[num_reqs, num_kv_heads, num_slots] bool, the slots in which a token of the request is."""
+        return self.positions >= 0
+
+    def attention(self, query: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Return [num_reqs, num_kv_heads, group, num_queries, num_slots] float32, the softmax of what ``query`` sees.
+
+        query:   [num_reqs, num_kv_heads, group, num_queries, head_size] float32; any group
+        visible: [num_reqs, num_kv_heads or 1, 1, num_queries or 1, num_slots] bool, some token for every query
+        """
+        keys = self.keys[self.page_table].float().flatten(2, 3)
+        logits = query @ keys.transpose(2, 3)[:, :, None] * (self.scale * self.weights.key_scale)
+        # pages that are not the request's may hold anything
+        return logits.masked_fill_(~visible, float("-inf")).softmax(-1)
+
+    def sum_over_heads(self, of_heads: torch.Tensor) -> torch.Tensor:
+        """Return [num_reqs, num_kv_heads, num_queries, num_slots], for every token the sum over the heads that hold it.
+
+        of_heads: likewise, of one head each; 0 where a head holds nothing
+        """
+        positions = self.positions.clamp(min=0).transpose(1, 2).flatten(1)  # slots of all heads, any order will do
+        by_query = of_heads.permute(0, 2, 3, 1).flatten(2)
+        index = positions[:, None].expand_as(by_query)
+        of_tokens = by_query.new_zeros(*by_query.shape[:2], self.max_tokens).scatter_add_(2, index, by_query)
+        summed: torch.Tensor = of_tokens.gather(2, index).unflatten(2, (-1, of_heads.shape[1])).permute(0, 3, 1, 2)
+        return summed
+
+    @property
+    def grouped_query(self) -> torch.Tensor:
+        """[num_reqs, num_kv_heads, group, num_queries, head_size] float32, the queries by the KV head they read."""
+        grouped: torch.Tensor = self.query.float().transpose(1, 2).unflatten(1, (self.page_table.shape[1], -1))
+        return grouped
+
+
 class EvictionPolicy(ABC):
     """Ranks cached tokens. It does not decide how many stay, and it moves nothing.
 
@@ -172,6 +235,11 @@ class EvictionPolicy(ABC):
         """
         return self.needs <= {Need.OUTPUT_PROJECTION}
 
+    @classmethod
+    def supports_per_token(cls) -> bool:
+        """Return whether it can evict token by token, by ``score_step``."""
+        return cls.score_step is not EvictionPolicy.score_step
+
     @property
     def default_allocator(self) -> str:
         """Allocator of the published method."""
@@ -196,6 +264,14 @@ class EvictionPolicy(ABC):
         prompt takes nothing from the prefix cache. Chunks are cut anywhere.
 
         state: what the call for the chunk before returned, None for the first
+        """
+        raise NotImplementedError
+
+    def score_step(self, inputs: StepInputs) -> torch.Tensor:
+        """Return [num_reqs, num_kv_heads, num_slots] float32; of what a head holds the lowest unprotected one goes.
+
+        Called for every layer in every step of a decode that evicts token by token. The scores of a policy that
+        observes all queries are the sums that it will find as ``inputs.state`` in the next step.
         """
         raise NotImplementedError
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs, StepInputs
 
 # Queries that are looked at in one go, so that the kernel's scratch memory does not grow with the chunk.
 MAX_QUERIES = 256
@@ -19,11 +19,10 @@ class H2O(EvictionPolicy):
     """Score a token by the attention it gets from all tokens of the prompt.
 
     Paper: Zhang et al. 2023 (H2O), arXiv:2306.14048. Departs from the paper: eviction begins when the prompt ends, so
-    that no attention of it to evicted tokens is missing in the sums, and goes on during decode, in steps of a block,
-    only if it is asked to; the recent tokens that always stay are
-    a fixed number, not half of the budget; query heads that share a KV head are averaged. Every query of the prompt
-    looks at every key again, which about doubles the cost of attention. ``H2O(normalize=True)`` is the score of
-    kvpress's ``ObservedAttentionPress``, which protects nothing.
+    that no attention of it to evicted tokens is missing in the sums, and goes on during decode only if it is asked to;
+    the recent tokens that always stay are a fixed number, not half of the budget; query heads that share a KV head are
+    averaged. Every query of the prompt looks at every key again, which about doubles the cost of attention.
+    ``H2O(normalize=True)`` is the score of kvpress's ``ObservedAttentionPress``, which protects nothing.
 
     normalize:  False: sum the attention, as the paper does, which favours tokens that more others can see; True: divide
                 by the number of tokens that can see the key
@@ -69,6 +68,12 @@ class H2O(EvictionPolicy):
         if not self.normalize:
             return sums
         return sums / torch.arange(inputs.kv_len, 0, -1, dtype=torch.float32, device=sums.device)
+
+    def score_step(self, inputs: StepInputs) -> torch.Tensor:
+        newest = inputs.grouped_query[:, :, :, -1:]
+        attention = inputs.attention(newest, inputs.is_held[:, :, None, None]).squeeze(3).mean(dim=2)
+        sums: torch.Tensor = inputs.state
+        return sums + attention
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         # the attention of one piece of a chunk, its mean over the group, and the new sums beside the old ones

@@ -8,7 +8,10 @@ from typing import ClassVar, Literal
 import torch
 
 from vllm_kvevict.policies.attention import attention_tiles, grouped_query
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs, StepInputs
+
+# Products of queries with keys that are held at once while a step is scored.
+_MAX_PRODUCTS = 1 << 22
 
 
 @POLICIES.register("morphkv")
@@ -17,9 +20,9 @@ class MorphKV(EvictionPolicy):
     """Score an older token by the attention it gets from the last ``window`` queries, of the prompt or of the answer.
 
     Paper: Ghadia et al. 2025 (MorphKV), arXiv:2503.00979. Its code has two algorithms, both here. Departs from it:
-    eviction takes a block of tokens at a time, not one per step; the newest query counts, where the code for query
-    caches leaves it out; and heads that share a KV head decide together, where the code masks the output of a step per
-    query head and prunes the cache per KV head.
+    eviction takes a block of tokens at a time unless it is asked to go token by token (``--kv-evict-interval 1``); the
+    newest query counts, where the code for query caches leaves it out; and heads that share a KV head decide together,
+    where the code masks the output of a step per query head and prunes the cache per KV head.
 
     window:      last queries, whose own tokens always stay, >= 1
     fusion:      over the queries: "sum" of what they attend to, or "max"
@@ -79,6 +82,30 @@ class MorphKV(EvictionPolicy):
                 scores[:, tile.start : end] = self._fused(tile.probabilities[..., : end - tile.start])
         scores[:, num_older:] = scores.amax()
         return scores
+
+    def score_step(self, inputs: StepInputs) -> torch.Tensor:
+        query, position = inputs.grouped_query, inputs.positions[:, :, None, None]
+        if self.variant == "logits":
+            query = query.sum(dim=2, keepdim=True)
+        num_queries = query.shape[3]
+        first_query = (inputs.num_tokens - num_queries)[:, None, None, None, None]
+        at_once = max(_MAX_PRODUCTS // (query[..., 0, 0].numel() * position.shape[-1]), 1)
+        parts = []
+        for start in range(0, num_queries, at_once):
+            part = query[..., start : start + at_once, :]
+            place = torch.arange(start, start + part.shape[3], device=query.device)[:, None]
+            last_seen = first_query - 1 if self.denominator == "older" else first_query + place
+            attention = inputs.attention(part, (position >= 0) & (position <= last_seen))
+            parts.append(self._of_step(attention, inputs))
+        together = torch.stack(parts)
+        return together.sum(dim=0) if self.fusion == "sum" else together.amax(dim=0)
+
+    def _of_step(self, attention: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
+        """Return [num_reqs, num_kv_heads, num_slots], ``attention`` reduced over the group and some of the queries."""
+        of_heads = attention.amax(dim=2) if self.group == "max" else attention.mean(dim=2)
+        if self.group == "layer":
+            of_heads = inputs.sum_over_heads(of_heads)
+        return of_heads.sum(dim=2) if self.fusion == "sum" else of_heads.amax(dim=2)
 
     def _fused(self, attention: torch.Tensor) -> torch.Tensor:
         """Return [num_kv_heads or 1, num_tokens] from [num_kv_heads, group or 1, num_queries, num_tokens]."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs, StepInputs
 
 
 @POLICIES.register("streaming_llm")
@@ -41,6 +41,9 @@ class StreamingLLM(EvictionPolicy):
         # exact in float32 up to 16,777,216 tokens
         positions = torch.arange(inputs.kv_len, dtype=torch.float32, device=inputs.keys.device)
         return positions.expand(inputs.num_kv_heads, -1)
+
+    def score_step(self, inputs: StepInputs) -> torch.Tensor:
+        return inputs.positions.float()
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         return 4  # one row, whatever the number of KV heads

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs, StepInputs
 
 
 @POLICIES.register("tova")
@@ -17,7 +17,7 @@ class Tova(EvictionPolicy):
 
     Paper: Oren et al. 2024 (TOVA), arXiv:2401.06104. The heads of a layer share one ranking, and keep the same tokens
     with the allocator ``uniform``. Departs from the paper, as kvpress does: the last token always stays (there it
-    competes with its own attention); and eviction goes on during decode only if it is asked to, in steps of a block.
+    competes with its own attention); and eviction goes on during decode only if it is asked to.
     """
 
     name: ClassVar[str] = "tova"
@@ -36,6 +36,11 @@ class Tova(EvictionPolicy):
         scores = attention.mean(dim=0)
         scores[-1] = scores.amax()
         return scores.expand(inputs.num_kv_heads, -1)
+
+    def score_step(self, inputs: StepInputs) -> torch.Tensor:
+        newest = inputs.grouped_query[:, :, :, -1:]
+        attention = inputs.attention(newest, inputs.is_held[:, :, None, None])
+        return inputs.sum_over_heads(attention.mean(dim=2)).squeeze(2)
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         return 4 * num_heads + 4  # the attention, and its mean: one row, whatever the number of KV heads

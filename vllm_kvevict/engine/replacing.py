@@ -1,0 +1,78 @@
+"""Requests of a batch whose new tokens replace others, one by one."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_kvevict.cache.page_table import PageTable
+from vllm_kvevict.engine.model import ModelWeights
+from vllm_kvevict.evictor import Method
+from vllm_kvevict.token_evictor import Peers, Replacement, TokenEvictor
+
+logger = logging.getLogger("vllm.kvevict")
+
+
+class Replacing:
+    """Finds them in each batch, by method, and runs the ``TokenEvictor`` over all that share one.
+
+    failed: what a policy raised in this step, by request
+    """
+
+    def __init__(self, tokens: TokenEvictor, page_table: PageTable) -> None:
+        self._tokens = tokens
+        self._page_table = page_table
+        self._methods: dict[str, Method] = {}
+        self._known: tuple[list[str], int, list[tuple[Peers, torch.Tensor]]] = ([], -1, [])
+        self.failed: dict[str, Exception] = {}
+
+    def begin(self, req_id: str, method: Method, victims: torch.Tensor) -> None:
+        """From its next token on a request replaces what it holds; victims: as ``TokenEvictor.begin`` takes them."""
+        self._methods[req_id] = method
+        self._tokens.begin(req_id, victims)
+
+    def end(self, req_id: str) -> None:
+        """A request has ended, or starts again."""
+        self._methods.pop(req_id, None)
+
+    def rows(self, req_ids: list[str], common: CommonAttentionMetadata) -> list[Replacement]:
+        """Prepare such requests of a batch. Who they are is looked up only when something has changed."""
+        known_ids, generation, groups = self._known
+        if generation != self._page_table.generation or known_ids != req_ids:
+            rows: dict[Method, list[int]] = {}
+            for row, req_id in enumerate(req_ids if self._methods else []):
+                if req_id in self._methods:
+                    rows.setdefault(self._methods[req_id], []).append(row)
+            groups = [
+                (self._tokens.peers(method, [req_ids[row] for row in those]), common.seq_lens.new_tensor(those))
+                for method, those in rows.items()
+            ]
+            self._known = (req_ids, self._page_table.generation, groups)
+        return [self._replacement(peers, those, common) for peers, those in groups]
+
+    def _replacement(self, peers: Peers, rows: torch.Tensor, common: CommonAttentionMetadata) -> Replacement:
+        """rows: [num_reqs] of the batch."""
+        num_tokens = common.seq_lens[rows].to(torch.int64)
+        last = (num_tokens - 1) // self._tokens.block_size
+        blocks = common.block_table_tensor[rows].gather(1, last[:, None])[:, 0]
+        return self._tokens.plan(peers, num_tokens, common.max_seq_len, blocks)
+
+    def land(self, replacements: list[Replacement], layer: int) -> None:
+        """Move the new tokens of one layer into their holes."""
+        for replacement in replacements:
+            self._tokens.land(layer, replacement)
+
+    def choose(self, replacements: list[Replacement], layer: int, weights: ModelWeights) -> None:
+        """Choose which tokens of one layer the next ones replace; a policy that fails ends its requests."""
+        for replacement in replacements:
+            req_ids = replacement.peers.req_ids
+            if self.failed.keys() & set(req_ids):
+                continue
+            of_layer = weights.of(layer, replacement.peers.method.policy.needs)
+            try:
+                self._tokens.choose(layer, replacement, weights.scale(layer), of_layer)
+            except Exception as error:
+                self.failed |= dict.fromkeys(req_ids, error)
+                logger.exception("a policy failed in layer %d", layer)
