@@ -4,7 +4,7 @@ Quality is that of the calibration: the log-likelihood of the answer with all of
 kept.
 
 python -m vllm_kvevict calibrate --model .cache/models/SmolLM2-135M-Instruct --kv-eviction compactor \
-    --prompt-tokens 640 --prompts 4 --kept 0.15 0.3 0.5 0.75 --out benchmarks/results/calibration.json \
+    --prompt-tokens 640 --prompts 12 --kept 0.3 0.5 0.65 0.8 0.9 --out benchmarks/results/calibration.json \
     --points benchmarks/results/calibration_points.csv \
     --dtype float32 --enforce-eager --kv-cache-memory-bytes 536870912
 python -m benchmarks.quality.bench_auto
@@ -29,9 +29,9 @@ from vllm_kvevict.calibration.tasks import TASKS, make_example
 from vllm_kvevict.engine.grading import grade  # isort: skip  (after the environment is set)
 from vllm_kvevict.engine.recording import recorded_evictions  # isort: skip
 
-FRACTIONS = (0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
+FRACTIONS = (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 TARGETS = (0.9, 0.95)
-FIRST_UNSEEN = 4  # of each task
+FIRST_UNSEEN = 12  # of each task
 
 
 def measure(model: Path, policy: str, calibration: Path, num_tokens: int, num_prompts: int) -> list[dict[str, Any]]:
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--policy", default="compactor")
     parser.add_argument("--calibration", type=Path, default=RESULTS / "calibration.json")
     parser.add_argument("--prompt-tokens", type=int, default=640)
-    parser.add_argument("--prompts", type=int, default=4, help="of each task")
+    parser.add_argument("--prompts", type=int, default=8, help="of each task")
     arguments = parser.parse_args()
     rows = measure(arguments.model, arguments.policy, arguments.calibration, arguments.prompt_tokens, arguments.prompts)
     for name, table in (("quality_auto_prompts", rows), ("quality_auto", summarise(rows))):

@@ -181,11 +181,13 @@ def run(
     log: Path,
     lengths: tuple[int, int] = LENGTHS,
     num_answers: int = 0,
+    dtype: str = "auto",
 ) -> tuple[Soak, dict[str, float]]:
     """Start a server, put it under load, and return what happened and its metrics when it is idle again.
 
     lengths:     of the shortest and the longest prompt; the memory is that of about three of the longest
     num_answers: the load goes on until there are as many, however slow the machine is
+    dtype:       of the model
     """
     flags = [
         "--kv-eviction",
@@ -197,7 +199,7 @@ def run(
         "--max-num-seqs",
         "16",
     ]
-    memory = ["--num-gpu-blocks-override", str(3 * lengths[1] // BLOCK_SIZE + 1), "--enforce-eager"]
+    memory = ["--num-gpu-blocks-override", str(3 * lengths[1] // BLOCK_SIZE + 1), "--enforce-eager", "--dtype", dtype]
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TRITON_INTERPRET": "0", **BOUNDED_CACHES}
     with Server(model, log, *flags, *memory, "--served-model-name", "model", env=env) as server:
         soak = asyncio.run(load(server, seconds, clients, seed, lengths, num_answers))

@@ -9,7 +9,9 @@ from benchmarks.serving.soak import run
 
 def test_a_minute_of_random_load(smollm2: Path, tmp_path: Path) -> None:
     log, lengths = tmp_path / "server.log", (100, 1_000)
-    soak, metrics = run(smollm2, seconds=60, clients=8, seed=1, log=log, lengths=lengths, num_answers=20)
+    soak, metrics = run(
+        smollm2, seconds=60, clients=8, seed=1, log=log, lengths=lengths, num_answers=20, dtype="float32"
+    )
     assert not soak.errors, soak.outcomes
     assert soak.outcomes["answered"] >= 15
     assert metrics["kvevict:evictions_total"] >= 10

@@ -47,6 +47,7 @@ def test_a_server_evicts_with_it(installed: dict[str, str], smollm2: Path, tmp_p
     options = '{"policy_options": {"half_life": 200}}'
     flags = ["--kv-eviction", "fading_norm", "--kv-budget", "96", "--kv-eviction-config", options]
     sizes = ["--max-model-len", "1024", "--max-num-seqs", "2", "--enforce-eager", "--served-model-name", "model"]
+    sizes += ["--dtype", "float32"]
     with Server(smollm2, tmp_path / "log", *flags, *sizes, env={**ENV, **installed}) as server:
         client = OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0)
         answer = client.chat.completions.create(

@@ -10,8 +10,10 @@ import torch
 from tests.e2e.prompts import chat_tokens, long_text
 from tests.engine.harness import engine
 from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.engine.spec import bounded_blocks
 
-SETTINGS = {"max_model_len": 8192, "dtype": "bfloat16", "kv_cache_memory_bytes": 512 << 20}
+# float32: faster on CPUs without bfloat16 instructions
+SETTINGS = {"max_model_len": 8192, "dtype": "float32", "kv_cache_memory_bytes": 1 << 30}
 
 
 def test_ninety_percent_of_the_blocks_return_within_three_decode_steps(smollm2: Path) -> None:
@@ -65,6 +67,23 @@ def test_the_fact_survives_a_quarter_of_the_cache(smollm2: Path, chunk: int) -> 
         (tokens,) = running.tokens([prompt], max_tokens=24)
         assert running.num_evictions == 1
     assert "47" in AutoTokenizer.from_pretrained(smollm2).decode(tokens)
+
+
+@pytest.mark.feature("prompts that do not fit into the KV cache")
+def test_eight_thousand_tokens_are_served_in_the_memory_of_three_thousand(smollm2: Path) -> None:
+    prompt, budget, chunk = chat_tokens(smollm2, long_text(500)), 512, 512
+    bytes_per_block = 30 * 3 * 2 * 32 * 64 * 4  # layers, KV heads, K and V of 64 elements
+    settings = {**SETTINGS, "kv_cache_memory_bytes": 3000 // 32 * bytes_per_block, "max_num_batched_tokens": chunk}
+    with engine(smollm2, budget=budget, fields={"during_prefill": True, "during_decode": True}, **settings) as running:
+        assert 7900 < len(prompt) < 8192 - 40 and running.num_free_blocks * 32 < 3000
+        bound = bounded_blocks(budget // 32 - 1, chunk // 32 + 1)
+        running.add(prompt, max_tokens=40)
+        while running.scheduler.waiting or running.scheduler.running:
+            free = running.num_free_blocks
+            outputs = running.step()
+            assert running.block_pool.num_gpu_blocks - 1 - free <= bound
+        assert len(outputs[0].outputs[0].token_ids) == 40
+        running.check_all_free()
 
 
 def test_budget_above_the_prompt_is_byte_identical_to_stock(smollm2: Path) -> None:
