@@ -1,4 +1,5 @@
-"""Long answers: what a step costs and what a request holds, whole, and with eviction that goes on during decode.
+"""Long answers: what a step costs and what a request holds, whole, and with eviction that goes on during decode, in
+steps of a block or, with an interval of 1, token by token.
 
 One engine serves every arm, request by request; the arms take turns. Seconds of a step are the mean, since evictions
 come once in a block.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,15 +22,19 @@ from benchmarks.serving.engine import BLOCK_SIZE, MODEL, core, engine, random_pr
 from benchmarks.timing import write_row
 
 WHOLE = "none"
-POLICIES = ("streaming_llm", "knorm", "tova", "snapkv", "morphkv", "h2o")
+BY_BLOCK = ("streaming_llm", "knorm", "tova", "snapkv", "morphkv", "h2o")
+BY_TOKEN = ("streaming_llm", "tova", "morphkv", "h2o")
+ARMS = ((WHOLE, BLOCK_SIZE), *product(BY_BLOCK, (BLOCK_SIZE,)), *product(BY_TOKEN, (1,)))
 
 
-def answer(llm: LLM, policy: str, arguments: argparse.Namespace, seed: int) -> tuple[float, int]:
+def answer(llm: LLM, policy: str, interval: int, arguments: argparse.Namespace, seed: int) -> tuple[float, int]:
     """Serve one batch; return the mean seconds of a step in the second half of the answers, and the most blocks held.
 
     In that half the budget is full, and every step computes a token of each request.
     """
-    options = {"kv_eviction": policy, "kv_evict_during_decode": 1} if policy != WHOLE else {"kv_eviction": WHOLE}
+    options: dict[str, Any] = {"kv_eviction": policy}
+    if policy != WHOLE:
+        options |= {"kv_evict_during_decode": 1, "kv_evict_interval": interval}
     sampling = SamplingParams(
         temperature=0.0, max_tokens=arguments.output, ignore_eos=True, detokenize=False, extra_args=options
     )
@@ -58,23 +64,24 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    arms = (WHOLE, *POLICIES)
-    results: dict[str, list[tuple[float, int]]] = {arm: [] for arm in arms}
+    results: dict[tuple[str, int], list[tuple[float, int]]] = {arm: [] for arm in ARMS}
     size: dict[str, Any] = {"kv_cache_memory_bytes": 1 << 30, "enable_prefix_caching": False}
     with engine(arguments.model, arguments.budget, **size) as llm:
         for round_ in range(arguments.rounds):
-            for arm in arms[round_ % len(arms) :] + arms[: round_ % len(arms)]:
-                results[arm].append(answer(llm, arm, arguments, 1000 * round_))
+            for arm in ARMS[round_ % len(ARMS) :] + ARMS[: round_ % len(ARMS)]:
+                results[arm].append(answer(llm, *arm, arguments, 1000 * round_))
     settings = {key: value for key, value in vars(arguments).items() if key != "model"}
-    for arm, measured in results.items():
+    whole_requests = results[WHOLE, BLOCK_SIZE]
+    for (policy, interval), measured in results.items():
         step = median(seconds for seconds, _ in measured)
-        ratio = median(whole / ours for (whole, _), (ours, _) in zip(results[WHOLE], measured, strict=True))
+        ratio = median(whole / ours for (whole, _), (ours, _) in zip(whole_requests, measured, strict=True))
         tokens = max(blocks for _, blocks in measured) * BLOCK_SIZE / arguments.batch
         print(
-            f"{arm:14} {step * 1e3:7.2f} ms a step, {ratio:.2f}x the speed of whole requests, {tokens:.0f} tokens held"
+            f"{policy:14} {interval:3} {step * 1e3:7.2f} ms a step, {ratio:.2f}x the speed of whole requests, ", end=""
         )
+        print(f"{tokens:.0f} tokens held")
         row = {"step_ms": round(step * 1e3, 3), "relative_speed": round(ratio, 3), "tokens_held": round(tokens)}
-        write_row("long_answers", {"policy": arm, **settings, **row})
+        write_row("long_answers", {"policy": policy, "interval": interval, **settings, **row})
 
 
 if __name__ == "__main__":
