@@ -150,9 +150,9 @@ class Eviction:
         Raises RuntimeError if a layer was not scored.
         """
         start = perf_counter()
-        scores = protect(self._all_scores(), self.method.num_sink, self.method.num_recent)
-        num_full_pages = self._allocate(scores)
-        kept = select(scores, num_full_pages * self.plan.block_size + self.plan.num_tail_tokens)
+        scores, protection = self._all_scores(), (self.method.num_sink, self.method.num_recent)
+        num_full_pages = self._allocate(protect(scores, *protection))
+        kept = select(scores, num_full_pages * self.plan.block_size + self.plan.num_tail_tokens, *protection)
         compaction = plan_compaction(kept, num_full_pages, self.block_ids, self.plan, self.pool, self.fresh_block_ids)
         for source, destination in compaction.phases:
             move_tokens(self.pool.keys, self.pool.values, source, destination)

@@ -15,7 +15,7 @@ import torch
 from vllm_kvevict.cache.pages import PagePool, gather_tokens
 from vllm_kvevict.cache.plan import cdiv
 from vllm_kvevict.cache.residents import Residents
-from vllm_kvevict.cache.selection import protect, select
+from vllm_kvevict.cache.selection import select
 from vllm_kvevict.evictor import Method
 from vllm_kvevict.kernels.move_tokens import move_tokens
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
@@ -130,8 +130,10 @@ class ResidentEviction:
             self.residents.sums[slots] = sums
             inputs = replace(inputs, state=sums)
         scores = policy.score(replace(inputs, query=query[max(len(query) - policy.query_window, 0) :]))
-        scores = protect(scores, self.method.num_sink, self.method.num_recent)
-        self._kept[inputs.layer, heads, :kv_len] = select(scores, self._num_kept(inputs.layer, heads))
+        num_kept = self._num_kept(inputs.layer, heads)
+        self._kept[inputs.layer, heads, :kv_len] = select(
+            scores, num_kept, self.method.num_sink, self.method.num_recent
+        )
 
     def _num_kept(self, layer: int, heads: torch.Tensor) -> torch.Tensor:
         return self.num_full_pages[layer, heads] * self.pool.block_size + self._num_tail_tokens
