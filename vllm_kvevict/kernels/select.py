@@ -158,14 +158,14 @@ def _find_threshold(row_ptr, kv_len, first, last, wanted, TILE: tl.constexpr):
     digits = tl.arange(0, 256)
     threshold = wanted.to(tl.uint32) * 0
     remaining = wanted
-    for place in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * place
-        higher: tl.constexpr = (0xFFFFFFFF << (shift + 8)) & 0xFFFFFFFF  # bits that earlier places have fixed
+    for shift in tl.static_range(24, -1, -8):
         counts = tl.zeros([256], tl.int32)
         for start in range(0, kv_len, TILE):
             index = start + tl.arange(0, TILE)
             key = _load_keys(row_ptr, index, kv_len, first, last)
-            is_candidate = (index < kv_len) & ((key & higher) == threshold)
+            # the higher bits are those that earlier passes have found
+            higher = key & ((0xFFFFFFFF << (shift + 8)) & 0xFFFFFFFF)
+            is_candidate = (index < kv_len) & (higher == threshold)
             counts += tl.histogram(((key >> shift) & 0xFF).to(tl.int32), 256, mask=is_candidate)
         from_digit = tl.sum(counts) - tl.cumsum(counts) + counts
         digit = tl.maximum(tl.sum((from_digit >= remaining).to(tl.int32)) - 1, 0)
