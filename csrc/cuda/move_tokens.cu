@@ -24,8 +24,10 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_cuda_move_toke
     int64_t value_head_size,
     const int64_t* source, const int64_t* destination, int64_t num_tokens,
     int64_t block_size, int64_t element_bytes, cudaStream_t stream) {
-  const kvevict::MovePool key_pool{keys, key_stride_page, key_stride_token, key_stride_dim, key_head_size};
-  const kvevict::MovePool value_pool{values, value_stride_page, value_stride_token, value_stride_dim, value_head_size};
+  kvevict::MovePool key_pool{keys, key_stride_page, key_stride_token, key_stride_dim, key_head_size, false};
+  kvevict::MovePool value_pool{values, value_stride_page, value_stride_token, value_stride_dim, value_head_size, false};
+  key_pool.by_vectors = kvevict::is_aligned(key_pool, element_bytes);
+  value_pool.by_vectors = kvevict::is_aligned(value_pool, element_bytes);
   switch (element_bytes) {
     case 1: return launch<uint8_t>(key_pool, value_pool, source, destination, num_tokens, block_size, stream);
     case 2: return launch<uint16_t>(key_pool, value_pool, source, destination, num_tokens, block_size, stream);

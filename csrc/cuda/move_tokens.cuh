@@ -13,21 +13,22 @@ constexpr int MOVES_PER_BLOCK = 32;
 constexpr int MOVE_WARPS = 4;
 constexpr int MOVE_THREADS = MOVE_WARPS * 32;
 
-// K or V of a pool of pages. Strides count elements.
+// K or V of a pool of pages. Strides count elements. by_vectors: every token is a whole number of aligned uint4.
 struct MovePool {
   void* data;
   int64_t stride_page, stride_token, stride_dim, head_size;
+  bool by_vectors;
 };
 
-__device__ inline int64_t offset_of(const MovePool& pool, int64_t slot, int64_t block_size) {
-  return slot / block_size * pool.stride_page + slot % block_size * pool.stride_token;
+inline bool is_aligned(const MovePool& pool, int64_t element_bytes) {
+  const int64_t odd = reinterpret_cast<int64_t>(pool.data) |
+                      (pool.stride_page | pool.stride_token | pool.head_size) * element_bytes;
+  return odd % static_cast<int64_t>(sizeof(uint4)) == 0;
 }
 
-template <typename Element>
-__device__ inline bool is_aligned(const MovePool& pool) {
-  const int64_t odd = reinterpret_cast<int64_t>(pool.data) |
-                      (pool.stride_page | pool.stride_token | pool.head_size) * static_cast<int64_t>(sizeof(Element));
-  return odd % static_cast<int64_t>(sizeof(uint4)) == 0;
+__device__ inline int64_t offset_of(const MovePool& pool, int64_t slot, int64_t block_size) {
+  const int64_t page = slot / block_size;
+  return page * pool.stride_page + (slot - page * block_size) * pool.stride_token;
 }
 
 template <typename Element>
@@ -54,11 +55,10 @@ __global__ void __launch_bounds__(MOVE_THREADS) move_tokens_kernel(
       to[dim * pool.stride_dim] = from[dim * pool.stride_dim];
     return;
   }
-  const bool by_vectors = is_aligned<Element>(pool);
   for (int move = warp; move < end - begin; move += MOVE_WARPS) {
     const Element* from = data + offsets[0][move];
     Element* to = data + offsets[1][move];
-    if (by_vectors) {
+    if (pool.by_vectors) {
       const int64_t vectors = pool.head_size * static_cast<int64_t>(sizeof(Element)) / sizeof(uint4);
       for (int64_t i = lane; i < vectors; i += 32)
         reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];

@@ -12,7 +12,7 @@ from vllm_kvevict.kernels.optional_triton import tl, triton
 ELEMENT_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _POOL = (POINTER, INT64, INT64, INT64, INT64)  # data, strides, head_size
 _ARGTYPES = (*_POOL, *_POOL, POINTER, POINTER, INT64, INT64, INT64)
-_TOKENS, _NUM_WARPS = 32, 4  # moves of a program: of transposed keys, a warp's lanes then share lines
+_TOKENS, _DIMS, _NUM_WARPS = 32, 32, 4  # a program copies 32 elements of 32 tokens at once
 
 
 def move_tokens(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, destination: torch.Tensor) -> None:
@@ -92,7 +92,7 @@ def move_tokens_triton(
         keys, *keys.stride(), keys.shape[2],
         values, *values.stride(), values.shape[2],
         source, destination, num_tokens, block_size,
-        TOKENS=_TOKENS, DIMS=triton.next_power_of_2(max(keys.shape[2], values.shape[2])), num_warps=_NUM_WARPS,
+        TOKENS=_TOKENS, DIMS=_DIMS, num_warps=_NUM_WARPS,
     )  # fmt: skip
 
 
@@ -124,20 +124,21 @@ def _move_tokens_kernel(
 def _move_tile(
     ptr, stride_page, stride_token, stride_dim, head_size, source, destination, is_move, block_size, DIMS: tl.constexpr
 ):
-    dim = tl.arange(0, DIMS)
     # slots are int64, and so is everything that is multiplied by a stride of a page
     from_token = ptr + source // block_size * stride_page + source % block_size * stride_token
     to_token = ptr + destination // block_size * stride_page + destination % block_size * stride_token
-    mask = is_move[:, None] & (dim < head_size)[None, :]
-    elements = tl.load(from_token[:, None] + dim[None, :] * stride_dim, mask=mask)
-    tl.store(to_token[:, None] + dim[None, :] * stride_dim, elements, mask=mask)
+    for start in range(0, head_size, DIMS):
+        dim = start + tl.arange(0, DIMS)
+        mask = is_move[:, None] & (dim < head_size)[None, :]
+        elements = tl.load(from_token[:, None] + dim[None, :] * stride_dim, mask=mask)
+        tl.store(to_token[:, None] + dim[None, :] * stride_dim, elements, mask=mask)
 
 
 def triton_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Return kernel, argument types, constants and warps of every kernel here, to compile it without a GPU."""
     types = dict.fromkeys(_move_tokens_kernel.arg_names, "i32")
     types |= {"key_ptr": "*i16", "value_ptr": "*i16", "source_ptr": "*i64", "destination_ptr": "*i64"}
-    constants = {"TOKENS": _TOKENS, "DIMS": 128}
+    constants = {"TOKENS": _TOKENS, "DIMS": _DIMS}
     types = {name: type_ for name, type_ in types.items() if name not in constants}
     return [(_move_tokens_kernel, types, constants, _NUM_WARPS)]
 
