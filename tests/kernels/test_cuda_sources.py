@@ -1,4 +1,4 @@
-"""The CUDA sources compile for the GPUs they are meant for, without spills. Nothing here runs them."""
+"""The CUDA sources compile for the GPUs they are meant for, without spills. Nothing runs them on one: see cuda_emulation.py."""
 
 import re
 import shutil

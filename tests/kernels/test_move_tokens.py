@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels import cuda_emulation
 from vllm_kvevict.kernels import move_tokens as module
 from vllm_kvevict.kernels.move_tokens import move_tokens, move_tokens_reference
 from vllm_kvevict.kernels.native import library
@@ -32,6 +33,11 @@ IMPLEMENTATIONS = [
     pytest.param(move_tokens, id="native", marks=IS_BUILT),
     pytest.param(move_tokens_narrow, id="native-4", marks=IS_BUILT),
     pytest.param(module.move_tokens_triton, id="triton", marks=IS_INTERPRETED),
+    pytest.param(
+        cuda_emulation.move_tokens,
+        id="cuda-emulated",
+        marks=pytest.mark.skipif(cuda_emulation.COMPILER is None, reason="needs a C++ compiler to emulate the kernel"),
+    ),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8]
 

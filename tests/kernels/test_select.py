@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.kernels import cuda_emulation
 from vllm_kvevict.kernels import select as module
 from vllm_kvevict.kernels.native import library
 from vllm_kvevict.kernels.optional_triton import tl
@@ -16,7 +17,7 @@ LARGEST, TINY = torch.finfo(torch.float32).max, 1e-45
 REFERENCE = SimpleNamespace(select=module.select_reference, count_best=module.count_best_reference)
 
 
-@pytest.fixture(params=["reference", "native-16", "native-8", "native-4", "triton"])
+@pytest.fixture(params=["reference", "native-16", "native-8", "native-4", "triton", "cuda-emulated"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """One way to select; native-16 is AVX-512, native-8 AVX2, native-4 SSE or NEON."""
     if request.param == "reference":
@@ -29,6 +30,11 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
             pytest.skip("with a GPU Triton does not interpret kernels on CPU tensors")
         monkeypatch.setattr(module, "_TILE", 256)  # several tiles, the last of them partly filled
         yield SimpleNamespace(select=module.select_triton, count_best=module.count_best_triton)
+        return
+    if request.param == "cuda-emulated":
+        if cuda_emulation.COMPILER is None:
+            pytest.skip("needs a C++ compiler to emulate the CUDA kernel")
+        yield SimpleNamespace(select=cuda_emulation.select, count_best=None)
         return
     kernels = library()
     if kernels is None:
@@ -81,6 +87,8 @@ def _badness(score: float) -> tuple[bool, float]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_counts_what_a_joint_sort_would(implementation, kind):
+    if implementation.count_best is None:
+        pytest.skip("there is no CUDA C++ of it; CUDA tensors use the Triton kernel")
     scores = make_scores(kind, 3, 153)
     for totals in ([1, 459], [100, 458]):
         above, ties = implementation.count_best(scores, torch.tensor(totals))
