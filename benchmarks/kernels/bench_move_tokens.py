@@ -1,6 +1,7 @@
 """Time move_tokens on the moves of a real compaction: python -m benchmarks.kernels.bench_move_tokens."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -86,9 +87,9 @@ def check(compaction: Compaction) -> None:
     torch.testing.assert_close(pool.pages, expected, rtol=0, atol=0)
 
 
-def _move(compaction: Compaction, move: object) -> None:
+def _move(compaction: Compaction, move: Callable[..., None]) -> None:
     for source, destination in compaction.phases:
-        move(compaction.pool.keys, compaction.pool.values, source, destination)  # type: ignore[operator]
+        move(compaction.pool.keys, compaction.pool.values, source, destination)
 
 
 def run(arguments: argparse.Namespace, num_tokens: int, budget: int) -> None:

@@ -66,8 +66,10 @@ KVEVICT_INLINE Element* at(const Pool& pool, int64_t page, int64_t offset) {
 template <typename Element>
 KVEVICT_INLINE void copy_tokens(const Pool& pool, const Moves& moves, const Run& run) {
   for (int64_t i = run.first; i < run.last; ++i) {
-    const Element* from = at<Element>(pool, run.source_page, moves.source[i] - run.source_page * moves.block_size);
-    Element* to = at<Element>(pool, run.destination_page, moves.destination[i] - run.destination_page * moves.block_size);
+    const int64_t source = moves.source[i] - run.source_page * moves.block_size;
+    const int64_t destination = moves.destination[i] - run.destination_page * moves.block_size;
+    const Element* from = at<Element>(pool, run.source_page, source);
+    Element* to = at<Element>(pool, run.destination_page, destination);
     if (pool.stride_dim == 1) {
       std::memcpy(to, from, static_cast<size_t>(pool.head_size) * sizeof(Element));
     } else {
@@ -86,8 +88,8 @@ struct Lanes<uint8_t> {
   KVEVICT_TARGET_PERMUTE static inline __m512i load(uint64_t mask, const void* from) {
     return _mm512_maskz_loadu_epi8(mask, from);
   }
-  KVEVICT_TARGET_PERMUTE static inline __m512i permute(__m512i from, __m512i line) {
-    return _mm512_permutexvar_epi8(from, line);
+  KVEVICT_TARGET_PERMUTE static inline __m512i permute(uint64_t mask, __m512i from, __m512i line) {
+    return _mm512_maskz_permutexvar_epi8(mask, from, line);
   }
   KVEVICT_TARGET_PERMUTE static inline void store(void* to, uint64_t mask, __m512i line) {
     _mm512_mask_storeu_epi8(to, mask, line);
@@ -98,8 +100,8 @@ struct Lanes<uint16_t> {
   KVEVICT_TARGET_PERMUTE static inline __m512i load(uint64_t mask, const void* from) {
     return _mm512_maskz_loadu_epi16(static_cast<__mmask32>(mask), from);
   }
-  KVEVICT_TARGET_PERMUTE static inline __m512i permute(__m512i from, __m512i line) {
-    return _mm512_permutexvar_epi16(from, line);
+  KVEVICT_TARGET_PERMUTE static inline __m512i permute(uint64_t mask, __m512i from, __m512i line) {
+    return _mm512_maskz_permutexvar_epi16(static_cast<__mmask32>(mask), from, line);
   }
   KVEVICT_TARGET_PERMUTE static inline void store(void* to, uint64_t mask, __m512i line) {
     _mm512_mask_storeu_epi16(to, static_cast<__mmask32>(mask), line);
@@ -110,8 +112,8 @@ struct Lanes<uint32_t> {
   KVEVICT_TARGET_PERMUTE static inline __m512i load(uint64_t mask, const void* from) {
     return _mm512_maskz_loadu_epi32(static_cast<__mmask16>(mask), from);
   }
-  KVEVICT_TARGET_PERMUTE static inline __m512i permute(__m512i from, __m512i line) {
-    return _mm512_permutexvar_epi32(from, line);
+  KVEVICT_TARGET_PERMUTE static inline __m512i permute(uint64_t mask, __m512i from, __m512i line) {
+    return _mm512_maskz_permutexvar_epi32(static_cast<__mmask16>(mask), from, line);
   }
   KVEVICT_TARGET_PERMUTE static inline void store(void* to, uint64_t mask, __m512i line) {
     _mm512_mask_storeu_epi32(to, static_cast<__mmask16>(mask), line);
@@ -139,7 +141,7 @@ KVEVICT_TARGET_PERMUTE void permute_tokens(const Pool& pool, const Moves& moves,
   for (int64_t dim = 0; dim < pool.head_size; ++dim) {
     _mm_prefetch(reinterpret_cast<const char*>(soon + dim * pool.stride_dim), _MM_HINT_T0);
     const __m512i line = Lanes<Element>::load(read, from + dim * pool.stride_dim);
-    Lanes<Element>::store(to + dim * pool.stride_dim, written, Lanes<Element>::permute(from_lane, line));
+    Lanes<Element>::store(to + dim * pool.stride_dim, written, Lanes<Element>::permute(written, from_lane, line));
   }
 }
 

@@ -216,7 +216,7 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_count_best(
   const Isa isa = choose_isa();
   const int64_t num_keys = num_rows * kv_len;
   return for_each(num_groups, num_keys, [&](int64_t group, int32_t* keys) {
-    const int64_t first_row = group * num_rows;
-    isa.count_group({scores + group * num_keys, num_rows, kv_len, totals[group], above + first_row, ties + first_row}, keys);
+    const int64_t first = group * num_rows;
+    isa.count_group({scores + group * num_keys, num_rows, kv_len, totals[group], above + first, ties + first}, keys);
   });
 }
