@@ -1,4 +1,4 @@
-"""The CUDA sources compile for the GPUs they are meant for, without spills. Nothing runs them on one: see cuda_emulation.py."""
+"""The CUDA sources compile for the GPUs they are meant for, without spills. No GPU runs them here."""
 
 import re
 import shutil

@@ -73,7 +73,9 @@ def plan_compaction(
     head, source = _survivors(kept, first_staying, own, plan)
     hole_mask, hole_slots = _holes(kept, first_staying, full_pages, want, num_staying, own, plan)
     # head by head: what one has too many must not end up in the pages of another that lacks some
-    num_sources, num_holes = head.bincount(minlength=heads), hole_mask.sum(dim=1)
+    every_head = torch.arange(heads, device=device)
+    num_sources = torch.searchsorted(head, every_head, right=True) - torch.searchsorted(head, every_head)
+    num_holes = hole_mask.sum(dim=1)
     if not torch.equal(num_sources, num_holes):
         raise ValueError(
             f"kept: expected as many survivors to move as holes in every head, {num_holes.tolist()}; "
