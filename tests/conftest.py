@@ -81,8 +81,8 @@ def kept_masks(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     masks: list[torch.Tensor] = []
     select = evictor.select
 
-    def spy(scores: torch.Tensor, num_kept: torch.Tensor) -> torch.Tensor:
-        masks.append(select(scores, num_kept))
+    def spy(scores: torch.Tensor, num_kept: torch.Tensor, *protection: int) -> torch.Tensor:
+        masks.append(select(scores, num_kept, *protection))
         return masks[-1]
 
     monkeypatch.setattr(evictor, "select", spy)

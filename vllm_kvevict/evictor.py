@@ -156,11 +156,12 @@ class Eviction:
         Raises RuntimeError if a layer was not scored.
         """
         start = perf_counter()
-        scores = protect(self._all_scores(), self.method.num_sink, self.method.num_recent)
-        num_full_pages = self._allocate(scores)
-        kept = select(scores, num_full_pages * self.plan.block_size + self.plan.num_tail_tokens)
+        scores, protection = self._all_scores(), (self.method.num_sink, self.method.num_recent)
+        protected = protect(scores, *protection)
+        num_full_pages = self._allocate(protected)
+        kept = select(scores, num_full_pages * self.plan.block_size + self.plan.num_tail_tokens, *protection)
         if not self.plan.keeps_tail:
-            self.next_victims = scores.masked_fill(~kept, float("inf")).argmin(dim=-1)
+            self.next_victims = protected.masked_fill(~kept, float("inf")).argmin(dim=-1)
         compaction = plan_compaction(kept, num_full_pages, self.block_ids, self.plan, self.pool, self.fresh_block_ids)
         for source, destination in compaction.phases:
             move_tokens(self.pool.keys, self.pool.values, source, destination)

@@ -135,10 +135,12 @@ class ResidentEviction:
             self.residents.sums[slots] = sums
             inputs = replace(inputs, state=sums)
         scores = policy.score(replace(inputs, query=query[max(len(query) - policy.query_window, 0) :]))
-        scores = protect(scores, self.method.num_sink, self.method.num_recent)
-        kept = self._kept[inputs.layer, heads, :kv_len] = select(scores, self._num_kept(inputs.layer, heads))
+        protection = self.method.num_sink, self.method.num_recent
+        kept = select(scores, self._num_kept(inputs.layer, heads), *protection)
+        self._kept[inputs.layer, heads, :kv_len] = kept
         if not self.keeps_tail:
-            lowest = scores.masked_fill(~kept, float("inf")).argmin(dim=1, keepdim=True)
+            protected = protect(scores, *protection)
+            lowest = protected.masked_fill(~kept, float("inf")).argmin(dim=1, keepdim=True)
             slots = self._slots[inputs.layer, heads].gather(1, lowest)[:, 0]
             self.next_victims[inputs.layer, heads] = self.residents.positions[slots].to(torch.int64)
 

@@ -15,6 +15,7 @@
 #include <omp.h>
 
 #include "element.hpp"
+#include "isa.hpp"
 #include "vector.hpp"
 
 namespace kvevict {
@@ -285,8 +286,6 @@ void run_stage_baseline(const Job& job, Stage stage, int64_t item, float* scratc
 Isa choose_isa(int32_t) { return {4, run_stage_baseline}; }
 #endif
 
-int32_t lane_limit = 16;
-
 struct AlignedDelete {
   void operator()(float* data) const { ::operator delete[](data, std::align_val_t(64)); }
 };
@@ -318,7 +317,7 @@ void run_all_stages(const Job& job, const Isa& isa, float* tiles) {
 // Limits later calls to vectors of this many floats (4 is always there) and returns the width they will use, so that
 // tests can run what narrower machines run.
 extern "C" __attribute__((visibility("default"))) int32_t kvevict_limit_lanes(int32_t most_lanes) {
-  kvevict::lane_limit = most_lanes;
+  kvevict::most_lanes = most_lanes;
   return kvevict::choose_isa(most_lanes).lanes;
 }
 
@@ -332,7 +331,7 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_window_attenti
     int32_t query_dtype, int32_t key_dtype, int64_t window, int64_t num_heads, int64_t num_kv_heads,
     int64_t head_size, int64_t block_size, int64_t kv_len, float scale) {
   using namespace kvevict;
-  const Isa isa = choose_isa(lane_limit);
+  const Isa isa = choose_isa(most_lanes);
   Job job{query, query_stride_token, query_stride_head,
           keys, key_stride_page, key_stride_token, key_stride_dim,
           page_table, page_table_stride_head,

@@ -90,5 +90,5 @@ def test_protection_may_exceed_the_tokens(num_sink, num_recent):
 
 
 def test_more_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="num_kept: expected at most 5 tokens, got 6"):
+    with pytest.raises(ValueError, match="`num_kept`: expected 0 to 5 tokens, got 5 to 6"):
         select(torch.zeros(1, 2, 5), torch.tensor([[5, 6]]))

@@ -5,18 +5,40 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels import cuda_emulation
 from vllm_kvevict.kernels import move_tokens as module
 from vllm_kvevict.kernels.move_tokens import move_tokens, move_tokens_reference
 from vllm_kvevict.kernels.native import library
+from vllm_kvevict.kernels.optional_triton import tl
 
-NATIVE = pytest.param(
-    move_tokens,
-    id="native",
-    marks=pytest.mark.skipif(
-        library() is None, reason="the CPU kernels are not built: run `python setup.py build_ext --inplace`"
-    ),
+
+def move_tokens_narrow(*arguments: torch.Tensor) -> None:
+    """What machines without AVX-512 run."""
+    kernels = library()
+    kernels.kvevict_limit_lanes(4)
+    try:
+        move_tokens(*arguments)
+    finally:
+        kernels.kvevict_limit_lanes(16)
+
+
+IS_BUILT = pytest.mark.skipif(
+    library() is None, reason="the CPU kernels are not built: run `python setup.py build_ext --inplace`"
 )
-IMPLEMENTATIONS = [pytest.param(move_tokens_reference, id="reference"), NATIVE]
+IS_INTERPRETED = pytest.mark.skipif(
+    tl is None or torch.cuda.is_available(), reason="needs Triton, and no GPU: only then it interprets kernels"
+)
+IMPLEMENTATIONS = [
+    pytest.param(move_tokens_reference, id="reference"),
+    pytest.param(move_tokens, id="native", marks=IS_BUILT),
+    pytest.param(move_tokens_narrow, id="native-4", marks=IS_BUILT),
+    pytest.param(module.move_tokens_triton, id="triton", marks=IS_INTERPRETED),
+    pytest.param(
+        cuda_emulation.move_tokens,
+        id="cuda-emulated",
+        marks=pytest.mark.skipif(cuda_emulation.COMPILER is None, reason="needs a C++ compiler to emulate the kernel"),
+    ),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8]
 
 
@@ -54,7 +76,7 @@ def test_moves_exactly(move, packing, num_pages, block_size, head_size, dtype, f
     generator = torch.Generator().manual_seed(seed)
     storage, keys, values = make_pool(num_pages, block_size, head_size, dtype, packing, generator)
     slots = torch.randperm(num_pages * block_size, generator=generator)
-    num_tokens = int(fraction * (slots.numel() // 2))
+    num_tokens = max(int(fraction * (slots.numel() // 2)), 1)  # of none, the launcher launches nothing
     destination = slots[:num_tokens].contiguous()
     # sources may repeat: one token copied to two places is not forbidden
     source = slots[torch.randint(num_tokens, slots.numel(), (num_tokens,), generator=generator)]
@@ -71,6 +93,34 @@ def test_moves_exactly(move, packing, num_pages, block_size, head_size, dtype, f
 
     move(keys, values, source, destination)
     assert storage.equal(expected_storage)
+
+
+@pytest.mark.parametrize("move", IMPLEMENTATIONS)
+@pytest.mark.parametrize("packing", ["plain", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES[1:4:2], ids=str)
+@pytest.mark.parametrize("block_size", [8, 24, 32, 96])
+def test_moves_between_few_pages(move, packing, dtype, block_size):
+    """As a compaction does: survivors in ascending order fill the holes of other pages."""
+    generator = torch.Generator().manual_seed(block_size)
+    _, keys, values = make_pool(6, block_size, 16, dtype, packing, generator)
+    half = 3 * block_size
+    source = torch.randperm(half, generator=generator)[: half // 2].sort().values
+    destination = half + torch.randperm(half, generator=generator)[: half // 2].sort().values
+    expected_keys, expected_values = bits(keys).clone(), bits(values).clone()
+    for pool in (expected_keys, expected_values):
+        tokens = pool.flatten(0, 1)
+        tokens[destination] = tokens[source]
+        pool.copy_(tokens.view_as(pool))
+    move(keys, values, source, destination)
+    assert bits(keys).equal(expected_keys)
+    assert bits(values).equal(expected_values)
+
+
+def test_nothing_to_move():
+    keys, none = torch.randn(4, 16, 8), torch.empty(0, dtype=torch.int64)
+    expected = keys.clone()
+    move_tokens(keys, keys, none, none)
+    assert keys.equal(expected)
 
 
 @pytest.mark.parametrize("move", IMPLEMENTATIONS)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_kvevict.budgets.base import ALLOCATORS, BudgetAllocator, check_fraction, joint_counts
+from vllm_kvevict.kernels.select import select
 
 
 @ALLOCATORS.register("adakv")
@@ -29,5 +30,6 @@ class AdaKV(BudgetAllocator):
 
     def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
         sure = int(num_tokens * self.alpha)
-        guarded = scores.scatter(-1, scores.topk(sure, dim=-1).indices, float("inf"))
-        return torch.stack([joint_counts(layer, num_tokens * len(layer)) for layer in guarded])
+        num_layers, num_heads, _ = scores.shape
+        guarded = scores.masked_fill(select(scores, torch.full((num_layers, num_heads), sure)), float("inf"))
+        return joint_counts(guarded, torch.full((num_layers,), num_tokens * num_heads))

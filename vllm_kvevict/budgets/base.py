@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from vllm_kvevict.kernels.select import count_best
 from vllm_kvevict.policies.base import ScoreInputs
 from vllm_kvevict.registry import Registry
 
@@ -93,20 +94,19 @@ def _clamped_shares(wish: torch.Tensor, total: int, minimum: int, maximum: int) 
     return (weights * high).clamp(minimum, maximum)
 
 
-def joint_counts(scores: torch.Tensor, total: int) -> torch.Tensor:
-    """Return [num_rows] float64, how many of the ``total`` highest scores of all rows each row has.
+def joint_counts(scores: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
+    """Return [num_groups, num_rows] float64, how many of the highest scores of each group every row has.
 
     Rows that tie at the threshold share what is left in proportion to their ties, so that no order of rows matters.
 
-    scores: [num_rows, kv_len]
+    scores: [num_groups, num_rows, kv_len] float32
+    totals: [num_groups] int64, how many scores of a group count; none below 1, and all if there are no more
     """
-    flat = scores.flatten()
-    if total <= 0 or total >= len(flat):
-        return torch.full((len(scores),), min(max(total, 0) / len(scores), scores.shape[1]), dtype=torch.float64)
-    threshold = flat.kthvalue(len(flat) - total + 1).values
-    above = (scores > threshold).sum(dim=1).to("cpu", torch.float64)
-    ties = (scores == threshold).sum(dim=1).to("cpu", torch.float64)
-    return above + ties * ((total - above.sum()) / ties.sum())
+    wanted = totals.cpu().clamp(1, scores[0].numel())
+    above, ties = (count.to("cpu", torch.float64) for count in count_best(scores, wanted))
+    missing = wanted - above.sum(dim=1)
+    counts = above + ties * (missing / ties.sum(dim=1).clamp(min=1))[:, None]
+    return counts * (totals.cpu() > 0)[:, None]
 
 
 def num_protected(scores: torch.Tensor) -> int:

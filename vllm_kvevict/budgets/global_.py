@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_kvevict.budgets.base import ALLOCATORS, BudgetAllocator, check_fraction, joint_counts
+from vllm_kvevict.kernels.select import select
 
 
 @ALLOCATORS.register("global")
@@ -31,14 +32,15 @@ class Global(BudgetAllocator):
         check_fraction("global.layer_floor", self.layer_floor)
 
     def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
-        sure = scores.topk(int(num_tokens * self.head_floor), dim=-1).indices
-        guarded = scores.scatter(-1, sure, float("inf"))
-        floors = torch.zeros(scores.shape[:2], dtype=torch.float64)
-        if sure_of_layer := int(num_tokens * self.layer_floor) * scores.shape[1]:
-            floors = torch.stack([joint_counts(layer, sure_of_layer) for layer in guarded])
+        num_layers, num_heads, _ = scores.shape
+        sure_of_head = int(num_tokens * self.head_floor)
+        guarded = scores.masked_fill(select(scores, torch.full((num_layers, num_heads), sure_of_head)), float("inf"))
+        floors = torch.zeros(num_layers, num_heads, dtype=torch.float64)
+        if sure_of_layer := int(num_tokens * self.layer_floor) * num_heads:
+            floors = joint_counts(guarded, torch.full((num_layers,), sure_of_layer))
             guarded = _guard_best(guarded.flatten(1), sure_of_layer).view_as(scores)
-        total = num_tokens * scores.shape[0] * scores.shape[1]
-        return joint_counts(guarded.flatten(0, 1), total).view(scores.shape[:2]).maximum(floors)
+        total = torch.tensor([num_tokens * num_layers * num_heads])
+        return joint_counts(guarded.flatten(0, 1)[None], total).view(num_layers, num_heads).maximum(floors)
 
 
 def _guard_best(scores: torch.Tensor, count: int) -> torch.Tensor:

@@ -36,19 +36,19 @@ class Lava(BudgetAllocator):
         shares = shares / shares.sum() if shares.sum() > 0 else torch.full_like(shares, 1 / len(shares))
         heads = scores.shape[1]
         layer_tokens = shares * (num_tokens - protected) * len(shares)  # per head
-        counts = [joint_counts(layer, round(float(b) * heads)) for layer, b in zip(free, layer_tokens, strict=True)]
+        counts = joint_counts(free, (layer_tokens * heads).round().to(torch.int64))
         floor = self.floor_alpha * layer_tokens[:, None]
-        return torch.stack(counts) * (1 - self.floor_alpha) + floor + protected
+        return counts * (1 - self.floor_alpha) + floor + protected
 
 
 def _masses(scores: torch.Tensor) -> torch.Tensor:
-    """Return the scores of the unprotected tokens as numbers of at least 0, float64; 0 for the protected ones.
+    """Return the scores of the unprotected tokens as numbers of at least 0; 0 for the protected ones.
 
     LAVa's own are amounts of attention. Policies whose scores may be negative are shifted, layer by layer.
     """
     finite = torch.isfinite(scores)
     lowest = scores.masked_fill(~finite, 0.0).amin(dim=(1, 2), keepdim=True)
-    return (scores - lowest.clamp(max=0)).masked_fill(~finite, 0.0).to(torch.float64)
+    return (scores - lowest.clamp(max=0)).masked_fill(~finite, 0.0)
 
 
 def layer_entropies(scores: torch.Tensor) -> torch.Tensor:
@@ -56,7 +56,7 @@ def layer_entropies(scores: torch.Tensor) -> torch.Tensor:
 
     scores: [num_layers, num_kv_heads, kv_len] >= 0
     """
-    flat = scores.flatten(1)
+    flat = scores.flatten(1).to(torch.float64)
     probabilities = flat / flat.sum(dim=1, keepdim=True).clamp(min=torch.finfo(flat.dtype).tiny)
     entropies: torch.Tensor = torch.special.entr(probabilities).sum(dim=1)
     return entropies

@@ -59,48 +59,45 @@ def plan_compaction(
     own = pool.page_ids(block_ids.to(device)).reshape(heads, plan.num_blocks)
     want = num_full_pages.reshape(heads)
     last = plan.first_kept_block + plan.num_full_blocks
-    stays = ((torch.arange(plan.num_blocks, device=device) >= last) & plan.keeps_tail).repeat(heads, 1)
     if fresh_block_ids is None:
-        full_pages, keeps = _assign_pages(own[:, plan.first_kept_block : last], want)
-        stays[:, plan.first_kept_block : last] = keeps
+        shared, num_staying = own[:, plan.first_kept_block : last], want.clamp(max=plan.num_full_blocks)
     else:
-        full_pages, _ = _assign_pages(
-            pool.page_ids(fresh_block_ids.to(device)).reshape(heads, plan.num_full_blocks), want
-        )
+        shared = pool.page_ids(fresh_block_ids.to(device)).reshape(heads, plan.num_full_blocks)
+        num_staying = torch.zeros_like(want)
+    full_pages = _assign_pages(shared, want)
     page_table = _append_tail(full_pages, want, own, plan)
 
-    survives = _by_page(kept.reshape(heads, -1), plan)  # [heads, num_blocks, block_size]
-    lane = torch.arange(plan.block_size, device=device)
-    slots = own[..., None] * plan.block_size + lane
-    source_mask = survives & ~stays[..., None]
-    hole_mask, hole_slots = _holes(survives, stays, full_pages, want, slots, plan)
+    # the pages that a head stays in are its last ones: what survives before them moves, and behind them if anything
+    first_staying = (last - num_staying) * plan.block_size
+    end_staying = plan.num_tokens if plan.keeps_tail else last * plan.block_size
+    kept = kept.reshape(heads, plan.num_tokens)
+    head, source = _survivors(kept, first_staying, end_staying, own, plan)
+    hole_mask, hole_slots = _holes(kept, first_staying, end_staying, full_pages, want, num_staying, own, plan)
     # head by head: what one has too many must not end up in the pages of another that lacks some
-    num_sources, num_holes = source_mask.sum(dim=(1, 2)), hole_mask.sum(dim=(1, 2))
+    every_head = torch.arange(heads, device=device)
+    num_sources = torch.searchsorted(head, every_head, right=True) - torch.searchsorted(head, every_head)
+    num_holes = hole_mask.sum(dim=1)
     if not torch.equal(num_sources, num_holes):
         raise ValueError(
             f"kept: expected as many survivors to move as holes in every head, {num_holes.tolist()}; "
             f"got {num_sources.tolist()}"
         )
+    destination = hole_slots[hole_mask]
 
-    giver = want < plan.num_full_blocks
-    phases = []
-    for group in (giver, ~giver):
-        source = slots[source_mask & group[:, None, None]]
-        destination = hole_slots[hole_mask & group[:, None, None]]
-        if source.numel():
-            phases.append((source, destination))
+    giver = (want < plan.num_full_blocks)[head]
+    phases = [(source[group], destination[group]) for group in (giver, ~giver)]
     shape = num_full_pages.shape
     tail = int(plan.num_tail_tokens > 0)
     return Compaction(
-        phases,
+        [phase for phase in phases if phase[0].numel()],
         page_table.reshape(*shape, -1),
         (want + tail).reshape(shape),
         (want * plan.block_size + plan.num_tail_tokens).reshape(shape),
     )
 
 
-def _assign_pages(own: torch.Tensor, want: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the full pages of each head [heads, max], 0 past its count, and which of its own it keeps.
+def _assign_pages(own: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """Return the full pages of each head [heads, max], 0 past its count.
 
     A head keeps its own pages first, the latest of them; what it lacks comes from heads that want fewer.
 
@@ -113,7 +110,7 @@ def _assign_pages(own: torch.Tensor, want: torch.Tensor) -> tuple[torch.Tensor, 
     num_own = want.clamp(max=num_blocks)[:, None]
     pages[column < num_own] = own[keeps]
     pages[(column >= num_own) & (column < want[:, None])] = own[~keeps]
-    return pages, keeps
+    return pages
 
 
 def _append_tail(pages: torch.Tensor, want: torch.Tensor, own: torch.Tensor, plan: EvictionPlan) -> torch.Tensor:
@@ -123,30 +120,41 @@ def _append_tail(pages: torch.Tensor, want: torch.Tensor, own: torch.Tensor, pla
     return table.scatter_(1, want[:, None], own[:, -1:])
 
 
-def _by_page(kept: torch.Tensor, plan: EvictionPlan) -> torch.Tensor:
-    padding = plan.num_blocks * plan.block_size - plan.num_tokens
-    padded: torch.Tensor = torch.nn.functional.pad(kept, (0, padding))
-    return padded.reshape(len(kept), plan.num_blocks, plan.block_size)
+def _survivors(
+    kept: torch.Tensor, first_staying: torch.Tensor, end_staying: int, own: torch.Tensor, plan: EvictionPlan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return head and slot [num_moves] of the kept tokens that leave their page, head by head."""
+    end = int(first_staying.max()) if end_staying == plan.num_tokens else plan.num_tokens
+    token = torch.arange(end, device=kept.device)
+    leaves = (token < first_staying[:, None]) | (token >= end_staying)
+    head, token = (kept[:, :end] & leaves).nonzero(as_tuple=True)
+    return head, own[head, token // plan.block_size] * plan.block_size + token % plan.block_size
 
 
 def _holes(
-    survives: torch.Tensor,
-    stays: torch.Tensor,
+    kept: torch.Tensor,
+    first_staying: torch.Tensor,
+    end_staying: int,
     full_pages: torch.Tensor,
     want: torch.Tensor,
-    slots: torch.Tensor,
+    num_staying: torch.Tensor,
+    own: torch.Tensor,
     plan: EvictionPlan,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a mask and slot ids [heads, pages, block_size] of the places each head has to fill.
+    """Return a mask and slot ids [heads, places] of the places each head has to fill.
 
-    Holes in the pages it stays in (short of the tail's end), and all slots of pages taken from other heads.
+    Holes in the pages it stays in, and all slots of the pages it takes: fresh ones, or those of other heads.
     """
-    lane = torch.arange(plan.block_size, device=slots.device)
-    own_holes = stays[..., None] & ~survives
-    if plan.num_tail_tokens:
-        own_holes[:, -1] &= lane < plan.num_tail_tokens
-    num_own = stays.sum(dim=1) - int(plan.num_tail_tokens > 0)
-    column = torch.arange(full_pages.shape[1], device=slots.device)
-    taken = (column >= num_own[:, None]) & (column < want[:, None])
-    mask = torch.cat([own_holes, taken[..., None].expand(-1, -1, plan.block_size)], dim=1)
-    return mask, torch.cat([slots, full_pages[..., None] * plan.block_size + lane], dim=1)
+    heads, block_size, device = len(kept), plan.block_size, kept.device
+    first = int(first_staying.min())
+    token = torch.arange(first, end_staying, device=device)
+    own_holes = ~kept[:, first:end_staying] & (token >= first_staying[:, None])
+    own_slots = own[:, token // block_size] * block_size + token % block_size
+    column = torch.arange(int(num_staying.min()), full_pages.shape[1], device=device)
+    taken = (column >= num_staying[:, None]) & (column < want[:, None])
+    lane = torch.arange(block_size, device=device)
+    taken_slots = full_pages[:, column, None] * block_size + lane
+    return (
+        torch.cat([own_holes, taken.repeat_interleave(block_size, dim=1)], dim=1),
+        torch.cat([own_slots, taken_slots.reshape(heads, -1)], dim=1),
+    )

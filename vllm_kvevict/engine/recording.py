@@ -57,8 +57,8 @@ def recorded_evictions() -> Iterator[list[RecordedEviction]]:
     kept: list[torch.Tensor] = []
     finish, select = Eviction.finish, vars(evictor)["select"]
 
-    def noting_select(scores: torch.Tensor, num_kept: torch.Tensor) -> torch.Tensor:
-        kept.append(select(scores, num_kept))
+    def noting_select(scores: torch.Tensor, num_kept: torch.Tensor, *protection: int) -> torch.Tensor:
+        kept.append(select(scores, num_kept, *protection))
         return kept[-1]
 
     def noting_finish(eviction: Eviction) -> Compaction:

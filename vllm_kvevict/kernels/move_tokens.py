@@ -1,12 +1,18 @@
 """Moves cached tokens from slot to slot: the copies of a compaction."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 
 from vllm_kvevict.kernels.native import INT64, POINTER, function
+from vllm_kvevict.kernels.optional_triton import tl, triton
 
 ELEMENT_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _POOL = (POINTER, INT64, INT64, INT64, INT64)  # data, strides, head_size
 _ARGTYPES = (*_POOL, *_POOL, POINTER, POINTER, INT64, INT64, INT64)
+_TOKENS, _DIMS, _NUM_WARPS = 32, 32, 4  # a program copies 32 elements of 32 tokens at once
 
 
 def move_tokens(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, destination: torch.Tensor) -> None:
@@ -21,13 +27,16 @@ def move_tokens(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, 
     No slot may be both a source and a destination, and no destination may occur twice: tokens are copied in parallel,
     in no order, without scratch memory. This is not checked. ``num_tokens`` may be zero.
 
-    CPU tensors use csrc/cpu/move_tokens.cpp where it was built, everything else ``move_tokens_reference``.
+    CPU tensors use csrc/cpu/move_tokens.cpp where it was built, CUDA tensors the Triton kernel, everything else
+    ``move_tokens_reference``.
 
     Raises ValueError for a wrong shape, dtype, device or stride, or a slot outside the pool.
     """
     check_arguments(keys, values, source, destination)
     if source.numel() == 0:
         return
+    if keys.device.type == "cuda":
+        return move_tokens_triton(keys, values, source, destination)
     kernel = function("kvevict_move_tokens", *_ARGTYPES) if keys.device.type == "cpu" else None
     if kernel is None:
         return move_tokens_reference(keys, values, source, destination)
@@ -70,6 +79,68 @@ def check_arguments(keys: torch.Tensor, values: torch.Tensor, source: torch.Tens
             lowest, highest = slots.aminmax()
             if lowest < 0 or highest >= num_slots:
                 raise ValueError(f"`{name}`: expected slots 0 to {num_slots - 1}, got {int(lowest)} to {int(highest)}.")
+
+
+def move_tokens_triton(
+    keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
+) -> None:
+    """In place: launch the kernel of ``move_tokens``, K and V in programs of their own; same arguments."""
+    element = ELEMENT_VIEWS[keys.element_size()]  # as integers: no NaN payload may change
+    keys, values = keys.view(element), values.view(element)
+    num_tokens, block_size = source.numel(), keys.shape[1]
+    _move_tokens_kernel[(triton.cdiv(num_tokens, _TOKENS), 2)](
+        keys, *keys.stride(), keys.shape[2],
+        values, *values.stride(), values.shape[2],
+        source, destination, num_tokens, block_size,
+        TOKENS=_TOKENS, DIMS=_DIMS, num_warps=_NUM_WARPS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _move_tokens_kernel(
+    key_ptr, key_stride_page, key_stride_token, key_stride_dim, key_head_size,
+    value_ptr, value_stride_page, value_stride_token, value_stride_dim, value_head_size,
+    source_ptr, destination_ptr, num_tokens, block_size,
+    TOKENS: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    # one program: K or V of TOKENS moves
+    move = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    is_move = move < num_tokens
+    source = tl.load(source_ptr + move, mask=is_move, other=0)
+    destination = tl.load(destination_ptr + move, mask=is_move, other=0)
+    if tl.program_id(1) == 0:
+        _move_tile(
+            key_ptr, key_stride_page, key_stride_token, key_stride_dim, key_head_size,
+            source, destination, is_move, block_size, DIMS,
+        )  # fmt: skip
+    else:
+        _move_tile(
+            value_ptr, value_stride_page, value_stride_token, value_stride_dim, value_head_size,
+            source, destination, is_move, block_size, DIMS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _move_tile(
+    ptr, stride_page, stride_token, stride_dim, head_size, source, destination, is_move, block_size, DIMS: tl.constexpr
+):
+    # slots are int64, and so is everything that is multiplied by a stride of a page
+    from_token = ptr + source // block_size * stride_page + source % block_size * stride_token
+    to_token = ptr + destination // block_size * stride_page + destination % block_size * stride_token
+    for start in range(0, head_size, DIMS):
+        dim = start + tl.arange(0, DIMS)
+        mask = is_move[:, None] & (dim < head_size)[None, :]
+        elements = tl.load(from_token[:, None] + dim[None, :] * stride_dim, mask=mask)
+        tl.store(to_token[:, None] + dim[None, :] * stride_dim, elements, mask=mask)
+
+
+def triton_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """Return kernel, argument types, constants and warps of every kernel here, to compile it without a GPU."""
+    types = dict.fromkeys(_move_tokens_kernel.arg_names, "i32")
+    types |= {"key_ptr": "*i16", "value_ptr": "*i16", "source_ptr": "*i64", "destination_ptr": "*i64"}
+    constants = {"TOKENS": _TOKENS, "DIMS": _DIMS}
+    types = {name: type_ for name, type_ in types.items() if name not in constants}
+    return [(_move_tokens_kernel, types, constants, _NUM_WARPS)]
 
 
 def move_tokens_reference(

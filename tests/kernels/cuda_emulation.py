@@ -1,0 +1,44 @@
+"""The CUDA kernels emulated on the CPU: built once per process, if there is a C++ compiler."""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from vllm_kvevict.kernels import move_tokens as moving
+from vllm_kvevict.kernels import select as selecting
+
+COMPILER = shutil.which("c++") or shutil.which("g++")
+SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+@functools.cache
+def emulation() -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "emulation.so"
+        subprocess.run([COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", SOURCE, "-o", built], check=True)
+        return ctypes.CDLL(built)
+
+
+def select(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int = 0, num_recent: int = 0) -> torch.Tensor:
+    scores, num_kept, kv_len = scores.contiguous(), num_kept.contiguous(), scores.shape[-1]
+    kept = torch.empty(scores.shape, dtype=torch.bool)
+    function = emulation().emulated_select
+    function.argtypes, function.restype = selecting._SELECT_ARGTYPES, None
+    protection = selecting._clamp_protection(kv_len, num_sink, num_recent)
+    function(scores.data_ptr(), num_kept.data_ptr(), kept.data_ptr(), num_kept.numel(), kv_len, *protection)
+    return kept
+
+
+def move_tokens(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, destination: torch.Tensor) -> None:
+    function = emulation().emulated_move_tokens
+    function.argtypes, function.restype = moving._ARGTYPES, None
+    function(
+        keys.data_ptr(), *keys.stride(), keys.shape[2],
+        values.data_ptr(), *values.stride(), values.shape[2],
+        source.data_ptr(), destination.data_ptr(), source.numel(), keys.shape[1], keys.element_size(),
+    )  # fmt: skip

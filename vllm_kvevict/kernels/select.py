@@ -1,0 +1,252 @@
+"""The highest scores: which tokens every head keeps, and how many each wins where heads are ranked together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm_kvevict.kernels.native import INT64, POINTER, function
+from vllm_kvevict.kernels.optional_triton import tl, triton
+
+_SELECT_ARGTYPES = (POINTER, POINTER, POINTER, INT64, INT64, INT64, INT64)
+_COUNT_ARGTYPES = (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT64)
+_TILE, _NUM_WARPS = 2048, 8  # scores that a program looks at at once
+
+
+def select(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int = 0, num_recent: int = 0) -> torch.Tensor:
+    """Mark the ``num_kept`` highest scores of every head, protected tokens before all others.
+
+    scores:     [*heads, kv_len] float32; NaN ranks last, both zeros alike. Of equal scores, and of protected tokens,
+                those of the lower cache index stay
+    num_kept:   [*heads] int64, 0 to kv_len
+    num_sink:   first tokens that are protected, whatever their scores
+    num_recent: last tokens that are protected; together they may be more than there are
+    returns:    [*heads, kv_len] bool, exactly num_kept each
+
+    CPU tensors use csrc/cpu/select.cpp where it was built, with 4 bytes of scratch per token and thread; CUDA tensors
+    the Triton kernel, everything else ``select_reference``. All agree bit for bit.
+
+    Raises ValueError for a wrong shape or dtype, or a number to keep out of range; MemoryError if the scratch memory
+    cannot be had.
+    """
+    num_kept = num_kept.to(scores.device)
+    check_arguments(scores, num_kept, num_sink, num_recent)
+    if scores.numel() == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if scores.device.type == "cuda":
+        return select_triton(scores, num_kept, num_sink, num_recent)
+    kernel = function("kvevict_select", *_SELECT_ARGTYPES) if scores.device.type == "cpu" else None
+    if kernel is None:
+        return select_reference(scores, num_kept, num_sink, num_recent)
+    scores, num_kept = scores.contiguous(), num_kept.contiguous()
+    kept = torch.empty(scores.shape, dtype=torch.bool)
+    kv_len = scores.shape[-1]
+    status = kernel(
+        scores.data_ptr(), num_kept.data_ptr(), kept.data_ptr(),
+        num_kept.numel(), kv_len, *_clamp_protection(kv_len, num_sink, num_recent),
+    )  # fmt: skip
+    if status != 0:
+        raise MemoryError(f"select: no scratch memory for {kv_len} tokens per thread.")
+    return kept
+
+
+def count_best(scores: torch.Tensor, totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count the scores of every row that are among the ``totals`` highest of its group.
+
+    scores:  [num_groups, num_rows, kv_len] float32; NaN ranks last, both zeros alike
+    totals:  [num_groups] int64, 1 to num_rows * kv_len
+    returns: two of [num_groups, num_rows] int64: scores that are among them, and scores that tie for the places that
+             these leave. Of a group without such ties the first sum to its total, and the others are 0
+
+    Implementations as for ``select``, with 4 bytes of scratch per score of a group and thread.
+
+    Raises ValueError for a wrong shape or dtype, or a total out of range; MemoryError if the scratch memory cannot be
+    had.
+    """
+    totals = totals.to(scores.device)
+    _check_groups(scores, totals)
+    if scores.device.type == "cuda":
+        return count_best_triton(scores, totals)
+    kernel = function("kvevict_count_best", *_COUNT_ARGTYPES) if scores.device.type == "cpu" else None
+    if kernel is None:
+        return count_best_reference(scores, totals)
+    scores, totals = scores.contiguous(), totals.contiguous()
+    above, ties = torch.empty(2, *scores.shape[:2], dtype=torch.int64)
+    pointers = [tensor.data_ptr() for tensor in (scores, totals, above, ties)]
+    if kernel(*pointers, *scores.shape) != 0:
+        raise MemoryError(f"count_best: no scratch memory for {scores[0].numel()} scores per thread.")
+    return above, ties
+
+
+def check_arguments(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int, num_recent: int) -> None:
+    """Raise ValueError unless the arguments are as ``select`` documents them."""
+    if scores.dim() == 0 or scores.dtype != torch.float32:
+        raise ValueError(f"`scores`: expected float32 [*heads, kv_len], got {scores.dtype} {tuple(scores.shape)}.")
+    if num_kept.shape != scores.shape[:-1] or num_kept.dtype != torch.int64:
+        raise ValueError(
+            f"`num_kept`: expected int64 {tuple(scores.shape[:-1])}, got {num_kept.dtype} {tuple(num_kept.shape)}."
+        )
+    if min(num_sink, num_recent) < 0:
+        raise ValueError(f"`num_sink`, `num_recent`: expected at least 0 tokens, got {num_sink} and {num_recent}.")
+    if num_kept.numel():
+        fewest, most = num_kept.aminmax()
+        if fewest < 0 or most > scores.shape[-1]:
+            raise ValueError(f"`num_kept`: expected 0 to {scores.shape[-1]} tokens, got {int(fewest)} to {int(most)}.")
+
+
+def _check_groups(scores: torch.Tensor, totals: torch.Tensor) -> None:
+    if scores.dim() != 3 or 0 in scores.shape or scores.dtype != torch.float32:
+        raise ValueError(
+            f"`scores`: expected float32 [num_groups, num_rows, kv_len], got {scores.dtype} {tuple(scores.shape)}."
+        )
+    if totals.shape != scores.shape[:1] or totals.dtype != torch.int64:
+        raise ValueError(f"`totals`: expected int64 ({len(scores)},), got {totals.dtype} {tuple(totals.shape)}.")
+    fewest, most = totals.aminmax()
+    if fewest < 1 or most > scores[0].numel():
+        raise ValueError(f"`totals`: expected 1 to {scores[0].numel()} scores, got {int(fewest)} to {int(most)}.")
+
+
+def _clamp_protection(kv_len: int, num_sink: int, num_recent: int) -> tuple[int, int]:
+    """Return how many first and last tokens of ``kv_len`` are protected, none of them twice."""
+    num_sink = min(num_sink, kv_len)
+    return num_sink, min(num_recent, kv_len - num_sink)
+
+
+def select_triton(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int, num_recent: int) -> torch.Tensor:
+    """Launch the kernel of ``select``, one program for each head; same arguments, ``num_kept`` on the same device."""
+    scores, num_kept = scores.contiguous(), num_kept.contiguous()
+    kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    kv_len = scores.shape[-1]
+    num_sink, num_recent = _clamp_protection(kv_len, num_sink, num_recent)
+    _select_kernel[(num_kept.numel(),)](
+        scores, num_kept, kept, kv_len, num_sink, kv_len - num_recent, TILE=_TILE, num_warps=_NUM_WARPS
+    )
+    return kept
+
+
+def count_best_triton(scores: torch.Tensor, totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernel of ``count_best``, one program for each group; same arguments, all on one device."""
+    scores, totals = scores.contiguous(), totals.contiguous()
+    num_groups, num_rows, kv_len = scores.shape
+    above, ties = torch.empty(2, num_groups, num_rows, dtype=torch.int64, device=scores.device)
+    _count_best_kernel[(num_groups,)](
+        scores, totals, above, ties, num_rows, kv_len, TILE=_TILE, num_warps=_NUM_WARPS
+    )  # fmt: skip
+    return above, ties
+
+
+@triton.jit
+def _keys(scores):
+    # unsigned integers that sort like the scores: NaN is 0, below -inf, and both zeros are alike
+    bits = scores.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    ordered = tl.where(bits > 0x7FFFFFFF, 0x80000000 - magnitude, 0x80000000 + magnitude)
+    return tl.where(magnitude > 0x7F800000, 0, ordered)
+
+
+@triton.jit
+def _load_keys(row_ptr, index, kv_len, first, last):
+    # tokens outside of first .. last - 1 are protected: no score has their key
+    scores = tl.load(row_ptr + index, mask=index < kv_len, other=0.0)
+    return tl.where((index < first) | (index >= last), 0xFFFFFFFF, _keys(scores)).to(tl.uint32)
+
+
+@triton.jit
+def _find_threshold(row_ptr, kv_len, first, last, wanted, TILE: tl.constexpr):
+    """Return the ``wanted``-th highest key, and how many of the wanted ones are equal to it, by radix select."""
+    digits = tl.arange(0, 256)
+    threshold = wanted.to(tl.uint32) * 0
+    remaining = wanted
+    for shift in tl.static_range(24, -1, -8):
+        counts = tl.zeros([256], tl.int32)
+        for start in range(0, kv_len, TILE):
+            index = start + tl.arange(0, TILE)
+            key = _load_keys(row_ptr, index, kv_len, first, last)
+            # the higher bits are those that earlier passes have found
+            higher = key & ((0xFFFFFFFF << (shift + 8)) & 0xFFFFFFFF)
+            is_candidate = (index < kv_len) & (higher == threshold)
+            counts += tl.histogram(((key >> shift) & 0xFF).to(tl.int32), 256, mask=is_candidate)
+        from_digit = tl.sum(counts) - tl.cumsum(counts) + counts
+        digit = tl.maximum(tl.sum((from_digit >= remaining).to(tl.int32)) - 1, 0)
+        remaining -= tl.sum(tl.where(digits > digit, counts, 0))
+        threshold |= digit.to(tl.uint32) << shift
+    return threshold, remaining
+
+
+@triton.jit
+def _select_kernel(scores_ptr, num_kept_ptr, kept_ptr, kv_len, first, last, TILE: tl.constexpr):
+    # one program: one head. Each of its five passes reads the row again, from the second on out of a cache
+    head = tl.program_id(0).to(tl.int64)
+    row_ptr = scores_ptr + head * kv_len
+    wanted = tl.load(num_kept_ptr + head).to(tl.int32)
+    threshold, remaining = _find_threshold(row_ptr, kv_len, first, last, wanted, TILE)
+    for start in range(0, kv_len, TILE):
+        index = start + tl.arange(0, TILE)
+        key = _load_keys(row_ptr, index, kv_len, first, last)
+        is_tie = ((key == threshold) & (index < kv_len)).to(tl.int32)
+        rank = tl.cumsum(is_tie)  # from 1 on
+        kept = (key > threshold) | ((is_tie != 0) & (rank <= remaining))
+        tl.store(kept_ptr + head * kv_len + index, kept & (wanted > 0), mask=index < kv_len)
+        remaining -= tl.sum(is_tie)
+
+
+@triton.jit
+def _count_best_kernel(scores_ptr, totals_ptr, above_ptr, ties_ptr, num_rows, kv_len, TILE: tl.constexpr):
+    # one program: one group
+    group = tl.program_id(0).to(tl.int64)
+    group_ptr = scores_ptr + group * num_rows * kv_len
+    num_scores = num_rows * kv_len
+    wanted = tl.load(totals_ptr + group).to(tl.int32)
+    threshold, remaining = _find_threshold(group_ptr, num_scores, 0, num_scores, wanted, TILE)
+    num_ties = 0
+    for start in range(0, num_scores, TILE):
+        index = start + tl.arange(0, TILE)
+        key = _load_keys(group_ptr, index, num_scores, 0, num_scores)
+        num_ties += tl.sum(((key == threshold) & (index < num_scores)).to(tl.int32))
+    are_split = num_ties > remaining
+    for row in range(num_rows):
+        row_ptr = group_ptr + row * kv_len
+        above = 0
+        equal = 0
+        for start in range(0, kv_len, TILE):
+            index = start + tl.arange(0, TILE)
+            key = _load_keys(row_ptr, index, kv_len, 0, kv_len)
+            above += tl.sum(((key > threshold) & (index < kv_len)).to(tl.int32))
+            equal += tl.sum(((key == threshold) & (index < kv_len)).to(tl.int32))
+        tl.store(above_ptr + group * num_rows + row, tl.where(are_split, above, above + equal).to(tl.int64))
+        tl.store(ties_ptr + group * num_rows + row, tl.where(are_split, equal, 0).to(tl.int64))
+
+
+def triton_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """Return kernel, argument types, constants and warps of every kernel here, to compile it without a GPU."""
+    rows = {"scores_ptr": "*fp32", "num_kept_ptr": "*i64", "kept_ptr": "*i1"}
+    rows |= dict.fromkeys(("kv_len", "first", "last"), "i32")
+    groups = {"scores_ptr": "*fp32", "totals_ptr": "*i64", "above_ptr": "*i64", "ties_ptr": "*i64"}
+    groups |= dict.fromkeys(("num_rows", "kv_len"), "i32")
+    constants = {"TILE": _TILE}
+    return [(_select_kernel, rows, constants, _NUM_WARPS), (_count_best_kernel, groups, constants, _NUM_WARPS)]
+
+
+def select_reference(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int, num_recent: int) -> torch.Tensor:
+    """The definition of ``select`` in plain torch: same arguments and result."""
+    kv_len = scores.shape[-1]
+    num_sink, num_recent = _clamp_protection(kv_len, num_sink, num_recent)
+    index = torch.arange(kv_len, device=scores.device)
+    is_protected = (index < num_sink) | (index >= kv_len - num_recent)
+    # descending would put NaN first; protected tokens come before a score of +inf by the second, stable sort
+    order = (-scores).masked_fill(is_protected, float("-inf")).argsort(dim=-1, stable=True)
+    order = order.gather(-1, is_protected[order].int().argsort(dim=-1, descending=True, stable=True))
+    is_kept = index < num_kept.to(scores.device)[..., None]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, is_kept)
+
+
+def count_best_reference(scores: torch.Tensor, totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition of ``count_best`` in plain torch: same arguments and result."""
+    # negated: descending would put NaN first
+    threshold = -(-scores).flatten(1).sort(dim=1).values.gather(1, totals[:, None] - 1)[..., None]
+    is_above = (scores > threshold) | (threshold.isnan() & ~scores.isnan())
+    is_tie = (scores == threshold) | (threshold.isnan() & scores.isnan())
+    above, ties = is_above.sum(dim=2), is_tie.sum(dim=2)
+    are_split = above.sum(dim=1, keepdim=True) + ties.sum(dim=1, keepdim=True) > totals[:, None]
+    return torch.where(are_split, above, above + ties), ties * are_split
