@@ -69,4 +69,18 @@ KVEVICT_INLINE Float<LANES> convert(const Element* from) {
   return load<LANES>(to);
 }
 
+// Without the way through memory that the loop above takes.
+template <int LANES>
+KVEVICT_INLINE Float<LANES> convert(const BFloat16* from) {
+  typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  return reinterpret_cast<Float<LANES>>(__builtin_convertvector(halves, typename VectorTypes<LANES>::Bits) << 16);
+}
+
+template <int LANES>
+KVEVICT_INLINE Float<LANES> convert(const float* from) {
+  return load<LANES>(from);
+}
+
 }  // namespace kvevict

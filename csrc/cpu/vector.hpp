@@ -43,16 +43,26 @@ KVEVICT_INLINE Float<LANES> larger(Float<LANES> a, Float<LANES> b) {
   return a > b ? a : b;
 }
 
-// Either is NaN: the result is.
+// NaN if either is; of finite numbers otherwise. Without further comparisons: GCC takes those of vectors apart.
 template <typename Value>
 KVEVICT_INLINE Value larger_or_nan(Value a, Value b) {
-  return (a > b) | (a != a) ? a : b;
+  return (a > b ? a : b) + (a - a);
 }
 
 template <int LANES>
 KVEVICT_INLINE Float<LANES> magnitude(Float<LANES> value) {
   using Bits = typename VectorTypes<LANES>::Bits;
   return reinterpret_cast<Float<LANES>>(reinterpret_cast<Bits>(value) & 0x7fffffffu);
+}
+
+// -infinity in the lanes from `count` on, which may be negative.
+template <int LANES>
+KVEVICT_INLINE Float<LANES> keep_first(Float<LANES> value, int32_t count) {
+  using Int = typename VectorTypes<LANES>::Int;
+  Int lane;
+  for (int i = 0; i < LANES; ++i) lane[i] = i;
+  const Int hidden = (count - 1 - lane) >> 31;
+  return reinterpret_cast<Float<LANES>>((reinterpret_cast<Int>(value) & ~hidden) | (hidden & static_cast<int32_t>(0xff800000)));
 }
 
 // 2^x for x from -0.5 to 0.5.

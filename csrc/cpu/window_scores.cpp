@@ -194,16 +194,12 @@ KVEVICT_INLINE void compute_logits(const Job& job, const Span& tile, const float
   const int64_t first_query = job.kv_len(tile.item) - job.window;
   if (tile.first + token + VECS * LANES <= first_query + 1) return;
 
-  typename VectorTypes<LANES>::Int position;
-  for (int lane = 0; lane < LANES; ++lane) position[lane] = static_cast<int32_t>(tile.first + token) + lane;
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) {
     const int64_t last_seen = first_query + std::min((row + r) % job.rows, job.window - 1);
 #pragma GCC unroll 4
     for (int v = 0; v < VECS; ++v)
-      logits[r][v] = position + v * LANES > static_cast<int32_t>(last_seen)
-                         ? broadcast<LANES>(-std::numeric_limits<float>::infinity())
-                         : logits[r][v];
+      logits[r][v] = keep_first<LANES>(logits[r][v], static_cast<int32_t>(last_seen + 1 - tile.first - token - v * LANES));
   }
 }
 

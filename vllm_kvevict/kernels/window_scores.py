@@ -242,7 +242,7 @@ def _columns_kernel(
             maxima = tl.load(row_max_ptr + at, mask=live, other=-3.4e38)  # [SPLITS, ROWS]
             row_max = tl.max(maxima, axis=0)
             sums = tl.load(row_sum_ptr + at, mask=live, other=0.0) * tl.exp2(maxima - row_max[None, :])
-            weight = tl.where(live_row, query_weight / tl.sum(sums, axis=0), 0.0)
+            weight = tl.where(live_row, query_weight, 0.0) / tl.where(live_row, tl.sum(sums, axis=0), 1.0)
             logits = tl.where(live_row[:, None], logits - row_max[:, None], 0.0)
             of_head += tl.sum(tl.exp2(logits) * weight[:, None], axis=0)
         if GROUP_MAX:
