@@ -28,7 +28,7 @@ class WindowBatch:
     values:      [num_pages, block_size, value_head_size] likewise, last dimension contiguous; read for a weight only
     page_table:  [num_reqs, num_kv_heads, max_pages] int64, page id of each logical page of each KV head. Entries past
                  ceil(kv_len / block_size) and slots past kv_len are never read.
-    kv_lens:     [num_reqs] int64, tokens in the cache, at least window
+    kv_lens:     [num_reqs] int64, contiguous, tokens in the cache, at least window
     max_kv_len:  the largest of them, or more
     scale:       softmax scale, normally head_size ** -0.5; times what stored keys are to be multiplied by, if anything
     value_scale: what stored values are to be multiplied by
@@ -107,9 +107,10 @@ def check_arguments(batch: WindowBatch, reduction: Reduction) -> None:
             f"`page_table`: expected int64 on {query.device} with contiguous rows, "
             f"got {page_table.dtype} on {page_table.device}, strides {page_table.stride()}."
         )
-    if kv_lens.shape != (num_reqs,) or kv_lens.dtype != torch.int64 or kv_lens.device != query.device:
+    is_vector = kv_lens.shape == (num_reqs,) and kv_lens.is_contiguous()
+    if not is_vector or kv_lens.dtype != torch.int64 or kv_lens.device != query.device:
         raise ValueError(
-            f"`kv_lens`: expected [{num_reqs}] int64 on {query.device}, "
+            f"`kv_lens`: expected contiguous [{num_reqs}] int64 on {query.device}, "
             f"got {kv_lens.dtype} {tuple(kv_lens.shape)} on {kv_lens.device}."
         )
     if not window <= batch.max_kv_len <= page_table.shape[2] * keys.shape[1]:
