@@ -30,15 +30,26 @@ class Timing:
 
 def measure(call: Callable[[], object], repeats: int) -> Timing:
     """Time ``repeats`` calls one by one, after a tenth as many (at least 2) that do not count."""
-    for _ in range(max(2, repeats // 10)):
-        call()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    fifths = statistics.quantiles(seconds, n=5)
-    return Timing(statistics.median(seconds), fifths[0], fifths[3])
+    return _measure([call], repeats)[0]
+
+
+def measure_in_turn(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[Timing, Timing]:
+    """Time two calls as ``measure`` does, one after the other in each round, so that both meet the same machine."""
+    timings = _measure([first, second], repeats)
+    return timings[0], timings[1]
+
+
+def _measure(calls: list[Callable[[], object]], repeats: int) -> list[Timing]:
+    seconds: list[list[float]] = [[] for _ in calls]
+    num_warm_up = max(2, repeats // 10)
+    for round_ in range(num_warm_up + repeats):
+        for call, of_call in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            call()
+            if round_ >= num_warm_up:
+                of_call.append(time.perf_counter() - start)
+    fifths = [statistics.quantiles(of_call, n=5) for of_call in seconds]
+    return [Timing(statistics.median(s), f[0], f[3]) for s, f in zip(seconds, fifths, strict=True)]
 
 
 def append_row(name: str, row: dict[str, object], native: Timing, reference: Timing) -> None:

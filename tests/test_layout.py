@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 KERNELS = [
     path.stem
     for path in MODULES
-    if path.parent.name == "kernels" and path.stem not in ("__init__", "native", "optional_triton")
+    if path.parent.name == "kernels" and path.stem not in ("__init__", "native", "optional_triton", "window_batch")
 ]
 MAX_LINES = 400
 MAX_README_LINES = 270  # a row for every policy, and one for every feature that works

@@ -8,7 +8,7 @@
 
 namespace kvevict {
 
-// The numbers are shared with DTYPE_CODES in vllm_kvevict/kernels/window_attention.py.
+// The numbers are shared with DTYPE_CODES in vllm_kvevict/kernels/window_batch.py.
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FLOAT8_E4M3 = 3, FLOAT8_E5M2 = 4 };
 
 struct BFloat16 {
@@ -60,6 +60,27 @@ KVEVICT_INLINE float to_float(Float8E4M3 value) {
 
 KVEVICT_INLINE float to_float(Float8E5M2 value) {
   return to_float(Float16{static_cast<uint16_t>(value.bits << 8)});
+}
+
+template <int LANES, typename Element>
+KVEVICT_INLINE Float<LANES> convert(const Element* from) {
+  float to[LANES];
+  for (int lane = 0; lane < LANES; ++lane) to[lane] = to_float(from[lane]);
+  return load<LANES>(to);
+}
+
+// Without the way through memory that the loop above takes.
+template <int LANES>
+KVEVICT_INLINE Float<LANES> convert(const BFloat16* from) {
+  typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  return reinterpret_cast<Float<LANES>>(__builtin_convertvector(halves, typename VectorTypes<LANES>::Bits) << 16);
+}
+
+template <int LANES>
+KVEVICT_INLINE Float<LANES> convert(const float* from) {
+  return load<LANES>(from);
 }
 
 }  // namespace kvevict

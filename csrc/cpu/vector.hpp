@@ -6,6 +6,8 @@
 
 // Instruction sets are chosen per function, and only what is inlined into such a function is compiled for its set.
 #define KVEVICT_INLINE inline __attribute__((always_inline))
+// Of a lambda, between its parameters and its body.
+#define KVEVICT_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace kvevict {
 
@@ -41,28 +43,62 @@ KVEVICT_INLINE Float<LANES> larger(Float<LANES> a, Float<LANES> b) {
   return a > b ? a : b;
 }
 
-// 2^x for x <= 0, relative error below 3e-7. Anything under -125 returns 2^-125: as good as zero, since the largest
-// term of a softmax is 1. NaN stays NaN.
+// NaN if either is; of finite numbers otherwise. Without further comparisons: GCC takes those of vectors apart.
+template <typename Value>
+KVEVICT_INLINE Value larger_or_nan(Value a, Value b) {
+  return (a > b ? a : b) + (a - a);
+}
+
 template <int LANES>
-KVEVICT_INLINE Float<LANES> exp2_nonpositive(Float<LANES> x) {
+KVEVICT_INLINE Float<LANES> magnitude(Float<LANES> value) {
   using Bits = typename VectorTypes<LANES>::Bits;
+  return reinterpret_cast<Float<LANES>>(reinterpret_cast<Bits>(value) & 0x7fffffffu);
+}
+
+// -infinity in the lanes from `count` on, which may be negative.
+template <int LANES>
+KVEVICT_INLINE Float<LANES> keep_first(Float<LANES> value, int32_t count) {
+  using Int = typename VectorTypes<LANES>::Int;
+  Int lane;
+  for (int i = 0; i < LANES; ++i) lane[i] = i;
+  const Int hidden = (count - 1 - lane) >> 31;
+  return reinterpret_cast<Float<LANES>>((reinterpret_cast<Int>(value) & ~hidden) | (hidden & static_cast<int32_t>(0xff800000)));
+}
+
+// 2^x for x from -0.5 to 0.5.
+template <int LANES>
+KVEVICT_INLINE Float<LANES> exp2_of_fraction(Float<LANES> x) {
+  Float<LANES> power = x * 0.0013276472454890609f + 0.009675541892647743f;
+  power = power * x + 0.05550713092088699f;
+  power = power * x + 0.24022120237350464f;
+  power = power * x + 0.6931469440460205f;
+  return power * x + 1.0000001192092896f;
+}
+
+// 2^x for x <= 100, relative error below 3e-7. Anything under -125 returns at most 2^-125: as good as zero, since the
+// largest term of a softmax is about 1. NaN stays NaN.
+template <int LANES>
+KVEVICT_INLINE Float<LANES> exp2_limited(Float<LANES> x) {
+  Float<LANES> fraction;  // x less the nearest integer
+#if defined(__x86_64__)
+  // AVX-512 has instructions for both ends of this; they are spelled out since intrinsics need a target of their own.
+  if constexpr (LANES == 16) {
+    __asm__("vreduceps $0, %1, %0" : "=v"(fraction) : "v"(x));
+    const Float<LANES> power = exp2_of_fraction<LANES>(fraction), exponent = x - fraction;
+    Float<LANES> scaled;
+    __asm__("vscalefps %2, %1, %0" : "=v"(scaled) : "v"(power), "v"(exponent));
+    return scaled;
+  }
+#endif
   constexpr float lowest = -125.0f;
   x = x < lowest ? broadcast<LANES>(lowest) : x;
   // Adding 1.5 * 2^23 leaves round(x) in the low mantissa bits.
   constexpr float rounder = 12582912.0f;
   const Float<LANES> rounded = x + rounder;
-  const Float<LANES> fraction = x - (rounded - rounder);
-  Float<LANES> power = fraction * 0.0013276472454890609f + 0.009675541892647743f;
-  power = power * fraction + 0.05550713092088699f;
-  power = power * fraction + 0.24022120237350464f;
-  power = power * fraction + 0.6931469440460205f;
-  power = power * fraction + 1.0000001192092896f;
-  Bits power_bits, rounded_bits;
-  std::memcpy(&power_bits, &power, sizeof(power));
-  std::memcpy(&rounded_bits, &rounded, sizeof(rounded));
-  power_bits += rounded_bits << 23;
-  std::memcpy(&power, &power_bits, sizeof(power));
-  return power;
+  fraction = x - (rounded - rounder);
+  using Bits = typename VectorTypes<LANES>::Bits;
+  const Bits power = reinterpret_cast<Bits>(exp2_of_fraction<LANES>(fraction));
+  return reinterpret_cast<Float<LANES>>(power + (reinterpret_cast<Bits>(rounded) << 23));
 }
 
 template <int LANES>
@@ -76,6 +112,20 @@ KVEVICT_INLINE float sum_lanes(Float<LANES> value) {
     std::memcpy(&low, &value, sizeof(low));
     std::memcpy(&high, reinterpret_cast<const char*>(&value) + sizeof(low), sizeof(high));
     return sum_lanes<LANES / 2>(low + high);
+  }
+}
+
+template <int LANES>
+KVEVICT_INLINE float largest_lane(Float<LANES> value) {
+  if constexpr (LANES == 1) {
+    return value[0];
+  } else if constexpr (LANES == 2) {
+    return value[0] > value[1] ? value[0] : value[1];
+  } else {
+    Float<LANES / 2> low, high;
+    std::memcpy(&low, &value, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char*>(&value) + sizeof(low), sizeof(high));
+    return largest_lane<LANES / 2>(larger<LANES / 2>(low, high));
   }
 }
 

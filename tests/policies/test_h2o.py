@@ -63,11 +63,12 @@ def test_every_query_hands_out_one(layer):
 def test_a_huge_chunk_is_looked_at_in_pieces(layer, monkeypatch):
     seen = []
 
-    def record(query, keys, page_table, kv_len, scale):
-        seen.append((len(query), kv_len))
-        return torch.zeros(query.shape[1], kv_len)
+    def record(batch, reduction):
+        assert reduction.own_columns
+        seen.append((batch.query.shape[1], int(batch.kv_lens)))
+        return torch.zeros(1, 2, batch.max_kv_len)
 
-    monkeypatch.setattr(base, "window_attention", record)
+    monkeypatch.setattr(base, "window_scores", record)
     layer.inputs(H2O(), [700, 600])
     assert seen == [(256, 256), (256, 512), (188, 700), (256, 956), (256, 1212), (88, 1300)]
 

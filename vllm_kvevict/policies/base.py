@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from vllm_kvevict.kernels.window_attention import window_attention
+from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
+from vllm_kvevict.kernels.window_scores import window_scores
 from vllm_kvevict.policies.rotary import Rotary
 from vllm_kvevict.registry import Registry
 
@@ -94,13 +95,25 @@ class ScoreInputs:
         tokens = gathered[:, start - first * block_size : end - first * block_size].float()
         return tokens if scale == 1.0 else tokens.mul_(scale)
 
-    def window_attention(self, query: torch.Tensor, kv_len: int) -> torch.Tensor:
-        """Return [num_heads, kv_len] float32, the attention that each token gets from ``query``, summed over it.
+    def window_scores(self, query: torch.Tensor, kv_len: int, reduction: Reduction) -> torch.Tensor:
+        """Return [num_kv_heads, kv_len] float32, scores of the tokens by the attention that ``query`` pays to them.
+
+        What is not scored is 0: the queries' own tokens, unless the reduction says that they count.
 
         query:  [num_queries, num_heads, head_size] queries of consecutive tokens, RoPE applied
         kv_len: tokens in the cache at the last of these queries
         """
-        return window_attention(query, self.keys, self.page_table, kv_len, self.scale * self.weights.key_scale)
+        batch = WindowBatch(
+            query[None],
+            self.keys,
+            self.values,
+            self.page_table[None],
+            torch.full((1,), kv_len, device=query.device),
+            kv_len,
+            self.scale * self.weights.key_scale,
+            self.weights.value_scale,
+        )
+        return window_scores(batch, reduction)[0]
 
     def tiles(self, start: int = 0, end: int | None = None, size: int = 1024) -> Iterator[tuple[int, int]]:
         """Yield bounds of tiles of at most ``size`` tokens, so that scratch memory does not grow with the prompt."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from vllm_kvevict.kernels.window_batch import Reduction
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs, StepInputs
 
 # Queries that are looked at in one go, so that the kernel's scratch memory does not grow with the chunk.
@@ -59,8 +60,8 @@ class H2O(EvictionPolicy):
         for start in range(0, num_queries, MAX_QUERIES):
             query = inputs.query[start : start + MAX_QUERIES]
             seen = inputs.kv_len - num_queries + start + len(query)
-            attention = inputs.window_attention(query, seen)
-            sums[:, :seen] += attention.unflatten(0, (num_kv_heads, -1)).mean(dim=1)
+            means = inputs.window_scores(query, seen, Reduction("mean", own_columns=True))
+            sums[:, :seen].add_(means, alpha=len(query))
         return sums
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
@@ -76,8 +77,7 @@ class H2O(EvictionPolicy):
         return sums + attention
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        # the attention of one piece of a chunk, its mean over the group, and the new sums beside the old ones
-        return 4 * num_heads + 8 * num_kv_heads
+        return 12 * num_kv_heads  # the attention of a piece of a chunk, what it was made of, and the new sums
 
     def state_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         return 4 * num_kv_heads

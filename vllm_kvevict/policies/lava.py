@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from vllm_kvevict.policies.base import POLICIES, ScoreInputs
+from vllm_kvevict.kernels.window_batch import Reduction
+from vllm_kvevict.policies.base import POLICIES
 from vllm_kvevict.policies.window import WindowPolicy
 
 
@@ -30,12 +29,6 @@ class Lava(WindowPolicy):
     def default_allocator(self) -> str:
         return "lava"
 
-    def judge(self, attention: torch.Tensor, inputs: ScoreInputs) -> torch.Tensor:
-        pooled = self.pooled(attention.amax(dim=1), "max")
-        return pooled * _largest_value_norm(inputs, attention.shape[2])[:, None]
-
-
-def _largest_value_norm(inputs: ScoreInputs, num_tokens: int) -> torch.Tensor:
-    """Return [num_kv_heads] float32, the largest l1 norm of the first ``num_tokens`` values of each head."""
-    norms = [inputs.gather_values(*tile).abs().sum(dim=-1).amax(dim=1) for tile in inputs.tiles(end=num_tokens)]
-    return torch.stack(norms).amax(dim=0)
+    @property
+    def reduction(self) -> Reduction:
+        return Reduction("max", "max", self.pool_kernel, weight="largest_value_norm")

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
-from vllm_kvevict.policies.base import POLICIES, ScoreInputs
+from vllm_kvevict.kernels.window_batch import Reduction
+from vllm_kvevict.policies.base import POLICIES
 from vllm_kvevict.policies.window import WindowPolicy
 
 
@@ -38,10 +37,6 @@ class SnapKV(WindowPolicy):
         if self.group not in ("mean", "max", "sum"):
             raise ValueError(f"snapkv.group: expected 'mean', 'max' or 'sum', got {self.group!r}")
 
-    def judge(self, attention: torch.Tensor, inputs: ScoreInputs) -> torch.Tensor:
-        return self.pooled(self._reduce_group(attention), self.pool)
-
-    def _reduce_group(self, attention: torch.Tensor) -> torch.Tensor:
-        if self.group == "max":
-            return attention.amax(dim=1)
-        return attention.mean(dim=1) if self.group == "mean" else attention.sum(dim=1)
+    @property
+    def reduction(self) -> Reduction:
+        return Reduction(self.group, self.pool, self.pool_kernel)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from vllm_kvevict.kernels.window_batch import Reduction
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs, StepInputs
 
 
@@ -32,8 +33,7 @@ class Tova(EvictionPolicy):
         return 1
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        attention = inputs.window_attention(inputs.query, inputs.kv_len)
-        scores = attention.mean(dim=0)
+        scores = inputs.window_scores(inputs.query, inputs.kv_len, Reduction("mean")).mean(dim=0)
         scores[-1] = scores.amax()
         return scores.expand(inputs.num_kv_heads, -1)
 
@@ -43,4 +43,4 @@ class Tova(EvictionPolicy):
         return inputs.sum_over_heads(attention.mean(dim=2)).squeeze(2)
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        return 4 * num_heads + 4  # the attention, and its mean: one row, whatever the number of KV heads
+        return 8 * num_kv_heads + 4  # the attention before and after it is reduced, and its mean over the KV heads

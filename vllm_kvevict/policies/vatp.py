@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
-from vllm_kvevict.policies.base import POLICIES, ScoreInputs
+from vllm_kvevict.kernels.window_batch import Reduction
+from vllm_kvevict.policies.base import POLICIES
 from vllm_kvevict.policies.window import WindowPolicy
 
 
@@ -39,8 +38,6 @@ class Vatp(WindowPolicy):
         if type(self.num_sink) is not int or self.num_sink < 0:
             raise ValueError(f"vatp.num_sink: expected at least 0 tokens, got {self.num_sink!r}")
 
-    def judge(self, attention: torch.Tensor, inputs: ScoreInputs) -> torch.Tensor:
-        scores = self.pooled(attention.mean(dim=1), self.pool)
-        for start, end in inputs.tiles(end=attention.shape[2]):
-            scores[:, start:end] *= inputs.gather_values(start, end).abs().sum(dim=-1)
-        return scores
+    @property
+    def reduction(self) -> Reduction:
+        return Reduction("mean", self.pool, self.pool_kernel, weight="value_norm")

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
+from vllm_kvevict.kernels.window_batch import Reduction
 from vllm_kvevict.policies.base import EvictionPolicy, ScoreInputs
 
 
@@ -65,22 +66,18 @@ class WindowPolicy(ObservationWindow):
     window, pool_kernel: see ``ObservationWindow``
     """
 
+    @property
+    @abstractmethod
+    def reduction(self) -> Reduction:
+        """How attention becomes scores of the tokens before the window."""
+
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        window, num_kv_heads = len(inputs.query), len(inputs.page_table)
+        window = len(inputs.query)
         if window >= inputs.kv_len:  # every token observes: none is to be judged
-            return inputs.query.new_zeros(num_kv_heads, inputs.kv_len, dtype=torch.float32)
-        attention = inputs.window_attention(inputs.query, inputs.kv_len)
-        # the window's own columns are cut off before pooling, so that they lend nothing to their neighbours
-        scores = self.judge(attention.unflatten(0, (num_kv_heads, -1))[..., :-window] / window, inputs)
-        return torch.cat([scores, scores.amax().expand(num_kv_heads, window)], dim=1)
+            return inputs.query.new_zeros(inputs.num_kv_heads, inputs.kv_len, dtype=torch.float32)
+        scores = inputs.window_scores(inputs.query, inputs.kv_len, self.reduction)
+        scores[:, -window:] = scores.amax()
+        return scores
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        # the column sums, their mean, and a few rows per KV head on the way from them to the scores
-        return 8 * num_heads + 16 * num_kv_heads
-
-    @abstractmethod
-    def judge(self, attention: torch.Tensor, inputs: ScoreInputs) -> torch.Tensor:
-        """Return [num_kv_heads, num_tokens] scores of the tokens before the window.
-
-        attention: [num_kv_heads, group, num_tokens] float32, mean over the window's queries
-        """
+        return 8 * num_kv_heads  # the scores, and what they were before they were pooled

@@ -1,0 +1,479 @@
+// Scores of cached tokens by the attention that the last queries of each request pay. Contract: kernels/window_scores.py.
+//
+// Keys are visited twice: the first pass finds the maximum and the sum of every softmax row, the second recomputes the
+// logits and sums the finished probabilities per key. Logits live in registers only.
+//
+// Vector lanes are tokens and queries are broadcast: the sums of columns, their reduction over a group and the pool need
+// no shuffles, and a window of one query leaves no lane idle. Keys stored as [block_size, head_size] are transposed when
+// they are loaded, once for all queries of their KV head.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include <omp.h>
+
+#include "element.hpp"
+#include "isa.hpp"
+#include "vector.hpp"
+
+namespace kvevict {
+namespace {
+
+// Work is split by token count only, so results do not depend on the number of threads.
+constexpr int64_t TASK_TOKENS = 256;
+// Scratch of one thread: one tile of TILE_TOKENS keys as float32, 16 KiB for a head size of 64.
+constexpr int64_t TILE_TOKENS = 64;
+// Rows that share a load of keys. With VECS vectors of keys each: ROWS * VECS accumulators, VECS keys and one query
+// must fit in the registers, 32 with AVX-512 and NEON, else 16.
+constexpr int ROWS = 4;
+// Lowest finite float rather than -infinity: a row that sees no key of a task must not compute inf - inf.
+constexpr float NO_LOGIT = std::numeric_limits<float>::lowest();
+// A row's exponents are taken relative to one of its logits, not to the largest: that may exceed it by this power of two
+// before the sum is rescaled, which then happens a few times per task only.
+constexpr float SLACK = 16.0f;
+
+enum Group : int32_t { GROUP_SUM = 0, GROUP_MAX = 1 };
+enum Pool : int32_t { POOL_MAX = 0, POOL_AVG = 1 };
+enum Weight : int32_t { NO_WEIGHT = 0, VALUE_NORM = 1, LARGEST_VALUE_NORM = 2 };
+
+// K or V of a pool of pages. Strides count elements.
+struct Pages {
+  const void* data;
+  int64_t stride_page, stride_token, stride_dim;
+};
+
+struct Job {
+  const void* query;
+  int64_t query_stride_req, query_stride_token, query_stride_head;
+  Pages keys, values;
+  const int64_t* page_table;
+  int64_t page_table_stride_req, page_table_stride_head;
+  const int64_t* kv_lens;
+  float* scores;  // [num_reqs, num_kv_heads, max_kv_len]
+  int32_t query_dtype, key_dtype;
+  int64_t num_reqs, window, num_heads, num_kv_heads, head_size, value_head_size, block_size, max_kv_len;
+  int64_t num_unscored;  // tokens at the end of a request
+  float scale, query_weight, value_scale;
+  int32_t group_code, pool_code, weight_code;
+  int64_t pool_kernel;
+
+  // A head's queries fill whole blocks of rows; rows past `window` are zero queries of weight zero.
+  int64_t rows = 0, tasks_per_head = 0, column_stride = 0;
+  float* packed_query = nullptr;  // [num_items, group * rows / ROWS, head_size, ROWS]
+  float* row_max = nullptr;       // [num_items, tasks_per_head, group * rows], logits in units of log 2
+  float* row_sum = nullptr;       // same shape
+  float* final_max = nullptr;     // [num_items, group * rows]
+  float* final_weight = nullptr;  // [num_items, group * rows], query_weight / softmax denominator
+  float* task_norm = nullptr;     // [num_items, tasks_per_head], largest norm of a task's values
+  float* columns = nullptr;       // [num_items, column_stride], reduced over the group, with zeros around
+
+  int64_t group() const { return num_heads / num_kv_heads; }
+  int64_t group_rows() const { return group() * rows; }
+  int64_t num_items() const { return num_reqs * num_kv_heads; }  // an item is one KV head of one request
+  int64_t num_tasks() const { return num_items() * tasks_per_head; }
+  int64_t kv_len(int64_t item) const { return kv_lens[item / num_kv_heads]; }
+  int64_t num_scored(int64_t item) const { return kv_len(item) - num_unscored; }
+  int64_t pool_reach() const { return pool_kernel / 2; }
+  const int64_t* pages_of(int64_t item) const {
+    return page_table + item / num_kv_heads * page_table_stride_req + item % num_kv_heads * page_table_stride_head;
+  }
+  static int64_t thread_scratch(int64_t head_size, int64_t group_rows, int64_t lanes) {
+    return TILE_TOKENS * head_size + group_rows * lanes + TASK_TOKENS;
+  }
+};
+
+enum class Stage { PACK_QUERY, FIND_SOFTMAX, MERGE_SOFTMAX, SUM_COLUMNS, FINISH };
+
+// Consecutive tokens of one item: cache indices first .. first + count - 1.
+struct Span {
+  int64_t item, first, count;
+};
+
+template <typename Element>
+KVEVICT_INLINE void pack_query(const Job& job, int64_t item) {
+  // Logits in units of log 2 make the exponential a power of two.
+  const float scale = job.scale * 1.4426950408889634f;
+  const int64_t req = item / job.num_kv_heads, kv_head = item % job.num_kv_heads;
+  float* packed = job.packed_query + item * job.group_rows() * job.head_size;
+  for (int64_t row = 0; row < job.group_rows(); ++row) {
+    const int64_t head = kv_head * job.group() + row / job.rows, token = row % job.rows;
+    const Element* query = static_cast<const Element*>(job.query) + req * job.query_stride_req +
+                           token * job.query_stride_token + head * job.query_stride_head;
+    float* out = packed + row / ROWS * job.head_size * ROWS + row % ROWS;
+    for (int64_t dim = 0; dim < job.head_size; ++dim)
+      out[dim * ROWS] = token < job.window ? to_float(query[dim]) * scale : 0.0f;
+  }
+}
+
+// Calls visit(offset of the run in the span, its length, its first element) for each run of tokens in one page.
+template <typename Element, typename Visit>
+KVEVICT_INLINE void for_each_run(const Job& job, const Pages& pool, const Span& span, Visit visit) {
+  const int64_t* pages = job.pages_of(span.item);
+  for (int64_t done = 0; done < span.count;) {
+    const int64_t offset = (span.first + done) % job.block_size;
+    const int64_t length = std::min(job.block_size - offset, span.count - done);
+    const int64_t page = pages[(span.first + done) / job.block_size];
+    visit(done, length, static_cast<const Element*>(pool.data) + page * pool.stride_page + offset * pool.stride_token);
+    done += length;
+  }
+}
+
+// Writes keys as float32 [head_size, TILE_TOKENS].
+template <typename Element, int LANES>
+KVEVICT_INLINE void load_keys(const Job& job, const Span& span, float* data) {
+  // The last vector may reach past `count`: those products must be finite to be masked.
+  if (span.count < TILE_TOKENS) std::fill(data, data + TILE_TOKENS * job.head_size, 0.0f);
+  const Pages& keys = job.keys;
+  for_each_run<Element>(job, keys, span, [&](int64_t done, int64_t length, const Element* source) KVEVICT_INLINE_LAMBDA {
+    if (keys.stride_token == 1) {
+      for (int64_t dim = 0; dim < job.head_size; ++dim) {
+        float* out = data + dim * TILE_TOKENS + done;
+        const Element* from = source + dim * keys.stride_dim;
+        int64_t token = 0;
+        for (; token + LANES <= length; token += LANES) store<LANES>(out + token, convert<LANES>(from + token));
+        for (; token < length; ++token) out[token] = to_float(from[token]);
+      }
+    } else {
+      for (int64_t token = 0; token < length; ++token)
+        for (int64_t dim = 0; dim < job.head_size; ++dim)
+          data[dim * TILE_TOKENS + done + token] = to_float(source[token * keys.stride_token + dim * keys.stride_dim]);
+    }
+  });
+}
+
+// Writes the l1 norm of each value of a span.
+template <typename Element, int LANES>
+KVEVICT_INLINE void load_value_norms(const Job& job, const Span& span, float* norms) {
+  for_each_run<Element>(job, job.values, span, [&](int64_t done, int64_t length, const Element* source) KVEVICT_INLINE_LAMBDA {
+    for (int64_t token = 0; token < length; ++token) {
+      const Element* value = source + token * job.values.stride_token;
+      Float<LANES> sums = {};
+      int64_t dim = 0;
+      for (; dim + LANES <= job.value_head_size; dim += LANES) sums += magnitude<LANES>(convert<LANES>(value + dim));
+      float norm = sum_lanes<LANES>(sums);
+      for (; dim < job.value_head_size; ++dim) norm += std::abs(to_float(value[dim]));
+      norms[done + token] = norm * job.value_scale;
+    }
+  });
+}
+
+// Calls load<Element>() for the element type of the cache.
+template <typename Load>
+KVEVICT_INLINE void with_key_type(const Job& job, Load load) {
+  if (job.key_dtype == BFLOAT16) return load(BFloat16{});
+  if (job.key_dtype == FLOAT16) return load(Float16{});
+  if (job.key_dtype == FLOAT8_E4M3) return load(Float8E4M3{});
+  if (job.key_dtype == FLOAT8_E5M2) return load(Float8E5M2{});
+  return load(float{});
+}
+
+// Logits of VECS vectors of keys against one block of rows; masked ones are -infinity.
+template <int LANES, int VECS>
+KVEVICT_INLINE void compute_logits(const Job& job, const Span& tile, const float* keys, int64_t token, int64_t row,
+                                   Float<LANES> (&logits)[ROWS][VECS]) {
+  const float* query = job.packed_query + (tile.item * job.group_rows() + row) * job.head_size;
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) logits[r][v] = Float<LANES>{};
+  for (int64_t dim = 0; dim < job.head_size; ++dim) {
+    Float<LANES> lanes[VECS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) lanes[v] = load<LANES>(keys + dim * TILE_TOKENS + token + v * LANES);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      const float of_row = query[dim * ROWS + r];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v) logits[r][v] += lanes[v] * of_row;
+    }
+  }
+  const int64_t first_query = job.kv_len(tile.item) - job.window;
+  if (tile.first + token + VECS * LANES <= first_query + 1) return;
+
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) {
+    const int64_t last_seen = first_query + std::min((row + r) % job.rows, job.window - 1);
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v)
+      logits[r][v] = keep_first<LANES>(logits[r][v], static_cast<int32_t>(last_seen + 1 - tile.first - token - v * LANES));
+  }
+}
+
+// One block of rows against VECS vectors of keys: brings the running reference and sum of each row up to date.
+template <int LANES, int VECS>
+KVEVICT_INLINE void update_softmax(const Float<LANES> (&logits)[ROWS][VECS], float* row_max, float* lane_sums) {
+  Float<LANES> top[ROWS], excess = broadcast<LANES>(NO_LOGIT);
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) {
+    top[r] = logits[r][0];
+#pragma GCC unroll 4
+    for (int v = 1; v < VECS; ++v) top[r] = larger<LANES>(logits[r][v], top[r]);
+    excess = larger<LANES>(top[r] - row_max[r], excess);
+  }
+  if (largest_lane<LANES>(excess) > SLACK) {
+    for (int r = 0; r < ROWS; ++r) {
+      const float max = std::max(row_max[r], largest_lane<LANES>(top[r]));
+      const Float<LANES> rescale = exp2_limited<LANES>(broadcast<LANES>(row_max[r] - max));
+      store<LANES>(lane_sums + r * LANES, load<LANES>(lane_sums + r * LANES) * rescale);
+      row_max[r] = max;
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) {
+    Float<LANES> sum = load<LANES>(lane_sums + r * LANES);
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) sum += exp2_limited<LANES>(logits[r][v] - row_max[r]);
+    store<LANES>(lane_sums + r * LANES, sum);
+  }
+}
+
+template <int LANES, int VECS>
+KVEVICT_INLINE void find_softmax(const Job& job, int64_t task, const Span& span, float* scratch) {
+  float* keys = scratch;
+  float* lane_sums = keys + TILE_TOKENS * job.head_size;
+  float* row_max = job.row_max + task * job.group_rows();
+  std::fill(row_max, row_max + job.group_rows(), NO_LOGIT);
+  std::fill(lane_sums, lane_sums + job.group_rows() * LANES, 0.0f);
+  for (int64_t done = 0; done < span.count; done += TILE_TOKENS) {
+    const Span tile{span.item, span.first + done, std::min(TILE_TOKENS, span.count - done)};
+    with_key_type(job, [&](auto element) KVEVICT_INLINE_LAMBDA { load_keys<decltype(element), LANES>(job, tile, keys); });
+    for (int64_t row = 0; row < job.group_rows(); row += ROWS) {
+      for (int64_t token = 0; token < tile.count; token += VECS * LANES) {
+        Float<LANES> logits[ROWS][VECS];
+        compute_logits<LANES, VECS>(job, tile, keys, token, row, logits);
+        update_softmax<LANES, VECS>(logits, row_max + row, lane_sums + row * LANES);
+      }
+    }
+  }
+  for (int64_t row = 0; row < job.group_rows(); ++row)
+    job.row_sum[task * job.group_rows() + row] = sum_lanes<LANES>(load<LANES>(lane_sums + row * LANES));
+}
+
+template <int LANES>
+KVEVICT_INLINE void find_largest_norm(const Job& job, int64_t task, const Span& span, float* norms) {
+  const int64_t count = std::clamp<int64_t>(job.num_scored(span.item) - span.first, 0, span.count);
+  with_key_type(job, [&](auto element) KVEVICT_INLINE_LAMBDA {
+    load_value_norms<decltype(element), LANES>(job, Span{span.item, span.first, count}, norms);
+  });
+  float largest = 0.0f;
+  for (int64_t token = 0; token < count; ++token) largest = larger_or_nan(norms[token], largest);
+  job.task_norm[task] = largest;
+}
+
+KVEVICT_INLINE void merge_softmax(const Job& job, int64_t item) {
+  const int64_t num_tasks = (job.kv_len(item) + TASK_TOKENS - 1) / TASK_TOKENS, stride = job.group_rows();
+  for (int64_t row = 0; row < job.group_rows(); row += ROWS) {
+    const int64_t first = item * job.tasks_per_head * stride + row;
+    Float<ROWS> max = broadcast<ROWS>(NO_LOGIT), sum = {};
+    for (int64_t task = 0; task < num_tasks; ++task)
+      max = larger<ROWS>(load<ROWS>(job.row_max + first + task * stride), max);
+    for (int64_t task = 0; task < num_tasks; ++task) {
+      const int64_t at = first + task * stride;
+      sum += load<ROWS>(job.row_sum + at) * exp2_limited<ROWS>(load<ROWS>(job.row_max + at) - max);
+    }
+    Float<ROWS> weight = job.query_weight / sum;
+    for (int r = 0; r < ROWS; ++r)
+      if ((row + r) % job.rows >= job.window) weight[r] = 0.0f;
+    store<ROWS>(job.final_max + item * stride + row, max);
+    store<ROWS>(job.final_weight + item * stride + row, weight);
+  }
+}
+
+// Writes the finished sums of a tile's columns, reduced over the group; those that do not count are zero.
+template <int LANES, int VECS>
+KVEVICT_INLINE void sum_columns(const Job& job, const Span& tile, const float* keys, float* out) {
+  const float* final_max = job.final_max + tile.item * job.group_rows();
+  const float* final_weight = job.final_weight + tile.item * job.group_rows();
+  for (int64_t token = 0; token < tile.count; token += VECS * LANES) {
+    Float<LANES> reduced[VECS] = {};
+    for (int64_t head = 0; head < job.group(); ++head) {
+      Float<LANES> sums[VECS] = {};
+      for (int64_t row = head * job.rows; row < (head + 1) * job.rows; row += ROWS) {
+        Float<LANES> logits[ROWS][VECS];
+        compute_logits<LANES, VECS>(job, tile, keys, token, row, logits);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < VECS; ++v)
+            sums[v] += exp2_limited<LANES>(logits[r][v] - final_max[row + r]) * final_weight[row + r];
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v)
+        reduced[v] = job.group_code == GROUP_MAX ? larger_or_nan(sums[v], reduced[v]) : reduced[v] + sums[v];
+    }
+    const int64_t live = std::min<int64_t>(VECS * LANES, job.num_scored(tile.item) - tile.first - token);
+    float columns[VECS * LANES];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) store<LANES>(columns + v * LANES, reduced[v]);
+    for (int64_t t = 0; t < live; ++t) out[token + t] = columns[t];
+  }
+}
+
+template <int LANES, int VECS>
+KVEVICT_INLINE void sum_task_columns(const Job& job, const Span& span, float* keys) {
+  const int64_t count = std::clamp<int64_t>(job.num_scored(span.item) - span.first, 0, span.count);
+  float* out = job.columns + span.item * job.column_stride + job.pool_reach() + span.first;
+  for (int64_t done = 0; done < count; done += TILE_TOKENS) {
+    const Span tile{span.item, span.first + done, std::min(TILE_TOKENS, count - done)};
+    with_key_type(job, [&](auto element) KVEVICT_INLINE_LAMBDA { load_keys<decltype(element), LANES>(job, tile, keys); });
+    sum_columns<LANES, VECS>(job, tile, keys, out + done);
+  }
+}
+
+// Pools and weights the columns of a task; what is not scored becomes zero.
+template <int LANES>
+KVEVICT_INLINE void finish(const Job& job, const Span& span, float* norms) {
+  const int64_t count = std::clamp<int64_t>(job.num_scored(span.item) - span.first, 0, span.count);
+  float weight = 1.0f;
+  if (job.weight_code == VALUE_NORM)
+    with_key_type(job, [&](auto element) KVEVICT_INLINE_LAMBDA {
+      load_value_norms<decltype(element), LANES>(job, Span{span.item, span.first, count}, norms);
+    });
+  if (job.weight_code == LARGEST_VALUE_NORM) {
+    const float* task_norm = job.task_norm + span.item * job.tasks_per_head;
+    const int64_t num_tasks = (job.kv_len(span.item) + TASK_TOKENS - 1) / TASK_TOKENS;
+    weight = 0.0f;
+    for (int64_t task = 0; task < num_tasks; ++task) weight = larger_or_nan(task_norm[task], weight);
+  }
+  if (job.pool_code == POOL_AVG) weight /= static_cast<float>(job.pool_kernel);
+  const float* columns = job.columns + span.item * job.column_stride + span.first;
+  float* out = job.scores + span.item * job.max_kv_len + span.first;
+  for (int64_t token = 0; token < count; token += LANES) {
+    Float<LANES> pooled = load<LANES>(columns + token);
+    for (int64_t near = 1; near < job.pool_kernel; ++near) {
+      const Float<LANES> column = load<LANES>(columns + token + near);
+      pooled = job.pool_code == POOL_MAX ? larger_or_nan(column, pooled) : pooled + column;
+    }
+    pooled *= weight;
+    if (job.weight_code == VALUE_NORM) pooled *= load<LANES>(norms + token);
+    float scores[LANES];
+    store<LANES>(scores, pooled);
+    std::copy(scores, scores + std::min<int64_t>(LANES, count - token), out + token);
+  }
+  std::fill(out + count, out + std::min(TASK_TOKENS, job.max_kv_len - span.first), 0.0f);
+}
+
+template <int LANES, int VECS>
+KVEVICT_INLINE void run_stage(const Job& job, Stage stage, int64_t index, float* scratch) {
+  if (stage == Stage::MERGE_SOFTMAX) return merge_softmax(job, index);
+  if (stage == Stage::PACK_QUERY) {
+    if (job.query_dtype == BFLOAT16) return pack_query<BFloat16>(job, index);
+    if (job.query_dtype == FLOAT16) return pack_query<Float16>(job, index);
+    return pack_query<float>(job, index);
+  }
+  const int64_t item = index / job.tasks_per_head, first = index % job.tasks_per_head * TASK_TOKENS;
+  const Span span{item, first, std::clamp<int64_t>(job.kv_len(item) - first, 0, TASK_TOKENS)};
+  float* norms = scratch + TILE_TOKENS * job.head_size + job.group_rows() * LANES;
+  if (stage == Stage::FINISH) return finish<LANES>(job, span, norms);
+  if (stage == Stage::SUM_COLUMNS) return sum_task_columns<LANES, VECS>(job, span, scratch);
+  find_softmax<LANES, VECS>(job, index, span, scratch);
+  if (job.weight_code == LARGEST_VALUE_NORM) find_largest_norm<LANES>(job, index, span, norms);
+}
+
+using RunStage = void (*)(const Job&, Stage, int64_t, float*);
+
+#if defined(__x86_64__)
+KVEVICT_TARGET_V4 void run_stage_v4(const Job& job, Stage stage, int64_t index, float* scratch) {
+  run_stage<16, 4>(job, stage, index, scratch);
+}
+KVEVICT_TARGET_V3 void run_stage_v3(const Job& job, Stage stage, int64_t index, float* scratch) {
+  run_stage<8, 2>(job, stage, index, scratch);
+}
+void run_stage_baseline(const Job& job, Stage stage, int64_t index, float* scratch) {
+  run_stage<4, 2>(job, stage, index, scratch);
+}
+RunStage choose(int32_t lanes) { return lanes == 16 ? run_stage_v4 : lanes == 8 ? run_stage_v3 : run_stage_baseline; }
+#else
+void run_stage_baseline(const Job& job, Stage stage, int64_t index, float* scratch) {
+  run_stage<4, 4>(job, stage, index, scratch);
+}
+RunStage choose(int32_t) { return run_stage_baseline; }
+#endif
+
+struct AlignedDelete {
+  void operator()(float* data) const { ::operator delete[](data, std::align_val_t(64)); }
+};
+using Buffer = std::unique_ptr<float[], AlignedDelete>;
+
+Buffer allocate(int64_t count) {
+  void* data = ::operator new[](static_cast<size_t>(count) * sizeof(float), std::align_val_t(64), std::nothrow);
+  return Buffer(static_cast<float*>(data));
+}
+
+void run_all_stages(const Job& job, RunStage run, float* scratch, int64_t thread_scratch) {
+#pragma omp parallel
+  {
+    float* own = scratch + omp_get_thread_num() * thread_scratch;
+#pragma omp for
+    for (int64_t item = 0; item < job.num_items(); ++item) {
+      float* columns = job.columns + item * job.column_stride;
+      std::fill(columns, columns + job.column_stride, 0.0f);
+      run(job, Stage::PACK_QUERY, item, own);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < job.num_tasks(); ++task) run(job, Stage::FIND_SOFTMAX, task, own);
+#pragma omp for
+    for (int64_t item = 0; item < job.num_items(); ++item) run(job, Stage::MERGE_SOFTMAX, item, own);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < job.num_tasks(); ++task) run(job, Stage::SUM_COLUMNS, task, own);
+#pragma omp for
+    for (int64_t task = 0; task < job.num_tasks(); ++task) run(job, Stage::FINISH, task, own);
+  }
+}
+
+}  // namespace
+}  // namespace kvevict
+
+// Returns 0, or 1 when scratch memory could not be allocated. Strides count elements; the caller has checked shapes,
+// strides, lengths and page ids.
+extern "C" __attribute__((visibility("default"))) int32_t kvevict_window_scores(
+    const void* query, int64_t query_stride_req, int64_t query_stride_token, int64_t query_stride_head,
+    const void* keys, int64_t key_stride_page, int64_t key_stride_token, int64_t key_stride_dim,
+    const void* values, int64_t value_stride_page, int64_t value_stride_token, int64_t value_stride_dim,
+    const int64_t* page_table, int64_t page_table_stride_req, int64_t page_table_stride_head,
+    const int64_t* kv_lens, float* scores,
+    int32_t query_dtype, int32_t key_dtype,
+    int64_t num_reqs, int64_t window, int64_t num_heads, int64_t num_kv_heads, int64_t head_size,
+    int64_t value_head_size, int64_t block_size, int64_t max_kv_len, int64_t num_unscored,
+    float scale, float query_weight, float value_scale,
+    int32_t group_code, int32_t pool_code, int32_t weight_code, int64_t pool_kernel) {
+  using namespace kvevict;
+  Job job{query, query_stride_req, query_stride_token, query_stride_head,
+          {keys, key_stride_page, key_stride_token, key_stride_dim},
+          {values, value_stride_page, value_stride_token, value_stride_dim},
+          page_table, page_table_stride_req, page_table_stride_head,
+          kv_lens, scores,
+          query_dtype, key_dtype,
+          num_reqs, window, num_heads, num_kv_heads, head_size,
+          value_head_size, block_size, max_kv_len, num_unscored,
+          scale, query_weight, value_scale,
+          group_code, pool_code, weight_code, pool_kernel};
+  const int32_t lanes = usable_lanes();
+  job.rows = (window + ROWS - 1) / ROWS * ROWS;
+  job.tasks_per_head = (max_kv_len + TASK_TOKENS - 1) / TASK_TOKENS;
+  // A vector may be loaded that starts at the last column and reaches over the pool.
+  job.column_stride = max_kv_len + pool_kernel + lanes;
+
+  const int64_t final_count = job.num_items() * job.group_rows();
+  const int64_t query_count = final_count * head_size;
+  const int64_t partial_count = final_count * job.tasks_per_head;
+  const int64_t thread_scratch = Job::thread_scratch(head_size, job.group_rows(), lanes);
+  const Buffer buffer =
+      allocate(query_count + 2 * partial_count + 2 * final_count + job.num_tasks() +
+               job.num_items() * job.column_stride + omp_get_max_threads() * thread_scratch);
+  if (!buffer) return 1;
+  job.packed_query = buffer.get();
+  float* scratch = job.packed_query + query_count;
+  job.row_max = scratch + omp_get_max_threads() * thread_scratch;
+  job.row_sum = job.row_max + partial_count;
+  job.final_max = job.row_sum + partial_count;
+  job.final_weight = job.final_max + final_count;
+  job.task_norm = job.final_weight + final_count;
+  job.columns = job.task_norm + job.num_tasks();
+  run_all_stages(job, choose(lanes), scratch, thread_scratch);
+  return 0;
+}

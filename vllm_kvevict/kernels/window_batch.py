@@ -1,0 +1,139 @@
+"""What ``window_scores`` is given: the last queries of a batch, its cache, and how attention becomes scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+# The numbers are those of `enum Dtype` in csrc/cpu/element.hpp and of the other enums in csrc/cpu/window_scores.cpp.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.float8_e5m2: 4}
+GROUP_CODES = {"sum": 0, "mean": 0, "max": 1}
+POOL_CODES = {"max": 0, "avg": 1}
+WEIGHT_CODES = {"none": 0, "value_norm": 1, "largest_value_norm": 2}
+QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class WindowBatch:
+    """The last queries of several requests and one layer of their cache. Read only.
+
+    query:       [num_reqs, window, num_heads, head_size] float32 | bfloat16 | float16, RoPE applied, last dimension
+                 contiguous. Query i is the token at cache index kv_len - window + i and sees the keys up to itself.
+    keys:        [num_pages, block_size, head_size], dtype of the query or float8_e4m3fn | float8_e5m2, RoPE applied: a
+                 view of the whole pool of pages, a page being block_size tokens of one KV head. The token or the
+                 head_size dimension is contiguous.
+    values:      [num_pages, block_size, value_head_size] likewise, last dimension contiguous; read for a weight only
+    page_table:  [num_reqs, num_kv_heads, max_pages] int64, page id of each logical page of each KV head. Entries past
+                 ceil(kv_len / block_size) and slots past kv_len are never read.
+    kv_lens:     [num_reqs] int64, contiguous, tokens in the cache, at least window
+    max_kv_len:  the largest of them, or more
+    scale:       softmax scale, normally head_size ** -0.5; times what stored keys are to be multiplied by, if anything
+    value_scale: what stored values are to be multiplied by
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    page_table: torch.Tensor
+    kv_lens: torch.Tensor
+    max_kv_len: int
+    scale: float
+    value_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How the attention that a token gets from the queries and the heads of a group becomes one score.
+
+    group:       over the query heads of one KV head, of which each is a mean over the queries
+    pool:        how neighbours share what they get; beside what is scored "avg" counts zeros
+    pool_kernel: width in tokens of the pool, odd
+    weight:      what the pooled number is multiplied by: the l1 norm of the token's value, or the largest such norm of
+                 the tokens of its KV head that are scored
+    own_columns: whether the queries' own tokens are scored too; if not, they lend nothing to their neighbours
+    """
+
+    group: Literal["mean", "max", "sum"] = "mean"
+    pool: Literal["max", "avg"] = "max"
+    pool_kernel: int = 1
+    weight: Literal["none", "value_norm", "largest_value_norm"] = "none"
+    own_columns: bool = False
+
+    def query_weight(self, window: int, group: int) -> float:
+        """What one probability counts in the sum over a group, or in a sum of which the maximum is taken."""
+        return 1 / (window * group) if self.group == "mean" else 1 / window
+
+    def num_unscored(self, window: int) -> int:
+        """Tokens at the end of a request that get no score."""
+        return 0 if self.own_columns else window
+
+
+def check_arguments(batch: WindowBatch, reduction: Reduction) -> None:
+    """Raise ValueError unless the arguments are as documented, as far as it shows without reading a tensor."""
+    query, keys, values, page_table, kv_lens = batch.query, batch.keys, batch.values, batch.page_table, batch.kv_lens
+    if query.dim() != 4 or 0 in query.shape or query.stride(3) != 1:
+        raise ValueError(
+            "`query`: expected [num_reqs, window, num_heads, head_size] with a contiguous last dimension, "
+            f"got shape {tuple(query.shape)}, strides {query.stride()}."
+        )
+    if query.dtype not in QUERY_DTYPES:
+        raise ValueError(f"`query`: expected dtype {' or '.join(map(str, QUERY_DTYPES))}, got {query.dtype}.")
+    num_reqs, window, num_heads, head_size = query.shape
+    if keys.dim() != 3 or 0 in keys.shape or keys.shape[2] != head_size:
+        raise ValueError(f"`keys`: expected [num_pages, block_size, {head_size}], got shape {tuple(keys.shape)}.")
+    if keys.dtype not in (query.dtype, *FLOAT8_DTYPES) or keys.device != query.device:
+        raise ValueError(
+            f"`keys`: expected {query.dtype}, or an 8-bit float, on {query.device}; got {keys.dtype} on {keys.device}."
+        )
+    if 1 not in keys.stride()[1:]:
+        raise ValueError(f"`keys`: expected a contiguous token or head_size dimension, got strides {keys.stride()}.")
+    if values.dim() != 3 or values.shape[:2] != keys.shape[:2] or values.stride(2) != 1:
+        raise ValueError(
+            f"`values`: expected [{keys.shape[0]}, {keys.shape[1]}, value_head_size] with a contiguous last dimension, "
+            f"got shape {tuple(values.shape)}, strides {values.stride()}."
+        )
+    if values.dtype != keys.dtype or values.device != keys.device:
+        raise ValueError(f"`values`: expected {keys.dtype} on {keys.device}; got {values.dtype} on {values.device}.")
+    if page_table.dim() != 3 or len(page_table) != num_reqs or 0 in page_table.shape or num_heads % page_table.shape[1]:
+        raise ValueError(
+            f"`page_table`: expected [{num_reqs}, num_kv_heads, max_pages] where num_kv_heads divides {num_heads} "
+            f"query heads, got shape {tuple(page_table.shape)}."
+        )
+    if page_table.dtype != torch.int64 or page_table.device != query.device or page_table.stride(2) != 1:
+        raise ValueError(
+            f"`page_table`: expected int64 on {query.device} with contiguous rows, "
+            f"got {page_table.dtype} on {page_table.device}, strides {page_table.stride()}."
+        )
+    is_vector = kv_lens.shape == (num_reqs,) and kv_lens.is_contiguous()
+    if not is_vector or kv_lens.dtype != torch.int64 or kv_lens.device != query.device:
+        raise ValueError(
+            f"`kv_lens`: expected contiguous [{num_reqs}] int64 on {query.device}, "
+            f"got {kv_lens.dtype} {tuple(kv_lens.shape)} on {kv_lens.device}."
+        )
+    if not window <= batch.max_kv_len <= page_table.shape[2] * keys.shape[1]:
+        raise ValueError(
+            f"`max_kv_len`: expected {window} (window) to {page_table.shape[2] * keys.shape[1]} (page table) tokens, "
+            f"got {batch.max_kv_len}."
+        )
+    if reduction.pool_kernel < 1 or reduction.pool_kernel % 2 == 0:
+        raise ValueError(f"`reduction.pool_kernel`: expected an odd number, at least 1, got {reduction.pool_kernel}.")
+    for name, codes in (("group", GROUP_CODES), ("pool", POOL_CODES), ("weight", WEIGHT_CODES)):
+        if getattr(reduction, name) not in codes:
+            expected = " or ".join(map(repr, codes))
+            raise ValueError(f"`reduction.{name}`: expected {expected}, got {getattr(reduction, name)!r}.")
+
+
+def check_lengths(batch: WindowBatch) -> None:
+    """Raise ValueError unless every length and every page id that is read is as documented."""
+    window, (num_pages, block_size) = batch.query.shape[1], batch.keys.shape[:2]
+    for pages, kv_len in zip(batch.page_table, batch.kv_lens.tolist(), strict=True):
+        if not window <= kv_len <= batch.max_kv_len:
+            raise ValueError(f"`kv_lens`: expected {window} (window) to {batch.max_kv_len} tokens, got {kv_len}.")
+        lowest, highest = pages[:, : -(-kv_len // block_size)].aminmax()
+        if lowest < 0 or highest >= num_pages:
+            raise ValueError(
+                f"`page_table`: expected page ids 0 to {num_pages - 1}, got {int(lowest)} to {int(highest)}."
+            )
