@@ -17,8 +17,8 @@ struct Job {
   PagedKeys keys;
   int32_t query_dtype;
   int64_t num_queries, num_heads, num_kv_heads, kv_len;
-  // The blocks of rows of a KV head are dealt to this many sums, which are added in a fixed order: results do not depend
-  // on the number of threads.
+  // The blocks of rows of a KV head are dealt to this many sums, which are added in a fixed order: results do not
+  // depend on the number of threads.
   int64_t parts_per_head;
   float scale;
 
