@@ -114,7 +114,7 @@ KVEVICT_INLINE int64_t load_unrotated(const Job& job, int64_t kv_head, int64_t t
   return count;
 }
 
-// out[i][j] += sum over k of left[k * left_step + i * left_stride] * right[k][j], for ROWS rows and 2 vectors of columns
+// out[i][j] += sum over k of left[k * left_step + i * left_stride] * right[k][j], ROWS rows by 2 vectors
 template <int LANES, int ROWS>
 KVEVICT_INLINE void multiply_add(const double* left, int64_t left_step, int64_t left_stride, const double* right,
                                  int64_t right_width, int64_t depth, double* out, int64_t out_width) {
