@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.llama_layer import make_llama_layer
-from vllm_kvevict.policies import Need, base
+from vllm_kvevict.policies import Need, h2o
 from vllm_kvevict.policies.h2o import H2O
 
 # Sums of float32 probabilities whose logits, a few tens, are off by some 1e-6: the exponential makes that relative.
@@ -60,17 +60,15 @@ def test_every_query_hands_out_one(layer):
 
 
 @torch.no_grad()
-def test_a_huge_chunk_is_looked_at_in_pieces(layer, monkeypatch):
+def test_a_chunk_is_looked_at_in_one_go(layer, monkeypatch):
     seen = []
 
-    def record(batch, reduction):
-        assert reduction.own_columns
-        seen.append((batch.query.shape[1], int(batch.kv_lens)))
-        return torch.zeros(1, 2, batch.max_kv_len)
+    def record(query, keys, page_table, kv_len, scale, sums):
+        seen.append((len(query), kv_len))
 
-    monkeypatch.setattr(base, "window_scores", record)
+    monkeypatch.setattr(h2o, "streaming_sums", record)
     layer.inputs(H2O(), [700, 600])
-    assert seen == [(256, 256), (256, 512), (188, 700), (256, 956), (256, 1212), (88, 1300)]
+    assert seen == [(700, 700), (600, 1300)]
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
+from vllm_kvevict.kernels.chunk_attention import chunk_attention
+from vllm_kvevict.kernels.leverage import leverage
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
-from vllm_kvevict.policies.rotary import Rotary
 
 _NO_BUDGET_WEIGHT = 0.35  # kvpress's weight where it knows no compression ratio
 
@@ -189,16 +190,10 @@ class Compactor(EvictionPolicy):
 
     def _attention(self, queries: torch.Tensor, inputs: ScoreInputs, start: int) -> torch.Tensor:
         """Return [num_kv_heads, len(queries)], what tokens from ``start`` on receive from each other."""
-        num_tokens, end = len(queries), start + len(queries)
-        keys = inputs.gather_keys(start, end)
-        grouped = queries.float().transpose(0, 1).unflatten(0, (inputs.num_kv_heads, -1)).flatten(1, 2)
-        logits = grouped @ keys.transpose(1, 2)  # [num_kv_heads, group * num_tokens, num_tokens]
-        if self.scale_logits:
-            logits *= inputs.scale
-        received = logits.softmax(-1).unflatten(1, (-1, num_tokens)).sum(dim=2)
-        reduced: torch.Tensor = received.amax(dim=1) if self.group == "max" else received.mean(dim=1)
+        scale = inputs.weights.key_scale * (inputs.scale if self.scale_logits else 1.0)
+        reduced = chunk_attention(queries, inputs.keys, inputs.page_table, start, scale, self.group)
         if self.value_norm:
-            reduced *= inputs.gather_values(start, end).norm(dim=-1)
+            reduced *= inputs.gather_values(start, start + len(queries)).norm(dim=-1)
         return reduced
 
     def _blocks(self, first: int, last: int) -> Iterator[tuple[int, int]]:
@@ -215,31 +210,11 @@ class Compactor(EvictionPolicy):
         if rotary is None:
             raise ValueError("compactor: expected the rotary embedding among the weights, got none")
         sketch = gaussian_sketch(inputs.keys.shape[2], self.sketch_rank, self.seed).to(inputs.keys.device)
-        leverage = inputs.keys.new_empty(inputs.num_kv_heads, last - first, dtype=torch.float32)
-        for block in self._blocks(first, last):
-            mean, whitening = self._whitening(inputs, rotary, sketch, block)
-            for start, end in inputs.tiles(*block):
-                centred = _sketched_keys(inputs, rotary, sketch, start, end) - mean
-                leverage[:, start - first : end - first] = (centred @ whitening).square().sum(dim=-1)
-        return leverage
-
-    def _whitening(
-        self, inputs: ScoreInputs, rotary: Rotary, sketch: torch.Tensor, block: tuple[int, int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean of a block's sketched keys and W with W W^T = (X^T X + ridge I)^-1 on the range of X.
-
-        Sums and moments are float64, in which one pass over the keys is enough.
-        """
-        total, moment = torch.zeros((), device=sketch.device), torch.zeros((), device=sketch.device)
-        for start, end in inputs.tiles(*block):
-            rows = _sketched_keys(inputs, rotary, sketch, start, end)
-            total, moment = total + rows.sum(dim=1, keepdim=True), moment + rows.mT @ rows
-        mean = total / (block[1] - block[0])  # [num_kv_heads, 1, sketch_rank]
-        gram = torch.nan_to_num(moment - mean.mT @ total, 0.0, 0.0, 0.0)
-        values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
-        above = values > 1e-12 * values[:, -1:]
-        inverse = torch.where(above, (values + self.ridge).rsqrt(), 0.0)
-        return mean, vectors * inverse[:, None]
+        parts = [
+            leverage(inputs.keys, inputs.page_table, *block, rotary, sketch, self.ridge, inputs.weights.key_scale)
+            for block in self._blocks(first, last)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _standardise(self, scores: torch.Tensor, blocks: list[tuple[int, int]]) -> None:
         """Shift and scale ``scores`` [num_kv_heads, num_tokens] in place, per block, to mean 0 and variance 1.
@@ -262,12 +237,6 @@ def gaussian_sketch(head_size: int, rank: int, seed: int) -> torch.Tensor:
     """Return [head_size, rank] float64, independent entries of variance 1 / rank, the same on every machine."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(head_size, rank, generator=generator, dtype=torch.float64) / math.sqrt(rank)
-
-
-def _sketched_keys(inputs: ScoreInputs, rotary: Rotary, sketch: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """Return [num_kv_heads, end - start, rank] float64, the keys before their rotation, times the sketch."""
-    positions = torch.arange(start, end, device=inputs.keys.device)
-    return rotary.unrotate(inputs.gather_keys(start, end), positions).double() @ sketch
 
 
 def _is_weight(value: Any) -> bool:

@@ -7,11 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from vllm_kvevict.kernels.window_batch import Reduction
+from vllm_kvevict.kernels.streaming_sums import streaming_sums
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs, StepInputs
-
-# Queries that are looked at in one go, so that the kernel's scratch memory does not grow with the chunk.
-MAX_QUERIES = 256
 
 
 @POLICIES.register("h2o")
@@ -53,15 +50,11 @@ class H2O(EvictionPolicy):
 
     def observe(self, state: Any, inputs: ScoreInputs) -> torch.Tensor:
         """Return [num_kv_heads, kv_len] float32, the attention that each token got so far, mean over the group."""
-        num_kv_heads, num_queries = inputs.num_kv_heads, len(inputs.query)
-        sums = inputs.query.new_zeros(num_kv_heads, inputs.kv_len, dtype=torch.float32)
+        sums = inputs.query.new_zeros(inputs.num_kv_heads, inputs.kv_len, dtype=torch.float32)
         if state is not None:
             sums[:, : state.shape[1]] = state
-        for start in range(0, num_queries, MAX_QUERIES):
-            query = inputs.query[start : start + MAX_QUERIES]
-            seen = inputs.kv_len - num_queries + start + len(query)
-            means = inputs.window_scores(query, seen, Reduction("mean", own_columns=True))
-            sums[:, :seen].add_(means, alpha=len(query))
+        scale = inputs.scale * inputs.weights.key_scale
+        streaming_sums(inputs.query, inputs.keys, inputs.page_table, inputs.kv_len, scale, sums)
         return sums
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
@@ -77,7 +70,8 @@ class H2O(EvictionPolicy):
         return sums + attention
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        return 12 * num_kv_heads  # the attention of a piece of a chunk, what it was made of, and the new sums
+        # the sums of the parts that the CPU kernel adds up, and the new sums beside the old ones
+        return 4 * (num_kv_heads + 15) + 8 * num_kv_heads
 
     def state_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         return 4 * num_kv_heads

@@ -1,0 +1,99 @@
+// The attention that consecutive queries pay to the keys they see, added up per KV head. Contract:
+// kernels/streaming_sums.py.
+//
+// A row is one query of one head, the heads of a group side by side, so that 64 rows share keys and much of their past.
+
+#include <omp.h>
+
+#include "attention_block.hpp"
+#include "isa.hpp"
+
+namespace kvevict {
+namespace {
+
+struct Job {
+  const void* query;
+  int64_t query_stride_token, query_stride_head;
+  PagedKeys keys;
+  int32_t query_dtype;
+  int64_t num_queries, num_heads, num_kv_heads, kv_len;
+  // The blocks of rows of a KV head are dealt to this many sums, which are added in a fixed order: results do not
+  // depend on the number of threads.
+  int64_t parts_per_head;
+  float scale;
+
+  int64_t group() const { return num_heads / num_kv_heads; }
+  int64_t num_rows() const { return num_queries * group(); }
+  int64_t num_blocks() const { return (num_rows() + BLOCK_ROWS - 1) / BLOCK_ROWS; }
+};
+
+template <int LANES, int TOKENS>
+KVEVICT_INLINE void run_part(const Job& job, int64_t part, const BlockScratch& scratch, float* columns) {
+  const int64_t kv_head = part / job.parts_per_head;
+  std::fill(columns, columns + job.kv_len, 0.0f);
+  Rows rows;
+  for (int64_t block = part % job.parts_per_head; block < job.num_blocks(); block += job.parts_per_head) {
+    rows.count = std::min(BLOCK_ROWS, job.num_rows() - block * BLOCK_ROWS);
+    for (int64_t row = 0; row < rows.count; ++row) {
+      const int64_t token = (block * BLOCK_ROWS + row) / job.group();
+      const int64_t head = kv_head * job.group() + (block * BLOCK_ROWS + row) % job.group();
+      rows.offset[row] = token * job.query_stride_token + head * job.query_stride_head;
+      rows.last_seen[row] = static_cast<int32_t>(job.kv_len - job.num_queries + token);
+    }
+    pack_rows(job.query, job.query_dtype, rows, job.keys.head_size, job.scale, scratch.query);
+    attend<LANES, TOKENS>(job.keys, kv_head, 0, rows, 1.0f / static_cast<float>(job.group()), scratch, columns);
+  }
+}
+
+using RunPart = void (*)(const Job&, int64_t, const BlockScratch&, float*);
+
+void run_part_baseline(const Job& job, int64_t part, const BlockScratch& scratch, float* columns) {
+  run_part<4, 4>(job, part, scratch, columns);
+}
+#if defined(__x86_64__)
+KVEVICT_TARGET_V4 void run_part_v4(const Job& job, int64_t part, const BlockScratch& scratch, float* columns) {
+  run_part<16, 8>(job, part, scratch, columns);
+}
+KVEVICT_TARGET_V3 void run_part_v3(const Job& job, int64_t part, const BlockScratch& scratch, float* columns) {
+  run_part<8, 4>(job, part, scratch, columns);
+}
+RunPart choose(int32_t lanes) { return lanes == 16 ? run_part_v4 : lanes == 8 ? run_part_v3 : run_part_baseline; }
+#else
+RunPart choose(int32_t) { return run_part_baseline; }
+#endif
+
+}  // namespace
+}  // namespace kvevict
+
+// Returns 0, or 1 when scratch memory could not be allocated. Strides count elements; the caller has checked shapes,
+// strides and page ids. `columns` is scratch memory, [num_kv_heads, parts_per_head, kv_len], contiguous.
+extern "C" __attribute__((visibility("default"))) int32_t kvevict_streaming_sums(
+    const void* query, int64_t query_stride_token, int64_t query_stride_head,
+    const void* keys, int64_t key_stride_page, int64_t key_stride_token, int64_t key_stride_dim,
+    const int64_t* page_table, int64_t page_table_stride_head,
+    float* sums, int64_t sums_stride_head, float* columns, int64_t parts_per_head,
+    int32_t query_dtype, int32_t key_dtype, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads,
+    int64_t head_size, int64_t block_size, int64_t kv_len, float scale) {
+  using namespace kvevict;
+  const PagedKeys paged{keys, key_stride_page, key_stride_token, key_stride_dim,
+                        page_table, page_table_stride_head, key_dtype, block_size, head_size};
+  const Job job{query, query_stride_token, query_stride_head, paged, query_dtype,
+                num_queries, num_heads, num_kv_heads, kv_len, parts_per_head, scale};
+  const RunPart run = choose(usable_lanes());
+  const int64_t thread_floats = BlockScratch::size(head_size, kv_len);
+  const Buffer scratch = allocate(omp_get_max_threads() * thread_floats);
+  if (!scratch) return 1;
+#pragma omp parallel
+  {
+    const BlockScratch own(scratch.get() + omp_get_thread_num() * thread_floats, head_size, kv_len);
+#pragma omp for schedule(dynamic)
+    for (int64_t part = 0; part < num_kv_heads * parts_per_head; ++part) run(job, part, own, columns + part * kv_len);
+#pragma omp for
+    for (int64_t kv_head = 0; kv_head < num_kv_heads; ++kv_head)
+      for (int64_t part = 0; part < parts_per_head; ++part) {
+        const float* from = columns + (kv_head * parts_per_head + part) * kv_len;
+        for (int64_t token = 0; token < kv_len; ++token) sums[kv_head * sums_stride_head + token] += from[token];
+      }
+  }
+  return 0;
+}

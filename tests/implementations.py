@@ -1,0 +1,71 @@
+"""What tests of kernels that read keys through the page table share: scrambled pages, and each way to compute."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_kvevict.kernels.native import library
+
+IMPLEMENTATIONS = ["reference", "native-16", "native-8", "native-4", "triton"]
+
+
+@contextmanager
+def implementation(
+    name: str, launcher: Callable[..., Any], reference: Callable[..., Any], launch: Callable[..., Any]
+) -> Iterator[Callable[..., Any]]:
+    """Yield the function to test; native-16 is AVX-512, native-8 AVX2, native-4 SSE or NEON."""
+    if name == "reference":
+        yield reference
+        return
+    if name == "triton":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("CPU tensors need Triton's interpreter, which is off where there is a GPU")
+        yield launch
+        return
+    kernels = library()
+    if kernels is None:
+        pytest.skip("the CPU kernels are not built: run `python setup.py build_ext --inplace`")
+    lanes = int(name.removeprefix("native-"))
+    try:
+        if kernels.kvevict_limit_lanes(lanes) != lanes:
+            pytest.skip(f"this machine has no vectors of {lanes} floats")
+        yield launcher
+    finally:
+        kernels.kvevict_limit_lanes(16)
+
+
+def scrambled_keys(
+    num_kv_heads: int,
+    tokens: range,
+    block_size: int,
+    head_size: int,
+    dtype: torch.dtype = torch.float32,
+    packing: str = "plain",
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return keys, page table and the dense keys [num_kv_heads, len(tokens), head_size] of ``tokens``.
+
+    Whatever does not belong to them is NaN, and so are the values beside the keys; ids of other pages are out of range.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    first, last = tokens.start // block_size, -(-tokens.stop // block_size)
+    num_pages = (last - first) * num_kv_heads + 5
+    page_elements = block_size * head_size
+    storage = torch.full((num_pages, 2 * page_elements), float("nan"), dtype=dtype)
+    if packing == "transposed":
+        keys = storage[:, :page_elements].view(num_pages, head_size, block_size).transpose(1, 2)
+    else:
+        keys = storage.view(num_pages, block_size, 2 * head_size)[:, :, :head_size]
+    page_table = torch.full((num_kv_heads, last + 2), 2**60)
+    owned = torch.randperm(num_pages, generator=generator)[: (last - first) * num_kv_heads]
+    page_table[:, first:last] = owned.view(num_kv_heads, -1)
+    dense = torch.randn(num_kv_heads, len(tokens), head_size, generator=generator).to(dtype)
+    for index, token in enumerate(tokens):
+        keys[page_table[:, token // block_size], token % block_size] = dense[:, index]
+    return keys, page_table, dense

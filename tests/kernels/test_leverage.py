@@ -1,0 +1,177 @@
+"""leverage against a dense float64 formula, for every implementation that can run here."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.implementations import IMPLEMENTATIONS, scrambled_keys
+from tests.implementations import implementation as one_of
+from vllm_kvevict.kernels import leverage as module
+from vllm_kvevict.kernels.leverage import leverage, leverage_reference
+from vllm_kvevict.policies.rotary import Rotary
+
+# start, end, block_size, num_kv_heads, head_size, rotary_dim, rank; the last has a sketch of more columns than rows
+CASES = [
+    (0, 1, 16, 1, 16, 16, 8),
+    (5, 70, 16, 1, 12, 8, 7),
+    (31, 50, 32, 3, 20, 12, 8),
+    (3, 40, 64, 1, 16, 8, 18),
+]
+NAMES = "start, end, block_size, num_kv_heads, head_size, rotary_dim, rank"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+# The leverage is at most 1. Keys are turned back in float32, whose rounding, 1e-7 of a key, the inverse amplifies by
+# the condition of X, below 100 here.
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> Iterator[object]:
+    def launch(keys, page_table, start, end, rotary, sketch, ridge, key_scale=1.0):
+        return module._launch(keys, page_table, start, end, rotary, sketch, ridge, key_scale)
+
+    with one_of(request.param, leverage, leverage_reference, launch) as function:
+        yield function
+
+
+def make_inputs(
+    start,
+    end,
+    block_size,
+    num_kv_heads,
+    head_size,
+    rotary_dim,
+    rank,
+    dtype=torch.float32,
+    packing="plain",
+    is_neox=True,
+):
+    """Also the dense keys [num_kv_heads, end - start, head_size]; all others are NaN."""
+    keys, page_table, dense = scrambled_keys(num_kv_heads, range(start, end), block_size, head_size, dtype, packing)
+    angles = torch.arange(end + 3)[:, None] * torch.logspace(0, -2, rotary_dim // 2)
+    # YaRN's magnitude
+    rotary = Rotary(1.3 * torch.cat([angles.cos(), angles.sin()], dim=1), is_neox)
+    generator = torch.Generator().manual_seed(1)
+    sketch = torch.randn(head_size, rank, generator=generator, dtype=torch.float64)
+    return (keys, page_table, start, end, rotary, sketch), dense
+
+
+def dense_formula(dense, start, rotary, sketch, ridge):
+    """Head by head by the pseudo-inverse, in float64 but for the table of the rotation."""
+    leverages = []
+    for head in dense.double():
+        positions = torch.arange(start, start + len(head))
+        wide = Rotary(rotary.cos_sin.double(), rotary.is_neox_style)
+        x = wide.unrotate(head, positions) @ sketch
+        x = x - x.mean(0)
+        inverse = torch.linalg.pinv(x.T @ x + ridge * torch.eye(x.shape[1]), rtol=1e-12 if ridge == 0 else 0)
+        leverages.append((x @ inverse * x).sum(1))
+    return torch.stack(leverages).float()
+
+
+@pytest.mark.parametrize("packing", ["plain", "transposed"])
+@pytest.mark.parametrize("is_neox", [True, False], ids=["neox", "gptj"])
+@pytest.mark.parametrize(NAMES, CASES)
+def test_equals_dense_formula(
+    implementation, start, end, block_size, num_kv_heads, head_size, rotary_dim, rank, is_neox, packing
+):
+    sizes = start, end, block_size, num_kv_heads, head_size, rotary_dim, rank
+    inputs, dense = make_inputs(*sizes, packing=packing, is_neox=is_neox)
+    actual = implementation(*inputs, 0.0)
+    assert actual.dtype == torch.float32
+    assert actual.shape == (num_kv_heads, end - start)
+    torch.testing.assert_close(actual, dense_formula(dense, start, *inputs[-2:], 0.0), **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_with_a_scale_and_a_ridge(implementation, dtype):
+    inputs, dense = make_inputs(3, 40, 16, 1, 16, 16, 8, dtype, "transposed")
+    expected = dense_formula(dense.float() * 0.3, 3, *inputs[-2:], 0.5)
+    torch.testing.assert_close(implementation(*inputs, 0.5, 0.3), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_rotary_table_of_16_bits(implementation, dtype):
+    inputs, dense = make_inputs(3, 40, 16, 1, 16, 16, 8)
+    table = Rotary(inputs[4].cos_sin.to(dtype), True)
+    expected = dense_formula(dense, 3, table, inputs[5], 0.0)
+    torch.testing.assert_close(implementation(*inputs[:4], table, inputs[5], 0.0), expected, **TOLERANCE)
+
+
+def test_keys_far_from_their_mean(implementation):
+    """Moments of keys whose mean is 100 times their deviation lose 4 of the 16 digits of float64."""
+    inputs, dense = make_inputs(3, 40, 16, 1, 16, 16, 8)
+    keys = inputs[0] + 100
+    expected = dense_formula(dense + 100, 3, *inputs[-2:], 0.0)
+    # keys themselves have lost 2 of the 7 digits of float32 when they are turned back
+    torch.testing.assert_close(implementation(keys, *inputs[1:], 0.0), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_inputs_stay_as_they_are(implementation):
+    inputs, _ = make_inputs(3, 40, 16, 1, 16, 16, 8, torch.bfloat16, "transposed")
+    tensors = [*inputs[:2], inputs[4].cos_sin, inputs[5]]
+    before = [tensor.clone() for tensor in tensors]
+    implementation(*inputs, 0.0)
+    for tensor, copy in zip(tensors, before, strict=True):
+        torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("implementation", ["native-16", "native-8", "native-4"], indirect=True)
+def test_does_not_depend_on_the_number_of_threads(implementation):
+    inputs, _ = make_inputs(3, 1500, 16, 2, 64, 64, 48)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(implementation(*inputs, 0.0))
+    finally:
+        torch.set_num_threads(threads)
+    assert results[0].equal(results[1])
+    assert results[0].equal(results[2])
+
+
+def replaced(**changes):
+    """Valid arguments with some replaced; a function replaces an argument by its result."""
+    inputs, _ = make_inputs(3, 40, 16, 2, 16, 16, 8)
+    named = dict(zip(("keys", "page_table", "start", "end", "rotary", "sketch"), inputs, strict=True))
+    named["ridge"] = 0.0
+    for name, change in changes.items():
+        named[name] = change(named[name]) if callable(change) else change
+    return named
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"keys": lambda keys: keys[0]}, "`keys`: expected floats .num_pages, block_size, head_size."),
+        ({"keys": lambda keys: keys.double()}, "`keys`: expected floats .* got torch.float64"),
+        ({"keys": lambda keys: keys.repeat_interleave(2, 2)[:, ::2, ::2]}, "`keys`: expected .* contiguous token or"),
+        ({"page_table": lambda table: table[0]}, "`page_table`: expected int64 .num_kv_heads, max_pages."),
+        ({"page_table": lambda table: table.int()}, "`page_table`: expected int64"),
+        ({"start": -1}, "`start`, `end`: expected a range of the 80 tokens .* 43 positions .* got -1 to 40"),
+        ({"start": 40}, "`start`, `end`: expected a range .* got 40 to 40"),
+        ({"end": 44}, "`start`, `end`: expected a range .* got 3 to 44"),
+        ({"page_table": lambda table: table - 1}, "`page_table`: expected page ids 0 to 10, got -1 to"),
+        ({"rotary": Rotary(torch.ones(50, 18), True)}, "`rotary`: expected .* at most 16 dimensions"),
+        ({"rotary": Rotary(torch.ones(50, 8).double(), True)}, "`rotary`: expected .* got torch.float64"),
+        ({"sketch": lambda sketch: sketch.float()}, "`sketch`: expected float64 .16, rank."),
+        ({"sketch": lambda sketch: sketch[1:]}, "`sketch`: expected float64 .16, rank."),
+    ],
+)
+def test_wrong_arguments(changes, message):
+    with pytest.raises(ValueError, match=message):
+        leverage(**replaced(**changes))
+
+
+def test_no_scratch_memory(monkeypatch):
+    monkeypatch.setattr(module, "function", lambda *_: lambda *_: 1)
+    with pytest.raises(MemoryError, match="no scratch memory for 2 heads of size 16"):
+        leverage(**replaced())
+
+
+def test_reference_without_library(monkeypatch):
+    inputs, dense = make_inputs(3, 40, 16, 2, 16, 16, 8)
+    monkeypatch.setattr(module, "function", lambda *_: None)
+    torch.testing.assert_close(leverage(*inputs, 0.0), dense_formula(dense, 3, *inputs[-2:], 0.0), **TOLERANCE)
