@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{arguments.entering} of {arguments.batch} requests enter a block, {arguments.layers} layers, ", end="")
     print(f"{arguments.kv_heads} KV heads, {arguments.columns} columns, {torch.get_num_threads()} threads")
     print(f"rows read and written: 2 x {row_bytes / 1e6:.2f} MB; {shares(native.median, 2 * row_bytes)}")
-    print("operations: none, page ids are copied")
+    print("operations: none, page ids are copied; more than the copy bandwidth means that caches hold the rows")
     print(f"native    {native}")
     print(f"reference {reference}, {reference.median / native.median:.1f} times the native time")
     append_row("page_table_update", {**vars(arguments)}, native, reference)
