@@ -30,9 +30,11 @@ lint: setup ## ruff and mypy
 	$(VENV_PYTHON) -m ruff format --check .
 	$(VENV_PYTHON) -m mypy
 
-bench: model ## every script of benchmarks/, one after the other
+bench: model ## every script of benchmarks/, one after the other, and the report on them
 	set -e; for script in $$(find benchmarks -name 'bench_*.py' | sort); do \
 		echo "== $$script"; $(VENV_PYTHON) -m $$(echo $${script%.py} | tr / .) $(BENCH_ARGS); done
+	$(VENV_PYTHON) -m benchmarks.kernels.gpu_figures
+	$(VENV_PYTHON) -m benchmarks.report
 
 build: setup ## sdist and wheel in dist/
 	$(VENV_PYTHON) -m build --no-isolation

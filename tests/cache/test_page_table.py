@@ -90,7 +90,7 @@ def fold(table: PageTable, batch: dict[str, RequestModel], query_lens: list[int]
     return table.fold(slots, seq_lens, torch.tensor(query_lens), block_table)
 
 
-def check(folded: FoldedBatch, batch: dict[str, RequestModel]) -> None:
+def check(folded: FoldedBatch, batch: dict[str, RequestModel], block_size: int) -> None:
     """Every row holds its pages in order and then zeros, and its length counts the new token."""
     assert folded.page_table.dtype == folded.kv_lens.dtype == torch.int32
     rows, kv_lens = folded.page_table.tolist(), folded.kv_lens.tolist()
@@ -98,15 +98,16 @@ def check(folded: FoldedBatch, batch: dict[str, RequestModel]) -> None:
         assert len(rows[layer]) == len(kv_lens[layer]) == len(batch) * HEADS
         assert kv_lens[layer] == [kv_len for model in batch.values() for kv_len in model.kv_lens[layer]]
         expected = [pages for model in batch.values() for pages in model.pages[layer]]
-        for row, pages in zip(rows[layer], expected, strict=True):
-            assert row == pages + [0] * (len(row) - len(pages))
+        for row, pages, kv_len in zip(rows[layer], expected, kv_lens[layer], strict=True):
+            assert len(row) * block_size >= kv_len
+            assert row == (pages + [0] * len(row))[: len(row)]  # blocks of rejected drafts may lie behind the last one
 
 
 def decode(table: PageTable, cache: PagedCache, batch: dict[str, RequestModel], rng: random.Random) -> FoldedBatch:
     for model in batch.values():
         model.generate(cache, rng)
     folded = fold(table, batch, [1] * len(batch))
-    check(folded, batch)
+    check(folded, batch, cache.pool.block_size)
     return folded
 
 
@@ -187,7 +188,7 @@ def test_drafts_may_span_blocks_and_be_rejected(block_size, most_drafts, seed):
         for model, query_len in zip(models.values(), query_lens, strict=True):
             for _ in range(query_len):
                 model.generate(cache, rng)
-        check(fold(table, models, query_lens), models)
+        check(fold(table, models, query_lens), models, block_size)
         for model, query_len in zip(models.values(), query_lens, strict=True):
             model.grow(-rng.randint(0, query_len - 1))
 
@@ -202,8 +203,8 @@ def test_a_row_outgrows_the_table_by_decoding(rng):
     first = decode(table, cache, models, rng).page_table.shape[-1]
     for _ in range(2 * 2 * FIRST_CAPACITY + 8):
         folded = decode(table, cache, models, rng)
-    assert first == FIRST_CAPACITY
-    assert folded.page_table.shape[-1] >= 2 * FIRST_CAPACITY
+    assert first < FIRST_CAPACITY
+    assert folded.page_table.shape[-1] > 2 * FIRST_CAPACITY
 
 
 def test_a_compaction_wider_than_the_table(rng):
@@ -316,7 +317,7 @@ def test_rows_that_shrink_behind_every_chunk_keep_the_page_that_is_not_full(rng,
         for _ in range(chunk):
             model.generate(cache, rng)
         folded = fold(table, {"a": model}, [chunk])
-        check(folded, {"a": model})
+        check(folded, {"a": model}, 16)
         table.shrink("a", model.seq_len)
         tail = model.seq_len % 16
         for layer, rows in enumerate(model.pages):

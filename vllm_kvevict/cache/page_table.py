@@ -10,8 +10,10 @@ from vllm_kvevict.cache.compaction import Compaction
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.request_slots import RequestSlots
+from vllm_kvevict.kernels.page_table_update import BatchBlocks, page_table_update
 
-_PAGE_INCREMENT = 64
+_PAGE_INCREMENT = 64  # of the table's rows
+_WIDTH_INCREMENT = 16  # of a batch's: Triton then compiles attention for one kind of stride
 
 
 @dataclass
@@ -42,11 +44,12 @@ class PageTable:
         self._pages = torch.zeros(layers, max_num_reqs, heads, _PAGE_INCREMENT, dtype=torch.int32, device=device)
         self._kv_lens = torch.zeros(layers, max_num_reqs, heads, dtype=torch.int32, device=device)
         self._num_pages = torch.zeros(layers, max_num_reqs, heads, dtype=torch.int64, device=device)
-        # per slot: tokens and blocks at the last eviction, for what comes after them
+        # per slot: tokens, blocks and pages of the longest row at the last eviction, for what comes after them
         self._num_tokens = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
         self._num_blocks = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
         # whether new tokens are added behind the others; if not, each takes the slot of one that is evicted
         self._grows = torch.ones(max_num_reqs, dtype=torch.bool, device=device)
+        self._most_pages = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
         self.slots = RequestSlots(max_num_reqs, device)
         self.generation = 0
         empty = torch.empty(0, dtype=torch.int64, device=device)
@@ -69,6 +72,7 @@ class PageTable:
         self._pages[:, slot, :, : compaction.page_table.shape[2]] = compaction.page_table.to(torch.int32)
         self._kv_lens[:, slot] = compaction.kv_lens.to(torch.int32)
         self._num_pages[:, slot] = compaction.num_pages
+        self._most_pages[slot] = compaction.num_pages.max()
         self._num_tokens[slot] = plan.num_tokens
         self._num_blocks[slot] = plan.num_blocks
         self._grows[slot] = plan.keeps_tail
@@ -94,6 +98,7 @@ class PageTable:
         pages = pages * is_full  # 0 behind them, the null block's page
         self._pages[:, slot] = pages.scatter(2, num_full[..., None], last) if tail else pages
         self._num_pages[:, slot] = num_full + int(tail > 0)
+        self._most_pages[slot] = num_full.max() + int(tail > 0)
         self._kv_lens[:, slot] = (num_full * self._pool.block_size + tail).to(torch.int32)
         self._num_tokens[slot] = num_tokens
         self._num_blocks[slot] = num_blocks
@@ -123,7 +128,7 @@ class PageTable:
 
     def most_pages(self, slots: torch.Tensor) -> int:
         """Return the pages of the longest constant row of ``slots``, in any layer and head."""
-        return int(self._num_pages[:, slots].max())
+        return int(self._most_pages[slots].max())
 
     def layer_rows(self, layer: int, slots: torch.Tensor, max_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the page ids [num_reqs, num_kv_heads, max_pages] int64 of constant rows in one layer, 0 behind the
@@ -150,16 +155,8 @@ class PageTable:
         seq_lens = seq_lens.to(torch.int64)
         blocks = (seq_lens - 1) // self._pool.block_size
         if not self._still_folded(slots, blocks):
-            self._enter_blocks(slots, (seq_lens - query_lens) // self._pool.block_size, blocks, block_table)
-            self._folded = _Folded(
-                self.generation,
-                slots,
-                blocks,
-                self._pages.index_select(1, slots).flatten(1, 2),
-                self._kv_lens.index_select(1, slots),
-                self._num_tokens[slots],
-                self._grows[slots],
-            )
+            rows = self._enter_blocks(slots, seq_lens, (seq_lens - query_lens) // self._pool.block_size, block_table)
+            self._folded = _Folded(self.generation, slots, blocks, *rows, seq_lens, self._grows[slots])
         folded = self._folded
         new_tokens = ((seq_lens - folded.num_tokens) * folded.grows).to(torch.int32)
         return FoldedBatch(folded.page_table, (folded.kv_lens + new_tokens[:, None]).flatten(1, 2))
@@ -173,31 +170,38 @@ class PageTable:
         )
 
     def _enter_blocks(
-        self, slots: torch.Tensor, first: torch.Tensor, last: torch.Tensor, block_table: torch.Tensor
-    ) -> None:
-        """Append the pages of the blocks that each request writes now; those it has entered before are rewritten."""
-        grows = self._grows[slots]
-        slots, first, last, block_table = slots[grows], first[grows], last[grows], block_table[grows]
-        if not len(slots):
-            return
-        span = torch.arange(int((last - first).max()) + 1, device=slots.device)
-        blocks = torch.minimum(first[:, None] + span, last[:, None])  # [num_reqs, span]
-        pages = self._pool.page_ids(block_table.gather(1, blocks))  # [num_layers, num_kv_heads, num_reqs, span]
-        columns = (blocks - self._num_blocks[slots, None])[:, None] + self._num_pages.index_select(1, slots)[..., None]
-        self._grow(int(columns.max()) + 1)
-        layers = torch.arange(self._pages.shape[0], device=slots.device)[:, None, None, None]
-        heads = torch.arange(self._pages.shape[2], device=slots.device)[:, None]
-        self._pages[layers, slots[:, None, None], heads, columns] = pages.transpose(1, 2).to(torch.int32)
+        self, slots: torch.Tensor, seq_lens: torch.Tensor, first: torch.Tensor, block_table: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the pages of the blocks that each request writes now; those it has entered before are rewritten.
+
+        Returns the rows of these requests, [num_layers, num_reqs * num_kv_heads, max_pages], and their lengths.
+        """
+        num_blocks, end, grows = (
+            self._num_blocks[slots],
+            (seq_lens - 1) // self._pool.block_size + 1,
+            self._grows[slots],
+        )
+        end = torch.where(grows, end, first)
+        most_pages = int((self._most_pages[slots] + (end - num_blocks) * grows).max())
+        self._grow(most_pages)
+        batch = BatchBlocks(slots, num_blocks, first, end, (seq_lens - self._num_tokens[slots]) * grows, block_table)
+        width = cdiv(most_pages, _WIDTH_INCREMENT) * _WIDTH_INCREMENT
+        offset, stride = self._pool.layer_offset, self._pool.block_stride
+        pages, kv_lens = page_table_update(self._pages, self._num_pages, self._kv_lens, offset, stride, batch, width)
+        return pages.flatten(1, 2), kv_lens
 
     def _grow(self, num_pages: int) -> None:
         missing = num_pages - self._pages.shape[3]
         if missing > 0:
-            self._pages = torch.nn.functional.pad(self._pages, (0, max(missing, _PAGE_INCREMENT)))
+            self._pages = torch.nn.functional.pad(self._pages, (0, cdiv(missing, _PAGE_INCREMENT) * _PAGE_INCREMENT))
 
 
 @dataclass(frozen=True)
 class _Folded:
-    """The last folded batch, good until a request enters a new block or the batch changes."""
+    """The last folded batch, good until a request enters a new block or the batch changes.
+
+    kv_lens: of its rows when its requests had ``num_tokens`` tokens
+    """
 
     generation: int
     slots: torch.Tensor

@@ -164,19 +164,18 @@ class EvictionImpl(AttentionImpl[Any]):
     ) -> None:
         """query, output: [num_tokens, num_heads, head_size]; heads of one KV head are neighbours."""
         by_head = (-1, self.num_queries_per_kv, self.head_size)  # [num_tokens * num_kv_heads, group, head_size]
-        folded_query = query.reshape(by_head).index_select(0, queries.index)
-        folded_output = torch.empty_like(folded_query)
+        page_table, kv_lens = folded.page_table[index], folded.kv_lens[index]
+        if queries.index is None:  # one query for each sequence; behind them there may be padding
+            folded_query = query.reshape(by_head)[: len(kv_lens)].contiguous()
+            folded_output = output.view(by_head)[: len(kv_lens)]
+        else:
+            folded_query = query.reshape(by_head).index_select(0, queries.index)
+            folded_output = torch.empty_like(folded_query)
         self.attend_folded(
-            layer,
-            folded_query,
-            metadata.bridge.pool,
-            folded.page_table[index],
-            folded.kv_lens[index],
-            queries,
-            metadata.launch,
-            folded_output,
+            layer, folded_query, metadata.bridge.pool, page_table, kv_lens, queries, metadata.launch, folded_output
         )
-        output.view(by_head)[queries.index] = folded_output
+        if queries.index is not None:
+            output.view(by_head)[queries.index] = folded_output
 
     def attend_folded(
         self,

@@ -25,7 +25,7 @@ from vllm_kvevict.engine.model import ModelWeights
 from vllm_kvevict.engine.prefill import ChunkRow, Prefill, PrefillRow
 from vllm_kvevict.engine.replacing import Replacing
 from vllm_kvevict.engine.requests import ring_depth
-from vllm_kvevict.engine.rows import StepRows, fold_queries, split_rows
+from vllm_kvevict.engine.rows import BatchFolder, StepRows
 from vllm_kvevict.engine.step import STEP, EvictionReport, PrefillEnd, StepEvictions
 from vllm_kvevict.evictor import Eviction
 from vllm_kvevict.resident_evictor import ResidentEviction
@@ -52,6 +52,7 @@ class EvictionBridge:
         self.pool = pool
         self.layer_index = {name: index for index, name in enumerate(layer_names)}
         self.page_table = PageTable(pool, max_num_reqs)
+        self._folder = BatchFolder(pool.num_kv_heads)
         self._prefills: dict[str, Prefill] = {}
         self._step: StepEvictions | None = None
         self.row_req_ids: list[str] = []
@@ -236,21 +237,18 @@ class EvictionBridge:
             return None
         req_ids = self.row_req_ids = self._row_req_ids(common)
         slots = self.page_table.slots.of(req_ids)
-        split = split_rows(slots, common)
+        split, queries = self._folder.fold(slots, common)
         prefills: list[PrefillRow | ChunkRow] = [*self._prefill_rows(req_ids, common, step)]
         self._note_full_rows(req_ids, common, step)
         remembered = self.ring.plan(req_ids, common.query_start_loc, common.seq_lens)
-        if not len(split.evicted) and not prefills and remembered is None:
+        if queries is None and not prefills and remembered is None:
             return None
-        if not len(split.evicted):
+        if queries is None:
             return StepRows(split, None, None, prefills, remembered, [])
-        evicted = split.evicted
-        query_lens = common.naive_query_lens().to(torch.int64)[evicted]
+        evicted, block_table = split.evicted, common.block_table_tensor
         folded = self.page_table.fold(
-            slots[evicted], common.seq_lens[evicted], query_lens, common.block_table_tensor[evicted].to(torch.int64)
+            slots[evicted], common.seq_lens[evicted], queries.query_lens, block_table[evicted].to(torch.int64)
         )
-        first_tokens = common.query_start_loc[:-1].to(torch.int64)[evicted]
-        queries = fold_queries(first_tokens, query_lens, self.pool.num_kv_heads, common.max_query_len)
         prefills += self._chunk_rows(req_ids, common, step)
         replacements = self._replacing.rows(req_ids, common)
         return StepRows(split, queries, folded, prefills, remembered, replacements)
