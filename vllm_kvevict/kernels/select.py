@@ -11,7 +11,7 @@ from vllm_kvevict.kernels.optional_triton import tl, triton
 
 _SELECT_ARGTYPES = (POINTER, POINTER, POINTER, INT64, INT64, INT64, INT64)
 _COUNT_ARGTYPES = (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT64)
-_TILE, _NUM_WARPS = 2048, 8  # scores that a program looks at at once
+_TILE, _COUNT_TILE, _NUM_WARPS = 2048, 1024, 8  # scores that a program looks at at once; more spill on sm_80
 
 
 def select(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int = 0, num_recent: int = 0) -> torch.Tensor:
@@ -131,7 +131,7 @@ def count_best_triton(scores: torch.Tensor, totals: torch.Tensor) -> tuple[torch
     num_groups, num_rows, kv_len = scores.shape
     above, ties = torch.empty(2, num_groups, num_rows, dtype=torch.int64, device=scores.device)
     _count_best_kernel[(num_groups,)](
-        scores, totals, above, ties, num_rows, kv_len, TILE=_TILE, num_warps=_NUM_WARPS
+        scores, totals, above, ties, num_rows, kv_len, TILE=_COUNT_TILE, num_warps=_NUM_WARPS
     )  # fmt: skip
     return above, ties
 
@@ -224,8 +224,10 @@ def triton_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]
     rows |= dict.fromkeys(("kv_len", "first", "last"), "i32")
     groups = {"scores_ptr": "*fp32", "totals_ptr": "*i64", "above_ptr": "*i64", "ties_ptr": "*i64"}
     groups |= dict.fromkeys(("num_rows", "kv_len"), "i32")
-    constants = {"TILE": _TILE}
-    return [(_select_kernel, rows, constants, _NUM_WARPS), (_count_best_kernel, groups, constants, _NUM_WARPS)]
+    return [
+        (_select_kernel, rows, {"TILE": _TILE}, _NUM_WARPS),
+        (_count_best_kernel, groups, {"TILE": _COUNT_TILE}, _NUM_WARPS),
+    ]
 
 
 def select_reference(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int, num_recent: int) -> torch.Tensor:
