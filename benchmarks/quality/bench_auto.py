@@ -1,4 +1,4 @@
-"""``--kv-budget auto`` on prompts that its calibration has not seen, beside fixed fractions.
+"""``--kv-budget auto`` on prompts that nothing of its calibration has seen, beside fixed fractions.
 
 Quality is that of the calibration: the log-likelihood of the answer with all of the prompt over the one with what is
 kept.
@@ -31,7 +31,7 @@ from vllm_kvevict.engine.recording import recorded_evictions  # isort: skip
 
 FRACTIONS = (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 TARGETS = (0.9, 0.95)
-FIRST_UNSEEN = 12  # of each task
+FIRST_UNSEEN = 20  # of each task
 
 
 def measure(model: Path, policy: str, calibration: Path, num_tokens: int, num_prompts: int) -> list[dict[str, Any]]:
