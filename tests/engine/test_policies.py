@@ -16,7 +16,9 @@ from vllm_kvevict.inspector.record import RecordedEviction
 from vllm_kvevict.policies import POLICIES, Need
 
 BUDGET, NUM_TOKENS = 160, 1003
-NAMES = POLICIES.names()
+# the runner hands over what policies need: on V2, whose interpreter takes its time, one policy for each kind of it
+OF_EACH_KIND = ["snapkv", "h2o", "obcache_k", "compactor", "criticalkv", "keydiff", "laq", "laq_deferred", "morphkv"]
+NAMES = OF_EACH_KIND if USES_V2_RUNNER else POLICIES.names()
 ALL_QUERIES = [name for name in NAMES if Need.ALL_QUERIES in POLICIES.get(name)().needs]
 # Triton's interpreter takes its time
 ALLOCATORS = ("lava",) if USES_V2_RUNNER else ("uniform", "adakv", "lava")
@@ -39,7 +41,7 @@ def evict_in_chunks(model: Path, chunk: int) -> dict[str, RecordedEviction]:
 def test_chunks_do_not_change_what_is_kept(tiny_llama: Path) -> None:
     """Where two runs differ, the two tokens tie: the sums of another chunk size are rounded in another order."""
     whole = evict_in_chunks(tiny_llama, 2048)
-    for chunk in (64, 256, 1000):
+    for chunk in (64, 1000) if USES_V2_RUNNER else (64, 256, 1000):
         for name, record in evict_in_chunks(tiny_llama, chunk).items():
             torch.testing.assert_close(record.scores, whole[name].scores, rtol=1e-3, atol=1e-6, msg=f"{name}, {chunk}")
             assert record.kept_tokens.equal(whole[name].kept_tokens), (name, chunk)
