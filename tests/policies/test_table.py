@@ -27,7 +27,7 @@ def test_a_row_says_what_the_policy_says() -> None:
         "needs": "last 32 queries",
         "query_aware": "yes",
         "protected": "32 last",
-        "memory": "384",
+        "memory": "64",
         "paper": "SnapKV, arXiv:2404.14469",
     }
 

@@ -185,7 +185,7 @@ class PageTable:
         most_pages = int((self._most_pages[slots] + (end - num_blocks) * grows).max())
         self._grow(most_pages)
         batch = BatchBlocks(slots, num_blocks, first, end, (seq_lens - self._num_tokens[slots]) * grows, block_table)
-        width = cdiv(most_pages, _WIDTH_INCREMENT) * _WIDTH_INCREMENT
+        width = min(cdiv(most_pages, _WIDTH_INCREMENT) * _WIDTH_INCREMENT, self._pages.shape[3])
         offset, stride = self._pool.layer_offset, self._pool.block_stride
         pages, kv_lens = page_table_update(self._pages, self._num_pages, self._kv_lens, offset, stride, batch, width)
         return pages.flatten(1, 2), kv_lens
