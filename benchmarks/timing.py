@@ -63,16 +63,19 @@ def append_row(name: str, row: dict[str, object], native: Timing, reference: Tim
 
 
 def write_row(name: str, row: dict[str, object]) -> None:
-    """Add a row to benchmarks/results/<name>.csv, behind what says where it comes from."""
+    """Add a row to benchmarks/results/<name>.csv, behind what says where it comes from; it may have new columns."""
     full = {**provenance(), **row}
     path = RESULTS / f"{name}.csv"
     RESULTS.mkdir(exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, full)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(full)
+    rows: list[dict[str, object]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = [dict(earlier) for earlier in csv.DictReader(file)]
+    columns = dict.fromkeys([*(rows[0] if rows else []), *full])
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows([*rows, full])
     print(f"row added to {path.relative_to(RESULTS.parents[1])}")
 
 

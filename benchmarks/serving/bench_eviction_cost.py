@@ -61,10 +61,12 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1000, 2000, 4000, 8000])
     parser.add_argument("--budget", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="auto", help="of the model: float32 is faster on CPUs without bfloat16")
     arguments = parser.parse_args()
     policies = POLICIES.names() if arguments.policies == ["all"] else arguments.policies
     runs: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    with engine(arguments.model, arguments.budget, kv_cache_memory_bytes=1 << 30, enable_prefix_caching=False) as llm:
+    settings = {"kv_cache_memory_bytes": 2 << 30, "enable_prefix_caching": False, "dtype": arguments.dtype}
+    with engine(arguments.model, arguments.budget, **settings) as llm:
         for policy in policies:
             time_prefill(llm, policy, 1000, seed=0)  # warm up
         for repeat in range(arguments.repeats):  # interleaved: the machine is noisy
@@ -79,7 +81,7 @@ def main() -> None:
         state, scratch = memory[policy]
         row = {"policy": policy, "prompt": length, "budget": arguments.budget, "prefill_s": prefill}
         row |= {"eviction_s": eviction, "share": share, "state_bytes_per_token": state}
-        row |= {"scratch_bytes_per_token": scratch, "repeats": arguments.repeats}
+        row |= {"scratch_bytes_per_token": scratch, "repeats": arguments.repeats, "dtype": arguments.dtype}
         print(f"{policy:>20} {length:7} {prefill:10.2f} {eviction * 1e3:12.1f} {share:7.1%} {state + scratch:12}")
         write_row("eviction_cost", row)
 
