@@ -41,21 +41,31 @@ def scripts() -> list[Path]:
     return [*sorted(named), BENCHMARKS / "kernels" / "gpu_figures.py"]
 
 
-def results_of(script: Path, folder: Path) -> Path:
-    """Return where a script's rows are: its name's file, with "quality_" ahead for the studies of quality."""
+def results_of(script: Path, folder: Path) -> list[Path]:
+    """Return where a script's rows are: files of its name, with "quality_" ahead for the studies of quality; others
+    behind an underscore are of its parts, but for the rows of single prompts.
+    """
     prefix = "quality_" if script.parent.name == "quality" else ""
-    return folder / f"{prefix}{script.stem.removeprefix('bench_')}.csv"
+    stem = f"{prefix}{script.stem.removeprefix('bench_')}"
+    parts = [path for path in sorted(folder.glob(f"{stem}_*.csv")) if not path.stem.endswith("_prompts")]
+    return [folder / f"{stem}.csv", *parts]
 
 
 def section(script: Path, folder: Path) -> str:
     """Return what a script measures, how to run it, and its latest rows; draws its figure into ``folder``."""
     what = (ast.get_docstring(ast.parse(script.read_text())) or "").split("\n\n")[0].replace("\n", " ")
     module = ".".join(script.relative_to(ROOT).with_suffix("").parts)
-    path = results_of(script, folder)
     parts = [f"## {script.stem}", re.sub(r": python -m .*", ".", what), f"`python -m {module}`"]
-    rows = read(path)
-    if not rows:
-        return "\n\n".join([*parts, "No rows yet."])
+    written = [path for path in results_of(script, folder) if read(path)]
+    for path in written:
+        parts += [f"### {path.stem}"] if len(written) > 1 else []
+        parts += tables(path)
+    return "\n\n".join(parts if written else [*parts, "No rows yet."])
+
+
+def tables(path: Path) -> list[str]:
+    """Return the latest rows of each machine in a file, and its figure if there is one."""
+    parts, rows = [], read(path)
     for latest in by_machine(rows).values():
         stated = [f"{label}{latest[-1][name]}" for name, label in PROVENANCE.items() if latest[-1].get(name)]
         shown = latest[-MOST_ROWS:]
@@ -63,7 +73,7 @@ def section(script: Path, folder: Path) -> str:
         parts += [f"{', '.join(stated)}{left_out}:" if stated else "", table(shown)]
     if draw(path, rows):
         parts.append(f"![{path.stem}]({path.stem}.png)")
-    return "\n\n".join(part for part in parts if part)
+    return [part for part in parts if part]
 
 
 def read(path: Path) -> list[dict[str, str]]:

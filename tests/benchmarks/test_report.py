@@ -21,7 +21,7 @@ def test_every_benchmark_has_a_section(script: Path) -> None:
 
 
 def test_every_file_of_results_is_some_script_s() -> None:
-    of_scripts = {results_of(script, RESULTS) for script in scripts()}
+    of_scripts = {path for script in scripts() for path in results_of(script, RESULTS)}
     # of the studies, one row per answer; of the calibration, which is no benchmark
     others = {path for path in RESULTS.glob("*.csv") if path.stem.endswith("_prompts")}
     assert set(RESULTS.glob("*.csv")) - others - {RESULTS / "calibration_points.csv"} <= of_scripts
