@@ -21,7 +21,12 @@ BLOCK_SIZE = 32
 FULL_ATTENTION = [5, 11, 17]
 MAX_TOKENS = 40  # full attention enters a new block, the windows also leave one
 # several chunks: the windows give blocks back during the prefill, too
-SETTINGS = {"max_model_len": 4096, "max_num_batched_tokens": 1024, "dtype": "float32"}
+SETTINGS = {
+    "max_model_len": 4096,
+    "max_num_batched_tokens": 1024,
+    "dtype": "float32",
+    "kv_cache_memory_bytes": 128 << 20,
+}
 
 
 class Trace(NamedTuple):
