@@ -69,3 +69,5 @@ def test_nothing_is_kept_for_requests_without_a_slot():
     ring.slots.take("a")
     with pytest.raises(RuntimeError, match="no query of request a was remembered"):
         ring.last(0, "a", 7, 1)
+    with pytest.raises(RuntimeError, match="no query of these requests was remembered"):
+        ring.last_of(0, torch.tensor([0]), torch.tensor([7]), 1)

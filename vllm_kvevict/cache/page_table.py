@@ -176,12 +176,8 @@ class PageTable:
 
         Returns the rows of these requests, [num_layers, num_reqs * num_kv_heads, max_pages], and their lengths.
         """
-        num_blocks, end, grows = (
-            self._num_blocks[slots],
-            (seq_lens - 1) // self._pool.block_size + 1,
-            self._grows[slots],
-        )
-        end = torch.where(grows, end, first)
+        num_blocks, grows = self._num_blocks[slots], self._grows[slots]
+        end = torch.where(grows, (seq_lens - 1) // self._pool.block_size + 1, first)
         most_pages = int((self._most_pages[slots] + (end - num_blocks) * grows).max())
         self._grow(most_pages)
         batch = BatchBlocks(slots, num_blocks, first, end, (seq_lens - self._num_tokens[slots]) * grows, block_table)

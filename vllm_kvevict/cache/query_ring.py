@@ -58,9 +58,7 @@ class QueryRing:
 
     def write(self, layer: int, queries: torch.Tensor, where: RingWrite) -> None:
         """Remember those queries of one layer's [num_tokens, num_heads, head_size] that ``where`` names."""
-        if self._queries is None:
-            self._queries = queries.new_zeros(*self._shape, *queries.shape[1:])
-        self._queries[layer, where.slots, where.places] = queries[where.tokens]
+        self._memory_for(queries)[layer, where.slots, where.places] = queries[where.tokens]
 
     def last_of(self, layer: int, slots: torch.Tensor, num_tokens: torch.Tensor, num_queries: int) -> torch.Tensor:
         """Return [num_reqs, num_queries, num_heads, head_size], the last queries of several requests in one layer.
@@ -68,18 +66,26 @@ class QueryRing:
         slots:       [num_reqs] int64
         num_tokens:  [num_reqs] int64, tokens of each request, the last one being that of its newest query
         num_queries: at most the depth; 0 for none, of requests that need not have a slot
+
+        Raises RuntimeError if no query was written.
         """
-        if num_queries == 0 or self._queries is None:
+        if num_queries == 0:
             return torch.empty(len(slots), 0, 0, 0)
+        if self._queries is None:
+            raise RuntimeError("no query of these requests was remembered, though their policy looks at queries")
         positions = num_tokens[:, None] + torch.arange(-num_queries, 0, device=slots.device)
         return self._queries[layer, slots[:, None], positions % self.depth]
 
     def seed(self, layer: int, req_id: str, queries: torch.Tensor, num_tokens: int) -> None:
         """Remember the queries [num_queries, num_heads, head_size] of the last of a request's ``num_tokens`` tokens."""
+        positions = torch.arange(num_tokens - len(queries), num_tokens, device=queries.device)
+        self._memory_for(queries)[layer, self.slots[req_id], positions % self.depth] = queries
+
+    def _memory_for(self, queries: torch.Tensor) -> torch.Tensor:
+        """Return the memory, taken when the first ``queries`` [*, num_heads, head_size] come."""
         if self._queries is None:
             self._queries = queries.new_zeros(*self._shape, *queries.shape[1:])
-        positions = torch.arange(num_tokens - len(queries), num_tokens, device=queries.device)
-        self._queries[layer, self.slots[req_id], positions % self.depth] = queries
+        return self._queries
 
     def last(self, layer: int, req_id: str, num_tokens: int, num_queries: int) -> torch.Tensor:
         """Return [num_queries, num_heads, head_size], the last queries of a request of ``num_tokens`` tokens.
