@@ -1,20 +1,44 @@
-"""Builds the optional CPU kernels; everything else about the package is in pyproject.toml."""
+"""Builds the optional kernels, for CPUs and for CUDA; everything else about the package is in pyproject.toml."""
 
+import shutil
 from glob import glob
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
-setup(
-    ext_modules=[
-        Extension(
-            "vllm_kvevict._cpu",
-            sources=sorted(glob("csrc/cpu/*.cpp")),
-            depends=sorted(glob("csrc/cpu/*.hpp")),
-            # -Wno-psabi: vectors wider than the baseline are never passed between translation units
-            extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"],
-            extra_link_args=["-fopenmp"],
-            # no compiler means no kernels, not a failed installation: the torch references take over
-            optional=True,
-        )
-    ]
+NVCC = shutil.which("nvcc")
+# machine code for two generations, and PTX for those that come later
+CUDA_TARGETS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]")
+
+cpu = Extension(
+    "vllm_kvevict._cpu",
+    sources=sorted(glob("csrc/cpu/*.cpp")),
+    depends=sorted(glob("csrc/cpu/*.hpp")),
+    # -Wno-psabi: vectors wider than the baseline are never passed between translation units
+    extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"],
+    extra_link_args=["-fopenmp"],
+    # no compiler means no kernels, not a failed installation: the torch references take over
+    optional=True,
 )
+cuda = Extension(
+    "vllm_kvevict._cuda",
+    sources=sorted(glob("csrc/cuda/*.cu")),
+    depends=sorted(glob("csrc/cuda/*.cuh")),
+    extra_compile_args=[f"-gencode={target}" for target in CUDA_TARGETS],
+    optional=True,
+)
+
+
+class BuildKernels(build_ext):
+    """Gives CUDA sources to nvcc, which brings its own runtime library and needs nothing of Python or torch."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext is not cuda:
+            return super().build_extension(ext)
+        target = self.get_ext_fullpath(ext.name)
+        self.mkpath(target.rpartition("/")[0])
+        options = ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", *ext.extra_compile_args]
+        self.spawn([NVCC, *options, "-o", target, *ext.sources])
+
+
+setup(ext_modules=[cpu, cuda] if NVCC else [cpu], cmdclass={"build_ext": BuildKernels})

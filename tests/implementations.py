@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.gpu import HAS_GPU, on_gpu
 from vllm_kvevict.kernels.native import library
+from vllm_kvevict.kernels.optional_triton import tl
 
 IMPLEMENTATIONS = ["reference", "native-16", "native-8", "native-4", "triton"]
 
@@ -19,14 +20,17 @@ IMPLEMENTATIONS = ["reference", "native-16", "native-8", "native-4", "triton"]
 def implementation(
     name: str, launcher: Callable[..., Any], reference: Callable[..., Any], launch: Callable[..., Any]
 ) -> Iterator[Callable[..., Any]]:
-    """Yield the function to test; native-16 is AVX-512, native-8 AVX2, native-4 SSE or NEON."""
+    """Yield the function to test; native-16 is AVX-512, native-8 AVX2, native-4 SSE or NEON.
+
+    Triton's runs on the GPU where there is one, else in the interpreter.
+    """
     if name == "reference":
         yield reference
         return
     if name == "triton":
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            pytest.skip("CPU tensors need Triton's interpreter, which is off where there is a GPU")
-        yield launch
+        if tl is None:
+            pytest.skip("Triton is not installed")
+        yield on_gpu(launch) if HAS_GPU else launch
         return
     kernels = library()
     if kernels is None:

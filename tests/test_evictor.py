@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.gpu import HAS_GPU, on_gpu
 from tests.paged import LAYOUTS, PACKINGS, PagedCache, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
 from vllm_kvevict.budgets.uniform import Uniform
 from vllm_kvevict.cache.compaction import Compaction
+from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, plan_eviction
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.evictor import Eviction, Method
@@ -72,11 +74,7 @@ class Prompt:
         self.queries = torch.randn(LAYERS, 64, KV_HEADS * GROUP, HEAD_SIZE, generator=generator)
 
     def evict(self, method: Method, plan: EvictionPlan) -> Compaction:
-        eviction = Eviction(method, plan, self.cache.pool, self.block_ids)
-        window = method.query_window
-        for layer in range(LAYERS):
-            eviction.score_layer(layer, self.queries[layer, 64 - window :], SCALE)
-        return eviction.finish()
+        return evict(method, plan, self.cache.pool, self.block_ids, self.queries)
 
     def kept_tokens(self, compaction: Compaction, layer: int, head: int) -> list[int]:
         """Which tokens a head reads, recognised by their keys; their values must be the right ones."""
@@ -86,6 +84,15 @@ class Prompt:
         assert len(tokens) == kv_len
         assert values.float().equal(self.values[layer, head, tokens].float())
         return sorted(tokens.tolist())
+
+
+def evict(
+    method: Method, plan: EvictionPlan, pool: PagePool, block_ids: torch.Tensor, queries: torch.Tensor
+) -> Compaction:
+    eviction = Eviction(method, plan, pool, block_ids)
+    for layer in range(LAYERS):
+        eviction.score_layer(layer, queries[layer, 64 - method.query_window :], SCALE)
+    return eviction.finish()
 
 
 HEADS = list(product(range(LAYERS), range(KV_HEADS)))
@@ -127,6 +134,22 @@ def test_keeps_the_tokens_with_the_highest_scores(packing, layout, block_size, n
         best = scores[layer][head, :-8].topk(plan.num_kept_tokens - 8).indices.tolist()
         expected = sorted([*best, *range(num_tokens - 8, num_tokens)])
         assert prompt.kept_tokens(compaction, layer, head) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("allocator", [name for name in ALLOCATORS.names() if name != "fixed"])  # which needs a file
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
+def test_a_gpu_evicts_as_the_cpu_does(allocator, packing, dtype):
+    method = Method(SnapKV(window=8), ALLOCATORS.get(allocator)(), 4, 8)
+    plan = plan_eviction(300, 0.4, 16, method.num_protected)
+    cpu, gpu = Prompt(300, 16, packing, dtype=dtype), Prompt(300, 16, packing, dtype=dtype)
+    expected = cpu.evict(method, plan)
+    actual = on_gpu(evict)(method, plan, gpu.cache.pool, gpu.block_ids, gpu.queries)
+    assert actual.page_table.equal(expected.page_table)
+    assert actual.kv_lens.equal(expected.kv_lens)
+    assert gpu.cache.pool.pages.view(torch.uint8).equal(cpu.cache.pool.pages.view(torch.uint8))
 
 
 def test_an_unscored_token_goes_first_and_the_early_ones_stay():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,19 @@ CASES = [(20, "uniform"), (100, "uniform"), (130, "lava")]  # tokens of a prompt
 @pytest.mark.skipif(not USES_V2_RUNNER, reason="the kernel runs only through Triton's interpreter")
 @pytest.mark.feature("Triton attention and FlashAttention 2 and 3, not run on a GPU", runners=("V2",))
 def test_answers_are_those_of_cpu_attention(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_kvevict.engine import worker
+    from vllm_kvevict.engine import triton_backend, worker
     from vllm_kvevict.engine.attention import backend_in_place_of
     from vllm_kvevict.engine.triton_backend import EvictionTritonBackend, EvictionTritonImpl
 
     # vLLM asks for it before it launches the kernel that writes keys and values
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    attend, splits = triton_backend.unified_attention, []
+
+    def spy(**arguments: Any) -> None:
+        splits.append(len(arguments["seqused_k"]) <= arguments["seq_threshold_3D"] and arguments["max_seqlen_q"] == 1)
+        attend(**arguments)
+
+    monkeypatch.setattr(triton_backend, "unified_attention", spy)
     answers = []
     for is_triton in (False, True):
         if is_triton:  # the CPU platform would choose its own
@@ -44,3 +52,4 @@ def test_answers_are_those_of_cpu_attention(tiny_llama: Path, monkeypatch: pytes
             assert running.num_evictions == 2
             running.check_all_free()
     assert answers[0] == answers[1]
+    assert any(splits)  # few sequences are split among programs, as those of vLLM are

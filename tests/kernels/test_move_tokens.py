@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.gpu import HAS_GPU, on_gpu
 from tests.kernels import cuda_emulation
 from vllm_kvevict.kernels import move_tokens as module
 from vllm_kvevict.kernels.move_tokens import move_tokens, move_tokens_reference
-from vllm_kvevict.kernels.native import library
+from vllm_kvevict.kernels.native import cuda_library, library
 from vllm_kvevict.kernels.optional_triton import tl
 
 
@@ -25,18 +26,23 @@ def move_tokens_narrow(*arguments: torch.Tensor) -> None:
 IS_BUILT = pytest.mark.skipif(
     library() is None, reason="the CPU kernels are not built: run `python setup.py build_ext --inplace`"
 )
-IS_INTERPRETED = pytest.mark.skipif(
-    tl is None or torch.cuda.is_available(), reason="needs Triton, and no GPU: only then it interprets kernels"
-)
+# without a GPU Triton interprets its kernel, and the CUDA kernel is emulated
+USES_GPU = HAS_GPU and cuda_library() is not None
 IMPLEMENTATIONS = [
     pytest.param(move_tokens_reference, id="reference"),
     pytest.param(move_tokens, id="native", marks=IS_BUILT),
     pytest.param(move_tokens_narrow, id="native-4", marks=IS_BUILT),
-    pytest.param(module.move_tokens_triton, id="triton", marks=IS_INTERPRETED),
     pytest.param(
-        cuda_emulation.move_tokens,
-        id="cuda-emulated",
-        marks=pytest.mark.skipif(cuda_emulation.COMPILER is None, reason="needs a C++ compiler to emulate the kernel"),
+        on_gpu(module.move_tokens_triton) if HAS_GPU else module.move_tokens_triton,
+        id="triton",
+        marks=pytest.mark.skipif(tl is None, reason="Triton is not installed"),
+    ),
+    pytest.param(
+        on_gpu(module.move_tokens_cuda) if USES_GPU else cuda_emulation.move_tokens,
+        id="cuda",
+        marks=pytest.mark.skipif(
+            not USES_GPU and cuda_emulation.COMPILER is None, reason="needs a C++ compiler to emulate the kernel"
+        ),
     ),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8]

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.gpu import HAS_GPU, on_gpu
 from vllm_kvevict.kernels import page_table_update as module
 from vllm_kvevict.kernels.native import library
 from vllm_kvevict.kernels.page_table_update import (
@@ -22,8 +23,9 @@ NATIVE = pytest.param(
         library() is None, reason="the CPU kernels are not built: run `python setup.py build_ext --inplace`"
     ),
 )
+launch = on_gpu(page_table_update_triton) if HAS_GPU else page_table_update_triton
 TRITON = pytest.param(
-    page_table_update_triton,
+    launch,
     id="triton",
     marks=pytest.mark.skipif(module.tl is None, reason="Triton is not installed"),
 )
@@ -107,7 +109,7 @@ def test_every_new_page_is_written_and_every_row_returned(
 def test_triton_does_the_same(max_pages, most_blocks):
     if module.tl is None:
         pytest.skip("Triton is not installed")
-    check(page_table_update_triton, most_blocks, 2, 5, 3, 3, max_pages, most_blocks, 7)
+    check(launch, most_blocks, 2, 5, 3, 3, max_pages, most_blocks, 7)
 
 
 @pytest.mark.skipif(library() is None, reason="the CPU kernels are not built")

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.gpu import HAS_GPU, on_gpu
 from tests.kernels import cuda_emulation
 from vllm_kvevict.kernels import select as module
-from vllm_kvevict.kernels.native import library
+from vllm_kvevict.kernels.native import cuda_library, library
 from vllm_kvevict.kernels.optional_triton import tl
 from vllm_kvevict.kernels.select import count_best, select
 
@@ -17,21 +18,25 @@ LARGEST, TINY = torch.finfo(torch.float32).max, 1e-45
 REFERENCE = SimpleNamespace(select=module.select_reference, count_best=module.count_best_reference)
 
 
-@pytest.fixture(params=["reference", "native-16", "native-8", "native-4", "triton", "cuda-emulated"])
+@pytest.fixture(params=["reference", "native-16", "native-8", "native-4", "triton", "cuda"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """One way to select; native-16 is AVX-512, native-8 AVX2, native-4 SSE or NEON."""
+    """One way to select; native-16 is AVX-512, native-8 AVX2, native-4 SSE or NEON. Without a GPU the last two pretend."""
     if request.param == "reference":
         yield REFERENCE
         return
     if request.param == "triton":
         if tl is None:
             pytest.skip("Triton is not installed")
-        if torch.cuda.is_available():
-            pytest.skip("with a GPU Triton does not interpret kernels on CPU tensors")
         monkeypatch.setattr(module, "_TILE", 256)  # several tiles, the last of them partly filled
-        yield SimpleNamespace(select=module.select_triton, count_best=module.count_best_triton)
+        if HAS_GPU:
+            yield SimpleNamespace(select=on_gpu(module.select_triton), count_best=on_gpu(module.count_best_triton))
+        else:
+            yield SimpleNamespace(select=module.select_triton, count_best=module.count_best_triton)
         return
-    if request.param == "cuda-emulated":
+    if request.param == "cuda":
+        if HAS_GPU and cuda_library() is not None:
+            yield SimpleNamespace(select=on_gpu(module.select_cuda), count_best=None)
+            return
         if cuda_emulation.COMPILER is None:
             pytest.skip("needs a C++ compiler to emulate the CUDA kernel")
         yield SimpleNamespace(select=cuda_emulation.select, count_best=None)

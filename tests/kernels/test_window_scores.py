@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 
+from tests.gpu import HAS_GPU, on_gpu
 from vllm_kvevict.kernels import window_scores as module
 from vllm_kvevict.kernels.native import library
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
@@ -54,9 +55,7 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[object]:
     """One way to compute window_scores; native-16 is AVX-512, native-8 AVX2, native-4 SSE or NEON."""
     if request.param == "triton":
         pytest.importorskip("triton", reason="Triton is not installed")
-        if torch.cuda.is_available():
-            pytest.skip("with a GPU, Triton's interpreter is off")
-        yield window_scores_triton
+        yield on_gpu(window_scores_triton) if HAS_GPU else window_scores_triton
         return
     if request.param == "reference":
         yield window_scores_reference

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.gpu import HAS_GPU, on_gpu
 from tests.paged import LAYOUTS, PACKINGS, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.policies import POLICIES, Need, ScoreInputs
 from vllm_kvevict.policies.base import LayerWeights
@@ -56,11 +57,15 @@ def with_needs(policy, inputs, generator):
         inputs = replace(inputs, pseudo_query=pseudo_query)
     if Need.ALL_QUERIES not in needs:
         return inputs
-    state = None
-    for start in range(0, inputs.kv_len, 100):
-        end = min(start + 100, inputs.kv_len)
-        query = torch.randn(end - start, heads, HEAD_SIZE, generator=generator)
-        state = policy.observe(state, replace(inputs, query=query, kv_len=end, output=None))
+    return observed(policy, inputs, torch.randn(inputs.kv_len, heads, HEAD_SIZE, generator=generator))
+
+
+def observed(policy, inputs, queries):
+    """Add what the policy has learned from the queries of the whole prompt, chunk by chunk."""
+    state, seen = None, 0
+    for chunk in queries.split(100):
+        seen += len(chunk)
+        state = policy.observe(state, replace(inputs, query=chunk, kv_len=seen, output=None))
     return replace(inputs, state=state)
 
 
@@ -113,6 +118,24 @@ def test_an_fp8_cache_is_read_as_the_numbers_that_it_stands_for(policy, dtype, p
             scores.append(policy.score(with_needs(policy, inputs, content.set_state(state))))
         assert torch.isfinite(scores[0]).all()
         assert scores[0].equal(scores[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_gpu_scores_as_the_cpu_does(policy, packing):
+    def score(inputs, queries):
+        if Need.ALL_QUERIES in policy.needs:
+            inputs = observed(policy, inputs, queries)
+        return policy.score(inputs)
+
+    inputs = replace(make_inputs(policy, 257, packing=packing)[0], state=None)
+    queries = torch.randn(257, KV_HEADS * GROUP, HEAD_SIZE)
+    # sums of float32 in another order
+    torch.testing.assert_close(on_gpu(score)(inputs, queries), score(inputs, queries), rtol=1e-4, atol=1e-6)
+    if policy.num_pseudo_tokens:
+        seen = replace(inputs, pseudo_query=None, num_kept=100)
+        assert on_gpu(policy.preselect)(seen).sort().values.equal(policy.preselect(seen).sort().values)
 
 
 def test_memory_of_others_does_not_matter(policy):

@@ -5,10 +5,12 @@ Checked through Triton's interpreter, in a real engine on CPU; not run on a GPU.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from vllm.v1.attention.backends.triton_attn import (
+    NUM_PAR_SOFTMAX_SEGMENTS,
     TritonAttentionBackend,
     TritonAttentionImpl,
     TritonAttentionMetadataBuilder,
@@ -18,7 +20,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_kvevict.cache.pages import Packing, PagePool
 from vllm_kvevict.engine.attention import EvictionBackend, EvictionImpl, EvictionMetadataBuilder
-from vllm_kvevict.engine.rows import FoldedQueries
+from vllm_kvevict.engine.rows import FoldedQueries, StepRows
 
 
 class EvictionTritonBackend(EvictionBackend, TritonAttentionBackend):
@@ -40,8 +42,34 @@ class EvictionTritonBackend(EvictionBackend, TritonAttentionBackend):
         return EvictionTritonMetadataBuilder
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Scratch memory with which the kernel splits the tokens of a sequence among programs, where sequences are few.
+
+    max_sequences: what it is enough for; more sequences fill a GPU without
+    output:        [max_sequences, group, num_segments, head_size] float32, partial results
+    maxima, sums:  [max_sequences, group, num_segments] float32 of the partial softmaxes
+    """
+
+    max_sequences: int
+    output: torch.Tensor
+    maxima: torch.Tensor
+    sums: torch.Tensor
+
+
 class EvictionTritonMetadataBuilder(EvictionMetadataBuilder, TritonAttentionMetadataBuilder):
-    """Needs nothing of the folded rows: the kernel divides its labour on the device."""
+    """Lends folded rows the scratch memory that vLLM's builder has for whole ones, which run before them."""
+
+    def _launch(self, rows: StepRows) -> Segments:
+        # a folded sequence has the query heads of one KV head: as many numbers in all, in other rows
+        group = self.num_heads_q // self.num_heads_kv
+        head_size = self.softmax_segm_output.shape[-1]
+        output = self.softmax_segm_output.view(-1, group, NUM_PAR_SOFTMAX_SEGMENTS, head_size)
+        maxima, sums = (
+            partial.view(-1, group, NUM_PAR_SOFTMAX_SEGMENTS)
+            for partial in (self.softmax_segm_max, self.softmax_segm_expsum)
+        )
+        return Segments(min(self.seq_threshold_3D * self.num_heads_kv, len(output)), output, maxima, sums)
 
 
 class EvictionTritonImpl(EvictionImpl, TritonAttentionImpl):
@@ -59,7 +87,7 @@ class EvictionTritonImpl(EvictionImpl, TritonAttentionImpl):
         page_table: torch.Tensor,
         kv_lens: torch.Tensor,
         queries: FoldedQueries,
-        launch: None,
+        launch: Segments,
         output: torch.Tensor,
     ) -> None:
         descale_shape = (len(kv_lens), 1)
@@ -81,4 +109,9 @@ class EvictionTritonImpl(EvictionImpl, TritonAttentionImpl):
             k_descale=layer._k_scale.expand(descale_shape),
             v_descale=layer._v_scale.expand(descale_shape),
             kv_quant_mode=self._kv_quant_mode,
+            seq_threshold_3D=launch.max_sequences,
+            num_par_softmax_segments=NUM_PAR_SOFTMAX_SEGMENTS,
+            softmax_segm_output=launch.output,
+            softmax_segm_max=launch.maxima,
+            softmax_segm_expsum=launch.sums,
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_kvevict.kernels.native import INT64, POINTER, function
+from vllm_kvevict.kernels.native import INT64, POINTER, cuda_function, function
 from vllm_kvevict.kernels.optional_triton import tl, triton
 
 ELEMENT_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -40,12 +40,7 @@ def move_tokens(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, 
     kernel = function("kvevict_move_tokens", *_ARGTYPES) if keys.device.type == "cpu" else None
     if kernel is None:
         return move_tokens_reference(keys, values, source, destination)
-    kernel(
-        keys.data_ptr(), *keys.stride(), keys.shape[2],
-        values.data_ptr(), *values.stride(), values.shape[2],
-        source.data_ptr(), destination.data_ptr(), source.numel(),
-        keys.shape[1], keys.element_size(),
-    )  # fmt: skip
+    kernel(*_flat(keys, values, source, destination))
 
 
 def check_arguments(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, destination: torch.Tensor) -> None:
@@ -93,6 +88,27 @@ def move_tokens_triton(
         values, *values.stride(), values.shape[2],
         source, destination, num_tokens, block_size,
         TOKENS=_TOKENS, DIMS=_DIMS, num_warps=_NUM_WARPS,
+    )  # fmt: skip
+
+
+def move_tokens_cuda(
+    keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
+) -> None:
+    """In place: launch csrc/cuda/move_tokens.cu, which must have been built; same arguments."""
+    kernel = cuda_function("kvevict_cuda_move_tokens", *_ARGTYPES)
+    assert kernel is not None
+    with torch.cuda.device(keys.device):
+        kernel(*_flat(keys, values, source, destination))
+
+
+def _flat(
+    keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
+) -> tuple[int, ...]:
+    return (
+        keys.data_ptr(), *keys.stride(), keys.shape[2],
+        values.data_ptr(), *values.stride(), values.shape[2],
+        source.data_ptr(), destination.data_ptr(), source.numel(),
+        keys.shape[1], keys.element_size(),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Finds the compiled CPU kernels (csrc/cpu) and describes their C interface to Python."""
+"""Finds the compiled kernels (csrc/cpu, csrc/cuda) and describes their C interface to Python."""
 
 import ctypes
 import functools
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 # torch must come first: it loads the OpenMP runtime that the kernels then share, threads and all
-import torch  # noqa: F401
+import torch
 
 logger = logging.getLogger(__name__)
 
@@ -25,15 +25,25 @@ def library() -> ctypes.CDLL | None:
 
     Raises OSError if the library is there but cannot be loaded.
     """
-    # not importlib.util.find_spec: with an editable installation it also finds the library of another checkout
-    spec = PathFinder.find_spec("_cpu", [str(PACKAGE)])
-    if spec is None or spec.origin is None:
+    found = _find("_cpu")
+    if found is None:
         logger.warning(
             "CPU kernels are not built: using their slower torch references. To build them, install a C++ compiler "
             "and reinstall, or run `python setup.py build_ext --inplace` in a checkout."
         )
-        return None
-    return ctypes.CDLL(spec.origin)
+    return found
+
+
+@functools.cache
+def cuda_library() -> ctypes.CDLL | None:
+    """Return the compiled CUDA kernels as ``library`` does those of the CPU; where they were not built, Triton's run."""
+    return _find("_cuda")
+
+
+def _find(module: str) -> ctypes.CDLL | None:
+    # not importlib.util.find_spec: with an editable installation it also finds the library of another checkout
+    spec = PathFinder.find_spec(module, [str(PACKAGE)])
+    return None if spec is None or spec.origin is None else ctypes.CDLL(spec.origin)
 
 
 @functools.cache
@@ -50,3 +60,23 @@ def function(name: str, *argtypes: Any) -> Callable[..., int] | None:
     found: Any = getattr(kernels, name)
     found.argtypes, found.restype = argtypes, INT32
     return cast("Callable[..., int]", found)
+
+
+@functools.cache
+def cuda_function(name: str, *argtypes: Any) -> Callable[..., None] | None:
+    """Return a function that launches ``name`` on the current stream of the current device; None as for ``function``.
+
+    It raises RuntimeError if the launch fails.
+    """
+    kernels = cuda_library()
+    if kernels is None:
+        return None
+    found: Any = getattr(kernels, name)
+    found.argtypes, found.restype = (*argtypes, POINTER), INT32
+
+    def launch(*arguments: Any) -> None:
+        status = found(*arguments, torch.cuda.current_stream().cuda_stream)
+        if status != 0:
+            raise RuntimeError(f"{name}: the launch failed with cudaError_t {status}.")
+
+    return launch

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_kvevict.kernels.native import INT64, POINTER, function
+from vllm_kvevict.kernels.native import INT64, POINTER, cuda_function, function
 from vllm_kvevict.kernels.optional_triton import tl, triton
 
 _SELECT_ARGTYPES = (POINTER, POINTER, POINTER, INT64, INT64, INT64, INT64)
@@ -122,6 +122,21 @@ def select_triton(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int, n
     _select_kernel[(num_kept.numel(),)](
         scores, num_kept, kept, kv_len, num_sink, kv_len - num_recent, TILE=_TILE, num_warps=_NUM_WARPS
     )
+    return kept
+
+
+def select_cuda(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int, num_recent: int) -> torch.Tensor:
+    """Launch csrc/cuda/select.cu, which must have been built, one block for each head; as ``select_triton``."""
+    kernel = cuda_function("kvevict_cuda_select", *_SELECT_ARGTYPES)
+    assert kernel is not None
+    scores, num_kept = scores.contiguous(), num_kept.contiguous()
+    kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    kv_len = scores.shape[-1]
+    with torch.cuda.device(scores.device):
+        kernel(
+            scores.data_ptr(), num_kept.data_ptr(), kept.data_ptr(),
+            num_kept.numel(), kv_len, *_clamp_protection(kv_len, num_sink, num_recent),
+        )  # fmt: skip
     return kept
 
 
