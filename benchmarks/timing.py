@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -85,10 +85,17 @@ def provenance() -> dict[str, object]:
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "vllm": version("vllm"),
+        "vllm": _vllm_version(),
         "commit": git("rev-parse", "--short", "HEAD") or "none",
         "tree": "dirty" if git("status", "--porcelain") else "clean",
     }
+
+
+def _vllm_version() -> str:
+    try:
+        return version("vllm")
+    except PackageNotFoundError:  # kernels need none
+        return "none"
 
 
 def machine() -> str:

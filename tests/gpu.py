@@ -52,7 +52,7 @@ class Mirror:
 
 
 def on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function`` for CPU tensors: computed on the GPU, with its result, and what it changed, back on the CPU."""
+    """Return ``function`` for CPU tensors: computed on the GPU; its result and what it changed come back."""
 
     @functools.wraps(function)
     def wrapper(*arguments: Any) -> Any:

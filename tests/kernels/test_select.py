@@ -20,7 +20,10 @@ REFERENCE = SimpleNamespace(select=module.select_reference, count_best=module.co
 
 @pytest.fixture(params=["reference", "native-16", "native-8", "native-4", "triton", "cuda"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """One way to select; native-16 is AVX-512, native-8 AVX2, native-4 SSE or NEON. Without a GPU the last two pretend."""
+    """One way to select; native-16 is AVX-512, native-8 AVX2, native-4 SSE or NEON.
+
+    Without a GPU Triton is interpreted and CUDA emulated.
+    """
     if request.param == "reference":
         yield REFERENCE
         return

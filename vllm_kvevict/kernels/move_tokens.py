@@ -91,19 +91,14 @@ def move_tokens_triton(
     )  # fmt: skip
 
 
-def move_tokens_cuda(
-    keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
-) -> None:
+def move_tokens_cuda(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, destination: torch.Tensor) -> None:
     """In place: launch csrc/cuda/move_tokens.cu, which must have been built; same arguments."""
     kernel = cuda_function("kvevict_cuda_move_tokens", *_ARGTYPES)
-    assert kernel is not None
     with torch.cuda.device(keys.device):
         kernel(*_flat(keys, values, source, destination))
 
 
-def _flat(
-    keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
-) -> tuple[int, ...]:
+def _flat(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, destination: torch.Tensor) -> tuple[int, ...]:
     return (
         keys.data_ptr(), *keys.stride(), keys.shape[2],
         values.data_ptr(), *values.stride(), values.shape[2],

@@ -36,7 +36,7 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def cuda_library() -> ctypes.CDLL | None:
-    """Return the compiled CUDA kernels as ``library`` does those of the CPU; where they were not built, Triton's run."""
+    """Return the compiled CUDA kernels as ``library`` does those of the CPU; without them Triton's run, unlogged."""
     return _find("_cuda")
 
 
@@ -63,14 +63,14 @@ def function(name: str, *argtypes: Any) -> Callable[..., int] | None:
 
 
 @functools.cache
-def cuda_function(name: str, *argtypes: Any) -> Callable[..., None] | None:
-    """Return a function that launches ``name`` on the current stream of the current device; None as for ``function``.
+def cuda_function(name: str, *argtypes: Any) -> Callable[..., None]:
+    """Return a function that launches ``name`` on the current stream of the current device.
 
-    It raises RuntimeError if the launch fails.
+    It raises RuntimeError if the launch fails. Raises RuntimeError itself where the CUDA kernels were not built.
     """
     kernels = cuda_library()
     if kernels is None:
-        return None
+        raise RuntimeError(f"{name}: the CUDA kernels are not built; that needs nvcc.")
     found: Any = getattr(kernels, name)
     found.argtypes, found.restype = (*argtypes, POINTER), INT32
 

@@ -128,7 +128,6 @@ def select_triton(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int, n
 def select_cuda(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int, num_recent: int) -> torch.Tensor:
     """Launch csrc/cuda/select.cu, which must have been built, one block for each head; as ``select_triton``."""
     kernel = cuda_function("kvevict_cuda_select", *_SELECT_ARGTYPES)
-    assert kernel is not None
     scores, num_kept = scores.contiguous(), num_kept.contiguous()
     kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     kv_len = scores.shape[-1]
