@@ -230,19 +230,16 @@ def decoding(batch: int, kept: int, num_tokens: int) -> Iterator[Rate]:
     scratch = (torch.empty(*sizes, HEAD_SIZE, device="cuda"), *torch.empty(2, *sizes, device="cuda"))
     scales = torch.ones(1, device="cuda")
 
+    starts = torch.arange(batch * KV_HEADS + 1, dtype=torch.int32, device="cuda")
+
     def attend(
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        table: torch.Tensor,
-        lens: torch.Tensor,
-        most: int,
+        query: torch.Tensor, kv: tuple[torch.Tensor, ...], table: torch.Tensor, lens: torch.Tensor, most: int
     ) -> torch.Tensor:
-        output = torch.empty_like(query)
+        (keys, values), output = kv, torch.empty_like(query)
         shapes = (len(query), query.shape[1], segments)
         parts = [scratch[0].view(*shapes, HEAD_SIZE), *(part.view(shapes) for part in scratch[1:])]
         unified_attention(
-            q=query, k=keys, v=values, out=output, cu_seqlens_q=torch.arange(len(lens) + 1, device="cuda").int(),
+            q=query, k=keys, v=values, out=output, cu_seqlens_q=starts[: len(lens) + 1],
             max_seqlen_q=1, seqused_k=lens, max_seqlen_k=most, softmax_scale=SCALE, causal=True, window_size=(-1, -1),
             block_table=table, softcap=0, q_descale=None, k_descale=scales.expand(len(lens), keys.shape[2]),
             v_descale=scales.expand(len(lens), keys.shape[2]), seq_threshold_3D=128 // keys.shape[2],
@@ -260,14 +257,8 @@ def decoding(batch: int, kept: int, num_tokens: int) -> Iterator[Rate]:
     for length in (num_tokens, kept):
         lens = torch.full((batch,), length, dtype=torch.int32, device="cuda")
         whole = functools.partial(attend, query, kv, ids.int(), lens, length)
-        moved = 2 * batch * KV_HEADS * length * HEAD_SIZE * DTYPE.itemsize
-        yield Rate(
-            "attention, whole rows",
-            f"batch {batch}, {length} tokens",
-            kernel_seconds(whole),
-            call_seconds(whole),
-            moved,
-        )
+        moved, shape = 2 * batch * KV_HEADS * length * HEAD_SIZE * DTYPE.itemsize, f"batch {batch}, {length} tokens"
+        yield Rate("attention, whole rows", shape, kernel_seconds(whole), call_seconds(whole), moved)
     folded_query = query.view(batch * KV_HEADS, group, HEAD_SIZE)
     folded_kv = pool.keys.unsqueeze(2), pool.values.unsqueeze(2)
     table = torch.cat([pool.layer_page_ids(0, of_request) for of_request in ids]).int()
@@ -279,13 +270,7 @@ def decoding(batch: int, kept: int, num_tokens: int) -> Iterator[Rate]:
     ragged += ((batch * KV_HEADS * kept - ragged.sum()) // len(ragged)).int()
     for name, lens in (("uniform", same), ("ragged", ragged)):
         call = functools.partial(attend, folded_query, folded_kv, table, lens, int(lens.max()))
-        yield Rate(
-            f"attention, folded, {name}",
-            f"batch {batch}, {kept} tokens",
-            kernel_seconds(call),
-            call_seconds(call),
-            moved,
-        )
+        yield Rate(f"attention, folded, {name}", shape, kernel_seconds(call), call_seconds(call), moved)
 
 
 def main() -> None:

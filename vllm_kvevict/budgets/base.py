@@ -31,7 +31,7 @@ class BudgetAllocator(ABC):
 
     @abstractmethod
     def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
-        """Return [num_layers, num_kv_heads] float64, the tokens each head should keep; any scale, all >= 0.
+        """Return [num_layers, num_kv_heads] float64, the tokens each head should keep; any scale and device, all >= 0.
 
         scores:     [num_layers, num_kv_heads, kv_len] float32, protected tokens at +inf
         num_tokens: tokens per (layer, head) that the request keeps on average
@@ -95,7 +95,7 @@ def _clamped_shares(wish: torch.Tensor, total: int, minimum: int, maximum: int) 
 
 
 def joint_counts(scores: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
-    """Return [num_groups, num_rows] float64, how many of the highest scores of each group every row has.
+    """Return [num_groups, num_rows] float64 on the CPU, how many of its group's highest scores every row has.
 
     Rows that tie at the threshold share what is left in proportion to their ties, so that no order of rows matters.
 

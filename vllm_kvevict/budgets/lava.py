@@ -32,7 +32,7 @@ class Lava(BudgetAllocator):
     def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
         protected = num_protected(scores)
         free = _masses(scores)
-        shares = layer_entropies(free)
+        shares = layer_entropies(free).cpu()  # where the counts are
         shares = shares / shares.sum() if shares.sum() > 0 else torch.full_like(shares, 1 / len(shares))
         heads = scores.shape[1]
         layer_tokens = shares * (num_tokens - protected) * len(shares)  # per head

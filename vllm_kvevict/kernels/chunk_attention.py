@@ -134,7 +134,9 @@ def _received_kernel(
             )  # fmt: skip
             logits = tl.dot(queries, key.to(queries.dtype), input_precision="ieee") * scale
             log_sum = tl.load(log_sums + (kv_head * num_queries + token) * GROUP + in_group, mask=live, other=0.0)
-            total += tl.sum(tl.exp2(tl.where(live[:, None], logits - log_sum[:, None], float("-inf"))), axis=0)
+            # masked before the subtraction: fused with the scale it would not round as the logits in log_sum did
+            logits = tl.where(live[:, None], logits, float("-inf"))
+            total += tl.sum(tl.exp2(logits - log_sum[:, None]), axis=0)
         if TAKE_MAX:
             reduced = tl.maximum(reduced, total, propagate_nan=tl.PropagateNan.ALL)
         else:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_kvevict.kernels.native import INT64, POINTER, cuda_function, function
+from vllm_kvevict.kernels.native import INT64, POINTER, cuda_function, cuda_library, function
 from vllm_kvevict.kernels.optional_triton import tl, triton
 
 ELEMENT_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -27,8 +27,8 @@ def move_tokens(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, 
     No slot may be both a source and a destination, and no destination may occur twice: tokens are copied in parallel,
     in no order, without scratch memory. This is not checked. ``num_tokens`` may be zero.
 
-    CPU tensors use csrc/cpu/move_tokens.cpp where it was built, CUDA tensors the Triton kernel, everything else
-    ``move_tokens_reference``.
+    CPU tensors use csrc/cpu/move_tokens.cpp where it was built, CUDA tensors csrc/cuda/move_tokens.cu where it was,
+    else the Triton kernel; everything else ``move_tokens_reference``.
 
     Raises ValueError for a wrong shape, dtype, device or stride, or a slot outside the pool.
     """
@@ -36,7 +36,8 @@ def move_tokens(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, 
     if source.numel() == 0:
         return
     if keys.device.type == "cuda":
-        return move_tokens_triton(keys, values, source, destination)
+        launch = move_tokens_triton if cuda_library() is None else move_tokens_cuda
+        return launch(keys, values, source, destination)
     kernel = function("kvevict_move_tokens", *_ARGTYPES) if keys.device.type == "cpu" else None
     if kernel is None:
         return move_tokens_reference(keys, values, source, destination)

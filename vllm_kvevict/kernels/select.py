@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_kvevict.kernels.native import INT64, POINTER, cuda_function, function
+from vllm_kvevict.kernels.native import INT64, POINTER, cuda_function, cuda_library, function
 from vllm_kvevict.kernels.optional_triton import tl, triton
 
 _SELECT_ARGTYPES = (POINTER, POINTER, POINTER, INT64, INT64, INT64, INT64)
@@ -25,7 +25,8 @@ def select(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int = 0, num_
     returns:    [*heads, kv_len] bool, exactly num_kept each
 
     CPU tensors use csrc/cpu/select.cpp where it was built, with 4 bytes of scratch per token and thread; CUDA tensors
-    the Triton kernel, everything else ``select_reference``. All agree bit for bit.
+    csrc/cuda/select.cu where it was, else the Triton kernel; everything else ``select_reference``. All agree bit for
+    bit.
 
     Raises ValueError for a wrong shape or dtype, or a number to keep out of range; MemoryError if the scratch memory
     cannot be had.
@@ -35,7 +36,8 @@ def select(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int = 0, num_
     if scores.numel() == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     if scores.device.type == "cuda":
-        return select_triton(scores, num_kept, num_sink, num_recent)
+        launch = select_triton if cuda_library() is None else select_cuda
+        return launch(scores, num_kept, num_sink, num_recent)
     kernel = function("kvevict_select", *_SELECT_ARGTYPES) if scores.device.type == "cpu" else None
     if kernel is None:
         return select_reference(scores, num_kept, num_sink, num_recent)
@@ -59,7 +61,7 @@ def count_best(scores: torch.Tensor, totals: torch.Tensor) -> tuple[torch.Tensor
     returns: two of [num_groups, num_rows] int64: scores that are among them, and scores that tie for the places that
              these leave. Of a group without such ties the first sum to its total, and the others are 0
 
-    Implementations as for ``select``, with 4 bytes of scratch per score of a group and thread.
+    Implementations as for ``select``, but no CUDA C++, with 4 bytes of scratch per score of a group and thread.
 
     Raises ValueError for a wrong shape or dtype, or a total out of range; MemoryError if the scratch memory cannot be
     had.

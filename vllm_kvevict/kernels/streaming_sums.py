@@ -262,7 +262,9 @@ def _column_sums_kernel(
         logits = tl.dot(queries, key.to(queries.dtype), input_precision="ieee") * scale
         log_sum = tl.load(log_sums + kv_head * num_rows + row, mask=live, other=0.0)
         seen = live[:, None] & (index[None, :] <= first_query + token[:, None])
-        received += tl.sum(tl.exp2(tl.where(seen, logits - log_sum[:, None], float("-inf"))), axis=0)
+        # masked before the subtraction: fused with the scale it would not round as the logits in log_sum did
+        logits = tl.where(seen, logits, float("-inf"))
+        received += tl.sum(tl.exp2(logits - log_sum[:, None]), axis=0)
     out = sums + kv_head * sums_stride_head + index
     tl.store(out, tl.load(out, mask=index < kv_len, other=0.0) + received / GROUP, mask=index < kv_len)
 

@@ -21,10 +21,10 @@ from vllm_kvevict.kernels.window_batch import (
 )
 
 LOG2_E = 1.4426950408889634
-MAX_SPLITS = 32  # partial softmaxes of a row: what every program of the second pass of Triton merges
+MAX_SPLITS = 32  # partial softmaxes of a row
 TILE = 64  # tokens of a Triton program
-MAX_ROWS = 64  # query rows of one of its products
-NUM_WARPS = 8
+MAX_ROWS, MAX_ROW_BYTES = 128, 2**15  # query rows of one of its products, and what they take of shared memory
+NUM_WARPS = 8  # 4 are faster on an H100 in the pass over the columns, but spill registers on sm_100
 _ARGTYPES = (
     *(POINTER, INT64, INT64, INT64),  # query: data, strides
     *(POINTER, INT64, INT64, INT64) * 2,  # keys, values
@@ -86,6 +86,7 @@ def window_scores_triton(batch: WindowBatch, reduction: Reduction) -> torch.Tens
     split_tokens = triton.cdiv(num_tiles, MAX_SPLITS) * TILE
     num_splits = triton.cdiv(max_kv_len, split_tokens)
     row_max, row_sum = query.new_empty(2, num_items, num_splits, group * window, dtype=torch.float32)
+    maxima, weights = query.new_empty(2, num_items, group * window, dtype=torch.float32)
     largest_norms = query.new_empty(num_items, num_splits, dtype=torch.float32)
     scores = query.new_empty(num_reqs, num_kv_heads, max_kv_len, dtype=torch.float32)
     columns = torch.empty_like(scores)
@@ -95,15 +96,20 @@ def window_scores_triton(batch: WindowBatch, reduction: Reduction) -> torch.Tens
     inputs = (query, *query.stride()[:3], keys, *keys.stride(), window, group, head_size, batch.scale * LOG2_E)
     value_pages = (values, *values.stride(), value_head_size)
     head, value_head = max(triton.next_power_of_2(head_size), 16), triton.next_power_of_2(value_head_size)
-    rows, splits = _rows(group * window), triton.next_power_of_2(num_splits)
+    row_bytes, splits = head * query.element_size(), triton.next_power_of_2(num_splits)
+    rows = _rows(group * window, row_bytes)
     _softmax_kernel[num_splits, triton.cdiv(group * window, rows), num_items](
         *tokens, *inputs, *value_pages, row_max, row_sum, largest_norms, num_splits, split_tokens, num_unscored,
         FIND_NORM=reduction.weight == "largest_value_norm", TILE=TILE, ROWS=rows, HEAD=head, VALUE_HEAD=value_head,
         num_warps=NUM_WARPS,
     )  # fmt: skip
+    _merge_kernel[triton.cdiv(group * window, rows), num_items](
+        row_max, row_sum, maxima, weights, group * window, num_splits, query_weight,
+        ROWS=rows, SPLITS=splits, num_warps=NUM_WARPS,
+    )  # fmt: skip
     _columns_kernel[num_tiles, num_items](
-        *tokens, *inputs, row_max, row_sum, columns, num_splits, num_unscored, query_weight,
-        GROUP_MAX=reduction.group == "max", TILE=TILE, ROWS=_rows(window), HEAD=head, SPLITS=splits,
+        *tokens, *inputs, maxima, weights, columns, num_unscored,
+        GROUP_MAX=reduction.group == "max", TILE=TILE, ROWS=_rows(window, row_bytes), HEAD=head,
         num_warps=NUM_WARPS,
     )  # fmt: skip
     _finish_kernel[num_tiles, num_items](
@@ -114,9 +120,9 @@ def window_scores_triton(batch: WindowBatch, reduction: Reduction) -> torch.Tens
     return scores
 
 
-def _rows(count: int) -> int:
+def _rows(count: int, row_bytes: int) -> int:
     """Rows of the products for ``count`` query rows: at least what tensor cores take."""
-    return int(min(max(triton.next_power_of_2(count), 16), MAX_ROWS))
+    return int(max(min(triton.next_power_of_2(count), MAX_ROWS, MAX_ROW_BYTES // row_bytes), 16))
 
 
 @triton.jit
@@ -206,14 +212,31 @@ def _softmax_kernel(
 
 
 @triton.jit
+def _merge_kernel(
+    row_max_ptr, row_sum_ptr, maxima_ptr, weights_ptr, num_rows, num_splits, query_weight,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    # one program: the softmax of a block of query rows of one KV head, from its partial ones
+    item = tl.program_id(1).to(tl.int64)
+    row, split = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, SPLITS)
+    at = (item * num_splits + split)[:, None] * num_rows + row
+    live = (split < num_splits)[:, None] & (row < num_rows)
+    maxima = tl.load(row_max_ptr + at, mask=live, other=-3.4e38)  # [SPLITS, ROWS]
+    row_max = tl.max(maxima, axis=0)
+    row_sum = tl.sum(tl.load(row_sum_ptr + at, mask=live, other=0.0) * tl.exp2(maxima - row_max[None, :]), axis=0)
+    tl.store(maxima_ptr + item * num_rows + row, row_max, mask=row < num_rows)
+    tl.store(weights_ptr + item * num_rows + row, query_weight / row_sum, mask=row < num_rows)
+
+
+@triton.jit
 def _columns_kernel(
     table_ptr, table_stride_req, table_stride_head, block_size, kv_lens_ptr, num_kv_heads, max_kv_len,
     query_ptr, query_stride_req, query_stride_token, query_stride_head,
     key_ptr, key_stride_page, key_stride_token, key_stride_dim,
     window, group, head_size, scale,
-    row_max_ptr, row_sum_ptr, columns_ptr,
-    num_splits, num_unscored, query_weight,
-    GROUP_MAX: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, SPLITS: tl.constexpr,
+    maxima_ptr, weights_ptr, columns_ptr,
+    num_unscored,
+    GROUP_MAX: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
     # one program: the sums of a tile of columns of one KV head, reduced over its query heads
     item = tl.program_id(1)
@@ -224,8 +247,6 @@ def _columns_kernel(
         table_ptr, table_stride_req, table_stride_head, block_size, item, num_kv_heads,
         key_ptr, key_stride_page, key_stride_token, key_stride_dim, head_size, token, token < kv_len, HEAD,
     )  # fmt: skip
-    split = tl.arange(0, SPLITS)
-    partial = (item * num_splits + split).to(tl.int64) * group * window
     columns = tl.zeros([TILE], tl.float32)
     for in_group in range(group):
         of_head = tl.zeros([TILE], tl.float32)
@@ -237,12 +258,9 @@ def _columns_kernel(
                 kv_head * group + in_group + row * 0, row, live_row, head_size, HEAD,
             )  # fmt: skip
             logits = _compute_logits(query, kv_len - window + row, keys, token, scale)
-            at = partial[:, None] + in_group * window + row
-            live = (split < num_splits)[:, None] & live_row
-            maxima = tl.load(row_max_ptr + at, mask=live, other=-3.4e38)  # [SPLITS, ROWS]
-            row_max = tl.max(maxima, axis=0)
-            sums = tl.load(row_sum_ptr + at, mask=live, other=0.0) * tl.exp2(maxima - row_max[None, :])
-            weight = tl.where(live_row, query_weight, 0.0) / tl.where(live_row, tl.sum(sums, axis=0), 1.0)
+            at = (item.to(tl.int64) * group + in_group) * window + row
+            row_max = tl.load(maxima_ptr + at, mask=live_row, other=0.0)
+            weight = tl.load(weights_ptr + at, mask=live_row, other=0.0)
             logits = tl.where(live_row[:, None], logits - row_max[:, None], 0.0)
             of_head += tl.sum(tl.exp2(logits) * weight[:, None], axis=0)
         if GROUP_MAX:
@@ -298,7 +316,8 @@ def triton_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]
     strides = {"key_stride_dim": 1, "value_stride_dim": 1}  # as a launch specialises them
     constants = {
         _softmax_kernel: {"FIND_NORM": True, "ROWS": MAX_ROWS, "HEAD": 128, "VALUE_HEAD": 128},
-        _columns_kernel: {"GROUP_MAX": False, "ROWS": 32, "HEAD": 128, "SPLITS": MAX_SPLITS},
+        _merge_kernel: {"ROWS": MAX_ROWS, "SPLITS": MAX_SPLITS},
+        _columns_kernel: {"GROUP_MAX": False, "ROWS": 32, "HEAD": 128},
         _finish_kernel: {"POOL_MAX": True, "POOL_KERNEL": 7, "WEIGHT": 1, "VALUE_HEAD": 128, "SPLITS": MAX_SPLITS},
     }
     signatures = []
