@@ -16,7 +16,7 @@ from vllm_kvevict.cache.selection import protect, select
 from vllm_kvevict.evictor import Eviction, Method
 from vllm_kvevict.policies.base import LayerWeights
 from vllm_kvevict.policies.expected_attention import ExpectedAttention
-from vllm_kvevict.policies.rotary import Rotary
+from vllm_kvevict.rotary import Rotary
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 8, 2, 32
 

@@ -10,7 +10,7 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 
 from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, Need
-from vllm_kvevict.policies.rotary import Rotary
+from vllm_kvevict.rotary import Rotary
 
 # models whose attention modules hold `rotary_emb` and `o_proj` and rotate every layer
 _KNOWN_ARCHITECTURES = (

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from vllm_kvevict.kernels.native import FLOAT, INT32, INT64, POINTER, function
+from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
 from vllm_kvevict.kernels.streaming_sums import (
     BLOCK_TOKENS,
@@ -31,6 +32,12 @@ _ARGTYPES = (
 )
 
 
+@operator(
+    "(Tensor query, Tensor keys, Tensor page_table, SymInt start, float scale, str reduction) -> Tensor",
+    fake=lambda query, keys, page_table, *arguments: query.new_empty(
+        len(page_table), query.shape[0], dtype=torch.float32
+    ),
+)
 def chunk_attention(
     query: torch.Tensor,
     keys: torch.Tensor,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from vllm_kvevict.kernels.native import FLOAT, INT32, INT64, POINTER, function
+from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
 from vllm_kvevict.kernels.window_batch import DTYPE_CODES, QUERY_DTYPES
-
-if TYPE_CHECKING:
-    from vllm_kvevict.policies.rotary import Rotary
+from vllm_kvevict.rotary import Rotary
 
 REFERENCE_TOKENS = 1024
 # Of the Triton kernels: programs that share the tokens in the first pass, its rows of moments, tokens and columns.
@@ -27,6 +26,14 @@ _MOMENTS_ARGTYPES = (*_KEYS, POINTER, POINTER)  # total, moment
 _NORMS_ARGTYPES = (*_KEYS, POINTER, POINTER, INT64, POINTER)  # mean, map, columns, norms
 
 
+@operator(
+    "(Tensor keys, Tensor page_table, SymInt start, SymInt end, Tensor cos_sin, bool is_neox_style, Tensor sketch, "
+    "float ridge, float key_scale=1.0) -> Tensor",
+    fake=lambda keys, page_table, start, end, *arguments: keys.new_empty(
+        len(page_table), end - start, dtype=torch.float32
+    ),
+    groups={4: Rotary},
+)
 def leverage(
     keys: torch.Tensor,
     page_table: torch.Tensor,

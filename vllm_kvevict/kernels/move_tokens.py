@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from vllm_kvevict.kernels.native import INT64, POINTER, cuda_function, cuda_library, function
+from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
 
 ELEMENT_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -15,6 +16,7 @@ _ARGTYPES = (*_POOL, *_POOL, POINTER, POINTER, INT64, INT64, INT64)
 _TOKENS, _DIMS, _NUM_WARPS = 32, 32, 4  # a program copies 32 elements of 32 tokens at once
 
 
+@operator("(Tensor(a!) keys, Tensor(b!) values, Tensor source, Tensor destination) -> ()", fake=lambda *arguments: None)
 def move_tokens(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, destination: torch.Tensor) -> None:
     """In place: copy the K and V of each token from slot ``source[i]`` to slot ``destination[i]``, bit for bit.
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_kvevict.kernels.native import INT64, POINTER, function
+from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
 
 _ARGTYPES = (
@@ -39,6 +40,20 @@ class BatchBlocks(NamedTuple):
     block_table: torch.Tensor
 
 
+def _empty_rows(pages: torch.Tensor, batch: BatchBlocks, num_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = pages.new_empty(pages.shape[0], len(batch.slots), pages.shape[2], num_columns)
+    return rows, pages.new_empty(rows.shape[:3])
+
+
+@operator(
+    "(Tensor(a!) pages, Tensor num_pages, Tensor kv_lens, Tensor layer_offset, int block_stride, Tensor slots, "
+    "Tensor num_blocks, Tensor first_block, Tensor end_block, Tensor new_tokens, Tensor block_table, "
+    "SymInt num_columns) -> (Tensor, Tensor)",
+    fake=lambda pages, num_pages, kv_lens, layer_offset, block_stride, batch, num_columns: _empty_rows(
+        pages, batch, num_columns
+    ),
+    groups={5: BatchBlocks},
+)
 def page_table_update(
     pages: torch.Tensor,
     num_pages: torch.Tensor,
@@ -127,11 +142,6 @@ def _check(name: str, tensor: torch.Tensor, shape: torch.Size, dtype: torch.dtyp
 
 def _outside() -> ValueError:
     return ValueError("`batch`: expected slots, blocks and columns within their tables, got some outside.")
-
-
-def _empty_rows(pages: torch.Tensor, batch: BatchBlocks, num_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = pages.new_empty(pages.shape[0], len(batch.slots), pages.shape[2], num_columns)
-    return rows, pages.new_empty(rows.shape[:3])
 
 
 def page_table_update_triton(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from vllm_kvevict.kernels.native import INT64, POINTER, cuda_function, cuda_library, function
+from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
 
 _SELECT_ARGTYPES = (POINTER, POINTER, POINTER, INT64, INT64, INT64, INT64)
@@ -14,6 +15,10 @@ _COUNT_ARGTYPES = (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT64)
 _TILE, _COUNT_TILE, _NUM_WARPS = 2048, 1024, 8  # scores that a program looks at at once; more spill on sm_80
 
 
+@operator(
+    "(Tensor scores, Tensor num_kept, int num_sink=0, int num_recent=0) -> Tensor",
+    fake=lambda scores, *arguments: scores.new_empty(scores.shape, dtype=torch.bool),
+)
 def select(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int = 0, num_recent: int = 0) -> torch.Tensor:
     """Mark the ``num_kept`` highest scores of every head, protected tokens before all others.
 
@@ -53,6 +58,13 @@ def select(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int = 0, num_
     return kept
 
 
+@operator(
+    "(Tensor scores, Tensor totals) -> (Tensor, Tensor)",
+    fake=lambda scores, totals: (
+        scores.new_empty(scores.shape[:2], dtype=torch.int64),
+        scores.new_empty(scores.shape[:2], dtype=torch.int64),
+    ),
+)
 def count_best(scores: torch.Tensor, totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Count the scores of every row that are among the ``totals`` highest of its group.
 
@@ -74,7 +86,7 @@ def count_best(scores: torch.Tensor, totals: torch.Tensor) -> tuple[torch.Tensor
     if kernel is None:
         return count_best_reference(scores, totals)
     scores, totals = scores.contiguous(), totals.contiguous()
-    above, ties = torch.empty(2, *scores.shape[:2], dtype=torch.int64)
+    above, ties = (torch.empty(scores.shape[:2], dtype=torch.int64) for _ in range(2))
     pointers = [tensor.data_ptr() for tensor in (scores, totals, above, ties)]
     if kernel(*pointers, *scores.shape) != 0:
         raise MemoryError(f"count_best: no scratch memory for {scores[0].numel()} scores per thread.")
@@ -145,7 +157,7 @@ def count_best_triton(scores: torch.Tensor, totals: torch.Tensor) -> tuple[torch
     """Launch the kernel of ``count_best``, one program for each group; same arguments, all on one device."""
     scores, totals = scores.contiguous(), totals.contiguous()
     num_groups, num_rows, kv_len = scores.shape
-    above, ties = torch.empty(2, num_groups, num_rows, dtype=torch.int64, device=scores.device)
+    above, ties = (totals.new_empty(num_groups, num_rows) for _ in range(2))
     _count_best_kernel[(num_groups,)](
         scores, totals, above, ties, num_rows, kv_len, TILE=_COUNT_TILE, num_warps=_NUM_WARPS
     )  # fmt: skip

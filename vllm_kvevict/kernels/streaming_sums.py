@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from vllm_kvevict.kernels.native import FLOAT, INT32, INT64, POINTER, function
+from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
 from vllm_kvevict.kernels.window_batch import DTYPE_CODES, FLOAT8_DTYPES, QUERY_DTYPES
 
@@ -26,6 +27,10 @@ _ARGTYPES = (
 )
 
 
+@operator(
+    "(Tensor query, Tensor keys, Tensor page_table, SymInt kv_len, float scale, Tensor(a!) sums) -> ()",
+    fake=lambda *arguments: None,
+)
 def streaming_sums(
     query: torch.Tensor, keys: torch.Tensor, page_table: torch.Tensor, kv_len: int, scale: float, sums: torch.Tensor
 ) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_kvevict.kernels.native import FLOAT, INT32, INT64, POINTER, function
+from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
 from vllm_kvevict.kernels.window_batch import (
     DTYPE_CODES,
@@ -36,6 +37,14 @@ _ARGTYPES = (
 )
 
 
+@operator(
+    "(Tensor query, Tensor keys, Tensor values, Tensor page_table, Tensor kv_lens, SymInt max_kv_len, float scale, "
+    "float value_scale, str group, str pool, int pool_kernel, str weight, bool own_columns) -> Tensor",
+    fake=lambda batch, reduction: batch.query.new_empty(
+        batch.query.shape[0], batch.page_table.shape[1], batch.max_kv_len, dtype=torch.float32
+    ),
+    groups={0: WindowBatch, 1: Reduction},
+)
 def window_scores(batch: WindowBatch, reduction: Reduction) -> torch.Tensor:
     """Score the tokens of several requests in one layer by the softmax attention of each request's last queries.
 

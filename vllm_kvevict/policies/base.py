@@ -13,8 +13,8 @@ import torch
 
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.kernels.window_scores import window_scores
-from vllm_kvevict.policies.rotary import Rotary
 from vllm_kvevict.registry import Registry
+from vllm_kvevict.rotary import Rotary
 
 
 class Need(Enum):

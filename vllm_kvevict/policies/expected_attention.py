@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
-from vllm_kvevict.policies.rotary import Rotary
+from vllm_kvevict.rotary import Rotary
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from vllm_kvevict.policies.rotary import Rotary
+from vllm_kvevict.rotary import Rotary
 
 HEADS, HEAD_SIZE, MAX_POSITION = 3, 64, 131_072
 POSITIONS = torch.tensor([0, 1, 2, 31, 4095, 8191, 65_537, MAX_POSITION - 1])
