@@ -28,6 +28,8 @@ from vllm_kvevict.evictor import Eviction, Method
 from vllm_kvevict.kernels import move_tokens as moving
 from vllm_kvevict.kernels import select as selecting
 from vllm_kvevict.kernels.native import cuda_library
+from vllm_kvevict.kernels.optional_xformers import HAS_XFORMERS
+from vllm_kvevict.kernels.paged_attention import PagedRows, paged_attention
 from vllm_kvevict.kernels.streaming_sums import streaming_sums, streaming_sums_reference
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.kernels.window_scores import window_scores, window_scores_reference
@@ -271,6 +273,13 @@ def decoding(batch: int, kept: int, num_tokens: int) -> Iterator[Rate]:
     for name, lens in (("uniform", same), ("ragged", ragged)):
         call = functools.partial(attend, folded_query, folded_kv, table, lens, int(lens.max()))
         yield Rate(f"attention, folded, {name}", shape, kernel_seconds(call), call_seconds(call), moved)
+    if HAS_XFORMERS:
+        rows = PagedRows.of(*table.shape, BLOCK_SIZE, query.device)
+        arguments = (folded_query, pool.keys, pool.values, table, ragged, SCALE, rows)
+        expected = attend(folded_query, folded_kv, table, ragged, int(ragged.max()))
+        torch.testing.assert_close(paged_attention(*arguments), expected, rtol=2e-2, atol=2e-3)
+        call = functools.partial(paged_attention, *arguments)
+        yield Rate("attention, folded, xformers", shape, kernel_seconds(call), call_seconds(call), moved)
 
 
 def main() -> None:

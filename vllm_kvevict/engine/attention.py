@@ -34,12 +34,14 @@ from vllm_kvevict.engine.spec import with_eviction_managers
 
 
 @contextmanager
-def backend_in_place_of(name: AttentionBackendEnum, backend: type[AttentionBackend]) -> Iterator[None]:
+def backend_in_place_of(name: AttentionBackendEnum, backend: type[AttentionBackend] | str) -> Iterator[None]:
     """Layers built inside this context use ``backend`` where the platform asks for ``name``.
+
+    backend: a class, or its full name if it is to be imported only when it is asked for
 
     Scoped, so that an engine without eviction in the same process gets vLLM's.
     """
-    register_backend(name, f"{backend.__module__}.{backend.__name__}")
+    register_backend(name, backend if isinstance(backend, str) else f"{backend.__module__}.{backend.__name__}")
     selector._cached_get_attn_backend.cache_clear()
     try:
         yield

@@ -16,6 +16,8 @@ from vllm_kvevict.engine.triton_backend import EvictionTritonBackend
 
 logger = logging.getLogger("vllm.kvevict")
 
+XFORMERS = "vllm_kvevict.engine.xformers_backend.EvictionXformersBackend"  # imported only where it is asked for
+
 
 class InPlaceOfFlashInfer(EvictionTritonBackend):
     """Triton attention where FlashInfer was chosen, whose plans know one page table for all heads of a request."""
@@ -23,11 +25,16 @@ class InPlaceOfFlashInfer(EvictionTritonBackend):
 
 @contextmanager
 def cuda_backends() -> Iterator[None]:
-    """Layers built inside this context use ours where the platform asks for FlashAttention, Triton or FlashInfer."""
+    """Layers built inside this context use ours where the platform asks for FlashAttention, Triton or FlashInfer.
+
+    Asked for ``CUSTOM``, it gets xformers, unless somebody else has registered a backend under that name.
+    """
     with ExitStack() as stack:
         stack.enter_context(backend_in_place_of(AttentionBackendEnum.FLASH_ATTN, EvictionFlashBackend))
         stack.enter_context(backend_in_place_of(AttentionBackendEnum.TRITON_ATTN, EvictionTritonBackend))
         stack.enter_context(backend_in_place_of(AttentionBackendEnum.FLASHINFER, InPlaceOfFlashInfer))
+        if not AttentionBackendEnum.CUSTOM.is_overridden():
+            stack.enter_context(backend_in_place_of(AttentionBackendEnum.CUSTOM, XFORMERS))
         yield
 
 
