@@ -1,0 +1,118 @@
+"""What happens to an evicted request while its answer grows, on a GPU as on the CPU: the same bits everywhere."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.gpu import HAS_GPU, on_gpu
+from tests.paged import make_pool, random_kv, scrambled_blocks
+from vllm_kvevict.budgets.lava import Lava
+from vllm_kvevict.cache.page_table import PageTable
+from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.cache.plan import plan_eviction
+from vllm_kvevict.cache.query_ring import QueryRing
+from vllm_kvevict.cache.residents import Residents
+from vllm_kvevict.evictor import Eviction, Method
+from vllm_kvevict.policies import POLICIES
+from vllm_kvevict.policies.base import LayerWeights
+from vllm_kvevict.resident_evictor import ResidentEviction
+from vllm_kvevict.token_evictor import TokenEvictor
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")]
+
+LAYERS, KV_HEADS, GROUP, HEAD_SIZE, BLOCK_SIZE, SCALE = 2, 2, 2, 16, 16, 0.25
+PROMPT, ANSWER, WINDOW, REQUEST = 300, 20, 32, "request"
+
+
+def request() -> tuple[PagePool, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A prompt in its pages, the blocks of prompt and answer, all queries, and keys and values of the answer."""
+    generator = torch.Generator().manual_seed(0)
+    num_blocks = -(-(PROMPT + ANSWER) // BLOCK_SIZE)
+    cache = make_pool(LAYERS, KV_HEADS, num_blocks + 3, BLOCK_SIZE, HEAD_SIZE, "interleaved", "LBHNC")
+    block_ids = scrambled_blocks(cache, num_blocks, generator)
+    cache.write(*random_kv(LAYERS, KV_HEADS, PROMPT, HEAD_SIZE, generator), block_ids[: -(-PROMPT // BLOCK_SIZE)])
+    queries = torch.randn(LAYERS, PROMPT + ANSWER, KV_HEADS * GROUP, HEAD_SIZE, generator=generator)
+    return cache.pool, block_ids, queries, torch.randn(2, ANSWER, LAYERS, KV_HEADS, HEAD_SIZE, generator=generator)
+
+
+def evict_prompt(
+    method: Method, keeps_tail: bool, pool: PagePool, block_ids: torch.Tensor, queries: torch.Tensor
+) -> tuple[Eviction, PageTable, Residents]:
+    plan = plan_eviction(PROMPT, 0.4, BLOCK_SIZE, method.min_tokens, during_decode=True)
+    plan = replace(plan, keeps_tail=keeps_tail)
+    blocks = block_ids[: plan.num_blocks]
+    eviction = Eviction(method, plan, pool, blocks)
+    for layer in range(LAYERS):
+        eviction.score_layer(layer, queries[layer, PROMPT - WINDOW : PROMPT], SCALE)
+    compaction = eviction.finish()
+    table, residents = PageTable(pool, 2), Residents(pool)
+    table.add(REQUEST, compaction, plan)
+    residents.settle(compaction, plan, blocks, None)
+    return eviction, table, residents
+
+
+def write(pool: PagePool, layer: int, block: torch.Tensor, position: int, kv: torch.Tensor) -> None:
+    """Put the keys and values [2, num_kv_heads, head_size] of a token where vLLM would."""
+    pages = pool.layer_page_ids(layer, block)
+    pool.keys[pages, position % BLOCK_SIZE], pool.values[pages, position % BLOCK_SIZE] = kv
+
+
+def token_by_token(
+    pool: PagePool, block_ids: torch.Tensor, queries: torch.Tensor, answer: torch.Tensor
+) -> list[torch.Tensor]:
+    device = pool.pages.device
+    method = Method(POLICIES.get("morphkv")(), Lava(), 4, WINDOW, during_decode=True, per_token=True)
+    eviction, table, residents = evict_prompt(method, False, pool, block_ids, queries)
+    ring = QueryRing(LAYERS, 2, 64, device)
+    ring.slots.take(REQUEST)
+    for layer in range(LAYERS):
+        ring.seed(layer, REQUEST, queries[layer, PROMPT - WINDOW : PROMPT], PROMPT)
+    evictor = TokenEvictor(pool, table, residents, ring, 2)
+    evictor.begin(REQUEST, eviction.next_victims)
+    holes = []
+    for step in range(ANSWER):
+        num_tokens = torch.tensor([PROMPT + step + 1], device=device)
+        block = block_ids[(PROMPT + step) // BLOCK_SIZE]
+        remembered = ring.plan([REQUEST], torch.tensor([0, 1], device=device), num_tokens)
+        replacement = evictor.plan(evictor.peers(method, [REQUEST]), num_tokens, PROMPT + step + 1, block[None])
+        for layer in range(LAYERS):
+            write(pool, layer, block, PROMPT + step, answer[:, step, layer])
+            evictor.land(layer, replacement)
+            ring.write(layer, queries[layer, PROMPT + step, None], remembered)
+            evictor.choose(layer, replacement, SCALE, LayerWeights())
+        holes.append(replacement.holes)
+    folded = table.fold(*_step(table, block_ids, PROMPT + ANSWER))
+    return [torch.stack(holes), folded.page_table, folded.kv_lens]
+
+
+def block_by_block(
+    pool: PagePool, block_ids: torch.Tensor, queries: torch.Tensor, answer: torch.Tensor
+) -> list[torch.Tensor]:
+    method = Method(POLICIES.get("snapkv")(), Lava(), 4, WINDOW, during_decode=True)
+    _, table, residents = evict_prompt(method, True, pool, block_ids, queries)
+    for step in range(ANSWER):
+        table.fold(*_step(table, block_ids, PROMPT + step + 1))
+        for layer in range(LAYERS):
+            write(pool, layer, block_ids[(PROMPT + step) // BLOCK_SIZE], PROMPT + step, answer[:, step, layer])
+    rows, num_full = table.rows(REQUEST, PROMPT + ANSWER), table.num_full_pages(REQUEST)
+    eviction = ResidentEviction(method, PROMPT + ANSWER, ANSWER, pool, residents, *rows, num_full)
+    for layer in range(LAYERS):
+        eviction.score_layer(layer, queries[layer, -WINDOW:], queries[layer, -ANSWER:], SCALE)
+    eviction.finish()
+    table.shrink(REQUEST, PROMPT + ANSWER)
+    return [*table.rows(REQUEST, PROMPT + ANSWER), residents.positions]
+
+
+def _step(table: PageTable, block_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, ...]:
+    slots = table.slots.of([REQUEST])
+    return slots, torch.full_like(slots, num_tokens), torch.ones_like(slots), block_ids[None]
+
+
+@pytest.mark.parametrize("grow", [token_by_token, block_by_block], ids=lambda function: function.__name__)
+def test_a_gpu_evicts_from_an_answer_as_the_cpu_does(grow: Callable[..., list[torch.Tensor]]) -> None:
+    cpu, gpu = request(), request()
+    expected, actual = grow(*cpu), on_gpu(grow)(*gpu)
+    assert all(one.equal(other) for one, other in zip(actual, expected, strict=True))
+    assert gpu[0].pages.view(torch.int32).equal(cpu[0].pages.view(torch.int32))
