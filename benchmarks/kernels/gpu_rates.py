@@ -13,6 +13,7 @@ import argparse
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -101,7 +102,7 @@ def scoring(num_reqs: int, kv_len: int) -> Iterator[Rate]:
     page_bytes = num_reqs * KV_HEADS * kv_len * HEAD_SIZE * DTYPE.itemsize
     operations = 4 * query.numel() * kv_len
     for name, reduction in REDUCTIONS.items():
-        call = functools.partial(window_scores, batch, reduction)
+        call = partial(window_scores, batch, reduction)
         torch.testing.assert_close(call(), window_scores_reference(batch, reduction), rtol=1e-4, atol=1e-8)
         moved = (2 + (reduction.weight != "none")) * page_bytes + 4 * num_reqs * KV_HEADS * kv_len
         shape = f"{num_reqs} x {kv_len} tokens"
@@ -117,7 +118,7 @@ def sums(kv_len: int, num_queries: int) -> Iterator[Rate]:
     streaming_sums_reference(*arguments, expected)
     streaming_sums(*arguments, actual)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
-    call = functools.partial(streaming_sums, *arguments, actual)
+    call = partial(streaming_sums, *arguments, actual)
     pairs = num_queries * (kv_len - num_queries) + num_queries * (num_queries + 1) // 2
     shape = f"{num_queries} queries, {kv_len} tokens"
     yield Rate("streaming_sums", shape, None, call_seconds(call), 0, 4 * HEADS * HEAD_SIZE * pairs)
@@ -135,7 +136,7 @@ def selecting_tokens(kv_len: int, budget: int) -> Iterator[Rate]:
         del launchers["CUDA"]
     for name, select in launchers.items():
         assert select(*arguments).equal(expected)
-        call = functools.partial(select, *arguments)
+        call = partial(select, *arguments)
         yield Rate(f"select {name}", shape, kernel_seconds(call), call_seconds(call), moved)
     others = {"topk": lambda: scores.topk(int(budget * 1.5), dim=-1), "sort": lambda: scores.sort(dim=-1)}
     for name, other in others.items():
@@ -216,7 +217,7 @@ def folds(batch: int, kept: int) -> Iterator[Rate]:
     slots = torch.tensor([table.slots[str(req)] for req in range(batch)], device="cuda")
     lens = torch.full((batch,), plan.num_tokens + 3, device="cuda")
     block_table = torch.zeros(batch, plan.num_blocks + 1, dtype=torch.int64, device="cuda")
-    call = functools.partial(table.fold, slots, lens, torch.ones_like(lens), block_table)
+    call = partial(table.fold, slots, lens, torch.ones_like(lens), block_table)
     yield Rate("fold", f"batch {batch}, {LAYERS} layers", None, call_seconds(call))
 
 
@@ -258,7 +259,7 @@ def decoding(batch: int, kept: int, num_tokens: int) -> Iterator[Rate]:
     kv = cache.transpose(1, 2).split(HEAD_SIZE, dim=3)
     for length in (num_tokens, kept):
         lens = torch.full((batch,), length, dtype=torch.int32, device="cuda")
-        whole = functools.partial(attend, query, kv, ids.int(), lens, length)
+        whole = partial(attend, query, kv, ids.int(), lens, length)
         moved, shape = 2 * batch * KV_HEADS * length * HEAD_SIZE * DTYPE.itemsize, f"batch {batch}, {length} tokens"
         yield Rate("attention, whole rows", shape, kernel_seconds(whole), call_seconds(whole), moved)
     folded_query = query.view(batch * KV_HEADS, group, HEAD_SIZE)
@@ -271,19 +272,38 @@ def decoding(batch: int, kept: int, num_tokens: int) -> Iterator[Rate]:
     ragged = (kept * torch.empty(batch * KV_HEADS, device="cuda").uniform_(0.2, 1.8)).int()
     ragged += ((batch * KV_HEADS * kept - ragged.sum()) // len(ragged)).int()
     for name, lens in (("uniform", same), ("ragged", ragged)):
-        call = functools.partial(attend, folded_query, folded_kv, table, lens, int(lens.max()))
+        call = partial(attend, folded_query, folded_kv, table, lens, int(lens.max()))
         yield Rate(f"attention, folded, {name}", shape, kernel_seconds(call), call_seconds(call), moved)
     if HAS_XFORMERS:
         rows = PagedRows.of(*table.shape, BLOCK_SIZE, query.device)
         arguments = (folded_query, pool.keys, pool.values, table, ragged, SCALE, rows)
         expected = attend(folded_query, folded_kv, table, ragged, int(ragged.max()))
         torch.testing.assert_close(paged_attention(*arguments), expected, rtol=2e-2, atol=2e-3)
-        call = functools.partial(paged_attention, *arguments)
+        call = partial(paged_attention, *arguments)
         yield Rate("attention, folded, xformers", shape, kernel_seconds(call), call_seconds(call), moved)
+
+
+PARTS: dict[str, list[Callable[[], Iterator[Rate]]]] = {
+    "window_scores": [partial(scoring, 1, 8000), partial(scoring, 1, 32000), partial(scoring, 8, 8000)],
+    "streaming_sums": [partial(sums, 8192, 2048)],
+    "select": [partial(selecting_tokens, 8000, 1024), partial(selecting_tokens, 32000, 2048)],
+    "move_tokens": [partial(moves, 8000, 1024), partial(moves, 32000, 2048)],
+    "eviction": [
+        partial(evictions, 1000, 256, "snapkv", "uniform"),
+        partial(evictions, 8000, 1024, "snapkv", "uniform"),
+        partial(evictions, 8000, 1024, "lava", "lava"),
+        partial(evictions, 32000, 2048, "lava", "lava"),
+    ],
+    "decode": [
+        *(partial(folds, batch, 1024) for batch in (1, 16, 64)),
+        *(partial(decoding, batch, 1024, 7500) for batch in (1, 16, 64)),
+    ],
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--no-row", dest="write", action="store_false", help="do not write rows to the CSV")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -292,16 +312,10 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.cuda.get_device_name()
     print(f"{device}: copy {copy_bandwidth() / 1e12:.2f} TB/s, bfloat16 matrices {matrix_rate() / 1e12:.0f} TFLOP/s")
-    for rates in (
-        scoring(1, 8000), scoring(1, 32000), scoring(8, 8000), sums(8192, 2048),
-        selecting_tokens(8000, 1024), selecting_tokens(32000, 2048), moves(8000, 1024), moves(32000, 2048),
-        evictions(8000, 1024, "snapkv", "uniform"), evictions(8000, 1024, "lava", "lava"),
-        evictions(1000, 256, "snapkv", "uniform"), evictions(32000, 2048, "lava", "lava"),
-        folds(1, 1024), folds(16, 1024), folds(64, 1024), decoding(1, 1024, 7500), decoding(16, 1024, 7500),
-        decoding(64, 1024, 7500),
-    ):  # fmt: skip
-        for rate in rates:
-            report(rate, device, arguments.write)
+    for part in arguments.parts or PARTS:
+        for measured in PARTS[part]:
+            for rate in measured():
+                report(rate, device, arguments.write)
 
 
 def report(rate: Rate, device: str, write: bool) -> None:

@@ -16,7 +16,7 @@ from vllm_kvevict.engine import worker, xformers_backend
 from vllm_kvevict.engine.attention import backend_in_place_of
 from vllm_kvevict.engine.cuda_backends import XFORMERS, cuda_backends
 from vllm_kvevict.engine.xformers_backend import EvictionXformersBackend, EvictionXformersImpl
-from vllm_kvevict.kernels import optional_xformers
+from vllm_kvevict.kernels import optional_xformers, paged_attention
 
 CASES = [(20, "uniform"), (100, "uniform"), (130, "lava")]  # tokens of a prompt, and how its budget is shared
 
@@ -37,9 +37,8 @@ def test_it_is_what_custom_means_unless_somebody_has_a_backend_of_that_name() ->
 @pytest.mark.skipif(not optional_xformers.HAS_XFORMERS, reason="xformers is not installed")
 def test_answers_are_those_of_cpu_attention(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # float32, which the interpreter can multiply, so that the answers are the same to the last token
-    monkeypatch.setattr(optional_xformers.SplitK, "SUPPORTED_DEVICES", {"cpu"})
-    monkeypatch.setattr(optional_xformers.SplitK, "SUPPORTED_DTYPES", {torch.float32})
     monkeypatch.setattr(xformers_backend, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(paged_attention, "DTYPES", (torch.float32,))
     # vLLM asks for it before it launches the kernel that writes keys and values
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     attend, calls = xformers_backend.paged_attention, []

@@ -18,7 +18,6 @@ def attention(monkeypatch: pytest.MonkeyPatch):
     if not optional_xformers.HAS_XFORMERS:
         pytest.skip("xformers is not installed")
     if not HAS_GPU:
-        monkeypatch.setattr(optional_xformers.SplitK, "SUPPORTED_DEVICES", {"cpu"})
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))  # of which it asks
 
     def attend(query, keys, values, page_table, kv_lens):
@@ -53,6 +52,13 @@ def test_equals_the_definition(attention, kv_lens, block_size, num_heads, head_s
     # probabilities are rounded to the dtype before they meet the values
     tolerance = {"rtol": 0, "atol": 2e-3 if dtype == torch.float16 else 2e-2}
     torch.testing.assert_close(attention(*inputs), paged_attention_reference(*inputs, SCALE), **tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "head_size"), [(torch.float32, 16), (torch.float16, 40)])
+def test_what_the_kernel_does_not_take(dtype, head_size):
+    inputs = make_inputs((5,), 16, 2, head_size, dtype)
+    with pytest.raises(ValueError, match=f"got {dtype} and {head_size}"):
+        paged_attention(*inputs, SCALE, None)
 
 
 def test_without_xformers_its_use_is_an_error_that_says_what_to_install():

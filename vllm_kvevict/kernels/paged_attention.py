@@ -58,15 +58,20 @@ def paged_attention(
 
     xformers' split-K kernel, which is Triton, on a GPU of compute capability 8.0 or newer.
 
-    Raises ImportError if xformers is not installed, NotImplementedError for what its kernel does not take.
+    Raises ImportError if xformers is not installed, ValueError for what its kernel does not take.
     """
+    if query.dtype not in DTYPES or query.shape[2] not in HEAD_SIZES:
+        raise ValueError(
+            f"`query`: expected {' or '.join(map(str, DTYPES))} and a head size of "
+            f"{', '.join(map(str, HEAD_SIZES))}, got {query.dtype} and {query.shape[2]}."
+        )
     num_heads, block_size = query.shape[1], keys.shape[1]
     # [1, num_slots, 1 (KV head), num_heads, head_size]: the query heads of a KV head read the same memory
     flat = [kv.flatten(0, 1)[None, :, None, None].expand(-1, -1, -1, num_heads, -1) for kv in (keys, values)]
-    attended: torch.Tensor = fmha.memory_efficient_attention_forward(
-        query[None, :, None], *flat, rows.mask_of(page_table, kv_lens), scale=scale, op=_operator(block_size)
-    )
-    return attended[0, :, 0]
+    inputs = fmha.Inputs(query[None, :, None], *flat, attn_bias=rows.mask_of(page_table, kv_lens), scale=scale)
+    # not through xformers' dispatcher: it asks for compiled code of this very torch, which the Triton kernel is not of
+    attended: torch.Tensor = _operator(block_size).apply(inputs, needs_gradient=False)[0]
+    return attended.reshape(query.shape)
 
 
 @functools.cache
