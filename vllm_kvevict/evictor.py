@@ -89,8 +89,10 @@ class Eviction:
     next_victims: torch.Tensor | None = None
     _scores: list[torch.Tensor | None] = field(init=False)
     _measures: list[torch.Tensor] = field(init=False)
+    _waiting: list[ScoreInputs] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
+        self._page_ids = self.pool.page_ids(self.block_ids)  # [num_layers, num_kv_heads, num_blocks]
         self._scores = [None] * self.pool.num_layers
         self._measures = [torch.empty(0, dtype=torch.float64)] * self.pool.num_layers
 
@@ -119,29 +121,48 @@ class Eviction:
         state: Any = None,
         pseudo_query: torch.Tensor | None = None,
     ) -> None:
-        """Score one layer whose keys and values are in the cache.
+        """Score one layer whose keys and values are in the cache, now or together with the next ones.
 
-        The arguments are as in ``ScoreInputs``; query: the last ones that the policy and the allocator need
+        The arguments are as in ``ScoreInputs`` and must stay as they are; query: the last ones that the policy and the
+        allocator need
         """
         start = perf_counter()
-        inputs = self._inputs(layer, query, scale, weights)
-        inputs = replace(inputs, output=output, state=state, pseudo_query=pseudo_query)
         policy, allocator = self.method.policy, self.method.allocator
-        self._scores[layer] = policy.score(_last_queries(inputs, policy.query_window))
+        inputs = self._inputs(layer, query, scale, weights, output, state, pseudo_query)
         self._measures[layer] = allocator.measure(_last_queries(inputs, allocator.query_window))
+        self._waiting.append(_last_queries(inputs, policy.query_window))
+        if len(self._waiting) >= policy.layers_at_once:
+            self._score_waiting()
         self.seconds += perf_counter() - start
 
-    def _inputs(self, layer: int, query: torch.Tensor, scale: float, weights: LayerWeights | None) -> ScoreInputs:
+    def _score_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for inputs, scores in zip(waiting, self.method.policy.score_layers(waiting), strict=True):
+            self._scores[inputs.layer] = scores
+
+    def _inputs(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scale: float,
+        weights: LayerWeights | None,
+        output: torch.Tensor | None = None,
+        state: Any = None,
+        pseudo_query: torch.Tensor | None = None,
+    ) -> ScoreInputs:
         return ScoreInputs(
             query,
             self.pool.keys,
             self.pool.values,
-            self.pool.layer_page_ids(layer, self.block_ids),
+            self._page_ids[layer],
             self.plan.num_tokens,
             scale,
-            weights=weights or LayerWeights(),
-            num_kept=self.plan.num_kept_tokens,
-            layer=layer,
+            output,
+            weights or LayerWeights(),
+            state,
+            self.plan.num_kept_tokens,
+            layer,
+            pseudo_query,
         )
 
     def adopt(self, plan: EvictionPlan) -> None:
@@ -169,6 +190,8 @@ class Eviction:
         return compaction
 
     def _all_scores(self) -> torch.Tensor:
+        if self._waiting:
+            self._score_waiting()
         missing = [layer for layer, scores in enumerate(self._scores) if scores is None]
         if missing:
             raise RuntimeError(f"layers {missing} were not scored at the end of the prefill; nothing was evicted")
@@ -194,5 +217,7 @@ class Eviction:
 def _last_queries(inputs: ScoreInputs, window: int) -> ScoreInputs:
     """Return ``inputs`` with as many of its queries as one of its readers asked for."""
     first = max(len(inputs.query) - window, 0)
+    if first == 0:
+        return inputs
     output = None if inputs.output is None else inputs.output[first:]
     return replace(inputs, query=inputs.query[first:], output=output)

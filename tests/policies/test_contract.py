@@ -241,3 +241,20 @@ def test_prompts_shorter_than_the_window(policy, kv_len):
     scores = policy.score(short)
     assert scores.shape == (KV_HEADS, kv_len)
     assert torch.isfinite(scores).all()
+
+
+def test_layers_that_are_scored_together_get_the_scores_that_each_gets_alone(policy):
+    layers = [replace(make_inputs(policy, 257, content_seed=seed)[0], layer=seed) for seed in range(3)]
+    pool = torch.cat([inputs.keys for inputs in layers]), torch.cat([inputs.values for inputs in layers])
+    first_pages = [sum(len(inputs.keys) for inputs in layers[:place]) for place in range(3)]
+    # as in an engine they share a pool, and in the end one has another scale, as an fp8 cache may have
+    layers = [
+        replace(inputs, keys=pool[0], values=pool[1], page_table=inputs.page_table + first)
+        for inputs, first in zip(layers, first_pages, strict=True)
+    ]
+    scaled = [*layers[:2], replace(layers[2], scale=0.1)]
+    for together in (layers, scaled):
+        assert all(
+            scores.equal(policy.score(inputs))
+            for scores, inputs in zip(policy.score_layers(together), together, strict=True)
+        )

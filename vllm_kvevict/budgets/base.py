@@ -76,22 +76,23 @@ def round_to_pages(wish: torch.Tensor, total: int, minimum: int, maximum: int) -
 
 
 def _clamped_shares(wish: torch.Tensor, total: int, minimum: int, maximum: int) -> torch.Tensor:
-    """Scale ``wish`` (0 to 1) so that its values, clamped to the limits, sum to ``total``: bisection on the scale.
+    """Scale ``wish`` (0 to 1) so that its values, clamped to the limits, sum to ``total``.
 
-    The sum is monotone in the scale, so the answer does not depend on the order of the heads.
+    The sum grows with the scale, in a straight line between scales at which a head reaches a limit. So the answer lies
+    between two of these, and does not depend on the order of the heads.
     """
     if wish.sum() == 0 or wish.min() == wish.max():
         return torch.full_like(wish, total / wish.numel())
     # a head that wishes for nothing may still have to take pages when all others are full
     weights = wish.clamp(min=1e-12)
-    low, high = 0.0, maximum / weights.min().item()
-    for _ in range(200):
-        middle = (low + high) / 2
-        if (weights * middle).clamp(minimum, maximum).sum() < total:
-            low = middle
-        else:
-            high = middle
-    return (weights * high).clamp(minimum, maximum)
+    scales = torch.cat([weights.new_zeros(1), minimum / weights, maximum / weights]).unique()
+    sums = (weights * scales[:, None]).clamp(minimum, maximum).sum(dim=1)
+    after = int((sums < total).sum().clamp(max=len(sums) - 1))
+    before = max(after - 1, 0)
+    rise = sums[after] - sums[before]
+    part = (total - sums[before]) / rise if rise > 0 else 0.0
+    scale = torch.lerp(scales[before], scales[after], part)
+    return (weights * scale).clamp(minimum, maximum)
 
 
 def joint_counts(scores: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:

@@ -129,10 +129,13 @@ def check_arguments(batch: WindowBatch, reduction: Reduction) -> None:
 def check_lengths(batch: WindowBatch) -> None:
     """Raise ValueError unless every length and every page id that is read is as documented."""
     window, (num_pages, block_size) = batch.query.shape[1], batch.keys.shape[:2]
-    for pages, kv_len in zip(batch.page_table, batch.kv_lens.tolist(), strict=True):
+    kv_lens = batch.kv_lens.tolist()
+    is_same = kv_lens.count(kv_lens[0]) == len(kv_lens)
+    for req, kv_len in enumerate(kv_lens[:1] if is_same else kv_lens):
         if not window <= kv_len <= batch.max_kv_len:
             raise ValueError(f"`kv_lens`: expected {window} (window) to {batch.max_kv_len} tokens, got {kv_len}.")
-        lowest, highest = pages[:, : -(-kv_len // block_size)].aminmax()
+        pages = batch.page_table if is_same else batch.page_table[req]
+        lowest, highest = pages[..., : -(-kv_len // block_size)].aminmax()
         if lowest < 0 or highest >= num_pages:
             raise ValueError(
                 f"`page_table`: expected page ids 0 to {num_pages - 1}, got {int(lowest)} to {int(highest)}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -114,6 +114,25 @@ class ScoreInputs:
             self.weights.value_scale,
         )
         return window_scores(batch, reduction)[0]
+
+    @staticmethod
+    def window_scores_of_layers(layers: Sequence[ScoreInputs], reduction: Reduction) -> torch.Tensor:
+        """Return [num_layers, num_kv_heads, kv_len] float32, ``window_scores`` of their queries in one call.
+
+        layers: of one prompt, with the same scales
+        """
+        first = layers[0]
+        batch = WindowBatch(
+            torch.stack([inputs.query for inputs in layers]),
+            first.keys,
+            first.values,
+            torch.stack([inputs.page_table for inputs in layers]),
+            torch.full((len(layers),), first.kv_len, device=first.query.device),
+            first.kv_len,
+            first.scale * first.weights.key_scale,
+            first.weights.value_scale,
+        )
+        return window_scores(batch, reduction)
 
     def tiles(self, start: int = 0, end: int | None = None, size: int = 1024) -> Iterator[tuple[int, int]]:
         """Yield bounds of tiles of at most ``size`` tokens, so that scratch memory does not grow with the prompt."""
@@ -262,7 +281,7 @@ class EvictionPolicy(ABC):
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         """Return the most bytes per token of the prompt that ``score`` or ``observe`` holds at once, results included.
 
-        For one layer, since layers are scored one after the other. What does not grow with the prompt is left out.
+        For one layer; ``layers_at_once`` of them are scored together. What does not grow with the prompt is left out.
         """
 
     def state_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
@@ -299,6 +318,15 @@ class EvictionPolicy(ABC):
     @abstractmethod
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return [num_kv_heads, kv_len] float32 scores; the highest stay. Protection is not the scorer's business."""
+
+    @property
+    def layers_at_once(self) -> int:
+        """Layers that ``score_layers`` is given together, once the last of them has run."""
+        return 1
+
+    def score_layers(self, layers: Sequence[ScoreInputs]) -> list[torch.Tensor]:
+        """Return what ``score`` would for each of several layers of one prompt."""
+        return [self.score(inputs) for inputs in layers]
 
 
 POLICIES: Registry[EvictionPolicy] = Registry(
