@@ -10,7 +10,7 @@ import torch
 from vllm_kvevict.cache.pages import Packing, PagePool
 
 Layout = Literal["LBHNC", "BLHNC"]
-PACKINGS: tuple[Packing, ...] = ("transposed", "interleaved")
+PACKINGS: tuple[Packing, ...] = ("transposed", "interleaved", "tiled")
 LAYOUTS: tuple[Layout, ...] = ("LBHNC", "BLHNC")
 NULL_BLOCK = 0
 
@@ -47,6 +47,8 @@ class PagedCache:
                 key_slots, value_slots = self._slots(cache[block])
                 key_slots[:, : end - start] = keys[layer, :, start:end]
                 value_slots[:, : end - start] = values[layer, :, start:end]
+                if self.packing == "tiled":
+                    _tile(cache[block], key_slots, value_slots)
 
     def read(self, page_ids: torch.Tensor, kv_len: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V [kv_len, head_size] of the first tokens of these pages, without the pool's own views."""
@@ -55,14 +57,27 @@ class PagedCache:
         return keys.flatten(0, 1)[:kv_len], values.flatten(0, 1)[:kv_len]
 
     def _slots(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Split pages [n, block_size, 2 * head_size] into K and V views [n, block_size, head_size]."""
+        """Split pages [n, block_size, 2 * head_size] into K and V [n, block_size, head_size]: views, unless tiled."""
         num_pages, block_size, content = pages.shape
         head_size = content // 2
         if self.packing == "interleaved":
             return pages[..., :head_size], pages[..., head_size:]
         halves = pages.view(num_pages, 2, block_size * head_size)
+        if self.packing == "tiled":
+            keys = halves[:, 0].reshape(num_pages, block_size // 16, head_size // 2, 16, 2).transpose(2, 3)
+            values = halves[:, 1].reshape(num_pages, head_size // 16, block_size // 2, 16, 2).permute(0, 2, 4, 1, 3)
+            return keys.reshape(num_pages, block_size, head_size), values.reshape(num_pages, block_size, head_size)
         keys = halves[:, 0].view(num_pages, head_size, block_size).transpose(1, 2)
         return keys, halves[:, 1].view(num_pages, block_size, head_size)
+
+
+def _tile(pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Store K and V [n, block_size, head_size] in pages [n, block_size, 2 * head_size] as AMX multiplies them."""
+    num_pages, block_size, head_size = keys.shape
+    halves = pages.view(num_pages, 2, block_size * head_size)
+    # pairs of dimensions of 16 tokens; pairs of tokens of 16 dimensions
+    halves[:, 0] = keys.reshape(num_pages, -1, 16, head_size // 2, 2).transpose(2, 3).reshape(num_pages, -1)
+    halves[:, 1] = values.reshape(num_pages, -1, 2, head_size // 16, 16).permute(0, 3, 1, 4, 2).reshape(num_pages, -1)
 
 
 def make_layers(

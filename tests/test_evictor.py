@@ -120,9 +120,7 @@ def test_keeps_the_tokens_with_the_highest_scores(packing, layout, block_size, n
         policy.score(
             ScoreInputs(
                 prompt.queries[layer, -8:],
-                pool.keys,
-                pool.values,
-                pool.layer_page_ids(layer, prompt.block_ids),
+                *pool.readable(pool.layer_page_ids(layer, prompt.block_ids)),
                 num_tokens,
                 SCALE,
             )

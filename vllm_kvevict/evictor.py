@@ -18,7 +18,6 @@ from vllm_kvevict.cache.compaction import Compaction, plan_compaction
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.selection import protect, select
-from vllm_kvevict.kernels.move_tokens import move_tokens
 from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, Need, ScoreInputs
 
 
@@ -104,10 +103,10 @@ class Eviction:
         query, weights: as for ``score_layer``
         """
         start = perf_counter()
-        policy, inputs = self.method.policy, self._inputs(layer, query, scale, weights)
+        policy, inputs = self.method.policy, self._readable([self._inputs(layer, query, scale, weights)])[0]
         tokens = policy.preselect(_last_queries(inputs, policy.query_window))
         block_size = self.pool.block_size
-        slots = inputs.page_table.gather(1, tokens // block_size) * block_size + tokens % block_size
+        slots = self._page_ids[layer].gather(1, tokens // block_size) * block_size + tokens % block_size
         self.seconds += perf_counter() - start
         return slots
 
@@ -127,18 +126,28 @@ class Eviction:
         allocator need
         """
         start = perf_counter()
-        policy, allocator = self.method.policy, self.method.allocator
-        inputs = self._inputs(layer, query, scale, weights, output, state, pseudo_query)
-        self._measures[layer] = allocator.measure(_last_queries(inputs, allocator.query_window))
-        self._waiting.append(_last_queries(inputs, policy.query_window))
-        if len(self._waiting) >= policy.layers_at_once:
+        self._waiting.append(self._inputs(layer, query, scale, weights, output, state, pseudo_query))
+        if len(self._waiting) >= self.method.policy.layers_at_once:
             self._score_waiting()
         self.seconds += perf_counter() - start
 
     def _score_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for inputs, scores in zip(waiting, self.method.policy.score_layers(waiting), strict=True):
-            self._scores[inputs.layer] = scores
+        waiting, self._waiting = self._readable(self._waiting), []
+        policy, allocator = self.method.policy, self.method.allocator
+        scores = policy.score_layers([_last_queries(inputs, policy.query_window) for inputs in waiting])
+        for inputs, of_layer in zip(waiting, scores, strict=True):
+            self._scores[inputs.layer] = of_layer
+            self._measures[inputs.layer] = allocator.measure(_last_queries(inputs, allocator.query_window))
+
+    def _readable(self, layers: list[ScoreInputs]) -> list[ScoreInputs]:
+        """Return inputs in which a policy can read the pages."""
+        if not self.pool.is_tiled:
+            return layers
+        keys, values, page_tables = self.pool.readable(torch.stack([inputs.page_table for inputs in layers]))
+        return [
+            replace(inputs, keys=keys, values=values, page_table=page_table)
+            for inputs, page_table in zip(layers, page_tables, strict=True)
+        ]
 
     def _inputs(
         self,
@@ -185,7 +194,7 @@ class Eviction:
             self.next_victims = protected.masked_fill(~kept, float("inf")).argmin(dim=-1)
         compaction = plan_compaction(kept, num_full_pages, self.block_ids, self.plan, self.pool, self.fresh_block_ids)
         for source, destination in compaction.phases:
-            move_tokens(self.pool.keys, self.pool.values, source, destination)
+            self.pool.move(source, destination)
         self.seconds += perf_counter() - start
         return compaction
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_kvevict.cache.pages import PagePool, gather_tokens
+from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.policies.base import LayerWeights
 
 
@@ -55,8 +55,9 @@ class PseudoDecode:
         self._queries[layer].append(query.clone())
         self._keys[layer].append(key.clone())
         self._values[layer].append(value.clone())
-        keys = self._context(self.pool.keys, layer, weights.key_scale, self._keys[layer])
-        values = self._context(self.pool.values, layer, weights.value_scale, self._values[layer])
+        stored_keys, stored_values = self.pool.gather(self.slots[layer])
+        keys = _with_own(stored_keys, weights.key_scale, self._keys[layer])
+        values = _with_own(stored_values, weights.value_scale, self._values[layer])
         visible = torch.nn.functional.pad(self.is_visible, (0, len(self._keys[layer])), value=True)
         attended: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(
             query.float()[:, :, None],
@@ -68,11 +69,11 @@ class PseudoDecode:
         )
         return attended[:, :, 0].to(query.dtype)
 
-    def _context(self, pages: torch.Tensor, layer: int, scale: float, own: list[torch.Tensor]) -> torch.Tensor:
-        """Return [num_reqs, num_kv_heads, num_tokens, head_size] float32: of the prompts, then of pseudo tokens."""
-        selected = gather_tokens(pages, self.slots[layer]).float().mul_(scale)
-        return torch.cat([selected, torch.stack(own, dim=2).float()], dim=2)
-
     def queries(self, layer: int, row: int, num_tokens: int) -> torch.Tensor:
         """Return [num_tokens, num_heads, head_size], the queries of the first pseudo tokens of one prompt."""
         return torch.stack([query[row] for query in self._queries[layer][:num_tokens]])
+
+
+def _with_own(stored: torch.Tensor, scale: float, own: list[torch.Tensor]) -> torch.Tensor:
+    """Return [num_reqs, num_kv_heads, num_tokens, head_size] float32: of the prompts, then of pseudo tokens."""
+    return torch.cat([stored.float().mul_(scale), torch.stack(own, dim=2).float()], dim=2)

@@ -12,12 +12,11 @@ from time import perf_counter
 
 import torch
 
-from vllm_kvevict.cache.pages import PagePool, gather_tokens
+from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import cdiv
 from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.cache.selection import protect, select
 from vllm_kvevict.evictor import Method
-from vllm_kvevict.kernels.move_tokens import move_tokens
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
 
 
@@ -110,7 +109,7 @@ class ResidentEviction:
         """Return what a policy sees of heads that hold equally many tokens: they are a layer of their own to it."""
         slots = self._slots[layer, heads, : cdiv(kv_len, self.pool.block_size) * self.pool.block_size]
         shape = (-1, self.pool.block_size, self.pool.head_size)
-        keys, values = (gather_tokens(kv, slots).reshape(shape) for kv in (self.pool.keys, self.pool.values))
+        keys, values = (kv.reshape(shape) for kv in self.pool.gather(slots))
         projection = weights.output_projection
         if projection is not None and len(heads) < self.pool.num_kv_heads:
             projection = projection.unflatten(1, (self.pool.num_kv_heads, -1))[:, heads].flatten(1)
@@ -154,6 +153,6 @@ class ResidentEviction:
         # head by head as many of the ones as of the others: what is kept fills the slots that stay
         source = self._slots[self._kept & ~self._stays]
         destination = self._slots[~self._kept & is_held & self._stays]
-        move_tokens(self.pool.keys, self.pool.values, source, destination)
+        self.pool.move(source, destination)
         self.residents.move(source, destination)
         self.seconds += perf_counter() - start

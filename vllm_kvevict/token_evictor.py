@@ -16,7 +16,6 @@ from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.query_ring import QueryRing
 from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.evictor import Method
-from vllm_kvevict.kernels.move_tokens import move_tokens
 from vllm_kvevict.policies.base import LayerWeights, Need, StepInputs
 
 
@@ -107,17 +106,18 @@ class TokenEvictor:
     def land(self, layer: int, step: Replacement) -> None:
         """Move the new tokens of one layer, which vLLM has written, into the holes. The pool's pages change."""
         source, destination = step.landed[layer].flatten(), step.holes[layer].flatten()
-        move_tokens(self._pool.keys, self._pool.values, source, destination)
+        self._pool.move(source, destination)
 
     def choose(self, layer: int, step: Replacement, scale: float, weights: LayerWeights) -> None:
         """Score what the heads of one layer hold, and choose the next holes. The newest query is in the ring."""
         peers, method, policy = step.peers, step.peers.method, step.peers.method.policy
-        page_table, slots, positions = self._held(layer, peers.slots, peers.max_pages)
+        page_ids, slots, positions = self._held(layer, peers.slots, peers.max_pages)
+        keys, _, page_table = self._pool.readable(page_ids)
         observes = Need.ALL_QUERIES in policy.needs
         num_queries = max(policy.query_window, int(observes))
         inputs = StepInputs(
             self._ring.last_of(layer, peers.ring_slots, step.num_tokens, num_queries),
-            self._pool.keys,
+            keys,
             page_table,
             positions,
             step.num_tokens,

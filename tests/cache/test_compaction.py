@@ -14,9 +14,8 @@ from tests.paged import LAYOUTS, NULL_BLOCK, PACKINGS, PagedCache, make_pool, ra
 from vllm_kvevict.cache.compaction import Compaction, plan_compaction
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.cache.selection import select
-from vllm_kvevict.kernels.move_tokens import move_tokens
 
-HEAD_SIZE = 8
+HEAD_SIZE = 16
 properties = settings(max_examples=120, deadline=None, derandomize=True)
 
 
@@ -85,7 +84,7 @@ class Case:
 
     def move(self) -> None:
         for source, destination in self.compaction.phases:
-            move_tokens(self.cache.pool.keys, self.cache.pool.values, source, destination)
+            self.cache.pool.move(source, destination)
 
     def read(self, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         pages = torch.tensor(self.pages(layer, head), dtype=torch.int64)

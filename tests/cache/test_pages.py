@@ -6,7 +6,7 @@ import torch
 from tests.paged import LAYOUTS, PACKINGS, make_layers, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.cache.pages import PagePool
 
-LAYERS, HEADS, BLOCKS, BLOCK_SIZE, HEAD_SIZE = 3, 2, 7, 16, 4
+LAYERS, HEADS, BLOCKS, BLOCK_SIZE, HEAD_SIZE = 3, 2, 7, 16, 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
@@ -21,8 +21,11 @@ def test_keys_and_values_of_a_request_are_read_through_page_ids(packing, layout,
     page_ids = cache.pool.page_ids(block_ids)
     assert page_ids.shape == (LAYERS, HEADS, 5)
     assert page_ids.dtype == torch.int64
-    assert cache.pool.keys[page_ids].flatten(2, 3).equal(keys)
-    assert cache.pool.values[page_ids].flatten(2, 3).equal(values)
+    read_keys, read_values, read_ids = cache.pool.readable(page_ids)
+    assert read_keys[read_ids].flatten(2, 3).equal(keys)
+    assert read_values[read_ids].flatten(2, 3).equal(values)
+    slots = (page_ids[..., None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten(2)
+    assert all(one.equal(other) for one, other in zip(cache.pool.gather(slots), (keys, values), strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -61,7 +64,7 @@ def test_layers_may_come_in_any_order(layout):
 def test_sizes_and_sharing():
     cache = make_pool(LAYERS, HEADS, BLOCKS, BLOCK_SIZE, HEAD_SIZE)
     pool = cache.pool
-    assert (pool.num_layers, pool.num_kv_heads, pool.block_size, pool.head_size) == (3, 2, 16, 4)
+    assert (pool.num_layers, pool.num_kv_heads, pool.block_size, pool.head_size) == (3, 2, 16, 16)
     assert pool.pages.shape == (LAYERS * BLOCKS * HEADS, BLOCK_SIZE * 2 * HEAD_SIZE)
     cache.layers[1][4, 1] = 7.0
     assert (pool.pages[cache.page_id(1, 4, 1)] == 7.0).all()
@@ -114,5 +117,5 @@ def test_unaligned_starts_are_refused(offset, block_gap):
 
 def test_unknown_packing_is_refused():
     layers = make_layers(LAYERS, HEADS, BLOCKS, BLOCK_SIZE, HEAD_SIZE, "LBHNC")
-    with pytest.raises(ValueError, match="packing: expected 'transposed' or 'interleaved', got 'nhd'"):
+    with pytest.raises(ValueError, match="packing: expected 'transposed', 'interleaved' or 'tiled', got 'nhd'"):
         PagePool.from_layers(layers, "nhd")

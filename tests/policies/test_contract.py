@@ -34,7 +34,7 @@ def make_inputs(policy, kv_len, block_size=32, packing="transposed", layout="LBH
     cache.write(keys, values, block_ids)
     pool = cache.pool
     page_table = pool.layer_page_ids(LAYER, block_ids)
-    inputs = ScoreInputs(query, pool.keys, pool.values, page_table, kv_len, HEAD_SIZE**-0.5)
+    inputs = ScoreInputs(query, *pool.readable(page_table), kv_len, HEAD_SIZE**-0.5)
     return with_needs(policy, inputs, content), cache
 
 
@@ -114,7 +114,7 @@ def test_an_fp8_cache_is_read_as_the_numbers_that_it_stands_for(policy, dtype, p
         scores = []
         for pool, weights in ((cache.pool, scales), (dense.pool, LayerWeights())):
             table = pool.layer_page_ids(LAYER, block_ids)
-            inputs = ScoreInputs(query, pool.keys, pool.values, table, kv_len, HEAD_SIZE**-0.5, weights=weights)
+            inputs = ScoreInputs(query, *pool.readable(table), kv_len, HEAD_SIZE**-0.5, weights=weights)
             scores.append(policy.score(with_needs(policy, inputs, content.set_state(state))))
         assert torch.isfinite(scores[0]).all()
         assert scores[0].equal(scores[1])

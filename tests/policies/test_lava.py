@@ -27,7 +27,7 @@ def make_inputs(kv_len, packing="transposed", value_scale=1.0, seed=0, dtype=tor
     cache.write(keys, values, block_ids)
     table = cache.pool.layer_page_ids(0, block_ids)
     pool = cache.pool
-    inputs = ScoreInputs(query, pool.keys, pool.values, table, kv_len, HEAD_SIZE**-0.5, weights=scales)
+    inputs = ScoreInputs(query, *pool.readable(table), kv_len, HEAD_SIZE**-0.5, weights=scales)
     return inputs, keys[0].float() * scales.key_scale, values[0].float() * scales.value_scale
 
 

@@ -71,7 +71,7 @@ def make_inputs(
     cache.write(keys, values, block_ids)
     pool = cache.pool
     page_table = pool.layer_page_ids(0, block_ids)
-    inputs = ScoreInputs(query, pool.keys, pool.values, page_table, kv_len, HEAD_SIZE**-0.5, weights=scales)
+    inputs = ScoreInputs(query, *pool.readable(page_table), kv_len, HEAD_SIZE**-0.5, weights=scales)
     return inputs, keys[0].float() * scales.key_scale
 
 

@@ -7,9 +7,10 @@ from typing import Literal
 
 import torch
 
-from vllm_kvevict.kernels.move_tokens import ELEMENT_VIEWS
+from vllm_kvevict.kernels.move_tokens import ELEMENT_VIEWS, move_tokens
+from vllm_kvevict.kernels.tiled_tokens import gather_tiled_tokens, move_tiled_tokens
 
-Packing = Literal["transposed", "interleaved"]
+Packing = Literal["transposed", "interleaved", "tiled"]
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,13 @@ class PagePool:
     """Every page of a cache group, and where the page of (layer, block, KV head) lies.
 
     pages:        [num_pages, page_elements] the whole allocation, one row a page
-    keys:         [num_pages, block_size, head_size] strided view: hides how a platform packs a page
+    keys:         [num_pages, block_size, head_size] strided view: hides how a platform packs a page. If ``is_tiled``
+                  no strides can, and it is for the methods of this class only
     values:       [num_pages, block_size, head_size] likewise
     layer_offset: [num_layers] int64, page id of (layer, block 0, head 0)
     block_stride: page ids from one block to the next
     num_kv_heads: heads of one block lie in consecutive pages
+    is_tiled:     whether pages are those of kernels/tiled_tokens.py
     """
 
     pages: torch.Tensor
@@ -30,6 +33,7 @@ class PagePool:
     layer_offset: torch.Tensor
     block_stride: int
     num_kv_heads: int
+    is_tiled: bool = False
 
     @property
     def block_size(self) -> int:
@@ -56,13 +60,39 @@ class PagePool:
         first = self.layer_offset[layer] + heads
         return first.reshape(-1, *[1] * block_ids.ndim) + block_ids.to(torch.int64) * self.block_stride
 
+    def readable(self, page_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return keys and values [*, block_size, head_size] to read these pages from, and their ids there.
+
+        Of the pool itself; of a copy of the pages, if they are tiled.
+        """
+        if not self.is_tiled:
+            return self.keys, self.values, page_ids
+        lane = torch.arange(self.block_size, device=page_ids.device)
+        kv = gather_tiled_tokens(self.keys, self.values, page_ids[..., None] * self.block_size + lane)
+        keys, values = (part.flatten(0, -3) for part in kv)
+        return keys, values, torch.arange(len(keys), device=page_ids.device).view(page_ids.shape)
+
+    def gather(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V [*slots.shape, head_size], a copy of what these slots hold, as it is stored.
+
+        slots: [...] int64, page_id * block_size + offset
+        """
+        if self.is_tiled:
+            return gather_tiled_tokens(self.keys, self.values, slots)
+        return _gather_tokens(self.keys, slots), _gather_tokens(self.values, slots)
+
+    def move(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+        """In place: copy tokens from slots to slots, as ``move_tokens`` has it."""
+        (move_tiled_tokens if self.is_tiled else move_tokens)(self.keys, self.values, source, destination)
+
     @classmethod
     def from_layers(cls, kv_caches: list[torch.Tensor], packing: Packing) -> PagePool:
         """See the caches of all layers of one group as one pool.
 
         kv_caches: per layer [num_blocks, num_kv_heads, block_size, 2 * head_size], views of one allocation
         packing:   what a page holds. "transposed": K as [head_size, block_size], then V as [block_size, head_size]
-                   (vLLM's CPU attention); "interleaved": K and V side by side in every slot (FlashAttention)
+                   (vLLM's CPU attention); "interleaved": K and V side by side in every slot (FlashAttention); "tiled":
+                   K, then V, each as kernels/tiled_tokens.py describes (vLLM's CPU attention with AMX)
 
         Raises ValueError if the layers do not share one allocation, or a page is not contiguous or not aligned.
         """
@@ -83,15 +113,11 @@ class PagePool:
             torch.tensor(offsets, dtype=torch.int64, device=first.device),
             first.stride(0) // page_elements if num_blocks > 1 else num_kv_heads,
             num_kv_heads,
+            packing == "tiled",
         )
 
 
-def gather_tokens(pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Return [*slots.shape, head_size], a copy of what these slots hold, as it is stored.
-
-    pages: [num_pages, block_size, head_size], ``PagePool.keys`` or ``PagePool.values``
-    slots: [...] int64, page_id * block_size + offset
-    """
+def _gather_tokens(pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     block_size = pages.shape[1]
     elements = pages.view(ELEMENT_VIEWS[pages.element_size()])  # indexing is not defined for every 8-bit float
     return elements[slots // block_size, slots % block_size].view(pages.dtype)
@@ -115,7 +141,10 @@ def _split(pages: torch.Tensor, packing: Packing, block_size: int, head_size: in
         half = block_size * head_size
         keys = pages[:, :half].unflatten(1, (head_size, block_size)).transpose(1, 2)
         return keys, pages[:, half:].unflatten(1, (block_size, head_size))
+    if packing == "tiled":
+        keys, values = pages.unflatten(1, (2, block_size, head_size)).unbind(1)
+        return keys, values
     if packing == "interleaved":
         slots = pages.unflatten(1, (block_size, 2 * head_size))
         return slots[:, :, :head_size], slots[:, :, head_size:]
-    raise ValueError(f"packing: expected 'transposed' or 'interleaved', got {packing!r}")
+    raise ValueError(f"packing: expected 'transposed', 'interleaved' or 'tiled', got {packing!r}")

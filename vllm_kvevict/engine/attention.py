@@ -53,10 +53,15 @@ def backend_in_place_of(name: AttentionBackendEnum, backend: type[AttentionBacke
 class EvictionBackend(AttentionBackend):
     """A backend whose full-attention layers can be evicted; other layers are served as before.
 
-    packing: how its kernels lay out a page
+    packing: how its kernels lay out a page, unless ``packing_of`` a layer says otherwise
     """
 
     packing: ClassVar[Packing]
+
+    @classmethod
+    def packing_of(cls, layer: Any) -> Packing:
+        """Return how the pages of one of its layers are laid out, once its metadata builder exists."""
+        return cls.packing
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:

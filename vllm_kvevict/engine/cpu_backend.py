@@ -19,11 +19,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_kvevict.cache.pages import Packing, PagePool
 from vllm_kvevict.engine.attention import EvictionBackend, EvictionImpl, EvictionMetadataBuilder, backend_in_place_of
+from vllm_kvevict.engine.cache_dtype import FLOAT8_DTYPES
 from vllm_kvevict.engine.rows import FoldedQueries, StepRows
 from vllm_kvevict.engine.spec import EvictionSpec
 
-# the page packing that vLLM's kernel calls "vec": K as [head_size, block_size], then V as [block_size, head_size]
-_ISA = "vec"
+# how pages are packed under the instruction sets of vLLM's kernel that we know; "vec" runs on every machine
+_PACKINGS: dict[str, Packing] = {"vec": "transposed", "amx": "tiled"}
 
 
 def cpu_backend() -> AbstractContextManager[None]:
@@ -35,6 +36,10 @@ class EvictionCPUBackend(EvictionBackend, CPUAttentionBackend):
     """vLLM's CPU attention with eviction."""
 
     packing: ClassVar[Packing] = "transposed"
+
+    @classmethod
+    def packing_of(cls, layer: Any) -> Packing:
+        return _PACKINGS[layer.isa]
 
     @staticmethod
     def get_impl_cls() -> type[EvictionCPUImpl]:
@@ -63,10 +68,13 @@ class Schedules:
 class EvictionCPUMetadataBuilder(EvictionMetadataBuilder, CPUAttentionMetadataBuilder):
     """Makes the kernel's schedules of the folded rows."""
 
+    isa: str
+
     def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, *args, **kwargs)
-        if isinstance(kv_cache_spec, EvictionSpec):
-            self.isa = _ISA  # AMX packs K in a way of its own
+        # the packing of 8-bit floats for AMX is another one
+        if isinstance(kv_cache_spec, EvictionSpec) and (self.isa != "amx" or self.kv_cache_dtype in FLOAT8_DTYPES):
+            self.isa = "vec"
             self._set_isa_to_layers(layer_names)
 
     def _launch(self, rows: StepRows) -> Schedules | None:

@@ -139,9 +139,7 @@ class PrefillRow:
             start = perf_counter()
             inputs = ScoreInputs(
                 chunk,
-                pool.keys,
-                pool.values,
-                pool.layer_page_ids(layer, self.block_ids),
+                *pool.readable(pool.layer_page_ids(layer, self.block_ids)),
                 self.kv_len,
                 scale,
                 weights=weights,

@@ -47,7 +47,8 @@ class EvictionMixin(Worker):
     def _pool(self, layer_names: list[str]) -> PagePool:
         context = self.vllm_config.compilation_config.static_forward_context
         layers = [context[name] for name in layer_names]
-        pool = PagePool.from_layers([cache_of(layer) for layer in layers], layers[0].get_attn_backend().packing)
+        packing = layers[0].get_attn_backend().packing_of(layers[0])
+        pool = PagePool.from_layers([cache_of(layer) for layer in layers], packing)
         config = eviction_config(self.vllm_config)
         if config is not None:
             config.method().allocator.check_model(pool.num_layers, pool.num_kv_heads)
