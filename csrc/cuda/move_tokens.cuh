@@ -1,5 +1,5 @@
-// In-place copies of cached tokens between slots. Contract: vllm_kvevict/kernels/move_tokens.py. Compiled, and emulated
-// on a CPU by the tests; not run on a GPU.
+// In-place copies of cached tokens between slots. Contract: vllm_kvevict/kernels/move_tokens.py. The tests run it on a
+// GPU, or emulate it on a CPU where there is none.
 //
 // A block takes K or V of 32 moves. Where the elements of a token are contiguous a warp copies a token, 16 bytes a lane
 // if they are aligned; else, with transposed keys, a lane takes a token: neighbours in the list then share sectors.

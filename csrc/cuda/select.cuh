@@ -1,5 +1,5 @@
-// Marks the highest scores of every row. Contract: vllm_kvevict/kernels/select.py. Compiled, and emulated on a CPU by
-// the tests; not run on a GPU.
+// Marks the highest scores of every row. Contract: vllm_kvevict/kernels/select.py. The tests run it on a GPU, or
+// emulate it on a CPU where there is none.
 //
 // One block takes one row: four passes of a radix select over integer keys that sort like the scores, 8 bits each, and
 // one that marks. The row is read five times; after the first it comes from L2, or L1 where it is short.

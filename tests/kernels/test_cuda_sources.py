@@ -1,4 +1,4 @@
-"""The CUDA sources compile for the GPUs they are meant for, without spills. No GPU runs them here."""
+"""The CUDA sources compile for the GPUs they are meant for, without spills, whatever GPU is here."""
 
 import re
 import shutil

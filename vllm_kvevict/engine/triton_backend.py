@@ -1,6 +1,6 @@
 """vLLM's Triton attention for whole rows, and the same kernel over folded page tables for evicted ones.
 
-Checked through Triton's interpreter, in a real engine on CPU; not run on a GPU.
+Checked through Triton's interpreter, in a real engine on CPU. On a GPU the kernel was run over such tables, no engine.
 """
 
 from __future__ import annotations
