@@ -34,6 +34,7 @@ bench: model ## every script of benchmarks/, one after the other, and the report
 	set -e; for script in $$(find benchmarks -name 'bench_*.py' | sort); do \
 		echo "== $$script"; $(VENV_PYTHON) -m $$(echo $${script%.py} | tr / .) $(BENCH_ARGS); done
 	$(VENV_PYTHON) -m benchmarks.kernels.gpu_figures
+	$(VENV_PYTHON) -m benchmarks.kernels.gpu_rates
 	$(VENV_PYTHON) -m benchmarks.report
 
 build: setup ## sdist and wheel in dist/

@@ -137,7 +137,9 @@ class Eviction:
         scores = policy.score_layers([_last_queries(inputs, policy.query_window) for inputs in waiting])
         for inputs, of_layer in zip(waiting, scores, strict=True):
             self._scores[inputs.layer] = of_layer
-            self._measures[inputs.layer] = allocator.measure(_last_queries(inputs, allocator.query_window))
+        if type(allocator).measure is not BudgetAllocator.measure:
+            for inputs in waiting:
+                self._measures[inputs.layer] = allocator.measure(_last_queries(inputs, allocator.query_window))
 
     def _readable(self, layers: list[ScoreInputs]) -> list[ScoreInputs]:
         """Return inputs in which a policy can read the pages."""

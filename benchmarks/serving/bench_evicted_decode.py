@@ -1,7 +1,7 @@
 """How fast evicted requests decode: against stock vLLM with prompts of the length that was kept, and with whole ones.
 
 A step is one in which every request decodes. Each arm prefills once in a process of its own, after which the arms take
-turns for some steps each, at the same number of tokens answered; vLLM's defaults are on in all of them.
+turns for some steps each, after about as many tokens of their answers; vLLM's defaults are on in all of them.
 
 python -m benchmarks.serving.bench_evicted_decode
 """
@@ -58,8 +58,8 @@ def prefill(arm: str, options: argparse.Namespace) -> float:
     from vllm import SamplingParams
 
     (llm,) = RUNNING
-    output = (options.rounds + 2) * options.steps + options.batch  # the first to decode do so while others prefill
-    sampling = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, detokenize=False)
+    answer = answer_tokens(options)
+    sampling = SamplingParams(temperature=0.0, max_tokens=answer, ignore_eos=True, detokenize=False)
     for seed in range(options.batch):
         tokens = {"prompt_token_ids": random_prompt(options.kept if arm == KEPT else options.prompt, seed)}
         llm.llm_engine.add_request(str(seed), tokens, sampling)
@@ -128,6 +128,11 @@ def main() -> None:
         print(f"{ratios[1]:.2f}x that with {options.prompt}")
         row = {"arm": arm, **settings, "step_ms": round(median(steps) * 1e3, 3)}
         write_row("evicted_decode", row | {"of_kept": round(ratios[0], 4), "of_whole": round(ratios[1], 4)})
+
+
+def answer_tokens(options: argparse.Namespace) -> int:
+    """Return more than a request decodes: the first ones go on while the others prefill, in a few steps each."""
+    return int((options.rounds + 2) * options.steps + 8 * options.batch)
 
 
 def token_bytes(model: Path, dtype: str) -> int:

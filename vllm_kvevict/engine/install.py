@@ -84,8 +84,8 @@ def _switch_on(config: EvictionConfig, vllm_config: VllmConfig) -> None:
     )
     if not current_platform.is_cpu():
         logger.warning(
-            "An engine with KV eviction has not been run on a GPU yet, only its parts: how they go together was checked "
-            "on CPU, through Triton's interpreter and against a reference of FlashAttention"
+            "An engine with KV eviction has not been run on a GPU yet, only its parts: how they go together was "
+            "checked on CPU, through Triton's interpreter and against a reference of FlashAttention"
         )
 
 

@@ -1,7 +1,7 @@
 """vLLM's Triton attention for whole rows, and xformers' paged attention for evicted ones.
 
-Taken by ``--attention-backend CUSTOM``. Checked through Triton's interpreter, in a real engine on CPU; on a GPU the kernel
-was run over such tables, no engine: untested on hardware.
+Taken by ``--attention-backend CUSTOM``. Checked through Triton's interpreter, in a real engine on CPU; on a GPU the
+kernel was run over such tables, no engine: untested on hardware.
 """
 
 from __future__ import annotations

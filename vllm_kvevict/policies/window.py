@@ -81,7 +81,7 @@ class WindowPolicy(ObservationWindow):
 
     @property
     def layers_at_once(self) -> int:
-        return 8
+        return 16
 
     def score_layers(self, layers: Sequence[ScoreInputs]) -> list[torch.Tensor]:
         first = layers[0]
