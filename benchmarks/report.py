@@ -21,6 +21,7 @@ PROVENANCE = {"machine": "", "threads": "threads ", "torch": "torch ", "vllm": "
 FIGURES = {
     "concurrency": ("engine", None, "mean"),
     "decode": ("allocator", None, "step_ms"),
+    "evicted_decode": ("arm", None, "step_ms"),
     "eviction_cost": ("policy", "prompt", "share"),
     "multi_turn": ("budget", None, "seconds_to_first_token"),
     "overhead": ("arm", None, "step_ms"),

@@ -12,7 +12,6 @@ from vllm_kvevict.kernels.optional_triton import tl, triton
 from vllm_kvevict.kernels.streaming_sums import (
     BLOCK_TOKENS,
     LOG2_E,
-    NUM_WARPS,
     attention_arguments,
     attention_constants,
     check_arguments,
@@ -23,6 +22,7 @@ from vllm_kvevict.kernels.streaming_sums import (
 from vllm_kvevict.kernels.streaming_sums import triton_signatures as attention_signatures
 from vllm_kvevict.kernels.window_batch import DTYPE_CODES
 
+_NUM_WARPS = 4  # of the pass over the columns; 8 spill registers on sm_80
 _ARGTYPES = (
     *(POINTER, INT64, INT64),  # query: data, strides
     *(POINTER, INT64, INT64, INT64),  # keys: data, strides
@@ -105,7 +105,7 @@ def _launch(
         *attention_arguments(query, keys, page_table), log_sums,
         received,
         start, scale * LOG2_E,
-        TAKE_MAX=reduction == "max", **attention_constants(query, keys, page_table), num_warps=NUM_WARPS,
+        TAKE_MAX=reduction == "max", **attention_constants(query, keys, page_table), num_warps=_NUM_WARPS,
     )  # fmt: skip
     return received
 
@@ -157,8 +157,8 @@ def triton_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]
     of_columns = types | {"received": "*fp32"}
     return [
         (log_sums_kernel, types, constants | {"CAUSAL": False}, num_warps),
-        (_received_kernel, of_columns, shared | {"TAKE_MAX": False}, num_warps),
-        (_received_kernel, of_columns, shared | {"TAKE_MAX": True}, num_warps),
+        (_received_kernel, of_columns, shared | {"TAKE_MAX": False}, _NUM_WARPS),
+        (_received_kernel, of_columns, shared | {"TAKE_MAX": True}, _NUM_WARPS),
     ]
 
 
