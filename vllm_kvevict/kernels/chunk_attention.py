@@ -12,6 +12,7 @@ from vllm_kvevict.kernels.optional_triton import tl, triton
 from vllm_kvevict.kernels.streaming_sums import (
     BLOCK_TOKENS,
     LOG2_E,
+    NUM_WARPS,
     attention_arguments,
     attention_constants,
     check_arguments,
@@ -22,7 +23,7 @@ from vllm_kvevict.kernels.streaming_sums import (
 from vllm_kvevict.kernels.streaming_sums import triton_signatures as attention_signatures
 from vllm_kvevict.kernels.window_batch import DTYPE_CODES
 
-_NUM_WARPS = 4  # of the pass over the columns; 8 spill registers on sm_80
+_COLUMN_ROWS = 32  # rows of a tile in the pass over the columns; twice as many spill registers on sm_80
 _ARGTYPES = (
     *(POINTER, INT64, INT64),  # query: data, strides
     *(POINTER, INT64, INT64, INT64),  # keys: data, strides
@@ -101,11 +102,12 @@ def _launch(
     chunk = len(query)
     log_sums = row_log_sums(query, keys, page_table, start, start + chunk, scale, causal=False)
     received = torch.empty(len(page_table), chunk, dtype=torch.float32, device=query.device)
+    constants = attention_constants(query, keys, page_table) | {"BLOCK_ROWS": _COLUMN_ROWS}
     _received_kernel[(triton.cdiv(chunk, BLOCK_TOKENS), len(page_table))](
         *attention_arguments(query, keys, page_table), log_sums,
         received,
         start, scale * LOG2_E,
-        TAKE_MAX=reduction == "max", **attention_constants(query, keys, page_table), num_warps=_NUM_WARPS,
+        TAKE_MAX=reduction == "max", **constants, num_warps=NUM_WARPS,
     )  # fmt: skip
     return received
 
@@ -154,11 +156,11 @@ def _received_kernel(
 def triton_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Return how the kernels are compiled for bfloat16, a head size of 128, groups of 4 and pages of 16 tokens."""
     (log_sums_kernel, types, constants, num_warps), (*_, shared, _) = attention_signatures()
-    of_columns = types | {"received": "*fp32"}
+    of_columns, shared = types | {"received": "*fp32"}, shared | {"BLOCK_ROWS": _COLUMN_ROWS}
     return [
         (log_sums_kernel, types, constants | {"CAUSAL": False}, num_warps),
-        (_received_kernel, of_columns, shared | {"TAKE_MAX": False}, _NUM_WARPS),
-        (_received_kernel, of_columns, shared | {"TAKE_MAX": True}, _NUM_WARPS),
+        (_received_kernel, of_columns, shared | {"TAKE_MAX": False}, num_warps),
+        (_received_kernel, of_columns, shared | {"TAKE_MAX": True}, num_warps),
     ]
 
 
