@@ -36,16 +36,12 @@ struct Pages {
 
 template <typename Element>
 KVEVICT_INLINE void gather_token(const Pages<Element>& pages, int64_t slot, Element* keys, Element* values) {
-  if (keys != nullptr) {
-    const Element* from = pages.key(slot);
-    for (int64_t pair = 0; pair < pages.head_size / PAIR; ++pair)
-      for (int64_t i = 0; i < PAIR; ++i) keys[pair * PAIR + i] = from[pair * TILE * PAIR + i];
-  }
-  if (values != nullptr) {
-    const Element* from = pages.value(slot);
-    for (int64_t tile = 0; tile < pages.head_size / TILE; ++tile)
-      for (int64_t i = 0; i < TILE; ++i) values[tile * TILE + i] = from[tile * TILE * pages.block_size + i * PAIR];
-  }
+  const Element* from = pages.key(slot);
+  for (int64_t pair = 0; pair < pages.head_size / PAIR; ++pair)
+    for (int64_t i = 0; i < PAIR; ++i) keys[pair * PAIR + i] = from[pair * TILE * PAIR + i];
+  from = pages.value(slot);
+  for (int64_t tile = 0; tile < pages.head_size / TILE; ++tile)
+    for (int64_t i = 0; i < TILE; ++i) values[tile * TILE + i] = from[tile * TILE * pages.block_size + i * PAIR];
 }
 
 template <typename Element>
@@ -80,8 +76,7 @@ template <typename Element>
 void gather(const Pages<Element>& pages, const int64_t* slots, void* keys, void* values, int64_t num_tokens) {
   Element *key_rows = static_cast<Element*>(keys), *value_rows = static_cast<Element*>(values);
   for_each_token(num_tokens, [&](int64_t i) {
-    Element* value_row = value_rows == nullptr ? nullptr : value_rows + i * pages.head_size;
-    gather_token(pages, slots[i], key_rows == nullptr ? nullptr : key_rows + i * pages.head_size, value_row);
+    gather_token(pages, slots[i], key_rows + i * pages.head_size, value_rows + i * pages.head_size);
   });
 }
 
@@ -90,44 +85,39 @@ void move(const Pages<Element>& pages, const int64_t* source, const int64_t* des
   for_each_token(num_tokens, [&](int64_t i) { move_token(pages, source[i], destination[i]); });
 }
 
+// Calls with an integer of the size of an element; returns 1 where there is none.
+template <typename Call>
+int32_t with_element(int64_t element_bytes, const Call& call) {
+  switch (element_bytes) {
+    case 1: call(uint8_t{}); return 0;
+    case 2: call(uint16_t{}); return 0;
+    case 4: call(uint32_t{}); return 0;
+    default: return 1;
+  }
+}
+
 }  // namespace
 }  // namespace kvevict
 
 // Both return 0, or 1 for an element size other than 1, 2 or 4 bytes. The caller has checked sizes and slots.
 
-// keys, values: [num_tokens, head_size], either may be null
+// keys, values: [num_tokens, head_size]
 extern "C" __attribute__((visibility("default"))) int32_t kvevict_gather_tiled_tokens(
     void* key_pages, void* value_pages, int64_t stride_page, int64_t block_size, int64_t head_size,
     const int64_t* slots, void* keys, void* values, int64_t num_tokens, int64_t element_bytes) {
   using namespace kvevict;
-  const auto run = [&](auto element) {
-    using Element = decltype(element);
-    const auto pages = make_pages<Element>(key_pages, value_pages, stride_page, block_size, head_size);
-    gather(pages, slots, keys, values, num_tokens);
-    return 0;
-  };
-  switch (element_bytes) {
-    case 1: return run(uint8_t{});
-    case 2: return run(uint16_t{});
-    case 4: return run(uint32_t{});
-    default: return 1;
-  }
+  return with_element(element_bytes, [&](auto element) {
+    gather(make_pages<decltype(element)>(key_pages, value_pages, stride_page, block_size, head_size), slots, keys,
+           values, num_tokens);
+  });
 }
 
 extern "C" __attribute__((visibility("default"))) int32_t kvevict_move_tiled_tokens(
     void* key_pages, void* value_pages, int64_t stride_page, int64_t block_size, int64_t head_size,
     const int64_t* source, const int64_t* destination, int64_t num_tokens, int64_t element_bytes) {
   using namespace kvevict;
-  const auto run = [&](auto element) {
-    using Element = decltype(element);
-    const auto pages = make_pages<Element>(key_pages, value_pages, stride_page, block_size, head_size);
-    move(pages, source, destination, num_tokens);
-    return 0;
-  };
-  switch (element_bytes) {
-    case 1: return run(uint8_t{});
-    case 2: return run(uint16_t{});
-    case 4: return run(uint32_t{});
-    default: return 1;
-  }
+  return with_element(element_bytes, [&](auto element) {
+    move(make_pages<decltype(element)>(key_pages, value_pages, stride_page, block_size, head_size), source, destination,
+         num_tokens);
+  });
 }

@@ -1,4 +1,4 @@
-"""vLLM's Triton attention over folded page tables, in a real engine through Triton's interpreter. Not run on a GPU."""
+"""Triton's kernels over folded page tables, vLLM's and xformers', in a real engine through Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -10,21 +10,57 @@ import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.conftest import USES_V2_RUNNER
-from tests.engine.harness import engine
+from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
+from vllm_kvevict.engine import triton_backend, worker, xformers_backend
+from vllm_kvevict.engine.attention import backend_in_place_of
+from vllm_kvevict.engine.triton_backend import EvictionTritonBackend
+from vllm_kvevict.engine.xformers_backend import EvictionXformersBackend
+from vllm_kvevict.kernels import optional_xformers, paged_attention
+
+pytestmark = pytest.mark.skipif(not USES_V2_RUNNER, reason="the kernels run only through Triton's interpreter")
 
 CASES = [(20, "uniform"), (100, "uniform"), (130, "lava")]  # tokens of a prompt, and how its budget is shared
 
 
-@pytest.mark.skipif(not USES_V2_RUNNER, reason="the kernel runs only through Triton's interpreter")
-@pytest.mark.feature("Triton attention and FlashAttention 2 and 3, not run on a GPU", runners=("V2",))
-def test_answers_are_those_of_cpu_attention(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_kvevict.engine import triton_backend, worker
-    from vllm_kvevict.engine.attention import backend_in_place_of
-    from vllm_kvevict.engine.triton_backend import EvictionTritonBackend, EvictionTritonImpl
+def answers(running: Engine) -> list[list[int]]:
+    running.poison_unowned_memory()
+    names = [
+        running.add(random_prompt(length, seed=length), extra_args={"kv_budget_allocator": allocator}, max_tokens=8)
+        for length, allocator in CASES
+    ]
+    outputs = running.run()
+    assert running.num_evictions == 2
+    running.check_all_free()
+    return [list(outputs[name].outputs[0].token_ids) for name in names]
 
+
+@pytest.fixture(scope="module")
+def plain(tiny_llama: Path) -> list[list[int]]:
+    with engine(tiny_llama, budget=64, max_num_batched_tokens=128) as running:
+        return answers(running)
+
+
+def check_answers(
+    tiny_llama: Path,
+    plain: list[list[int]],
+    backend: type[EvictionTritonBackend],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # vLLM asks for it before it launches the kernel that writes keys and values
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    # the CPU platform would choose its own
+    monkeypatch.setattr(worker, "cpu_backend", lambda: backend_in_place_of(AttentionBackendEnum.CPU_ATTN, backend))
+    with engine(tiny_llama, budget=64, max_num_batched_tokens=128) as running:
+        context = running.worker.vllm_config.compilation_config.static_forward_context
+        assert {type(layer.impl) for layer in context.values()} == {backend.get_impl_cls()}
+        assert answers(running) == plain
+
+
+@pytest.mark.feature("Triton attention and FlashAttention 2 and 3, not run on a GPU", runners=("V2",))
+def test_answers_are_those_of_cpu_attention(
+    tiny_llama: Path, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     attend, splits = triton_backend.unified_attention, []
 
     def spy(**arguments: Any) -> None:
@@ -32,24 +68,23 @@ def test_answers_are_those_of_cpu_attention(tiny_llama: Path, monkeypatch: pytes
         attend(**arguments)
 
     monkeypatch.setattr(triton_backend, "unified_attention", spy)
-    answers = []
-    for is_triton in (False, True):
-        if is_triton:  # the CPU platform would choose its own
-            ours = lambda: backend_in_place_of(AttentionBackendEnum.CPU_ATTN, EvictionTritonBackend)  # noqa: E731
-            monkeypatch.setattr(worker, "cpu_backend", ours)
-        with engine(tiny_llama, budget=64, max_num_batched_tokens=128) as running:
-            context = running.worker.vllm_config.compilation_config.static_forward_context
-            assert {isinstance(layer.impl, EvictionTritonImpl) for layer in context.values()} == {is_triton}
-            running.poison_unowned_memory()
-            names = [
-                running.add(
-                    random_prompt(length, seed=length), extra_args={"kv_budget_allocator": allocator}, max_tokens=8
-                )
-                for length, allocator in CASES
-            ]
-            outputs = running.run()
-            answers.append([list(outputs[name].outputs[0].token_ids) for name in names])
-            assert running.num_evictions == 2
-            running.check_all_free()
-    assert answers[0] == answers[1]
+    check_answers(tiny_llama, plain, EvictionTritonBackend, monkeypatch)
     assert any(splits)  # few sequences are split among programs, as those of vLLM are
+
+
+@pytest.mark.skipif(not optional_xformers.HAS_XFORMERS, reason="xformers is not installed")
+def test_xformers_answers_as_cpu_attention_does(
+    tiny_llama: Path, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # float32, which the interpreter can multiply, so that the answers are the same to the last token
+    monkeypatch.setattr(xformers_backend, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(paged_attention, "DTYPES", (torch.float32,))
+    attend, calls = xformers_backend.paged_attention, []
+
+    def spy(*arguments: Any) -> torch.Tensor:
+        calls.append(len(arguments[0]))
+        return attend(*arguments)
+
+    monkeypatch.setattr(xformers_backend, "paged_attention", spy)
+    check_answers(tiny_llama, plain, EvictionXformersBackend, monkeypatch)
+    assert calls
