@@ -12,11 +12,13 @@ from tests.tiny_llama import random_prompt
 from tools.server import Server
 
 BUDGET = 96
+COMPARED_TOKENS, LONG_ANSWER = 1_000, 15_000
 
 
 @pytest.mark.feature("data parallelism")
 def test_two_engines_behind_one_server(tiny_llama: Path, tmp_path: Path) -> None:
-    flags = ["--kv-eviction", "snapkv", "--kv-budget", str(BUDGET), "--max-model-len", "2048", "--skip-tokenizer-init"]
+    flags = ["--kv-eviction", "snapkv", "--kv-budget", str(BUDGET), "--max-model-len", str(LONG_ANSWER + 1_024)]
+    flags += ["--hf-overrides", f'{{"max_position_embeddings": {LONG_ANSWER + 1_024}}}', "--skip-tokenizer-init"]
     rest = ["--data-parallel-size", "2", "--dtype", "float32", "--enforce-eager", "--served-model-name", "model"]
     env = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
@@ -35,10 +37,14 @@ def test_two_engines_behind_one_server(tiny_llama: Path, tmp_path: Path) -> None
             return {"0": 0.0, "1": 0.0} | {sample.labels["engine"]: sample.value for sample in samples}
 
         def ask(rank: int) -> list[int]:
+            """Read an answer until /metrics has shown what it holds; it is cut short then.
+
+            A scrape may take seconds where the server has few cores, so the answer is far longer than one.
+            """
             stream = client.completions.create(
                 model="model",
                 prompt=prompt,
-                max_tokens=1_200,
+                max_tokens=LONG_ANSWER,
                 temperature=0,
                 stream=True,
                 extra_body={"ignore_eos": True, "detokenize": False, "return_token_ids": True},
@@ -46,17 +52,23 @@ def test_two_engines_behind_one_server(tiny_llama: Path, tmp_path: Path) -> None
             )
             tokens: list[int] = []
             most: dict[str, float] = {}
-            for chunk in stream:
-                tokens += getattr(chunk.choices[0], "token_ids", None) or [] if chunk.choices else []
-                most = most if any(most.values()) else held()
+            with stream:
+                for chunk in stream:
+                    tokens += getattr(chunk.choices[0], "token_ids", None) or [] if chunk.choices else []
+                    most = most if any(most.values()) else held()
+                    if any(most.values()) and len(tokens) >= COMPARED_TOKENS:
+                        break
             assert most == {str(rank): BUDGET // 32 * 4, str(1 - rank): 0.0}
+            wait_until_nothing_is_held()
             return tokens
 
-        answers = [ask(rank) for rank in (0, 1)]
-        assert len(answers[0]) == 1_200
+        def wait_until_nothing_is_held() -> None:
+            deadline = time.monotonic() + 30  # the stream ends before the engine hears of it and the gauges are set
+            while any(held().values()) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert held() == {"0": 0.0, "1": 0.0}
+
+        answers = [ask(rank)[:COMPARED_TOKENS] for rank in (0, 1)]
+        assert len(answers[0]) == COMPARED_TOKENS
         assert answers[0] == answers[1]
         assert server.metrics()["kvevict:evictions_total"] == 2
-        deadline = time.monotonic() + 30  # the last token leaves the server before its gauges are set
-        while any(held().values()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert held() == {"0": 0.0, "1": 0.0}

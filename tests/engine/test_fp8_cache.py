@@ -146,7 +146,10 @@ PROMPTS = [random_prompt(40 + 61 * index, seed=index) for index in range(8)]
 
 
 @pytest.mark.parametrize(("cache", "dtype"), [("fp8", "float32"), (WITH_SCALES, "bfloat16")], indirect=["cache"])
-def test_a_budget_above_the_prompt_is_stock_vllm(cache: Cache, dtype: str) -> None:
+def test_a_budget_above_the_prompt_is_stock_vllm(cache: Cache, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # on AMX stock vLLM multiplies bfloat16 by another kernel, which rounds differently; ours has the AVX-512 one for
+    # 8-bit caches, and is compared with stock vLLM on that
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     with engine(cache.folder, policy=None, dtype=dtype, **cache.settings) as stock:
         expected = stock.tokens(PROMPTS)
     with engine(cache.folder, budget=max(map(len, PROMPTS)), dtype=dtype, **cache.settings) as running:
