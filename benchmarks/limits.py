@@ -21,9 +21,9 @@ def copy_bandwidth() -> float:
 
 
 @functools.cache
-def matrix_rate() -> float:
-    """Floating point operations per second of a large float32 matrix product, by all threads."""
-    left, right = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE)
+def matrix_rate(dtype: torch.dtype = torch.float32) -> float:
+    """Floating point operations per second of a large matrix product, by all threads."""
+    left, right = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE).to(dtype)
     product = torch.empty_like(left)
     return 2 * MATRIX_SIZE**3 / _least_seconds(lambda: torch.mm(left, right, out=product))
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from benchmarks.limits import shares
+from benchmarks.limits import matrix_rate, shares
 from benchmarks.timing import append_row, measure_in_turn
 from vllm_kvevict.kernels.native import library
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
@@ -76,6 +76,10 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"bytes: keys twice{', values once' * (reduction.weight != 'none')}, scores: {moved / 1e6:.2f} MB")
     print(f"operations: logits twice: {operations / 1e6:.1f} M")
     print(f"reached: {shares(native.median, moved, operations)}")
+    if arguments.dtype == "bfloat16" and library().kvevict_allow_tiles(1):
+        # the exponentials are float32 all the same, and they are what takes the time then
+        rate = matrix_rate(torch.bfloat16)
+        print(f"AMX: {operations / native.median / rate:.1%} of the bfloat16 matrix rate, {rate / 1e9:.0f} GFLOP/s")
     print(f"native    {native}")
     print(f"reference {reference}, {reference.median / native.median:.1f} times the native time")
     append_row("window_scores", {**vars(arguments), **asdict(reduction)}, native, reference)

@@ -6,6 +6,9 @@
 // Vector lanes are tokens and queries are broadcast: the sums of columns, their reduction over a group and the pool need
 // no shuffles, and a window of one query leaves no lane idle. Keys stored as [block_size, head_size] are transposed when
 // they are loaded, once for all queries of their KV head.
+//
+// Where AMX multiplies bfloat16, its products take the place of the broadcasts: those of 16 rows and 64 keys at a time
+// are read back from the first cache.
 
 #include <algorithm>
 #include <cmath>
@@ -18,6 +21,7 @@
 
 #include "element.hpp"
 #include "isa.hpp"
+#include "tiles.hpp"
 #include "vector.hpp"
 
 namespace kvevict {
@@ -25,7 +29,8 @@ namespace {
 
 // Work is split by token count only, so results do not depend on the number of threads.
 constexpr int64_t TASK_TOKENS = 256;
-// Scratch of one thread: one tile of TILE_TOKENS keys as float32, 16 KiB for a head size of 64.
+// Scratch of one thread: one tile of TILE_TOKENS keys as float32, 16 KiB for a head size of 64. AMX takes them as
+// bfloat16, and its products the other half.
 constexpr int64_t TILE_TOKENS = 64;
 // Rows that share a load of keys. With VECS vectors of keys each: ROWS * VECS accumulators, VECS keys and one query
 // must fit in the registers, 32 with AVX-512 and NEON, else 16.
@@ -63,7 +68,9 @@ struct Job {
 
   // A head's queries fill whole blocks of rows; rows past `window` are zero queries of weight zero.
   int64_t rows = 0, tasks_per_head = 0, column_stride = 0;
-  float* packed_query = nullptr;  // [num_items, group * rows / ROWS, head_size, ROWS]
+  // [num_items, group * rows / ROWS, head_size, ROWS], with the scale in it; for AMX, bfloat16 without the scale and
+  // [num_items, group * rows / TILE_ROWS, head_size / TILE_DEPTH, TILE_ROWS, TILE_DEPTH]
+  float* packed_query = nullptr;
   float* row_max = nullptr;       // [num_items, tasks_per_head, group * rows], logits in units of log 2
   float* row_sum = nullptr;       // same shape
   float* final_max = nullptr;     // [num_items, group * rows]
@@ -77,6 +84,9 @@ struct Job {
   int64_t num_tasks() const { return num_items() * tasks_per_head; }
   int64_t kv_len(int64_t item) const { return kv_lens[item / num_kv_heads]; }
   int64_t num_scored(int64_t item) const { return kv_len(item) - num_unscored; }
+  // Logits in units of log 2 make the exponential a power of two.
+  float logit_scale() const { return scale * 1.4426950408889634f; }
+  uint16_t* tiled_query() const { return reinterpret_cast<uint16_t*>(packed_query); }
   int64_t pool_reach() const { return pool_kernel / 2; }
   const int64_t* pages_of(int64_t item) const {
     return page_table + item / num_kv_heads * page_table_stride_req + item % num_kv_heads * page_table_stride_head;
@@ -95,8 +105,7 @@ struct Span {
 
 template <typename Element>
 KVEVICT_INLINE void pack_query(const Job& job, int64_t item) {
-  // Logits in units of log 2 make the exponential a power of two.
-  const float scale = job.scale * 1.4426950408889634f;
+  const float scale = job.logit_scale();
   const int64_t req = item / job.num_kv_heads, kv_head = item % job.num_kv_heads;
   float* packed = job.packed_query + item * job.group_rows() * job.head_size;
   for (int64_t row = 0; row < job.group_rows(); ++row) {
@@ -106,6 +115,19 @@ KVEVICT_INLINE void pack_query(const Job& job, int64_t item) {
     float* out = packed + row / ROWS * job.head_size * ROWS + row % ROWS;
     for (int64_t dim = 0; dim < job.head_size; ++dim)
       out[dim * ROWS] = token < job.window ? to_float(query[dim]) * scale : 0.0f;
+  }
+}
+
+KVEVICT_INLINE void pack_tiled_query(const Job& job, int64_t item) {
+  const int64_t req = item / job.num_kv_heads, kv_head = item % job.num_kv_heads;
+  uint16_t* packed = job.tiled_query() + item * job.group_rows() * job.head_size;
+  for (int64_t row = 0; row < job.group_rows(); ++row) {
+    const int64_t head = kv_head * job.group() + row / job.rows, token = row % job.rows;
+    const BFloat16* query = static_cast<const BFloat16*>(job.query) + req * job.query_stride_req +
+                            token * job.query_stride_token + head * job.query_stride_head;
+    uint16_t* out = packed + row / TILE_ROWS * TILE_ROWS * job.head_size + row % TILE_ROWS * TILE_DEPTH;
+    for (int64_t dim = 0; dim < job.head_size; ++dim)
+      out[dim / TILE_DEPTH * TILE_ELEMENTS + dim % TILE_DEPTH] = token < job.window ? query[dim].bits : 0;
   }
 }
 
@@ -145,6 +167,49 @@ KVEVICT_INLINE void load_keys(const Job& job, const Span& span, float* data) {
   });
 }
 
+// Calls load<Element>() for the element type of the cache.
+template <typename Load>
+KVEVICT_INLINE void with_key_type(const Job& job, Load load) {
+  if (job.key_dtype == BFLOAT16) return load(BFloat16{});
+  if (job.key_dtype == FLOAT16) return load(Float16{});
+  if (job.key_dtype == FLOAT8_E4M3) return load(Float8E4M3{});
+  if (job.key_dtype == FLOAT8_E5M2) return load(Float8E5M2{});
+  return load(float{});
+}
+
+// Writes keys as AMX takes them: bfloat16 [TILE_TOKENS / TILE_COLUMNS, head_size / 2, TILE_COLUMNS, 2].
+KVEVICT_INLINE void load_tiled_keys(const Job& job, const Span& span, uint32_t* pairs) {
+  const int64_t num_pairs = job.head_size / 2;
+  if (span.count < TILE_TOKENS) std::fill(pairs, pairs + TILE_TOKENS * num_pairs, 0u);
+  const Pages& keys = job.keys;
+  for_each_run<BFloat16>(job, keys, span, [&](int64_t done, int64_t length, const BFloat16* source) KVEVICT_INLINE_LAMBDA {
+    for (int64_t pair = 0; pair < num_pairs; ++pair) {
+      const BFloat16 *first = source + 2 * pair * keys.stride_dim, *second = first + keys.stride_dim;
+      uint32_t* out = pairs + pair * TILE_COLUMNS;
+      int64_t token = 0;
+      if (keys.stride_token == 1 && done % TILE_COLUMNS == 0)
+        for (; token + TILE_COLUMNS <= length; token += TILE_COLUMNS)
+          for (int64_t i = 0; i < TILE_COLUMNS; ++i)
+            out[(done + token) * num_pairs + i] = first[token + i].bits | static_cast<uint32_t>(second[token + i].bits) << 16;
+      for (; token < length; ++token) {
+        const int64_t at = done + token, from = token * keys.stride_token;
+        out[at / TILE_COLUMNS * TILE_COLUMNS * num_pairs + at % TILE_COLUMNS] =
+            first[from].bits | static_cast<uint32_t>(second[from].bits) << 16;
+      }
+    }
+  });
+}
+
+// Loads keys into a thread's scratch as `compute_logits` reads them.
+template <int LANES, bool TILES>
+KVEVICT_INLINE void load_tile(const Job& job, const Span& tile, float* keys) {
+  if constexpr (TILES) {
+    load_tiled_keys(job, tile, reinterpret_cast<uint32_t*>(keys));
+  } else {
+    with_key_type(job, [&](auto element) KVEVICT_INLINE_LAMBDA { load_keys<decltype(element), LANES>(job, tile, keys); });
+  }
+}
+
 // Writes the l1 norm of each value of a span.
 template <typename Element, int LANES>
 KVEVICT_INLINE void load_value_norms(const Job& job, const Span& span, float* norms) {
@@ -161,20 +226,9 @@ KVEVICT_INLINE void load_value_norms(const Job& job, const Span& span, float* no
   });
 }
 
-// Calls load<Element>() for the element type of the cache.
-template <typename Load>
-KVEVICT_INLINE void with_key_type(const Job& job, Load load) {
-  if (job.key_dtype == BFLOAT16) return load(BFloat16{});
-  if (job.key_dtype == FLOAT16) return load(Float16{});
-  if (job.key_dtype == FLOAT8_E4M3) return load(Float8E4M3{});
-  if (job.key_dtype == FLOAT8_E5M2) return load(Float8E5M2{});
-  return load(float{});
-}
-
-// Logits of VECS vectors of keys against one block of rows; masked ones are -infinity.
 template <int LANES, int VECS>
-KVEVICT_INLINE void compute_logits(const Job& job, const Span& tile, const float* keys, int64_t token, int64_t row,
-                                   Float<LANES> (&logits)[ROWS][VECS]) {
+KVEVICT_INLINE void multiply_vectors(const Job& job, const Span& tile, const float* keys, int64_t token, int64_t row,
+                                     Float<LANES> (&logits)[ROWS][VECS]) {
   const float* query = job.packed_query + (tile.item * job.group_rows() + row) * job.head_size;
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r)
@@ -191,6 +245,28 @@ KVEVICT_INLINE void compute_logits(const Job& job, const Span& tile, const float
       for (int v = 0; v < VECS; ++v) logits[r][v] += lanes[v] * of_row;
     }
   }
+}
+
+// Logits of VECS vectors of keys against one block of rows; masked ones are -infinity.
+//
+// With TILES the first of every TILE_ROWS rows computes the products of all of them, behind the keys.
+template <int LANES, int VECS, bool TILES>
+KVEVICT_INLINE void compute_logits(const Job& job, const Span& tile, float* keys, int64_t token, int64_t row,
+                                   Float<LANES> (&logits)[ROWS][VECS]) {
+  if constexpr (TILES) {
+    static_assert(VECS * LANES == TILE_TOKENS);
+    float* products = keys + TILE_TOKENS * job.head_size / 2;
+    const uint16_t* query = job.tiled_query() + (tile.item * job.group_rows() + row) * job.head_size;
+    if (row % TILE_ROWS == 0) multiply_tiles(query, reinterpret_cast<const uint16_t*>(keys), job.head_size, products);
+    products += row % TILE_ROWS * TILE_TOKENS;
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v)
+        logits[r][v] = load<LANES>(products + r * TILE_TOKENS + v * LANES) * job.logit_scale();
+  } else {
+    multiply_vectors<LANES, VECS>(job, tile, keys, token, row, logits);
+  }
   const int64_t first_query = job.kv_len(tile.item) - job.window;
   if (tile.first + token + VECS * LANES <= first_query + 1) return;
 
@@ -202,7 +278,6 @@ KVEVICT_INLINE void compute_logits(const Job& job, const Span& tile, const float
       logits[r][v] = keep_first<LANES>(logits[r][v], static_cast<int32_t>(last_seen + 1 - tile.first - token - v * LANES));
   }
 }
-
 // One block of rows against VECS vectors of keys: brings the running reference and sum of each row up to date.
 template <int LANES, int VECS>
 KVEVICT_INLINE void update_softmax(const Float<LANES> (&logits)[ROWS][VECS], float* row_max, float* lane_sums) {
@@ -231,7 +306,7 @@ KVEVICT_INLINE void update_softmax(const Float<LANES> (&logits)[ROWS][VECS], flo
   }
 }
 
-template <int LANES, int VECS>
+template <int LANES, int VECS, bool TILES>
 KVEVICT_INLINE void find_softmax(const Job& job, int64_t task, const Span& span, float* scratch) {
   float* keys = scratch;
   float* lane_sums = keys + TILE_TOKENS * job.head_size;
@@ -240,11 +315,11 @@ KVEVICT_INLINE void find_softmax(const Job& job, int64_t task, const Span& span,
   std::fill(lane_sums, lane_sums + job.group_rows() * LANES, 0.0f);
   for (int64_t done = 0; done < span.count; done += TILE_TOKENS) {
     const Span tile{span.item, span.first + done, std::min(TILE_TOKENS, span.count - done)};
-    with_key_type(job, [&](auto element) KVEVICT_INLINE_LAMBDA { load_keys<decltype(element), LANES>(job, tile, keys); });
+    load_tile<LANES, TILES>(job, tile, keys);
     for (int64_t row = 0; row < job.group_rows(); row += ROWS) {
       for (int64_t token = 0; token < tile.count; token += VECS * LANES) {
         Float<LANES> logits[ROWS][VECS];
-        compute_logits<LANES, VECS>(job, tile, keys, token, row, logits);
+        compute_logits<LANES, VECS, TILES>(job, tile, keys, token, row, logits);
         update_softmax<LANES, VECS>(logits, row_max + row, lane_sums + row * LANES);
       }
     }
@@ -284,8 +359,8 @@ KVEVICT_INLINE void merge_softmax(const Job& job, int64_t item) {
 }
 
 // Writes the finished sums of a tile's columns, reduced over the group; those that do not count are zero.
-template <int LANES, int VECS>
-KVEVICT_INLINE void sum_columns(const Job& job, const Span& tile, const float* keys, float* out) {
+template <int LANES, int VECS, bool TILES>
+KVEVICT_INLINE void sum_columns(const Job& job, const Span& tile, float* keys, float* out) {
   const float* final_max = job.final_max + tile.item * job.group_rows();
   const float* final_weight = job.final_weight + tile.item * job.group_rows();
   for (int64_t token = 0; token < tile.count; token += VECS * LANES) {
@@ -294,7 +369,7 @@ KVEVICT_INLINE void sum_columns(const Job& job, const Span& tile, const float* k
       Float<LANES> sums[VECS] = {};
       for (int64_t row = head * job.rows; row < (head + 1) * job.rows; row += ROWS) {
         Float<LANES> logits[ROWS][VECS];
-        compute_logits<LANES, VECS>(job, tile, keys, token, row, logits);
+        compute_logits<LANES, VECS, TILES>(job, tile, keys, token, row, logits);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
@@ -313,14 +388,14 @@ KVEVICT_INLINE void sum_columns(const Job& job, const Span& tile, const float* k
   }
 }
 
-template <int LANES, int VECS>
+template <int LANES, int VECS, bool TILES>
 KVEVICT_INLINE void sum_task_columns(const Job& job, const Span& span, float* keys) {
   const int64_t count = std::clamp<int64_t>(job.num_scored(span.item) - span.first, 0, span.count);
   float* out = job.columns + span.item * job.column_stride + job.pool_reach() + span.first;
   for (int64_t done = 0; done < count; done += TILE_TOKENS) {
     const Span tile{span.item, span.first + done, std::min(TILE_TOKENS, count - done)};
-    with_key_type(job, [&](auto element) KVEVICT_INLINE_LAMBDA { load_keys<decltype(element), LANES>(job, tile, keys); });
-    sum_columns<LANES, VECS>(job, tile, keys, out + done);
+    load_tile<LANES, TILES>(job, tile, keys);
+    sum_columns<LANES, VECS, TILES>(job, tile, keys, out + done);
   }
 }
 
@@ -357,10 +432,11 @@ KVEVICT_INLINE void finish(const Job& job, const Span& span, float* norms) {
   std::fill(out + count, out + std::min(TASK_TOKENS, job.max_kv_len - span.first), 0.0f);
 }
 
-template <int LANES, int VECS>
+template <int LANES, int VECS, bool TILES = false>
 KVEVICT_INLINE void run_stage(const Job& job, Stage stage, int64_t index, float* scratch) {
   if (stage == Stage::MERGE_SOFTMAX) return merge_softmax(job, index);
   if (stage == Stage::PACK_QUERY) {
+    if constexpr (TILES) return pack_tiled_query(job, index);
     if (job.query_dtype == BFLOAT16) return pack_query<BFloat16>(job, index);
     if (job.query_dtype == FLOAT16) return pack_query<Float16>(job, index);
     return pack_query<float>(job, index);
@@ -369,14 +445,18 @@ KVEVICT_INLINE void run_stage(const Job& job, Stage stage, int64_t index, float*
   const Span span{item, first, std::clamp<int64_t>(job.kv_len(item) - first, 0, TASK_TOKENS)};
   float* norms = scratch + TILE_TOKENS * job.head_size + job.group_rows() * LANES;
   if (stage == Stage::FINISH) return finish<LANES>(job, span, norms);
-  if (stage == Stage::SUM_COLUMNS) return sum_task_columns<LANES, VECS>(job, span, scratch);
-  find_softmax<LANES, VECS>(job, index, span, scratch);
+  if (stage == Stage::SUM_COLUMNS) return sum_task_columns<LANES, VECS, TILES>(job, span, scratch);
+  find_softmax<LANES, VECS, TILES>(job, index, span, scratch);
   if (job.weight_code == LARGEST_VALUE_NORM) find_largest_norm<LANES>(job, index, span, norms);
 }
 
 using RunStage = void (*)(const Job&, Stage, int64_t, float*);
 
 #if defined(__x86_64__)
+KVEVICT_TARGET_V4 void run_stage_tiles(const Job& job, Stage stage, int64_t index, float* scratch) {
+  const TileConfig config;
+  run_stage<16, 4, true>(job, stage, index, scratch);
+}
 KVEVICT_TARGET_V4 void run_stage_v4(const Job& job, Stage stage, int64_t index, float* scratch) {
   run_stage<16, 4>(job, stage, index, scratch);
 }
@@ -386,12 +466,14 @@ KVEVICT_TARGET_V3 void run_stage_v3(const Job& job, Stage stage, int64_t index, 
 void run_stage_baseline(const Job& job, Stage stage, int64_t index, float* scratch) {
   run_stage<4, 2>(job, stage, index, scratch);
 }
-RunStage choose(int32_t lanes) { return lanes == 16 ? run_stage_v4 : lanes == 8 ? run_stage_v3 : run_stage_baseline; }
+RunStage choose(int32_t lanes, bool tiles) {
+  return tiles ? run_stage_tiles : lanes == 16 ? run_stage_v4 : lanes == 8 ? run_stage_v3 : run_stage_baseline;
+}
 #else
 void run_stage_baseline(const Job& job, Stage stage, int64_t index, float* scratch) {
   run_stage<4, 4>(job, stage, index, scratch);
 }
-RunStage choose(int32_t) { return run_stage_baseline; }
+RunStage choose(int32_t, bool) { return run_stage_baseline; }
 #endif
 
 struct AlignedDelete {
@@ -454,6 +536,9 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_window_scores(
           group_code, pool_code, weight_code, pool_kernel};
   const int32_t lanes = usable_lanes();
   job.rows = (window + ROWS - 1) / ROWS * ROWS;
+  // Other windows would need rows that are computed for nothing.
+  const bool tiles = usable_tiles() && query_dtype == BFLOAT16 && key_dtype == BFLOAT16 && window % TILE_ROWS == 0 &&
+                     head_size % TILE_DEPTH == 0;
   job.tasks_per_head = (max_kv_len + TASK_TOKENS - 1) / TASK_TOKENS;
   // A vector may be loaded that starts at the last column and reaches over the pool.
   job.column_stride = max_kv_len + pool_kernel + lanes;
@@ -474,6 +559,6 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_window_scores(
   job.final_weight = job.final_max + final_count;
   job.task_norm = job.final_weight + final_count;
   job.columns = job.task_norm + job.num_tasks();
-  run_all_stages(job, choose(lanes), scratch, thread_scratch);
+  run_all_stages(job, choose(lanes, tiles), scratch, thread_scratch);
   return 0;
 }

@@ -76,34 +76,44 @@ def is_slow(implementation):
     return implementation is window_scores_triton
 
 
-def make_batch(kv_lens, window, block_size, num_kv_heads, group, dtype=torch.float32, packing="plain", key_dtype=None):
+def make_batch(
+    kv_lens,
+    window,
+    block_size,
+    num_kv_heads,
+    group,
+    dtype=torch.float32,
+    packing="plain",
+    key_dtype=None,
+    head_size=HEAD_SIZE,
+):
     """Scrambled pages in a poisoned pool; also the dense K and V of each request, [num_kv_heads, kv_len, size]."""
     key_dtype = key_dtype or dtype
     generator = torch.Generator().manual_seed(0)
     pages_per_head = [-(-kv_len // block_size) for kv_len in kv_lens]
     num_pages = sum(pages_per_head) * num_kv_heads + 5
     # a page holds K, then V, as in the engine; whatever no request owns is NaN
-    slot = HEAD_SIZE + VALUE_HEAD_SIZE
+    slot = head_size + VALUE_HEAD_SIZE
     storage = torch.full((num_pages, block_size * slot), float("nan"), dtype=key_dtype)
     if packing == "transposed":
-        keys = storage[:, : block_size * HEAD_SIZE].view(num_pages, HEAD_SIZE, block_size).transpose(1, 2)
-        values = storage[:, block_size * HEAD_SIZE :].view(num_pages, block_size, VALUE_HEAD_SIZE)
+        keys = storage[:, : block_size * head_size].view(num_pages, head_size, block_size).transpose(1, 2)
+        values = storage[:, block_size * head_size :].view(num_pages, block_size, VALUE_HEAD_SIZE)
     else:
-        keys, values = storage.view(num_pages, block_size, slot).split([HEAD_SIZE, VALUE_HEAD_SIZE], dim=2)
+        keys, values = storage.view(num_pages, block_size, slot).split([head_size, VALUE_HEAD_SIZE], dim=2)
     owned = iter(torch.randperm(num_pages, generator=generator).tolist())
     page_table = torch.full((len(kv_lens), num_kv_heads, max(pages_per_head) + 2), 2**60)
     dense = []
     for req, (kv_len, count) in enumerate(zip(kv_lens, pages_per_head, strict=True)):
-        kv = [torch.randn(num_kv_heads, kv_len, n, generator=generator) for n in (HEAD_SIZE, VALUE_HEAD_SIZE)]
+        kv = [torch.randn(num_kv_heads, kv_len, n, generator=generator) for n in (head_size, VALUE_HEAD_SIZE)]
         dense.append([part.to(key_dtype) for part in kv])
         page_table[req, :, :count] = torch.tensor([[next(owned) for _ in range(count)] for _ in range(num_kv_heads)])
         for token in range(kv_len):
             for pool, part in zip((keys, values), dense[-1], strict=True):
                 pool[page_table[req, :, token // block_size], token % block_size] = part[:, token]
-    shape = (len(kv_lens), window, num_kv_heads * group + 2, HEAD_SIZE + 8)
-    query = torch.randn(shape, generator=generator).to(dtype)[:, :, 1:-1, :HEAD_SIZE]
+    shape = (len(kv_lens), window, num_kv_heads * group + 2, head_size + 8)
+    query = torch.randn(shape, generator=generator).to(dtype)[:, :, 1:-1, :head_size]
     lens = torch.tensor(kv_lens)
-    return WindowBatch(query, keys, values, page_table, lens, max(kv_lens) + 3, HEAD_SIZE**-0.5, 0.5), dense
+    return WindowBatch(query, keys, values, page_table, lens, max(kv_lens) + 3, head_size**-0.5, 0.5), dense
 
 
 def mean_attention(query, keys, scale):
@@ -168,6 +178,47 @@ def test_dtypes(implementation, dtype, key_dtype, packing, reduction):
     kv_lens = (70,) if is_slow(implementation) else (100, 333)
     batch, expected = case(kv_lens, 17, 32, 2, 3, dtype, packing, key_dtype)
     torch.testing.assert_close(implementation(batch, reduction), expected[REDUCTIONS.index(reduction)], **TOLERANCE)
+
+
+@pytest.fixture
+def tiles():
+    """AMX is used inside the test."""
+    kernels = library()
+    if kernels is None or not kernels.kvevict_allow_tiles(1):
+        pytest.skip("the CPU kernels are not built, or this machine has no AMX")
+
+
+@pytest.mark.parametrize("packing", ["plain", "transposed"])
+@pytest.mark.parametrize("block_size", [8, 24, 32])  # runs of keys that do and do not fill a tile
+@pytest.mark.parametrize("window, group, head_size", [(16, 3, 64), (32, 3, 32), (48, 1, 128)])
+@pytest.mark.parametrize("reduction", REDUCTIONS[::2], ids=lambda r: f"{r.group}-{r.pool}{r.pool_kernel}-{r.weight}")
+def test_products_of_tiles(tiles, reduction, window, group, head_size, block_size, packing):
+    batch, dense = make_batch((48, 563, 320), window, block_size, 2, group, torch.bfloat16, packing, None, head_size)
+    expected = dense_formula(batch, dense, reduction)
+    actual = window_scores(batch, reduction)
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+    # it was AMX that did it: sums in another order differ in their last bits
+    library().kvevict_allow_tiles(0)
+    try:
+        assert not window_scores(batch, reduction).equal(actual)
+    finally:
+        library().kvevict_allow_tiles(1)
+
+
+def test_tiles_leave_other_libraries_theirs(tiles):
+    """PyTorch configures AMX once per thread, and multiplies by what it then believes to be there."""
+    batch, _ = make_batch((563,), 32, 32, 2, 3, torch.bfloat16, "transposed", None, 64)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 4, 300, 40, generator=generator).to(torch.bfloat16)
+    left, right = torch.randn(2, 200, 200, generator=generator).to(torch.bfloat16)
+
+    def others():
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value), left @ right
+
+    expected = others()
+    for _ in range(3):
+        window_scores(batch, REDUCTIONS[0])
+        assert all(found.equal(before) for found, before in zip(others(), expected, strict=True))
 
 
 @pytest.mark.parametrize(
