@@ -74,6 +74,9 @@ inline __attribute__((always_inline)) void multiply_tiles(const uint16_t* a, con
       : "r"(out), "r"(out_bytes)
       : "memory");
 }
+#else
+// Named by templates that are not instantiated here.
+void multiply_tiles(const uint16_t* a, const uint16_t* b, int64_t depth, float* out);
 #endif
 
 }  // namespace kvevict

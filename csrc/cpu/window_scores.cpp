@@ -226,6 +226,7 @@ KVEVICT_INLINE void load_value_norms(const Job& job, const Span& span, float* no
   });
 }
 
+// Logits of VECS vectors of keys against one block of rows, none masked.
 template <int LANES, int VECS>
 KVEVICT_INLINE void multiply_vectors(const Job& job, const Span& tile, const float* keys, int64_t token, int64_t row,
                                      Float<LANES> (&logits)[ROWS][VECS]) {
