@@ -100,5 +100,5 @@ def test_on_cuda_our_worker_is_named_and_the_log_says_that_it_is_untested(
     monkeypatch.setattr(install, "current_platform", cuda())
     monkeypatch.setattr(install.logger, "warning", warnings.append)
     install._switch_on(EvictionConfig(policy="snapkv", budget=96), vllm_config)
-    assert vllm_config.parallel_config.worker_cls == "vllm_kvevict.engine.worker.EvictionGPUWorker"
+    assert vllm_config.parallel_config.worker_cls == "vllm_kvevict.engine.gpu_worker.EvictionGPUWorker"
     assert "not been run on a GPU" in warnings[0]

@@ -158,7 +158,7 @@ def test_offline_arguments_name_our_classes(tiny_llama: Path) -> None:
     config = created(tiny_llama)
     assert config.cache_config.block_size == 32
     assert config.scheduler_config.scheduler_cls == "vllm_kvevict.engine.scheduler.EvictionScheduler"
-    assert config.parallel_config.worker_cls == "vllm_kvevict.engine.worker.EvictionCPUWorker"
+    assert config.parallel_config.worker_cls == "vllm_kvevict.engine.cpu_worker.EvictionCPUWorker"
     assert created(tiny_llama, block_size=64).cache_config.block_size == 64
 
 

@@ -12,7 +12,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from tests import flash_attention
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
-from vllm_kvevict.engine import worker
+from vllm_kvevict.engine import cpu_worker
 from vllm_kvevict.engine.attention import backend_in_place_of
 from vllm_kvevict.engine.flash_backend import EvictionFlashBackend, EvictionFlashImpl
 
@@ -30,7 +30,7 @@ def on_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(flash_attn, "flash_attn_supports_quant_query_input", lambda: False)
     monkeypatch.setattr(
-        worker, "cpu_backend", lambda: backend_in_place_of(AttentionBackendEnum.CPU_ATTN, EvictionFlashBackend)
+        cpu_worker, "cpu_backend", lambda: backend_in_place_of(AttentionBackendEnum.CPU_ATTN, EvictionFlashBackend)
     )
 
 

@@ -12,7 +12,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from tests.conftest import USES_V2_RUNNER
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
-from vllm_kvevict.engine import triton_backend, worker, xformers_backend
+from vllm_kvevict.engine import cpu_worker, triton_backend, xformers_backend
 from vllm_kvevict.engine.attention import backend_in_place_of
 from vllm_kvevict.engine.triton_backend import EvictionTritonBackend
 from vllm_kvevict.engine.xformers_backend import EvictionXformersBackend
@@ -50,7 +50,7 @@ def check_answers(
     # vLLM asks for it before it launches the kernel that writes keys and values
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     # the CPU platform would choose its own
-    monkeypatch.setattr(worker, "cpu_backend", lambda: backend_in_place_of(AttentionBackendEnum.CPU_ATTN, backend))
+    monkeypatch.setattr(cpu_worker, "cpu_backend", lambda: backend_in_place_of(AttentionBackendEnum.CPU_ATTN, backend))
     with engine(tiny_llama, budget=64, max_num_batched_tokens=128) as running:
         context = running.worker.vllm_config.compilation_config.static_forward_context
         assert {type(layer.impl) for layer in context.values()} == {backend.get_impl_cls()}

@@ -8,7 +8,7 @@ import pytest
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.engine.harness import engine
-from vllm_kvevict.engine import worker, xformers_backend
+from vllm_kvevict.engine import cpu_worker, xformers_backend
 from vllm_kvevict.engine.attention import backend_in_place_of
 from vllm_kvevict.engine.cuda_backends import XFORMERS, cuda_backends
 from vllm_kvevict.engine.xformers_backend import EvictionXformersBackend
@@ -38,6 +38,6 @@ def test_what_it_cannot_serve_is_refused_at_start_up(
 ) -> None:
     monkeypatch.setattr(xformers_backend, "HAS_XFORMERS", is_installed)
     ours = lambda: backend_in_place_of(AttentionBackendEnum.CPU_ATTN, EvictionXformersBackend)  # noqa: E731
-    monkeypatch.setattr(worker, "cpu_backend", ours)
+    monkeypatch.setattr(cpu_worker, "cpu_backend", ours)
     with pytest.raises(ValueError, match=message), engine(tiny_llama, budget=64):
         pass

@@ -31,6 +31,7 @@ from vllm_kvevict.engine.bridge import EvictionBridge
 from vllm_kvevict.engine.lookahead import LookaheadMetadata
 from vllm_kvevict.engine.rows import FoldedQueries, StepRows
 from vllm_kvevict.engine.spec import with_eviction_managers
+from vllm_kvevict.engine.whole_rows import whole_rows
 
 
 @contextmanager
@@ -87,6 +88,11 @@ class EvictionMetadataBuilder(AttentionMetadataBuilder[Any]):
 
     bridge: EvictionBridge | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # vLLM's builders may say so of theirs; ours holds page tables and lengths that are made anew for every pass
+        self.supports_draft_decode_metadata_update = False
+
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
         # a full graph would replay stock attention for rows that have been evicted since it was captured
@@ -98,9 +104,12 @@ class EvictionMetadataBuilder(AttentionMetadataBuilder[Any]):
         rows = None if self.bridge is None else self.bridge.rows(common_attn_metadata)
         if self.bridge is None or rows is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        whole = None
-        if len(rows.split.whole):
-            whole = super().build(common_prefix_len, _whole_rows(common_attn_metadata, rows), fast_build)
+        whole, split = None, rows.split
+        if len(split.whole):
+            common = common_attn_metadata
+            if split.whole_tokens is not None:
+                common = whole_rows(common, split.whole, split.whole_tokens)
+            whole = super().build(common_prefix_len, common, fast_build)
         return EvictionMetadata(rows, self.bridge, whole, self._launch(rows))
 
     def _launch(self, rows: StepRows) -> Any:
@@ -126,6 +135,10 @@ class EvictionImpl(AttentionImpl[Any]):
             if is_on:
                 raise ValueError(f"--kv-eviction does not work with {name}; leave --kv-eviction out for this model")
 
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        # evicted rows are written in the model's dtype, beside whole ones in the same tensor
+        return False
+
     def forward(
         self,
         layer: Any,
@@ -135,14 +148,17 @@ class EvictionImpl(AttentionImpl[Any]):
         kv_cache: torch.Tensor,
         attn_metadata: Any,
         output: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if not isinstance(attn_metadata, LookaheadMetadata | EvictionMetadata):
+            scales = output_scale, output_block_scale
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("attention with eviction does not quantize its output")
         if isinstance(attn_metadata, LookaheadMetadata):
             output.copy_(attn_metadata.attend(query, key, value, self.scale))
             return output
-        if not isinstance(attn_metadata, EvictionMetadata):
-            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         rows, tokens = attn_metadata.rows, attn_metadata.rows.split.whole_tokens
         index = attn_metadata.bridge.layer_index[layer.layer_name]
         attn_metadata.bridge.land(rows, index)
@@ -203,24 +219,3 @@ class EvictionImpl(AttentionImpl[Any]):
         launch:        what the metadata builder prepared
         """
         raise NotImplementedError
-
-
-def _whole_rows(common: CommonAttentionMetadata, rows: StepRows) -> CommonAttentionMetadata:
-    """Return ``common`` without its evicted rows."""
-    tokens, whole = rows.split.whole_tokens, rows.split.whole
-    if tokens is None:
-        return common
-    query_lens = common.naive_query_lens()[whole]
-    query_start_loc = torch.nn.functional.pad(query_lens.cumsum(0, dtype=torch.int32), (1, 0))
-    seq_lens = common.seq_lens[whole]
-    return common.replace(
-        query_start_loc=query_start_loc,
-        query_start_loc_cpu=query_start_loc.cpu(),
-        seq_lens=seq_lens,
-        num_reqs=len(whole),
-        num_actual_tokens=len(tokens),
-        max_query_len=int(query_lens.max()),
-        max_seq_len=int(seq_lens.max()),
-        block_table_tensor=common.block_table_tensor[whole],
-        slot_mapping=common.slot_mapping[tokens],
-    )

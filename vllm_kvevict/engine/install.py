@@ -23,8 +23,8 @@ logger = logging.getLogger("vllm.kvevict")
 
 # (platform, its worker) -> ours
 _WORKERS = {
-    ("cpu", "vllm.v1.worker.cpu_worker.CPUWorker"): "vllm_kvevict.engine.worker.EvictionCPUWorker",
-    ("cuda", "vllm.v1.worker.gpu_worker.Worker"): "vllm_kvevict.engine.worker.EvictionGPUWorker",
+    ("cpu", "vllm.v1.worker.cpu_worker.CPUWorker"): "vllm_kvevict.engine.cpu_worker.EvictionCPUWorker",
+    ("cuda", "vllm.v1.worker.gpu_worker.Worker"): "vllm_kvevict.engine.gpu_worker.EvictionGPUWorker",
 }
 _SPECULATION = ("ngram", "draft_model")
 _DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}

@@ -1,35 +1,44 @@
-"""vLLM's workers with eviction: every step begins with the scheduler's decisions and ends with compaction."""
+"""What both workers with eviction share: a step begins with the scheduler's decisions and ends with compaction.
+
+Imports nothing of vLLM's CPU worker, whose module replaces torch.cuda's streams, events and memory figures for the
+whole process: a GPU worker could not start in it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from vllm.config import get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.engine.attention import EvictionMetadataBuilder
 from vllm_kvevict.engine.bridge import EvictionBridge
 from vllm_kvevict.engine.cache_dtype import cache_of
-from vllm_kvevict.engine.cpu_backend import cpu_backend
-from vllm_kvevict.engine.cuda_backends import check_backends, cuda_backends
 from vllm_kvevict.engine.draft import DraftBridge, split_draft_layers
 from vllm_kvevict.engine.install import eviction_config
 from vllm_kvevict.engine.spec import EvictionSpec, PrivateSlidingWindowSpec
 from vllm_kvevict.engine.step import REPORTS, EvictionReport
+from vllm_kvevict.engine.whole_rows import check_fields
 
 
 class EvictionMixin(Worker):
-    """Wires the attention builders to an ``EvictionBridge`` and wraps each step."""
+    """Wires the attention builders to an ``EvictionBridge`` and wraps each step.
+
+    A step without the scheduler's decisions is an error: a lost attribute must not become a silent no-op. Only where
+    vLLM's worker makes up steps by itself, such as its warm-up, there are none; ``_is_on_its_own`` is set there.
+    """
+
+    _is_on_its_own = False
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        check_fields()
         super().initialize_from_config(kv_cache_config)
         layer_names, draft_names = split_draft_layers(_evicted_layers(kv_cache_config))
         runner, max_num_reqs = self.model_runner, self.vllm_config.scheduler_config.max_num_seqs
@@ -66,6 +75,35 @@ class EvictionMixin(Worker):
             raise RuntimeError(f"vLLM splits blocks of {builders[0].block_size} tokens into blocks of {block_size}")
         builders[0].bridge = bridge
 
+    @contextmanager
+    def _on_its_own(self) -> Iterator[None]:
+        """Steps inside this context come from vLLM's worker itself, and no scheduler has decided anything for them."""
+        before, self._is_on_its_own = self._is_on_its_own, True
+        try:
+            yield
+        finally:
+            self._is_on_its_own = before
+
+    def determine_available_memory(self) -> int:
+        with self._on_its_own():
+            return super().determine_available_memory()
+
+    def compile_or_warm_up_model(self) -> Any:
+        with self._on_its_own():
+            return super().compile_or_warm_up_model()
+
+    def execute_dummy_batch(self) -> None:
+        with self._on_its_own():
+            super().execute_dummy_batch()
+
+    def sleep(self, *args: Any, **kwargs: Any) -> None:
+        with self._on_its_own():
+            super().sleep(*args, **kwargs)
+
+    def wake_up(self, *args: Any, **kwargs: Any) -> None:
+        with self._on_its_own():
+            super().wake_up(*args, **kwargs)
+
     def _forget_weights(self) -> None:
         self.eviction.forget_weights()
         if self.draft_eviction is not None:
@@ -81,6 +119,8 @@ class EvictionMixin(Worker):
 
     @torch.inference_mode()  # as vLLM's own: a tensor that is made in it can be changed only in it
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        if self._is_on_its_own:
+            return super().execute_model(scheduler_output)
         self.eviction.begin_step(scheduler_output)
         if self.draft_eviction is not None:
             self.draft_eviction.begin_step(scheduler_output)
@@ -95,6 +135,8 @@ class EvictionMixin(Worker):
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
+        if self._is_on_its_own:
+            return output
         if self.draft_eviction is not None:
             for req_id, seconds in self.draft_eviction.evict().items():
                 report = self._reports[req_id]
@@ -121,23 +163,6 @@ class _AsyncOutputWithReports(AsyncModelRunnerOutput):
         output = self._output.get_output()
         setattr(output, REPORTS, self._reports)
         return output
-
-
-class EvictionCPUWorker(EvictionMixin, CPUWorker):
-    """Eviction on vLLM's CPU worker, with model runner V1 or V2."""
-
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        with cpu_backend():
-            super().load_model(*args, **kwargs)
-
-
-class EvictionGPUWorker(EvictionMixin):
-    """Eviction on vLLM's GPU worker on CUDA. Not run on a GPU."""
-
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        with cuda_backends():
-            super().load_model(*args, **kwargs)
-        check_backends(get_layers_from_vllm_config(self.vllm_config, Attention).values())
 
 
 def _evicted_layers(kv_cache_config: KVCacheConfig) -> list[str]:
