@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.ops import triton_reshape_and_cache_flash
 
 from tests.conftest import USES_V2_RUNNER
 from tests.engine.harness import Engine, engine
@@ -70,6 +71,25 @@ def test_answers_are_those_of_cpu_attention(
     monkeypatch.setattr(triton_backend, "unified_attention", spy)
     check_answers(tiny_llama, plain, EvictionTritonBackend, monkeypatch)
     assert any(splits)  # few sequences are split among programs, as those of vLLM are
+
+
+def kept_under(
+    cache_dtype: str, folder: Path, monkeypatch: pytest.MonkeyPatch, masks: list[torch.Tensor]
+) -> list[bool]:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_reshape_and_cache_flash, "_is_supported_kv_cache_dtype", lambda dtype: True)
+    ours = backend_in_place_of(AttentionBackendEnum.CPU_ATTN, EvictionTritonBackend)
+    monkeypatch.setattr(cpu_worker, "cpu_backend", lambda: ours)
+    with engine(folder, budget=64, kv_cache_dtype=cache_dtype) as running:
+        running.tokens([random_prompt(130, seed=1)], max_tokens=4)
+    return masks[-1].flatten().tolist()
+
+
+def test_e5m2_is_scored_as_the_e4m3_that_triton_attention_stores(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, kept_masks: list[torch.Tensor]
+) -> None:
+    kept = kept_under("fp8_e5m2", tiny_llama, monkeypatch, kept_masks)
+    assert kept == kept_under("fp8_e4m3", tiny_llama, monkeypatch, kept_masks)
 
 
 @pytest.mark.skipif(not optional_xformers.HAS_XFORMERS, reason="xformers is not installed")
