@@ -2,28 +2,42 @@
 #   PYTHON          interpreter for the virtual environment, 3.11 or newer
 #   TORCH_INDEX     extra package index that has PyTorch's CPU builds; empty: the one pip is configured for
 #   KVEVICT_MODELS  folder for the models; empty: .cache/models
-#   PYTEST_ARGS     further arguments for pytest in `make test`
+#   PYTEST_ARGS     further arguments for pytest in `make test` and `make test-more`
 #   BENCH_ARGS      arguments for the benchmarks in `make bench`
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV_PYTHON := .venv/bin/python
-# a file's tests stay together, since they share an engine; those that start servers have the machine to themselves
+# a file's tests stay together, since they share an engine; those that start servers have the machine to themselves,
+# and share one of them
 PYTEST := $(VENV_PYTHON) -m pytest
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-SERVER_TESTS := tests/benchmarks tests/e2e
+IN_PROCESS := $(addprefix tests/e2e/test_,gemma3.py inspect.py smollm2.py)
+SERVER_TESTS := $(filter-out $(IN_PROCESS),$(sort $(wildcard tests/e2e/test_*.py))) tests/benchmarks/test_soak.py
 V2_TESTS := tests/engine $(addprefix --ignore=tests/engine/test_,flags.py metrics.py patches.py upstream.py)
+V2_ENV := VLLM_USE_V2_MODEL_RUNNER=1
+# what `make test` leaves to `make test-more`: CONTRIBUTING.md has the list
+MORE := more
+MORE_ON_V2 := more or more_on_v2
 export TORCH_INDEX KVEVICT_MODELS
 
 .DEFAULT_GOAL := help
-.PHONY: demo test lint bench build clean help setup model models
+.PHONY: demo test test-more lint bench build clean help setup model models
 
 demo: model ## serve a real model with eviction and ask it about a long text
 	$(VENV_PYTHON) -m tools.demo
 
-test: lint models ## lint, types and every test; those that start an engine once more on model runner V2
-	$(PYTEST) $(SERVER_TESTS) $(PYTEST_ARGS)
-	$(PYTEST) $(PARALLEL) $(addprefix --ignore=,$(SERVER_TESTS)) $(PYTEST_ARGS)
-	VLLM_USE_V2_MODEL_RUNNER=1 $(PYTEST) $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
+# $(call run_tests,markers on V1,markers on V2): servers, then everything else, then engines on model runner V2
+define run_tests
+	$(PYTEST) -m "$(1)" $(SERVER_TESTS) $(PYTEST_ARGS)
+	$(PYTEST) -m "$(1)" $(PARALLEL) $(addprefix --ignore=,$(SERVER_TESTS)) $(PYTEST_ARGS)
+	$(V2_ENV) $(PYTEST) -m "$(2)" $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
+endef
+
+test: lint models ## lint, types and the tests that guard every change
+	$(call run_tests,not ($(MORE)),not ($(MORE_ON_V2)))
+
+test-more: models ## the tests that `make test` leaves out
+	$(call run_tests,$(MORE),$(MORE_ON_V2))
 
 lint: setup ## ruff and mypy
 	$(VENV_PYTHON) -m ruff check .
@@ -45,7 +59,7 @@ clean: ## remove what the targets made, except .venv, the kernels it uses and th
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST) | sort
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | sort
 
 setup:
 	@$(PYTHON) tools/setup_venv.py

@@ -7,9 +7,11 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
+from tools import second_tier
 from tools.feature_table import with_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,6 +95,35 @@ def test_no_file_holds_a_path_of_somebodys_machine(tracked_files: list[Path]) ->
 def test_the_readme_s_table_of_features_is_that_of_the_tests() -> None:
     text = (ROOT / "README.md").read_text()
     assert text == with_table(text), "run `python -m tools.feature_table --write README.md`"
+
+
+def test_the_list_of_the_second_tier_is_that_of_the_tests() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert text == second_tier.with_table(text), "run `python -m tools.second_tier --write CONTRIBUTING.md`"
+
+
+@pytest.mark.parametrize("marker", ["more()", "more('')", "more(WHY)", "more_on_v2(reason='slow')", "more('a', 'b')"])
+def test_a_test_of_the_second_tier_says_why(tmp_path: Path, marker: str) -> None:
+    (tmp_path / "test_some.py").write_text(f"@pytest.mark.{marker}\ndef test_it(): ...\n")
+    with pytest.raises(ValueError, match=r"test_some.py:1: expected a reason, one literal text, got pytest.mark"):
+        second_tier.table(tmp_path)
+
+
+def test_the_list_of_the_second_tier_names_tests_and_cases(tmp_path: Path) -> None:
+    some = """
+        CASES = [1, pytest.param(2, marks=pytest.mark.more("b"))]
+        @pytest.mark.more_on_v2("a")
+        def test_one(): ...
+        @pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.more("b")), 2])
+        def test_two(): ...
+    """
+    (tmp_path / "test_some.py").write_text(dedent(some))
+    (tmp_path / "test_whole.py").write_text('pytestmark = [pytest.mark.more("c")]\n')
+    assert second_tier.table(tmp_path).splitlines()[2:] == [
+        "| `test_some.py`, some cases, cases of `test_two` | both | b |",
+        "| `test_some.py`, `test_one` | V2 | a |",
+        "| `test_whole.py` | both | c |",
+    ]
 
 
 def test_readme_is_short_and_names_every_policy_and_allocator() -> None:

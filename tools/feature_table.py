@@ -9,7 +9,7 @@ import argparse
 import ast
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +39,19 @@ def markers(tests: Path = ROOT / "tests") -> list[Marker]:
 
 
 def _markers_in(file: Path) -> Iterator[Marker]:
-    for node in ast.walk(ast.parse(file.read_text())):
+    for kind, node in marker_calls(ast.parse(file.read_text()), "feature", "refused"):
+        runners = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}.get("runners")
+        both = ("V1", "V2") if file.parent.name == "engine" else ("V1",)
+        yield Marker(kind, ast.literal_eval(node.args[0]), file, runners or both)
+
+
+def marker_calls(tree: ast.AST, *kinds: str) -> Iterator[tuple[str, ast.Call]]:
+    """Yield (kind, call) for every ``pytest.mark.KIND(...)`` inside ``tree``."""
+    for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
-        if node.func.attr in ("feature", "refused") and ast.unparse(node.func.value) == "pytest.mark":
-            runners = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}.get("runners")
-            both = ("V1", "V2") if file.parent.name == "engine" else ("V1",)
-            yield Marker(node.func.attr, ast.literal_eval(node.args[0]), file, runners or both)
+        if node.func.attr in kinds and ast.unparse(node.func.value) == "pytest.mark":
+            yield node.func.attr, node
 
 
 def table() -> str:
@@ -73,8 +79,9 @@ def with_table(document: str) -> str:
     return with_text_between(document, START, END, table())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def print_or_write(description: str | None, table: Callable[[], str], with_table: Callable[[str], str]) -> int:
+    """The command line: print the table, or put it between the markers of a file."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the markers of FILE")
     file = parser.parse_args().write
     if file is None:
@@ -85,4 +92,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(print_or_write(__doc__, table, with_table))

@@ -24,7 +24,10 @@ def tokenizer(smollm2: Path) -> Any:
     return AutoTokenizer.from_pretrained(smollm2)
 
 
-@pytest.mark.parametrize("length", [512, 1024, 4096])
+LONGER = pytest.mark.more("longer prompts of the studies are made in the same way")
+
+
+@pytest.mark.parametrize("length", [512, pytest.param(1024, marks=LONGER), pytest.param(4096, marks=LONGER)])
 @pytest.mark.parametrize("task", TASKS)
 def test_prompts_have_their_length_and_hold_the_answer(smollm2: Path, tokenizer: Any, task: str, length: int) -> None:
     for index in range(3):
@@ -117,31 +120,36 @@ def llm(smollm2: Path) -> Iterator[Any]:
         yield llm
 
 
-@pytest.mark.skipif(USES_V2_RUNNER, reason="custom logits processors need model runner V1")
-@pytest.mark.parametrize("outside", [False, True])
-def test_grades_are_those_of_a_forward_pass_of_transformers(llm: Any, smollm2: Path, outside: bool) -> None:
+@pytest.fixture(scope="module")
+def model(smollm2: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
+    return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+
+
+@pytest.mark.skipif(USES_V2_RUNNER, reason="custom logits processors need model runner V1")
+@pytest.mark.parametrize(("task", "outside"), [("needle_noise", False), ("key_value", True), ("copying", False)])
+def test_grades_are_those_of_a_forward_pass_of_transformers(
+    llm: Any, model: Any, smollm2: Path, task: str, outside: bool
+) -> None:
     from vllm_kvevict.engine.grading import grade
 
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    for task in ("needle_noise", "key_value", "copying"):
-        example = make_example(smollm2, task, 700, 1)
-        with torch.no_grad():
-            logits = model(torch.tensor([example.prompt + example.answer])).logits[0, len(example.prompt) : -1]
-        gold = torch.tensor(example.answer[1:])
-        expected = logits.log_softmax(-1).gather(1, gold[:, None]).mean().item()
-        right = logits.argmax(-1) == gold
-        # everything stays, in two ways: not evicted, and evicted to a budget that holds the whole prompt
-        arms = [Arm("snapkv", "uniform", 0.999), Arm("snapkv", "uniform", 0.1)]
-        full, whole, evicted = grade(llm, example, [arm.options() for arm in arms], outside)
-        for result in (full, whole):
-            # float32 through 30 layers, in another order of summation
-            assert result.likelihood == pytest.approx(expected, abs=2e-3)
-            assert result.accuracy == pytest.approx(right.float().mean().item())
-            assert result.exact == bool(right.all())
-            assert result.divergence == pytest.approx(0.0, abs=1e-4)
-        assert evicted.divergence > 0.01 and evicted.likelihood != full.likelihood
+    example = make_example(smollm2, task, 700, 1)
+    with torch.no_grad():
+        logits = model(torch.tensor([example.prompt + example.answer])).logits[0, len(example.prompt) : -1]
+    gold = torch.tensor(example.answer[1:])
+    expected = logits.log_softmax(-1).gather(1, gold[:, None]).mean().item()
+    right = logits.argmax(-1) == gold
+    # everything stays, in two ways: not evicted, and evicted to a budget that holds the whole prompt
+    arms = [Arm("snapkv", "uniform", 0.999), Arm("snapkv", "uniform", 0.1)]
+    full, whole, evicted = grade(llm, example, [arm.options() for arm in arms], outside)
+    for result in (full, whole):
+        # float32 through 30 layers, in another order of summation
+        assert result.likelihood == pytest.approx(expected, abs=2e-3)
+        assert result.accuracy == pytest.approx(right.float().mean().item())
+        assert result.exact == bool(right.all())
+        assert result.divergence == pytest.approx(0.0, abs=1e-4)
+    assert evicted.divergence > 0.01 and evicted.likelihood != full.likelihood
 
 
 @pytest.mark.skipif(USES_V2_RUNNER, reason="custom logits processors need model runner V1")

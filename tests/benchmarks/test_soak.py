@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.serving.soak import run
 
 
+@pytest.mark.more(
+    "a minute of load: engine/test_stress.py checks every page of such a mix, e2e/test_http.py a server's end"
+)
 def test_a_minute_of_random_load(smollm2: Path, tmp_path: Path) -> None:
     log, lengths = tmp_path / "server.log", (100, 1_000)
     soak, metrics = run(
