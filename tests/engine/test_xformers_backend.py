@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.engine.harness import engine
@@ -14,14 +15,15 @@ from vllm_kvevict.engine.cuda_backends import XFORMERS, cuda_backends
 from vllm_kvevict.engine.xformers_backend import EvictionXformersBackend
 
 
-def test_it_is_what_custom_means_unless_somebody_has_a_backend_of_that_name() -> None:
+def test_it_is_what_custom_means_unless_somebody_has_a_backend_of_that_name(tiny_llama: Path) -> None:
     custom = AttentionBackendEnum.CUSTOM
-    with cuda_backends():
+    vllm_config = EngineArgs(str(tiny_llama), skip_tokenizer_init=True).create_engine_config()
+    with cuda_backends(vllm_config):
         assert custom.get_path() == XFORMERS
         assert custom.get_class() is EvictionXformersBackend
     assert not custom.is_overridden()
     with backend_in_place_of(custom, "somebody.Else"):
-        with cuda_backends():
+        with cuda_backends(vllm_config):
             assert custom.get_path() == "somebody.Else"
         assert custom.get_path() == "somebody.Else"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -19,9 +20,25 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm_kvevict.cache.pages import Packing, PagePool
 from vllm_kvevict.engine.attention import EvictionBackend, EvictionImpl, EvictionMetadataBuilder
 from vllm_kvevict.engine.cache_dtype import FLOAT8_DTYPES
+from vllm_kvevict.engine.model import evicted_models
 from vllm_kvevict.engine.rows import FoldedQueries
 
 _VERSIONS = (2, 3)
+
+
+def flash_attention_fits(vllm_config: VllmConfig) -> bool:
+    """Return whether FlashAttention can attend over evicted rows, in the version that vLLM would take for each layer.
+
+    It needs version 2 or 3, and no cache in fp8, with which its queries are fp8 as well, and policies read them.
+    """
+    if vllm_config.cache_config.cache_dtype in FLOAT8_DTYPES:
+        return False
+    archs = [model.model_arch_config for model in evicted_models(vllm_config)]
+    head_sizes = {arch[layer].head_size for arch in archs for layer in range(arch.total_num_hidden_layers)}
+    with set_current_vllm_config(vllm_config):
+        # as the layers themselves ask; what else would change the answer is refused
+        versions = {flash_attn.get_flash_attn_version(head_size=x, supports_fa4_hd256=True) for x in head_sizes}
+    return versions <= set(_VERSIONS)
 
 
 class EvictionFlashBackend(EvictionBackend, FlashAttentionBackend):
@@ -51,13 +68,14 @@ class EvictionFlashImpl(EvictionImpl, FlashAttentionImpl):
     """vLLM's FlashAttention kernel."""
 
     def _refuse_unsupported(self) -> None:
+        """As every backend's, and what ``flash_attention_fits`` could not foresee."""
         super()._refuse_unsupported()
         remedy = "use --attention-backend TRITON_ATTN or leave --kv-eviction out"
         if self.vllm_flash_attn_version not in _VERSIONS:
             raise ValueError(
                 f"--kv-eviction does not work with FlashAttention {self.vllm_flash_attn_version}; {remedy}"
             )
-        if self.kv_cache_dtype in FLOAT8_DTYPES:  # its queries are fp8 as well, and policies read them
+        if self.kv_cache_dtype in FLOAT8_DTYPES:
             raise ValueError(f"--kv-eviction does not work with a KV cache in fp8 on FlashAttention; {remedy}")
 
     def attend_folded(

@@ -15,6 +15,6 @@ class EvictionGPUWorker(EvictionMixin):
     """Eviction on vLLM's GPU worker, with model runner V1 or V2."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        with cuda_backends():
+        with cuda_backends(self.vllm_config):
             super().load_model(*args, **kwargs)
         check_backends(get_layers_from_vllm_config(self.vllm_config, Attention).values())
