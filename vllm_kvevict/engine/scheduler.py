@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+from vllm.outputs import RequestError
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -83,17 +84,17 @@ class EvictionMixin(Scheduler):
             num_blocks / (whole + others),
         )
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+    def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Every prefill starts here, resumed ones too: decide whether it will be evicted, and cap its cache hit."""
         self._evictions.pop(request.request_id, None)
         self._bounded.discard(request.request_id)
         eviction = self._will_evict(request)
         if eviction is None:
-            return super()._get_local_prefix_cache_hit(request)
+            return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         self._evictions[request.request_id] = eviction
         self._unplanned.add(request.request_id)
         with cache_hits_up_to(eviction.max_cached_tokens):
-            return super()._get_local_prefix_cache_hit(request)
+            return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
 
     def _will_evict(self, request: Request) -> RequestEviction | None:
         if request.resumable:
@@ -237,8 +238,12 @@ class EvictionMixin(Scheduler):
         """End a request whose eviction failed; return whether it did not."""
         if report.failure is not None:
             logger.error("request %s ends with an error, its eviction failed: %s", req_id, report.failure)
-            # vLLM's own list of requests that end with an error once this step's tokens are counted
-            self.grammar_compile_error_reqs.add(req_id)
+            # vLLM's own list of requests that end with an error once this step's tokens are counted; 0.33 notes why
+            ending: set[str] | dict[str, RequestError] = self.grammar_compile_error_reqs
+            if isinstance(ending, dict):
+                ending[req_id] = RequestError("kv_eviction_failed", "its KV eviction failed; the server's log says why")
+            else:
+                ending.add(req_id)
         return report.failure is None
 
     def _count(self, req_id: str, config: EvictionConfig, plan: EvictionPlan, seconds: float) -> None:

@@ -164,6 +164,9 @@ class _AsyncOutputWithReports(AsyncModelRunnerOutput):
         setattr(output, REPORTS, self._reports)
         return output
 
+    def get_kv_connector_output(self) -> Any:
+        return self._output.get_kv_connector_output()  # from 0.33 on
+
 
 def _evicted_layers(kv_cache_config: KVCacheConfig) -> list[str]:
     """Return the layers of the one cache group with full attention, in the order of its cache.
