@@ -13,7 +13,7 @@ PYTEST := $(VENV_PYTHON) -m pytest
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 IN_PROCESS := $(addprefix tests/e2e/test_,gemma3.py inspect.py smollm2.py)
 SERVER_TESTS := $(filter-out $(IN_PROCESS),$(sort $(wildcard tests/e2e/test_*.py))) tests/benchmarks/test_soak.py
-V2_TESTS := tests/engine $(addprefix --ignore=tests/engine/test_,flags.py metrics.py patches.py upstream.py)
+V2_TESTS := tests/engine $(addprefix --ignore=tests/engine/test_,flags.py metrics.py patches.py rows.py upstream.py)
 V2_ENV := VLLM_USE_V2_MODEL_RUNNER=1
 # what `make test` leaves to `make test-more`: CONTRIBUTING.md has the list
 MORE := more

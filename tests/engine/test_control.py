@@ -45,6 +45,7 @@ def test_calls_to_the_workers(running: Engine) -> None:
     assert running.llm.apply_model(lambda model: type(model).__name__) == ["LlamaForCausalLM"]
 
 
+@pytest.mark.more_on_v2("on V1 weights are updated in the same way")
 @pytest.mark.feature("weight update")
 def test_new_weights_are_the_ones_that_policies_see(
     tiny_llama: Path, tmp_path: Path, kept_masks: list[torch.Tensor]

@@ -16,6 +16,7 @@ from tests.tiny_llama import VOCAB_SIZE, random_prompt
 
 NUM_STEPS = 64
 KV_BYTES = 64 << 20
+ON_V1 = pytest.mark.more_on_v2("on V1 the same block sizes, chunks and shares are compared")
 
 
 def run_with_logits(running: Engine, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
@@ -29,13 +30,13 @@ def run_with_logits(running: Engine, prompt: list[int]) -> tuple[list[int], torc
 @pytest.mark.parametrize(
     ("policy", "weights", "length", "budget", "block_size", "chunk"),
     [
-        pytest.param("snapkv", None, 500, 96, 32, 2048, id="one chunk"),
-        pytest.param("snapkv", None, 513, 128, 64, 2048, id="block 64, one token in the last block"),
-        pytest.param("snapkv", None, 352, 96, 32, 100, id="full last block, chunks"),
+        pytest.param("snapkv", None, 500, 96, 32, 2048, id="one chunk", marks=pytest.mark.smoke),
+        pytest.param("snapkv", None, 513, 128, 64, 2048, id="block 64, one token in the last block", marks=ON_V1),
+        pytest.param("snapkv", None, 352, 96, 32, 100, id="full last block, chunks", marks=ON_V1),
         pytest.param("snapkv", None, 385, 0.25, 32, 64, id="fraction, tiny chunks"),
-        pytest.param("lava", [[1, 7], [3, 0.5]], 700, 224, 32, 2048, id="ragged heads"),
-        pytest.param("snapkv", [1, 6], 640, 224, 32, 150, id="ragged layers, full last block, chunks"),
-        pytest.param("lava", [[0, 0], [0, 1]], 993, 256, 64, 2048, id="one head takes all it can, block 64"),
+        pytest.param("lava", [[1, 7], [3, 0.5]], 700, 224, 32, 2048, id="ragged heads", marks=pytest.mark.smoke),
+        pytest.param("snapkv", [1, 6], 640, 224, 32, 150, id="ragged layers, full last block, chunks", marks=ON_V1),
+        pytest.param("lava", [[0, 0], [0, 1]], 993, 256, 64, 2048, id="one head takes all, block 64", marks=ON_V1),
     ],
 )
 def test_logits_equal_masked_dense_forward(
@@ -94,6 +95,7 @@ def dense_snapkv_scores(dense: DenseModel, length: int, window: int = 32, kernel
     return torch.stack(layers)
 
 
+@pytest.mark.more_on_v2("on V1 the same real model is compared")
 def test_smollm2_keeps_what_snapkv_says_and_continues_like_the_masked_model(
     smollm2: Path, kept_masks: list[torch.Tensor]
 ) -> None:

@@ -76,6 +76,7 @@ def test_a_draft_that_keeps_what_its_target_keeps_is_right(tiny_llama: Path) -> 
         running.check_all_free()
 
 
+@pytest.mark.smoke
 def test_a_draft_may_have_other_heads(tiny_llama: Path, llama_with_four_heads: Path) -> None:
     """Scored by position, both models keep the same tokens."""
     with engine(tiny_llama, policy="streaming_llm", budget=BUDGET) as running:
@@ -90,6 +91,7 @@ def test_a_draft_may_have_other_heads(tiny_llama: Path, llama_with_four_heads: P
         running.check_all_free()
 
 
+@pytest.mark.more_on_v2("no draft sits out on V2")
 def test_a_draft_that_sat_out_keeps_its_last_tokens(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Model runner V1 proposes nothing in a step in which one of the requests is about to reach the longest length."""
     kept_last = []

@@ -40,15 +40,19 @@ def running(tiny_llama: Path) -> Iterator[Engine]:
 POLICIES = ["snapkv", "lava", "tova", "h2o", "streaming_llm", "knorm", "keydiff", "curdkv", "criticalkv", "morphkv"]
 
 
-@pytest.mark.parametrize(
-    ("length", "policy", "allocator"),
-    [
-        (length, policy, ("uniform", "lava")[(index + place) % 2])
-        for index, policy in enumerate(POLICIES)
-        for place, length in enumerate((40, 128, 129, 500))
-        if not USES_V2_RUNNER or index % 4 == place
-    ],
-)
+def lengths_and_policies() -> Iterator[Any]:
+    """One length for each policy, and in the second tier the others."""
+    others = pytest.mark.more("each policy with the other lengths and allocators")
+    for index, policy in enumerate(POLICIES):
+        for place, length in enumerate((40, 128, 129, 500)):
+            allocator = ("uniform", "lava")[(index + place) % 2]
+            if index % 4 == place:
+                yield length, policy, allocator
+            elif not USES_V2_RUNNER:
+                yield pytest.param(length, policy, allocator, marks=others)
+
+
+@pytest.mark.parametrize(("length", "policy", "allocator"), lengths_and_policies())
 def test_a_request_holds_its_budget_and_no_more(running: Engine, policy: str, allocator: str, length: int) -> None:
     options = {"kv_eviction": policy, "kv_budget_allocator": allocator}
     answer, held, kept = run_and_watch(
@@ -83,10 +87,17 @@ def snapkv(now: LayerNow) -> torch.Tensor:
 
 
 def policy_cases() -> Iterator[Any]:
-    yield pytest.param("tova", {}, tova, 0, 1, id="tova")
-    yield pytest.param("h2o", {}, h2o, 0, 32, id="h2o")
-    yield pytest.param("streaming_llm", {}, streaming_llm, 4, 0, id="streaming_llm")
-    yield pytest.param("snapkv", {}, snapkv, 0, 32, id="snapkv")
+    yield pytest.param("tova", tova, 0, 1, id="tova", marks=pytest.mark.more_on_v2("on V1 the same policy is compared"))
+    yield pytest.param("h2o", h2o, 0, 32, id="h2o", marks=pytest.mark.more_on_v2("on V1 the same policy is compared"))
+    yield pytest.param(
+        "streaming_llm",
+        streaming_llm,
+        4,
+        0,
+        id="streaming_llm",
+        marks=pytest.mark.more_on_v2("on V1 the same policy is compared"),
+    )
+    yield pytest.param("snapkv", snapkv, 0, 32, id="snapkv", marks=pytest.mark.smoke)
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +105,15 @@ def dense(tiny_llama: Path) -> DenseModel:
     return DenseModel(tiny_llama)
 
 
-@pytest.mark.parametrize("length", [203] if USES_V2_RUNNER else [40, 128, 203])
-@pytest.mark.parametrize(("policy", "options", "score", "num_sink", "num_recent"), policy_cases())
+@pytest.mark.parametrize(
+    "length",
+    [203] if USES_V2_RUNNER else [40, 203, pytest.param(128, marks=pytest.mark.more("a prompt that fills the budget"))],
+)
+@pytest.mark.parametrize(("policy", "score", "num_sink", "num_recent"), policy_cases())
 def test_tokens_kept_and_answers_are_those_of_a_dense_model(
     running: Engine,
     dense: DenseModel,
     policy: str,
-    options: dict[str, Any],
     score: Score,
     num_sink: int,
     num_recent: int,

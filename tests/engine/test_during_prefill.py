@@ -22,7 +22,10 @@ NUM_BLOCKS = BUDGET // BLOCK
 BOUND = 2 * (NUM_BLOCKS - 1) + -(-CHUNK // BLOCK) + 1
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["fresh blocks", "in place"])
+IN_PLACE = pytest.param(False, id="in place", marks=pytest.mark.more_on_v2("on V1 prompts are compacted in place, too"))
+
+
+@pytest.fixture(scope="module", params=[pytest.param(True, id="fresh blocks"), IN_PLACE])
 def running(tiny_llama: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
     settings = {"max_num_batched_tokens": CHUNK, "enable_prefix_caching": request.param}
     with engine(tiny_llama, budget=BUDGET, fields={"during_prefill": True}, **settings) as started:
@@ -35,16 +38,18 @@ def dense(tiny_llama: Path) -> DenseModel:
     return DenseModel(tiny_llama)
 
 
-CASES: list[tuple[str, Any, int, int]] = [
-    ("streaming_llm", streaming_llm, 4, 0),
-    ("h2o", h2o, 0, 32),
-    ("tova", tova, 0, 1),
+CASES = [
+    pytest.param("streaming_llm", streaming_llm, 4, 0, id="streaming_llm"),
+    pytest.param("h2o", h2o, 0, 32, id="h2o", marks=pytest.mark.smoke),
+    pytest.param("tova", tova, 0, 1, id="tova"),
 ]
+MORE_LENGTHS = pytest.mark.more("shorter prompts, of which fewer chunks are evicted")
+LENGTHS = [1001, *(pytest.param(length, marks=MORE_LENGTHS) for length in (150, 640))]
 
 
 @pytest.mark.feature("eviction between the chunks of a prompt")
 @pytest.mark.parametrize("bounded", [0, 1])
-@pytest.mark.parametrize("length", [1001] if USES_V2_RUNNER else [150, 640, 1001])
+@pytest.mark.parametrize("length", [1001] if USES_V2_RUNNER else LENGTHS)
 @pytest.mark.parametrize(("policy", "score", "num_sink", "num_recent"), CASES)
 def test_tokens_kept_and_answers_are_those_of_a_dense_model(
     running: Engine,

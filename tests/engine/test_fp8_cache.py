@@ -55,6 +55,7 @@ def cache(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path: Path) -> C
     return Cache(folder, {}, torch.float8_e4m3fn, KEY_SCALES, VALUE_SCALES)
 
 
+@pytest.mark.more_on_v2("vLLM's kernel knows no runner")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("cache_dtype", DTYPES)
@@ -86,13 +87,21 @@ def logits_of(cache: Cache, policy: str, prompt: list[int]) -> tuple[list[int], 
     return tokens, logits
 
 
+ON_V1 = pytest.mark.more_on_v2("on V1 caches of every kind are compared")
+
+
 @pytest.mark.feature("KV cache in fp8")
 @pytest.mark.parametrize(
     ("cache", "policy"),
-    [("fp8", "snapkv"), ("fp8_e5m2", "snapkv"), (WITH_SCALES, "snapkv"), (WITH_SCALES, "lava")],
+    [
+        pytest.param("fp8", "snapkv", marks=ON_V1),
+        pytest.param("fp8_e5m2", "snapkv", marks=ON_V1),
+        (WITH_SCALES, "snapkv"),
+        pytest.param(WITH_SCALES, "lava", marks=ON_V1),
+    ],
     indirect=["cache"],
 )
-def test_logits_equal_a_masked_dense_forward_over_stored_numbers(
+def test_scores_and_logits_are_those_of_a_dense_model_over_stored_numbers(
     cache: Cache, tiny_llama: Path, kept_masks: list[torch.Tensor], policy: str
 ) -> None:
     prompt = random_prompt(LENGTH, seed=LENGTH)
@@ -116,6 +125,22 @@ def test_logits_equal_a_masked_dense_forward_over_stored_numbers(
         assert difference(dense, with_a_wrong_page(kept, layer, head)).max() > 10 * LARGEST
     exact = difference(DenseModel(tiny_llama), kept)
     assert exact.median() > 2 * LARGEST
+    if policy == "snapkv":
+        inner = kept[..., :-32]
+        assert contradictions(dense, prompt, inner) == 0
+        assert contradictions(DenseModel(tiny_llama), prompt, inner) > 0
+
+
+def contradictions(dense: DenseModel, prompt: list[int], inner: torch.Tensor) -> int:
+    """Return how many tokens have gone whose scores are above those of a token that stayed.
+
+    inner: [num_layers, num_kv_heads, num_prompt_tokens - 32] bool, what stayed of the tokens before the window
+    """
+    dense.logits(prompt)
+    scores = dense_snapkv_scores(dense, LENGTH)
+    lowest_kept = scores.masked_fill(~inner, float("inf")).amin(-1, keepdim=True)
+    # above it by more than float32 rounding, and a number stored one step off, make of them
+    return int((scores.masked_fill(inner, 0.0) > 1.01 * lowest_kept).sum())
 
 
 def with_a_wrong_page(kept: torch.Tensor, layer: int, head: int) -> torch.Tensor:
@@ -126,26 +151,14 @@ def with_a_wrong_page(kept: torch.Tensor, layer: int, head: int) -> torch.Tensor
     return wrong
 
 
-@pytest.mark.parametrize("cache", ["fp8_e5m2", WITH_SCALES], indirect=True)
-def test_scores_read_stored_numbers(cache: Cache, tiny_llama: Path, kept_masks: list[torch.Tensor]) -> None:
-    prompt = random_prompt(LENGTH, seed=LENGTH)
-    logits_of(cache, "snapkv", prompt)
-    inner = kept_masks[0][..., :-32]
-    contradictions = []
-    for dense in (DenseModel(tiny_llama, cache.store), DenseModel(tiny_llama)):
-        dense.logits(prompt)
-        scores = dense_snapkv_scores(dense, LENGTH)
-        lowest_kept = scores.masked_fill(~inner, float("inf")).amin(-1, keepdim=True)
-        # scores above it by more than float32 rounding, and a number stored one step off, make of them
-        contradictions.append(int((scores.masked_fill(inner, 0.0) > 1.01 * lowest_kept).sum()))
-    assert contradictions[0] == 0
-    assert contradictions[1] > 0
-
-
 PROMPTS = [random_prompt(40 + 61 * index, seed=index) for index in range(8)]
 
 
-@pytest.mark.parametrize(("cache", "dtype"), [("fp8", "float32"), (WITH_SCALES, "bfloat16")], indirect=["cache"])
+@pytest.mark.parametrize(
+    ("cache", "dtype"),
+    [("fp8", "float32"), pytest.param(WITH_SCALES, "bfloat16", marks=ON_V1)],
+    indirect=["cache"],
+)
 def test_a_budget_above_the_prompt_is_stock_vllm(cache: Cache, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # on AMX stock vLLM multiplies bfloat16 by another kernel, which rounds differently; ours has the AVX-512 one for
     # 8-bit caches, and is compared with stock vLLM on that
@@ -159,6 +172,7 @@ def test_a_budget_above_the_prompt_is_stock_vllm(cache: Cache, dtype: str, monke
 
 
 @pytest.mark.parametrize("cache", [WITH_SCALES], indirect=True)
+@pytest.mark.more_on_v2("on V1 requests of such a cache are compared")
 def test_many_requests_in_chunks_are_answered_as_alone(cache: Cache) -> None:
     """Prompts that are evicted and others that are not, in one batch; blocks come back while they run."""
 
@@ -186,6 +200,7 @@ def held_blocks(running: Engine, prompt: list[int]) -> tuple[int, int]:
     return most, before - running.num_free_blocks
 
 
+@pytest.mark.more_on_v2("on V1 the same blocks are counted")
 def test_blocks_return_and_there_are_twice_as_many_as_in_bfloat16(tiny_llama: Path) -> None:
     counts = []
     for cache_dtype in ("fp8", "auto"):

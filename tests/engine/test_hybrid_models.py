@@ -15,7 +15,13 @@ NUM_STEPS = 70  # more than the window, and into a third block
 
 
 @pytest.mark.feature("models with sliding-window layers")
-@pytest.mark.parametrize(("allocator", "chunk"), [("uniform", 2048), ("lava", 130)])
+@pytest.mark.parametrize(
+    ("allocator", "chunk"),
+    [
+        pytest.param("uniform", 2048, marks=pytest.mark.more_on_v2("on V1 prompts of one chunk are compared, too")),
+        ("lava", 130),
+    ],
+)
 def test_logits_equal_masked_dense_forward(
     tiny_gemma: Path, kept_masks: list[torch.Tensor], allocator: str, chunk: int
 ) -> None:
@@ -54,7 +60,9 @@ def test_a_repeated_prompt_hits_all_but_the_observation_window(tiny_gemma: Path)
     assert warm.outputs[0].token_ids == cold.outputs[0].token_ids
 
 
-@pytest.mark.parametrize("retention", [0, None])
+@pytest.mark.parametrize(
+    "retention", [pytest.param(0, marks=pytest.mark.more_on_v2("on V1 with fewer cached windows, too")), None]
+)
 def test_what_follows_an_eviction_is_shared_by_no_kind_of_layer(tiny_gemma: Path, retention: int | None) -> None:
     """A chat goes on after an evicted answer: the windows over that answer saw what eviction left, too.
 

@@ -19,6 +19,7 @@ pytest.importorskip("kvpress", reason="kvpress, or `datasets` or `fire`, which i
 LENGTH, BUDGET = 500, 96
 
 
+@pytest.mark.more_on_v2("on V1 a request's press is compared")
 def test_a_request_s_press_keeps_what_it_says(tiny_llama: Path, kept_masks: list[torch.Tensor]) -> None:
     import kvpress
 

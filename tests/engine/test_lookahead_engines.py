@@ -16,6 +16,7 @@ from vllm_kvevict.engine.recording import recorded_evictions
 TASKS = ("needle_noise", "needle_prose", "passkey", "key_value", "copying")
 
 
+@pytest.mark.more_on_v2("on V1 requests that look ahead are preempted, too")
 def test_preemption(tiny_llama: Path) -> None:
     """A preempted request looks ahead again, behind its prompt and what it has said so far."""
     prompts = [random_prompt(300 + 30 * index, seed=index) for index in range(6)]

@@ -13,10 +13,17 @@ from tests.engine.dense_decode import BLOCK, Budget, Score, check_kept, morphkv,
 from tests.engine.harness import engine
 from tests.tiny_llama import random_prompt
 
+MORE = pytest.mark.more("other windows, fusions and groups of MorphKV: policies/test_morphkv.py has all of them")
 CASES = [
-    pytest.param(96, {"window": 8, "fusion": "sum"}, morphkv(8, "sum", "max"), id="8-sum-max"),
+    pytest.param(96, {"window": 8, "fusion": "sum"}, morphkv(8, "sum", "max"), id="8-sum-max", marks=MORE),
     pytest.param(128, {"window": 32, "fusion": "max"}, morphkv(32, "max", "max"), id="32-max-max"),
-    pytest.param(160, {"window": 40, "fusion": "sum", "group": "mean"}, morphkv(40, "sum", "mean"), id="40-sum-mean"),
+    pytest.param(
+        160,
+        {"window": 40, "fusion": "sum", "group": "mean"},
+        morphkv(40, "sum", "mean"),
+        id="40-sum-mean",
+        marks=MORE,
+    ),
     pytest.param(96, {"window": 1, "group": "layer", "denominator": "all"}, tova, id="1-tova"),
 ]
 

@@ -44,14 +44,19 @@ def dense(tiny_llama: Path) -> DenseModel:
 
 CASES = [
     pytest.param({"kv_eviction": "tova"}, tova, 0, 1, id="tova"),
-    pytest.param({"kv_eviction": "h2o"}, h2o, 0, 32, id="h2o"),
+    pytest.param({"kv_eviction": "h2o"}, h2o, 0, 32, id="h2o", marks=pytest.mark.smoke),
     pytest.param({"kv_eviction": "streaming_llm"}, streaming_llm, 4, 0, id="streaming_llm"),
     pytest.param({"kv_eviction": "morphkv"}, morphkv(40, "sum", "max"), 0, 40, id="morphkv"),
 ]
 
 
+# below the budget; where the last block is empty; one behind that; the budget; above it
+MORE_LENGTHS = pytest.mark.more("prompts of other lengths relative to blocks and budget")
+LENGTHS = [pytest.param(length, marks=MORE_LENGTHS) for length in (40, 101, 128)] + [96, 203]
+
+
 @pytest.mark.feature("eviction while the answer grows")
-@pytest.mark.parametrize("length", [203] if USES_V2_RUNNER else [40, 96, 101, 128, 203])
+@pytest.mark.parametrize("length", [203] if USES_V2_RUNNER else LENGTHS)
 @pytest.mark.parametrize(("options", "score", "num_sink", "num_recent"), CASES)
 def test_tokens_kept_and_answers_are_those_of_a_dense_model(
     running: Engine,
@@ -74,6 +79,7 @@ def test_tokens_kept_and_answers_are_those_of_a_dense_model(
     running.check_all_free()
 
 
+@pytest.mark.more_on_v2("on V1 the same prompts go on token by token")
 def test_prompts_evicted_chunk_by_chunk_go_on_token_by_token(tiny_llama: Path, dense: DenseModel) -> None:
     fields = {"during_prefill": True, "during_decode": True, "interval": 1}
     with engine(tiny_llama, "h2o", BUDGET, fields, max_num_batched_tokens=100) as running:
@@ -92,7 +98,11 @@ def test_prompts_evicted_chunk_by_chunk_go_on_token_by_token(tiny_llama: Path, d
 POLICIES = ["tova", "h2o", "streaming_llm", "morphkv"]
 
 
-@pytest.mark.parametrize("allocator", ["lava"] if USES_V2_RUNNER else ["uniform", "lava", "adakv"])
+OTHER_ALLOCATORS = pytest.mark.more("shares that another allocator has found")
+ALLOCATORS = ["lava", *(pytest.param(name, marks=OTHER_ALLOCATORS) for name in ("uniform", "adakv"))]
+
+
+@pytest.mark.parametrize("allocator", ["lava"] if USES_V2_RUNNER else ALLOCATORS)
 def test_batches_of_several_policies_and_allocators_with_aborts(running: Engine, allocator: str) -> None:
     prompts = [random_prompt(50 + 60 * index, seed=index) for index in range(8)]
     options = [{"kv_eviction": POLICIES[index % 4], "kv_budget_allocator": allocator, **ON} for index in range(8)]

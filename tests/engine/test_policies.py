@@ -38,6 +38,7 @@ def evict_in_chunks(model: Path, chunk: int) -> dict[str, RecordedEviction]:
     return dict(zip(NAMES, records, strict=True))
 
 
+@pytest.mark.more_on_v2("on V1 every policy sees such chunks; test_schedules.py has some on V2")
 def test_chunks_do_not_change_what_is_kept(tiny_llama: Path) -> None:
     """Where two runs differ, the two tokens tie: the sums of another chunk size are rounded in another order."""
     whole = evict_in_chunks(tiny_llama, 2048)

@@ -60,6 +60,7 @@ def test_whole_and_evicted_requests_share_only_untouched_blocks(running: Engine)
     assert (hit, again) == (19 * BLOCK, full)
 
 
+@pytest.mark.smoke
 def test_both_at_once(running: Engine) -> None:
     """An evicted and a whole request run over the same prompt in one batch and keep out of each other's blocks."""
     prompt = random_prompt(640, seed=5)

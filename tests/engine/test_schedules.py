@@ -17,14 +17,20 @@ BUDGET = 96
 
 
 @pytest.mark.feature("chunked prefill")
-@pytest.mark.parametrize("chunk", [2048, 256, 96, 33])
-def test_chunk_size_does_not_change_what_is_kept(tiny_llama: Path, kept_masks: list[torch.Tensor], chunk: int) -> None:
+def test_chunk_size_does_not_change_what_is_kept(tiny_llama: Path, kept_masks: list[torch.Tensor]) -> None:
     """333 = 10 * 33 + 3: the last chunk is far shorter than the observation window."""
-    prompt = random_prompt(333, seed=7)
-    for max_num_batched_tokens in (2048, chunk):
-        with engine(tiny_llama, budget=BUDGET, max_num_batched_tokens=max_num_batched_tokens) as running:
-            running.tokens([prompt], max_tokens=2)
-    assert torch.equal(*kept_masks)
+    prompt, chunks = random_prompt(333, seed=7), (0, 256, 96, 33)
+    with engine(tiny_llama, budget=BUDGET, enable_prefix_caching=False) as running:
+        for chunk in chunks:  # 0: the whole prompt
+            running.scheduler.scheduler_config.long_prefill_token_threshold = chunk
+            running.add(prompt, max_tokens=2)
+            steps = 0
+            while running.llm.llm_engine.has_unfinished_requests():
+                running.step()
+                steps += 1
+            assert steps == 1 + (-(-333 // chunk) if chunk else 1)
+    whole, *cut = kept_masks
+    assert len(cut) == 3 and all(mask.equal(whole) for mask in cut)
 
 
 @pytest.fixture
@@ -42,7 +48,9 @@ def async_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.feature("async scheduling")
-@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize(
+    "caching", [pytest.param(False, marks=pytest.mark.more_on_v2("on V1 without a prefix cache, too")), True]
+)
 def test_async_scheduling_gives_the_same_answers(
     tiny_llama: Path, request: pytest.FixtureRequest, caching: bool
 ) -> None:
@@ -78,12 +86,13 @@ def test_repeated_preemption_ends_well(tiny_llama: Path, monkeypatch: pytest.Mon
     """24 blocks for prompts of 13 blocks each: requests push each other out again and again."""
     prompts = [random_prompt(400, seed=index) for index in range(6)]
     answers = []
-    for _ in range(2):
-        with engine(
-            tiny_llama, budget=256, num_gpu_blocks_override=24, max_model_len=640, enable_prefix_caching=False
-        ) as tight:
-            tight.poison_unowned_memory()
-            preemptions = count_calls(monkeypatch, tight.scheduler, "_preempt_request")
+    with engine(
+        tiny_llama, budget=256, num_gpu_blocks_override=24, max_model_len=640, enable_prefix_caching=False
+    ) as tight:
+        tight.poison_unowned_memory()
+        preemptions = count_calls(monkeypatch, tight.scheduler, "_preempt_request")
+        for _ in range(2):
+            preemptions.clear()
             answers.append(tight.tokens(prompts, max_tokens=150))
             tight.check_all_free()
             assert len(preemptions) >= 3
@@ -107,6 +116,7 @@ def test_a_prompt_that_leaves_no_room_for_fresh_blocks_is_compacted_in_place(tin
     assert short[0].outputs[0].token_ids == short[1].outputs[0].token_ids
 
 
+@pytest.mark.more_on_v2("on V1 as many are counted: the scheduler does not know the runner")
 def test_more_requests_decode_at_once(tiny_llama: Path) -> None:
     """Memory for 3,000 tokens, 16 prompts of 1,000."""
     prompts = [random_prompt(1000, seed=index) for index in range(16)]
@@ -137,6 +147,7 @@ def test_weights_of_another_model_are_refused_at_the_start(tiny_llama: Path, tmp
         pass
 
 
+@pytest.mark.more_on_v2("on V1 the same page table grows")
 def test_the_page_table_grows_while_requests_come_and_go(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows outgrow the table in a decode step, inside vLLM's inference mode; evictions after it write to it again."""
     monkeypatch.setattr(page_table, "_PAGE_INCREMENT", 2)

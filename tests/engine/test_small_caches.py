@@ -38,6 +38,7 @@ def test_a_prompt_is_served_that_does_not_fit_into_the_cache(tiny_llama: Path) -
         running.check_all_free()
 
 
+@pytest.mark.more_on_v2("on V1 prompts of one chunk are compared")
 def test_a_prompt_of_one_chunk_is_evicted_as_without(tiny_llama: Path) -> None:
     with engine(tiny_llama, budget=BUDGET) as running, recorded_evictions() as records:
         for length in (129, 320, 333, 1000):

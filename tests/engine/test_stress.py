@@ -17,9 +17,13 @@ from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 
 NUM_REQUESTS = int(os.environ.get("KVEVICT_STRESS_REQUESTS", 50 if USES_V2_RUNNER else 60))
-MODELS = [("tiny_llama", 1), ("tiny_gemma", 0)]
+MODELS = [
+    pytest.param("tiny_llama", 1, marks=pytest.mark.smoke),
+    pytest.param("tiny_gemma", 0, marks=pytest.mark.more_on_v2("on V1 the same requests run over sliding windows")),
+]
 if not USES_V2_RUNNER:
-    MODELS += [("tiny_llama", 0), ("tiny_llama", 2)]
+    MORE_SEEDS = pytest.mark.more("other random requests over the same model")
+    MODELS += [pytest.param("tiny_llama", seed, marks=MORE_SEEDS) for seed in (0, 2)]
 MAX_PROMPT = 1028
 OPTIONS: list[dict[str, Any] | None] = [
     None,

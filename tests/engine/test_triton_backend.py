@@ -92,6 +92,7 @@ def test_e5m2_is_scored_as_the_e4m3_that_triton_attention_stores(
     assert kept == kept_under("fp8_e4m3", tiny_llama, monkeypatch, kept_masks)
 
 
+@pytest.mark.more_on_v2("the interpreter is slow; kernels/test_paged_attention.py tests the kernel")
 @pytest.mark.skipif(not optional_xformers.HAS_XFORMERS, reason="xformers is not installed")
 def test_xformers_answers_as_cpu_attention_does(
     tiny_llama: Path, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.engine.harness import engine
 from tests.tiny_llama import random_prompt
 
@@ -11,6 +13,7 @@ PROMPTS = [random_prompt(17 + 13 * index, seed=index) for index in range(32)]
 LONGEST = max(map(len, PROMPTS))
 
 
+@pytest.mark.smoke
 def test_budget_above_the_prompt_is_stock_vllm(tiny_llama: Path) -> None:
     with engine(tiny_llama, policy=None) as stock:
         expected = stock.tokens(PROMPTS, max_tokens=32)
