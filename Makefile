@@ -58,6 +58,10 @@ bench: model ## every script of benchmarks/, one after the other, and the report
 build: setup ## sdist and wheel in dist/
 	$(VENV_PYTHON) -m build --no-isolation
 
+.PHONY: gpu-pack
+gpu-pack: setup ## what a machine with a Hopper GPU and no network needs to run an engine, see docs/gpu.md
+	$(VENV_PYTHON) -m tools.gpu pack
+
 clean: ## remove what the targets made, except .venv, the kernels it uses and the models
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -39,7 +39,7 @@ Made by `python -m benchmarks.report` from the CSV files in this folder, to whic
 def scripts() -> list[Path]:
     """Every script that measures something, in the order of the report."""
     named = [*BENCHMARKS.glob("*/bench_*.py"), BENCHMARKS / "serving" / "soak.py"]
-    return [*sorted(named), *sorted((BENCHMARKS / "kernels").glob("gpu_*.py"))]
+    return [*sorted(named), *sorted(BENCHMARKS.glob("*/gpu_*.py"))]
 
 
 def results_of(script: Path, folder: Path) -> list[Path]:
