@@ -26,31 +26,32 @@ def container(*entries: bytes) -> bytes:
 
 def test_a_container_becomes_as_if_compiled_for_the_architecture_alone() -> None:
     mine, also_mine = entry(MACHINE_CODE, 90, b"m" * 32), entry(MACHINE_CODE, 90, b"a" * 8)
-    others = entry(MACHINE_CODE, 80, b"o" * 40), entry(PTX, 90, b"p" * 24)
-    code = bytearray(b"before" + container(*others, mine) + b"between" + container(also_mine) + b"after")
-    num_bytes = len(code)
-    expected = b"before" + container(mine) + bytes(sum(map(len, others))) + b"between" + container(also_mine) + b"after"
-    assert keep_architecture(code, 90) == (40, 64)
+    others = entry(MACHINE_CODE, 80, b"o" * 16), entry(PTX, 90, b"p" * 8)
+    rest = sum(map(len, others))
+    code = bytearray(b"before" + container(*others, mine, also_mine) + b"between" + container(also_mine) + b"after")
+    expected = b"before" + container(mine, also_mine) + bytes(rest) + b"between" + container(also_mine) + b"after"
+    assert keep_architecture(code, 90) == (len(mine) + 2 * len(also_mine), rest)
     assert code == expected
-    assert len(code) == num_bytes
 
 
-def test_a_container_without_the_architecture_keeps_its_headers() -> None:
-    mine, theirs = container(entry(MACHINE_CODE, 90, b"m" * 8)), container(entry(MACHINE_CODE, 80, b"o" * 40))
-    code = bytearray(mine + theirs)
-    assert keep_architecture(code, 90) == (8, 40)
-    assert code == mine + theirs.replace(b"o" * 40, bytes(40))
+def test_a_container_without_the_architecture_keeps_the_smallest_code_that_does_not_fit() -> None:
+    small, large, ptx = entry(MACHINE_CODE, 80, b"s" * 8), entry(MACHINE_CODE, 120, b"l" * 16), entry(PTX, 80, b"p" * 8)
+    code = bytearray(container(ptx, large, small))
+    assert keep_architecture(code, 90) == (len(small), len(large + ptx))
+    assert code == container(small) + bytes(len(large + ptx))
+
+
+def test_a_container_of_ptx_alone_stays() -> None:
+    whole = container(entry(PTX, 80, b"p" * 24))
+    code = bytearray(whole)
+    assert keep_architecture(code, 90) == (64 + 24, 0)
+    assert code == whole
 
 
 def test_a_file_without_gpu_code_stays_as_it_is() -> None:
     code = bytearray(b"plain" * 100)
     assert keep_architecture(code, 90) == (0, 0)
     assert code == b"plain" * 100
-
-
-def test_a_file_without_the_architecture_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected machine code of sm_90"):
-        keep_architecture(bytearray(container(entry(MACHINE_CODE, 80, b"code1234"))), 90)
 
 
 def test_a_broken_container_is_refused() -> None:

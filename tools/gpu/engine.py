@@ -44,6 +44,7 @@ class Engine:
             str(model),
             skip_tokenizer_init=True,
             seed=0,
+            gpu_memory_utilization=0.3,
             max_model_len=work.longest + work.block_size,
             max_num_seqs=MAX_NUM_REQS,
             max_num_batched_tokens=work.batch_tokens,

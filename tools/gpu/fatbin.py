@@ -24,25 +24,29 @@ _START = struct.pack("<IHH", 0xBA55ED50, 1, _CONTAINER.size)
 
 @dataclass(frozen=True)
 class _Entry:
-    """Bytes ``start`` to ``end`` of a file: a header, and from ``code`` on GPU code of one kind and architecture."""
+    """Bytes ``start`` to ``end`` of a file: a header and GPU code of one kind and architecture."""
 
     kind: int
     architecture: int
     start: int
-    code: int
     end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
 
 
 def keep_architecture(content: bytearray, architecture: int) -> tuple[int, int]:
-    """Drop, from ``content``, all GPU code that is not machine code of ``architecture`` (90 for sm_90).
+    """Drop, from ``content``, the GPU code that ``architecture`` (90 for sm_90) does not run.
 
-    A container that has the architecture becomes as if it had been compiled for that alone. One that has it not keeps
-    its headers, so that CUDA finds nothing that fits there, as before.
+    A container that has machine code of the architecture becomes as if it had been compiled for that alone. Another
+    keeps the smallest machine code that it has: CUDA finds nothing there that fits, as in the whole file, if it was not
+    for PTX. One that has PTX alone keeps it.
 
     content: a shared object, changed in place
 
-    Returns the bytes of GPU code kept and those dropped. Raises ValueError if a container or an entry reaches past what
-    holds it, or if nothing is kept although there was GPU code.
+    Returns the bytes of entries kept and of those dropped. Raises ValueError if a container or an entry reaches past
+    what holds it.
     """
     kept = dropped = 0
     start = content.find(_START)
@@ -50,20 +54,20 @@ def keep_architecture(content: bytearray, architecture: int) -> tuple[int, int]:
         _, _, header_size, entries_size = _CONTAINER.unpack_from(content, start)
         first, end = start + header_size, start + header_size + entries_size
         entries = list(_entries(content, first, end))
-        wanted = [entry for entry in entries if (entry.kind, entry.architecture) == (_MACHINE_CODE, architecture)]
-        size = sum(entry.end - entry.code for entry in wanted)
-        kept, dropped = kept + size, dropped + sum(entry.end - entry.code for entry in entries) - size
-        if wanted:
-            packed = b"".join(content[entry.start : entry.end] for entry in wanted)
-            struct.pack_into("<Q", content, start + _ENTRIES_SIZE_OFFSET, len(packed))
-            content[first:end] = packed.ljust(entries_size, b"\0")
-        else:
-            for entry in entries:
-                content[entry.code : entry.end] = bytes(entry.end - entry.code)
+        left = _wanted(entries, architecture)
+        size = sum(entry.size for entry in left)
+        kept, dropped = kept + size, dropped + sum(entry.size for entry in entries) - size
+        packed = b"".join(content[entry.start : entry.end] for entry in left)
+        struct.pack_into("<Q", content, start + _ENTRIES_SIZE_OFFSET, len(packed))
+        content[first:end] = packed.ljust(entries_size, b"\0")
         start = content.find(_START, end)
-    if dropped and not kept:
-        raise ValueError(f"expected machine code of sm_{architecture}, found only {dropped} bytes of others")
     return kept, dropped
+
+
+def _wanted(entries: list[_Entry], architecture: int) -> list[_Entry]:
+    machine_code = [entry for entry in entries if entry.kind == _MACHINE_CODE]
+    fitting = [entry for entry in machine_code if entry.architecture == architecture]
+    return fitting or sorted(machine_code, key=lambda entry: entry.size)[:1] or entries
 
 
 def _entries(content: bytearray, start: int, end: int) -> Iterator[_Entry]:
@@ -72,7 +76,7 @@ def _entries(content: bytearray, start: int, end: int) -> Iterator[_Entry]:
     while start < end:
         kind, _, header_size, code_size = _ENTRY.unpack_from(content, start)
         (architecture,) = _ARCHITECTURE.unpack_from(content, start + _ARCHITECTURE_OFFSET)
-        entry = _Entry(kind, architecture, start, start + header_size, start + header_size + code_size)
+        entry = _Entry(kind, architecture, start, start + header_size + code_size)
         if header_size < _ARCHITECTURE_OFFSET + _ARCHITECTURE.size or entry.end > end:
             raise ValueError(f"expected an entry that ends by byte {end}, got one from {start} to {entry.end}")
         yield entry

@@ -125,7 +125,7 @@ class Session:
 
     def _environment(self) -> dict[str, str]:
         paths = [str(path) for path in (self.site, ROOT) if path is not None]
-        variables = {
+        return {
             "PYTHONPATH": os.pathsep.join(paths),
             "PYTHONPYCACHEPREFIX": str(self.scratch / "pycache"),
             "PYTHONFAULTHANDLER": "1",
@@ -134,9 +134,6 @@ class Session:
             "TRITON_CACHE_DIR": str(self.scratch / "triton"),
             "VLLM_CACHE_ROOT": str(self.scratch / "vllm"),
         }
-        if self.dry_run:
-            variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
-        return variables
 
     def _log(self, name: str) -> Path:
         return self.scratch / f"{name}.log"
@@ -156,6 +153,8 @@ def environment_of(run: Run) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "NCCL_SOCKET_IFNAME": "lo",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # the worker is asked who it is, by a function of ours
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; this one and the next are read on a CPU only
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_DO_NOT_TRACK": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(run.core_process)),
         "VLLM_HOST_IP": "127.0.0.1",
