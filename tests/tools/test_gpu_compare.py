@@ -14,7 +14,7 @@ from tools.gpu.compare import LOGPROB, NEAR_TIE, Check, checks, verdict_of
 from tools.gpu.results import RESULTS, Answer, Measured, Record, append, read
 from tools.gpu.runs import REFERENCE, RUNS, Run
 
-MACHINE = {"gpu": "GPU", "plugin": ["vllm_kvevict:register"], "extension_error": 0.003, "flash_attention_3": True}
+MACHINE = {"gpu": "GPU", "plugins": ["vllm_kvevict:register"], "extension_error": 0.003, "flash_attention_3": True}
 RUNNERS = {1: "vllm.v1.worker.gpu_model_runner", 2: "vllm.v1.worker.gpu.model_runner"}
 Records = dict[str, Record]
 
@@ -158,7 +158,7 @@ def test_an_engine_that_is_not_what_was_asked_for_fails(fields: dict[str, str]) 
 @pytest.mark.parametrize(
     ("found", "name"),
     [
-        ({"plugin": []}, "plugin's entry point"),
+        ({"plugins": []}, "plugin's entry point"),
         ({"extension_error": 0.5}, "vLLM's extension against PyTorch"),
         ({"flash_attention_3": False}, "FlashAttention 3 loads"),
     ],
@@ -169,7 +169,7 @@ def test_a_machine_that_cannot_run_an_engine_fails(found: dict[str, Any], name: 
 
 
 def test_a_session_without_a_gpu_passes_only_as_a_dry_run() -> None:
-    machine = {"plugin": MACHINE["plugin"]}
+    machine = {"plugins": MACHINE["plugins"]}
     records = {name: replace(record, machine=machine) for name, record in session().items()}
     assert "GPU" in failed(records)
     assert failed({name: replace(record, dry_run=True) for name, record in records.items()}) == []

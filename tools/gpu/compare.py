@@ -93,8 +93,8 @@ def verdict_of(name: str, found: Iterable[Check]) -> str:
 def _machines(records: Mapping[str, Record]) -> Iterator[Check]:
     """Whether each machine could run an engine at all."""
     for machine in {json.dumps(record.machine): record.machine for record in records.values()}.values():
-        plugins = machine.get("plugin", [])
-        yield Check("plugin's entry point", ", ".join(plugins), PLUGIN, PLUGIN in plugins)
+        is_found = PLUGIN in machine.get("plugins", [])
+        yield Check("plugin's entry point", "found" if is_found else "missing", PLUGIN, is_found)
         if all(record.dry_run for record in records.values()):
             continue
         yield Check("GPU", machine.get("gpu", "none"), "one", "gpu" in machine)

@@ -24,7 +24,7 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version_of(name) for name in ("torch", "triton", "transformers", "vllm")},
-        "plugin": [entry.value for entry in entry_points(group="vllm.general_plugins")],
+        "plugins": [entry.value for entry in entry_points(group="vllm.general_plugins")],
     }
     return {**found, **describe_gpu()} if torch.cuda.is_available() else found
 

@@ -127,7 +127,6 @@ class Session:
         paths = [str(path) for path in (self.site, ROOT) if path is not None]
         return {
             "PYTHONPATH": os.pathsep.join(paths),
-            "PYTHONPYCACHEPREFIX": str(self.scratch / "pycache"),
             "PYTHONFAULTHANDLER": "1",
             "PYTHONUNBUFFERED": "1",
             "TORCHINDUCTOR_CACHE_DIR": str(self.scratch / "inductor"),
