@@ -80,9 +80,11 @@ def checks(records: Mapping[str, Record], reference: Mapping[str, Record] | None
             record = reference.get(name)
             yield from _pair(name, measured.get(name), f"{name} on CPU", record.measured if record else None)
     for name, record in records.items():
-        synced = ", ".join(f"{place} x {times}" for place, times in record.synced.items())
-        yield Check(f"{name}, where the CPU waited for the GPU", synced or "nowhere", "", None)
-        yield Check(f"{name}, kernels compiled late", ", ".join(record.compiled) or "none", "", None)
+        if record.run.graphs:
+            yield Check(f"{name}, kernels compiled late", ", ".join(record.compiled) or "none", "", None)
+        else:
+            synced = ", ".join(f"{place} x {times}" for place, times in record.synced.items())
+            yield Check(f"{name}, where the CPU waited for the GPU", synced or "nowhere", "", None)
 
 
 def verdict_of(name: str, found: Iterable[Check]) -> str:
