@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.more("builds and installs the package twice; set-up installs it from the checkout")
 SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md", "csrc", "vllm_kvevict")
 NOT_COPIED = shutil.ignore_patterns("*.so", "__pycache__")
 SAY_WHERE = "import vllm_kvevict; print(vllm_kvevict.__file__)"
@@ -59,15 +60,21 @@ def test_wheel_names_its_plugin_and_the_vllm_it_supports(dist: Path) -> None:
     assert "License-Expression: Apache-2.0" in metadata
 
 
-def test_wheel_imports_from_an_empty_folder(dist: Path, tmp_path: Path) -> None:
-    install(tmp_path, only(dist, "*.whl"))
-    assert tmp_path in Path(python(SAY_WHERE, tmp_path)).parents
+@pytest.fixture(scope="module")
+def from_wheel(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that was empty, with the wheel installed in it."""
+    folder = tmp_path_factory.mktemp("from_wheel")
+    install(folder, only(dist, "*.whl"))
+    return folder
+
+
+def test_wheel_imports_from_an_empty_folder(from_wheel: Path) -> None:
+    assert from_wheel in Path(python(SAY_WHERE, from_wheel)).parents
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
-def test_wheel_brings_the_compiled_kernels(dist: Path, tmp_path: Path) -> None:
-    install(tmp_path, only(dist, "*.whl"))
-    assert python(SAY_KERNELS, tmp_path) == "True"
+def test_wheel_brings_the_compiled_kernels(from_wheel: Path) -> None:
+    assert python(SAY_KERNELS, from_wheel) == "True"
 
 
 def test_sdist_installs_without_a_compiler(dist: Path, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def test_the_figures_of_the_paper_s_formula() -> None:
     assert Calibration(alpha=1.0, beta=1.0).fraction(0.95, nll=3.0) > 0.95
 
 
+MORE_SEEDS = pytest.mark.more("other made-up prompts")
 FRACTIONS = [0.9, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8]
 
 
@@ -59,7 +60,7 @@ def quality_left(fraction: float, qualities: list[float]) -> float:
 
 
 @pytest.mark.parametrize("target", [0.8, 0.9, 0.95])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=MORE_SEEDS) for seed in (1, 2))])
 def test_fitted_budgets_leave_what_is_asked_for_and_keep_less_than_a_fixed_fraction(seed: int, target: float) -> None:
     nlls, qualities = measured(seed)
     found = fit(FRACTIONS, nlls, qualities, [target], caution=0.0)
