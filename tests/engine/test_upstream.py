@@ -1,223 +1,231 @@
-"""What we rely on in vLLM is there: in the installed one, and in the source of the newest one that we say we support.
+"""What we rely on in vLLM is there: in the installed one, and in the newest one that we say we support.
 
-The newest one is downloaded, once, into .cache/wheels, and only read: its classes from their syntax trees, in a wheel.
+The newest one's wheel is downloaded, once, into .cache/wheels, and only read (tools/upstream). Another one:
+``KVEVICT_NEWEST=0.34.0 python -m pytest tests/engine/test_upstream.py``, or ``python -m tools.upstream 0.34.0``.
 """
 
 from __future__ import annotations
 
-import ast
-import importlib
-import inspect
-import subprocess
-import sys
-from collections.abc import Iterator
+import os
+import re
 from functools import cache
 from pathlib import Path
-from typing import Any
-from zipfile import ZipFile
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
+from tools.upstream.checks import CHECKS, Finding, findings
+from tools.upstream.ours import Upstream
+from tools.upstream.sources import NoWheelError, Source, Sources, installed_vllm, our_sources, vllm_sources
+from tools.upstream.values import Class, Instance
 from vllm_kvevict import kv_eviction_args
 from vllm_kvevict.engine import versions
-from vllm_kvevict.engine.install import _FLAG_PATCHES, _REQUEST_PATCHES, install_flags
+from vllm_kvevict.engine.install import install_flags
 
-ROOT = Path(__file__).resolve().parents[2]
-ENGINE = sorted((ROOT / "vllm_kvevict" / "engine").glob("*.py"))
-NEWEST = "0.33.0"
-PLATFORM = "manylinux_2_28_x86_64"
-# what we read or set by name: the module whose source must hold it as an attribute
+NEWEST = os.environ.get("KVEVICT_NEWEST", "0.33.0")
+VERSIONS = sorted({installed_vllm(), NEWEST})
+# what we read of objects whose types no annotation tells, in our code or in vLLM's: class -> attributes
 ATTRIBUTES = {
-    "vllm.v1.core.sched.scheduler": [
-        "connector",
-        "finished_req_ids",
-        "grammar_compile_error_reqs",
-        "kv_cache_manager",
-        "num_scheduled_tokens",
-        "requests",
-        "vllm_config",
+    "vllm.logprobs:Logprob": ["logprob"],
+    "vllm.outputs:CompletionOutput": ["text", "token_ids"],
+    "vllm.model_executor.layers.attention:Attention": ["get_attn_backend", "impl", "layer_name"],
+    "vllm.model_executor.layers.linear:RowParallelLinear": ["input_size_per_partition", "quant_method"],
+    "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding": ["cos_sin_cache", "is_neox_style"],
+    "vllm.model_executor.models.llama:LlamaAttention": ["o_proj", "rotary_emb"],
+    "vllm.model_executor.models.llama:LlamaForCausalLM": ["compute_logits"],
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager": ["enable_caching", "kv_cache_group_id"],
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner": [
+        "attn_groups",
+        "execute_model_state",
+        "req_states",
+        "speculator",
     ],
-    "vllm.v1.core.kv_cache_manager": ["coordinator", "block_pool"],
-    "vllm.v1.core.kv_cache_coordinator": ["single_type_managers"],
-    "vllm.v1.core.single_type_kv_cache_manager": ["kv_cache_group_id", "block_size", "kv_cache_spec"],
-    "vllm.v1.request": ["is_prefill_chunk", "num_tokens", "resumable", "sampling_params", "request_id"],
-    "vllm.v1.worker.gpu_model_runner": ["attn_groups", "input_batch", "req_ids"],
-    "vllm.v1.worker.gpu.states": ["index_to_req_id"],
-    "vllm.v1.worker.gpu_worker": ["model_runner", "vllm_config"],
-    "vllm.v1.attention.backends.cpu_attn": [
-        "isa",
-        "num_kv_heads",
-        "head_dim",
-        "num_queries_per_kv",
-        "head_size",
-        "kv_cache_dtype",
-    ],
-    "vllm.model_executor.layers.attention.attention": [
-        "_k_scale_float",
-        "_v_scale_float",
-        "kv_cache",
-        "kv_cache_dtype",
-    ],
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ["attn_groups", "drafter", "execute_model_state", "input_batch"],
+    "vllm.v1.worker.utils:AttentionGroup": ["layer_names", "metadata_builders"],
 }
 
 
-class Wheel:
-    """The modules of a vLLM that is not installed."""
-
-    def __init__(self, path: Path) -> None:
-        self._zip = ZipFile(path)
-        self._files = set(self._zip.namelist())
-
-    @cache  # noqa: B019  one wheel a session
-    def module(self, name: str) -> ast.Module:
-        stem = name.replace(".", "/")
-        file = f"{stem}.py" if f"{stem}.py" in self._files else f"{stem}/__init__.py"
-        return ast.parse(self._zip.read(file))
-
-    def has(self, name: str) -> bool:
-        stem = name.replace(".", "/")
-        return bool({f"{stem}.py", f"{stem}/__init__.py"} & self._files)
-
-    def names(self, module: str) -> dict[str, ast.AST]:
-        """Return what a module defines or imports, wherever it stands in it outside of functions and classes."""
-        return {name: node for node in _statements(self.module(module)) for name in _bound_names(node)}
-
-    def find_class(self, module: str, name: str) -> tuple[str, ast.ClassDef]:
-        """Follow imports to where a class is defined."""
-        node = self.names(module)[name]
-        if isinstance(node, ast.ImportFrom):
-            original = next(alias.name for alias in node.names if (alias.asname or alias.name) == name)
-            return self.find_class(node.module or "", original)
-        assert isinstance(node, ast.ClassDef), f"{module}.{name} is not a class any more"
-        return module, node
-
-    def find_method(self, module: str, class_name: str, method: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
-        """Return a method of a class or of its bases inside vLLM."""
-        module, found = self.find_class(module, class_name)
-        for node in found.body:
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == method:
-                return node
-        for base in found.bases:
-            if isinstance(base, ast.Name) and base.id in self.names(module):
-                inherited = self.find_method(module, base.id, method)
-                if inherited is not None:
-                    return inherited
-        return None
+@cache
+def ours_on(version: str) -> Upstream:
+    newest = None if version == NEWEST else ours_on(NEWEST)
+    return Upstream(our_sources(), vllm_sources(version), newest)
 
 
-def _statements(tree: ast.AST) -> Iterator[ast.AST]:
-    for node in ast.iter_child_nodes(tree):
-        yield node
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield from _statements(node)
+@cache
+def found_on(version: str) -> dict[str, list[Finding]]:
+    return findings(ours_on(version))
 
 
-def _bound_names(node: ast.AST) -> list[str]:
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return [node.name]
-    if isinstance(node, ast.Import | ast.ImportFrom):
-        return [alias.asname or alias.name for alias in node.names]
-    if isinstance(node, ast.Assign | ast.AnnAssign):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        return [target.id for target in targets if isinstance(target, ast.Name)]
-    return []
-
-
-@pytest.fixture(scope="module")
-def wheel() -> Wheel:
-    folder = ROOT / ".cache" / "wheels"
-    found = sorted(folder.glob(f"vllm-{NEWEST}-*.whl"))
-    if not found:
-        target = ["--dest", str(folder), "--platform", PLATFORM, "--only-binary", ":all:", "--no-deps"]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", *target, f"vllm=={NEWEST}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-        if done.returncode:
-            pytest.skip(f"vllm {NEWEST} could not be downloaded: {done.stderr.strip().splitlines()[-1]}")
-        found = sorted(folder.glob(f"vllm-{NEWEST}-*.whl"))
-    return Wheel(found[0])
-
-
-def imported_names() -> list[tuple[str, str]]:
-    """Return (module, name) for everything that the engine folder imports from vLLM."""
-    nodes = [node for file in ENGINE for node in ast.walk(ast.parse(file.read_text()))]
-    froms = [node for node in nodes if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "vllm"]
-    return sorted({(str(node.module), alias.name) for node in froms for alias in node.names})
-
-
-def overridden_methods() -> list[tuple[str, str, str, tuple[str, ...]]]:
-    """Return (module, class, method, named parameters of ours) for every method of vLLM that a subclass replaces."""
-    found = set()
-    for file in ENGINE:
-        module = importlib.import_module(f"vllm_kvevict.engine.{file.stem}".removesuffix(".__init__"))
-        for cls in vars(module).values():
-            if isinstance(cls, type) and cls.__module__ == module.__name__:
-                found |= set(_overrides(cls))
-    return sorted(found)
-
-
-def _overrides(cls: type) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
-    theirs = [base for base in cls.__mro__ if base.__module__.startswith("vllm.")]
-    for name, value in vars(cls).items():
-        function = getattr(value, "__func__", value)
-        if not inspect.isfunction(function) or name.startswith("__"):
-            continue
-        base = next((base for base in theirs if name in vars(base)), None)
-        if base is not None:
-            parameters = inspect.signature(function).parameters.values()
-            named = (p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
-            yield base.__module__, base.__name__, name, tuple(named)
+@pytest.fixture(params=VERSIONS)
+def version(request: pytest.FixtureRequest) -> str:
+    try:
+        ours_on(request.param)
+    except NoWheelError as error:
+        pytest.skip(str(error))
+    return request.param
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize(("module", "name"), imported_names(), ids=".".join)
-def test_what_we_import_is_there(wheel: Wheel, module: str, name: str) -> None:
-    assert wheel.has(module), f"{module} is gone"
-    assert name in wheel.names(module) or wheel.has(f"{module}.{name}")
+@pytest.mark.parametrize("name", CHECKS)
+def test_nothing_of_ours_breaks(version: str, name: str) -> None:
+    broken = found_on(version)[name]
+    assert not broken, f"{CHECKS[name].__doc__} Not so on vLLM {version}:\n" + "\n".join(map(str, broken))
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize(
-    ("module", "class_name", "method", "ours"),
-    overridden_methods(),
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_what_we_override_takes_what_ours_does(
-    wheel: Wheel, module: str, class_name: str, method: str, ours: tuple[str, ...]
-) -> None:
-    node = wheel.find_method(module, class_name, method)
-    assert node is not None, f"{class_name}.{method} is gone"
-    arguments = node.args
-    theirs = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
-    assert [name for name in theirs if name in ours] == list(ours)
+@pytest.mark.parametrize("path", ATTRIBUTES)
+def test_what_we_read_is_there(version: str, path: str) -> None:
+    upstream = ours_on(version)
+    cls = upstream.program.named(path)
+    assert isinstance(cls, Class), f"{path} is gone"
+    text = upstream.program.source(cls.module).text
+    lost = [name for name in ATTRIBUTES[path] if not upstream.has(Instance(cls), name) and f'("{name}"' not in text]
+    assert not lost
 
 
+# Each of these is reached in another way; the check has to find them by itself.
 @pytest.mark.compat
-@pytest.mark.parametrize("patch", [*_FLAG_PATCHES, *_REQUEST_PATCHES], ids=lambda patch: patch.target)
-def test_what_we_wrap_takes_what_we_rely_on(wheel: Wheel, patch: Any) -> None:
-    module, _, path = patch.target.partition(":")
-    class_name, _, method = path.partition(".")
-    node = wheel.find_method(module, class_name, method)
-    assert node is not None
-    assert set(patch.params) <= {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}
-
-
-@pytest.mark.compat
-@pytest.mark.parametrize("module", ATTRIBUTES)
-def test_what_we_read_is_there(wheel: Wheel, module: str) -> None:
-    sources = {
-        "installed": ast.parse(inspect.getsource(importlib.import_module(module))),
-        NEWEST: wheel.module(module),
+def test_a_borrowed_name_that_is_gone_is_found() -> None:
+    borrowed = (
+        "_cached_get_attn_backend",
+        "_ensure_registered",
+        "_remove_blocks_in_range",
+        "execute_model_state",
+        "kv_connector_stats",
+    )
+    pattern = re.compile(rf"\b(?:{'|'.join(borrowed)})\b")
+    theirs = {
+        name: Source(source.file, pattern.sub("renamed", source.text), source.package)
+        for name, source in vllm_sources(installed_vllm()).items()
     }
-    for version, tree in sources.items():
-        named = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        named |= {
-            node.target.id
-            for node in ast.walk(tree)
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-        }
-        named |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-        assert set(ATTRIBUTES[module]) <= named, version
+    text = "\n".join(map(str, findings(Upstream(our_sources(), theirs), ["names"])["names"]))
+    assert [name for name in borrowed if f"has no {name!r}" not in text] == []
+
+
+THEIRS = """
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+@dataclass
+class Batch:
+    num_tokens: int
+
+    def replace(self, **fields):
+        return replace(self, **fields)
+
+class Output(ABC):
+    @abstractmethod
+    def get(self): ...
+
+class Pool:
+    def _take(self, num_blocks, *, at): ...
+
+def make_pool() -> Pool: ...
+
+class Scheduler:
+    def __init__(self, config) -> None:
+        self.errors: set[str] = set()
+        self.pool = make_pool()
+
+    def hit(self, request, num_tokens=0): ...
+
+    def schedule(self, request):
+        return self.hit(request, num_tokens=1)
+
+    def count(self, batch: Batch): ...
+"""
+OURS = """
+from vllm.v1.scheduler import Batch, Output, Scheduler
+from vllm_kvevict.patches import Patch
+
+class Mixin(Scheduler):
+    def hit(self, request, num_tokens=0):
+        self.errors.add(request)
+        self.pool._take(2, at=request)
+        return super().hit(request, num_tokens=num_tokens)
+
+class Ours(Mixin):
+    def count(self, batch):
+        return super().count(batch.replace(num_tokens=1))
+
+class OurOutput(Output):
+    def get(self): ...
+
+def with_more(schedule):
+    def wrapper(self, request):
+        return schedule(self, request)
+    return wrapper
+
+PATCHES = [Patch("vllm.v1.scheduler:Scheduler.schedule", with_more)]
+"""
+
+
+def found_in(theirs: str, ours: str = OURS, newest: Upstream | None = None) -> dict[str, list[str]]:
+    upstream = toy(theirs, ours, newest)
+    return {name: [finding.text for finding in found] for name, found in findings(upstream).items() if found}
+
+
+def toy(theirs: str, ours: str = OURS, newest: Upstream | None = None) -> Upstream:
+    """A vLLM with one module, and a package of ours with one, wherever it lies."""
+    return Upstream(module("vllm_kvevict.any.where", ours), module("vllm.v1.scheduler", theirs), newest)
+
+
+def module(name: str, text: str) -> Sources:
+    return {name: Source(f"{name.replace('.', '/')}.py", text, name.rpartition(".")[0])}
+
+
+def test_a_vllm_that_we_are_made_for_breaks_nothing() -> None:
+    assert found_in(THEIRS) == {}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "name", "says"),
+    [
+        ("num_tokens=0)", "num_tokens=0, limit=None)", "overrides", "too many positional arguments"),
+        ("num_tokens=0)", "tokens=0)", "overrides", "unexpected keyword argument 'tokens'"),
+        ("request, num_tokens=0)", "num_tokens, request=0)", "overrides", "given by position, comes in as"),
+        ("hit(self, request, num_tokens=0)", "hit(self, request)", "our_calls", "argument 'num_tokens'"),
+        ("    def hit(self, ", "    @staticmethod\n    def hit(", "overrides", "theirs is a static method"),
+        ("    def hit", "    async def hit", "overrides", "one of the two is async"),
+        ("def hit", "def find", "overrides", "Mixin.hit replaces nothing"),
+        ("def schedule(self, request)", "def schedule(self, request, step=0)", "overrides", "what wraps"),
+        ("def schedule(self, request)", "def schedule(self)", "our_calls", "too many positional arguments"),
+        ("class Scheduler:", "class Scheduler(Output):", "abstract", "Ours has no get, abstract in Output"),
+        ("    def get(self): ...", "    def fetch(self): ...", "abstract", "OurOutput has no fetch"),
+        ("*, at)", "*, where)", "our_calls", "Pool._take is called in vain"),
+        ("num_blocks, *, at)", "num_blocks, stride, *, at)", "our_calls", "'stride'"),
+        ("_take", "_grab", "names", "Pool has no '_take'"),
+        ("set[str] = set()", "dict[str, str] = {}", "names", "dict has no 'add'"),
+        ("num_tokens: int", "tokens: int", "our_calls", "Batch has no field num_tokens"),
+        ("class Output", "class ModelOutput", "imports", "vllm.v1.scheduler.Output is gone"),
+        ("def schedule", "def step", "imports", "vllm.v1.scheduler:Scheduler.schedule is gone"),
+    ],
+)
+def test_what_another_vllm_breaks_is_named(before: str, after: str, name: str, says: str) -> None:
+    assert before in THEIRS
+    assert any(says in text for text in found_in(THEIRS.replace(before, after)).get(name, []))
+
+
+def test_a_call_that_does_not_bind_to_ours_is_named() -> None:
+    theirs = THEIRS.replace("hit(self, request, num_tokens=0)", "hit(self, request, num_tokens=0, **more)")
+    found = found_in(theirs.replace("num_tokens=1", "num_tokens=1, limit=2"))
+    assert any("for the call self.hit(request, num_tokens=1, limit=2)" in text for text in found["vllm_calls"])
+
+
+def test_code_for_two_versions_is_read_as_such() -> None:
+    newer = THEIRS.replace("set[str] = set()", "dict[str, str] = {}").replace("def get", "def fetch")
+    newer = newer.replace("class Pool:", "class Error: ...\n\nclass Pool:")
+    add = "errors: set[str] | dict[str, str] = self.errors\n        if isinstance(errors, dict):\n            "
+    add += "errors[request] = ''\n        else:\n            errors.add(request)"
+    ours = OURS.replace("self.errors.add(request)", add).replace("def get(self): ...", "def get(self): ...\n    FETCH")
+    ours = ours.replace(
+        "FETCH", "def fetch(self):\n        return self.inner().fetch()\n    def inner(self) -> Output: ..."
+    )
+    ours += "\ntry:\n    from vllm.v1.scheduler import Error\nexcept ImportError:\n    Error = None\n"
+    assert found_in(THEIRS, ours, toy(newer, ours)) == {}
+    assert found_in(newer, ours) == {"overrides": ["OurOutput.get replaces nothing of vLLM's, and is not called"]}
+    neither = newer.replace("dict[str, str] = {}", "list[str] = []")
+    assert found_in(neither, ours)["containers"] == ["self.errors is a list, and ours expects dict or set"]
 
 
 @pytest.mark.parametrize("found", ["0.31.2", "0.34.0", "1.0.0"])
