@@ -236,6 +236,7 @@ class EvictionManager(PrivateBlocks, FullAttentionManager):
         num_local_computed_tokens: int,
         num_tokens_main_model: int,
         apply_admission_cap: bool = False,
+        *args: Any,
         **kwargs: Any,
     ) -> int:
         num_blocks = super().get_num_blocks_to_allocate(
@@ -246,6 +247,7 @@ class EvictionManager(PrivateBlocks, FullAttentionManager):
             num_local_computed_tokens,
             num_tokens_main_model,
             apply_admission_cap,
+            *args,
             **kwargs,
         )
         eviction = self.evictions.get(request_id)
