@@ -147,9 +147,9 @@ def names(upstream: Upstream, seen: Seen) -> Iterator[str]:
             return
     if any(_concerns(upstream, each) for each in _each(of)):
         if not upstream.has(of, name):
-            yield f"{of} has no {name!r}"
+            yield f"{ast.unparse(value)}.{name}: {of} has no {name!r}"
     elif isinstance(of, Unknown) and name.startswith("_") and not name.endswith("__"):
-        yield from [] if name in upstream.private_names else [f"nothing of vLLM's defines {name!r}"]
+        yield from [] if upstream.defines(name) else [f"nothing of vLLM's defines {name!r}"]
 
 
 def containers(upstream: Upstream, seen: Seen) -> Iterator[str]:

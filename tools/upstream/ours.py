@@ -22,9 +22,6 @@ ROLES = {
     "model_runner": _RUNNERS,
     "layer": ("vllm.model_executor.layers.attention.Attention", "vllm.v1.attention.backend.AttentionLayer"),
 }
-# attributes that vLLM gives to such an object from outside of its class
-_GIVEN = re.compile(rf"\b(?:{'|'.join(ROLES)})\.(\w+)(?=(?:: [^=\n]+)? = )")
-_PRIVATE = re.compile(r"(?:def |class |\.|^\s*)(_[A-Za-z]\w*)(?=\(| *[:=])", re.MULTILINE)
 _TARGET = re.compile(r"vllm(\.\w+)+:[\w.]+")
 
 
@@ -150,20 +147,21 @@ class Upstream:
             return True
         kinds = [each for each in (of.types if isinstance(of, Either) else (of,)) if isinstance(each, Instance)]
         if any(self.program.named(path) == each.cls for paths in ROLES.values() for path in paths for each in kinds):
-            return name in self._given_names
+            return self._is_given(name)
         ours = [cls for each in kinds for cls in self.classes if each.cls in self.program.mro(cls)]
         return any(not isinstance(self.program.member(Instance(cls), name), Missing) for cls in ours)
 
-    @cached_property
-    def _given_names(self) -> set[str]:
-        sources = (self.program.source(module).text for module in self.their_modules)
-        return {name for text in sources for name in _GIVEN.findall(text)}
+    def _is_given(self, name: str) -> bool:
+        """Return whether vLLM sets an attribute on such an object from outside of its class."""
+        return self._says(name, rf"\b(?:{'|'.join(ROLES)})\.{name}(?:: [^=\n]+)? = ", self.their_modules)
 
-    @cached_property
-    def private_names(self) -> set[str]:
-        """Names with an underscore that ours or vLLM defines anywhere."""
-        sources = (self.program.source(module).text for module in (*self.modules, *self.their_modules))
-        return {name for text in sources for name in _PRIVATE.findall(text)}
+    def defines(self, name: str) -> bool:
+        """Return whether ours or vLLM defines a name, as anything, anywhere."""
+        return self._says(name, rf"(?:def |class |\.|^\s*){name}(?=\(| *[:=])", self.modules + self.their_modules)
+
+    def _says(self, name: str, pattern: str, modules: list[str]) -> bool:
+        texts = (self.program.source(module).text for module in modules)
+        return any(re.search(pattern, text, re.MULTILINE) for text in texts if name in text)
 
     def place(self, module: str, node: ast.AST) -> str:
         return f"{self.program.source(module).file}:{getattr(node, 'lineno', 1)}"
