@@ -247,7 +247,7 @@ def findings(upstream: Upstream, names: Iterable[str] = CHECKS) -> dict[str, lis
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Collect no garbage: syntax trees are millions of objects and none of it, and looking takes as long as the rest."""
+    """Collect no garbage: syntax trees are millions of objects and none of it; looking takes as long as the rest."""
     was_on = gc.isenabled()
     gc.disable()
     try:
