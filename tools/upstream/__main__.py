@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
 
+from packaging.version import Version
+
+from tools.newest_vllm import NEWEST
 from tools.upstream.checks import findings
 from tools.upstream.ours import Upstream
 from tools.upstream.sources import NoWheelError, installed_vllm, our_sources, vllm_sources
@@ -11,8 +15,10 @@ from tools.upstream.sources import NoWheelError, installed_vllm, our_sources, vl
 
 def main(wanted: str) -> str | None:
     """Print what breaks, a line for each; return a sentence for stderr, and so exit status 1, if anything does."""
+    ours = our_sources()
     try:
-        found = findings(Upstream(our_sources(), vllm_sources(wanted)))
+        newest = Upstream(ours, vllm_sources(NEWEST)) if Version(wanted) < Version(NEWEST) else None
+        found = findings(Upstream(ours, vllm_sources(wanted), newest))
     except NoWheelError as error:
         return str(error)
     for name, broken in found.items():
@@ -20,10 +26,11 @@ def main(wanted: str) -> str | None:
         for finding in broken:
             print(f"  {finding}")
     total = sum(map(len, found.values()))
-    return f"vllm {wanted}: {total} things break" if total else None
+    return f"vllm {wanted} breaks {total} thing{'s' * (total > 1)}" if total else None
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tools.upstream", description=__doc__)
     parser.add_argument("version", nargs="?", default=installed_vllm(), help="of vLLM; default: the installed one")
+    gc.disable()  # syntax trees are many objects, and none of it garbage
     raise SystemExit(main(parser.parse_args().version))

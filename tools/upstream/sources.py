@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from zipfile import ZipFile
 
+from tools.newest_vllm import PLATFORM, WHEELS
+
 ROOT = Path(__file__).resolve().parents[2]
-WHEELS = ROOT / ".cache" / "wheels"
-PLATFORM = "manylinux_2_28_x86_64"
 
 
 class NoWheelError(RuntimeError):
