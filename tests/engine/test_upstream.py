@@ -253,3 +253,17 @@ def test_code_for_two_versions_is_read_as_such() -> None:
     assert found_in(newer, ours) == {"overrides": ["OurOutput.get replaces nothing of vLLM's, and is not called"]}
     neither = newer.replace("dict[str, str] = {}", "list[str] = []")
     assert found_in(neither, ours)["containers"] == ["self.errors is a list, and ours expects dict or set"]
+
+
+def test_a_name_of_ours_that_a_newer_vllm_takes_is_named() -> None:
+    ours = OURS.replace(
+        "self.errors.add(request)", "self.errors.add(request)\n        self.counts = self._note(request)"
+    )
+    ours = ours.replace("class Ours(Mixin):", "class Ours(Mixin):\n    def _note(self, request): ...")
+    newer = THEIRS.replace("self.pool = make_pool()", "self.pool = make_pool()\n        self.counts = {}")
+    newer = newer.replace("    def schedule", "    def _note(self, request): ...\n\n    def schedule")
+    assert found_in(newer, ours) == {}
+    assert sorted(found_in(THEIRS, ours, toy(newer, ours))["collisions"]) == [
+        "Mixin.counts is ours, and Scheduler.counts in the newest",
+        "Ours._note is ours, and Scheduler._note in the newest",
+    ]

@@ -15,10 +15,13 @@ from tools.upstream.sources import NoWheelError, installed_vllm, our_sources, vl
 
 def main(wanted: str) -> str | None:
     """Print what breaks, a line for each; return a sentence for stderr, and so exit status 1, if anything does."""
-    ours = our_sources()
+    ours, installed = our_sources(), installed_vllm()
     try:
         newest = Upstream(ours, vllm_sources(NEWEST)) if Version(wanted) < Version(NEWEST) else None
-        found = findings(Upstream(ours, vllm_sources(wanted), newest))
+        upstream = Upstream(ours, vllm_sources(wanted), newest)
+        found = findings(upstream)
+        if Version(installed) < Version(wanted):  # names that were ours so far
+            found |= findings(Upstream(ours, vllm_sources(installed), upstream), ["collisions"])
     except NoWheelError as error:
         return str(error)
     for name, broken in found.items():

@@ -136,6 +136,12 @@ def abstract(upstream: Upstream) -> Iterator[Finding]:
                     yield Finding(upstream.place(cls.module, cls.node), f"{cls} has no {name}, abstract in {base}")
 
 
+def collisions(upstream: Upstream) -> Iterator[Finding]:
+    """The newest vLLM gives no meaning to a name that is ours on this one."""
+    for (cls, name), theirs in upstream.newly_shared.items():
+        yield Finding(upstream.place(cls.module, cls.node), f"{cls}.{name} is ours, and {theirs}.{name} in the newest")
+
+
 def names(upstream: Upstream, seen: Seen) -> Iterator[str]:
     """Every attribute that we read or set on an object of vLLM's is there."""
     match seen.node:
@@ -225,7 +231,7 @@ def _calls_in(upstream: Upstream, module: str) -> Iterator[tuple[ast.Call, Scope
 
 # of every node of ours, and of all at once
 _OF_NODES = {"imports": imports, "our_calls": our_calls, "names": names, "containers": containers}
-_OF_ALL = {"overrides": overrides, "vllm_calls": vllm_calls, "abstract": abstract}
+_OF_ALL = {"overrides": overrides, "vllm_calls": vllm_calls, "abstract": abstract, "collisions": collisions}
 CHECKS = {**_OF_NODES, **_OF_ALL}
 
 

@@ -118,6 +118,24 @@ class Upstream:
         return self._newest is not None and (cls, name) not in self._newest.unheard
 
     @cached_property
+    def shared(self) -> dict[tuple[Class, str], Class]:
+        """Names that a class of ours and a base of vLLM's both define -> that base."""
+        return {
+            (ours, name): theirs
+            for cls in self.made
+            for theirs in self.program.mro(cls)
+            for ours in self.program.mro(cls)
+            if isinstance(theirs, Class) and isinstance(ours, Class) and is_theirs(theirs) and not is_theirs(ours)
+            for name in self.program.own(ours).keys() & self.program.own(theirs).keys()
+        }
+
+    @property
+    def newly_shared(self) -> dict[tuple[Class, str], Class]:
+        """Those that the newest vLLM defines and this one does not; what we have for the newest's sake is left out."""
+        newest = {} if self._newest is None else self._newest.shared
+        return {key: theirs for key, theirs in newest.items() if key not in self.shared and key not in self.unheard}
+
+    @cached_property
     def wrapped(self) -> list[Wrapped]:
         """Return every function that ours wraps: a call with the name of vLLM's, then the function of ours."""
         found = []
