@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.engine import EngineCoreOutput
 
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
@@ -105,6 +106,22 @@ def test_only_the_request_of_a_failing_policy_ends(running: Engine, options: dic
     answers = [list(outputs[request_id].outputs[0].token_ids) for request_id in ids]
     assert [answers[0], *answers[2:]] == expected
     running.check_all_free()
+
+
+def test_the_client_of_a_failed_request_hears_why(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "error" not in EngineCoreOutput.__struct_fields__:
+        pytest.skip("an engine of this vLLM tells its clients no reason")
+    errors, update = [], running.scheduler.update_from_output
+
+    def noting(*args: Any) -> Any:
+        outputs = update(*args)
+        errors.extend(output.error for of_client in outputs.values() for output in of_client.outputs)
+        return outputs
+
+    monkeypatch.setattr(running.scheduler, "update_from_output", noting)
+    running.generate([random_prompt(700, seed=9)], extra_args=FAILURES[0])
+    (error,) = filter(None, errors)
+    assert error.message == "the KV eviction of this request failed; the server's log says why" and not error.retryable
 
 
 def test_a_policy_that_fails_token_by_token_ends_its_requests_at_once(running: Engine) -> None:

@@ -50,6 +50,19 @@ def test_somebody_has_looked_at_every_call_that_the_extensions_refuse() -> None:
     assert calls_that_differ().keys() <= NEEDED_BY.keys()
 
 
+def test_a_wheel_that_cannot_be_downloaded_is_named_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(newest_vllm, "WHEELS", tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(newest_vllm.NewestVLLMError) as error:
+        newest_vllm.download()
+    assert str(error.value).startswith(
+        f"the wheel of vllm {newest_vllm.NEWEST} could not be downloaded into {tmp_path}: "
+    )
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("num_positional", "keywords", "wrong"),
     [

@@ -241,7 +241,8 @@ class EvictionMixin(Scheduler):
             # vLLM's own list of requests that end with an error once this step's tokens are counted; 0.33 notes why
             ending: set[str] | dict[str, RequestError] = self.grammar_compile_error_reqs
             if isinstance(ending, dict):
-                ending[req_id] = RequestError("kv_eviction_failed", "its KV eviction failed; the server's log says why")
+                why = "the KV eviction of this request failed; the server's log says why"
+                ending[req_id] = RequestError("kv_eviction_failed", why)
             else:
                 ending.add(req_id)
         return report.failure is None
