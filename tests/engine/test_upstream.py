@@ -37,14 +37,25 @@ ATTRIBUTES = {
     "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding": ["cos_sin_cache", "is_neox_style"],
     "vllm.model_executor.models.llama:LlamaAttention": ["o_proj", "rotary_emb"],
     "vllm.model_executor.models.llama:LlamaForCausalLM": ["compute_logits"],
+    "vllm.v1.attention.backend:AttentionLayer": ["_k_scale", "_k_scale_float", "_v_scale", "_v_scale_float"],
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager": ["enable_caching", "kv_cache_group_id"],
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": [
         "attn_groups",
         "execute_model_state",
+        "get_model",
         "req_states",
         "speculator",
+        "vllm_config",
     ],
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ["attn_groups", "drafter", "execute_model_state", "input_batch"],
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": [
+        "attn_groups",
+        "drafter",
+        "execute_model_state",
+        "get_model",
+        "input_batch",
+        "input_ids",
+        "vllm_config",
+    ],
     "vllm.v1.worker.utils:AttentionGroup": ["layer_names", "metadata_builders"],
 }
 

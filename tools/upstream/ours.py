@@ -44,12 +44,10 @@ class Wrapped:
 
     target: "package.module:Class.method"
     wrap:   takes vLLM's function and returns what takes its place
-    at:     where ours says so
     """
 
     target: str
     wrap: Function
-    at: str
 
 
 class Upstream:
@@ -145,7 +143,7 @@ class Upstream:
                     case ast.Call(args=[ast.Constant(value=str() as target), ast.Name(id=name), *_]):
                         wrap = self.program.lookup(module, name)
                         if _TARGET.fullmatch(target) and isinstance(wrap, Function):
-                            found.append(Wrapped(target, wrap, self.place(module, node)))
+                            found.append(Wrapped(target, wrap))
         return found
 
     def seen(self) -> Iterator[Seen]:
