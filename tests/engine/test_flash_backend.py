@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests import flash_attention
+from tests.conftest import USES_V2_RUNNER
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 from vllm_kvevict.engine import cpu_worker
+from vllm_kvevict.engine import cuda_backends as cuda_backends_module
 from vllm_kvevict.engine.attention import backend_in_place_of
+from vllm_kvevict.engine.cpu_worker import EvictionCPUWorker
+from vllm_kvevict.engine.cuda_backends import InPlaceOfFlashAttention, check_backends, cuda_backends
 from vllm_kvevict.engine.flash_backend import EvictionFlashBackend, EvictionFlashImpl
+from vllm_kvevict.engine.triton_backend import EvictionTritonImpl
 
 PROMPTS = [random_prompt(length, seed=length) for length in (40, 383, 450, 512)]
 ALLOCATORS = ("uniform", "lava")
@@ -66,12 +74,58 @@ def test_answers_are_those_of_cpu_attention(
         assert answers(running) == plain
 
 
-def test_flash_attention_4_is_refused(
-    tiny_llama: Path, on_flash_attention: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("version", "fields", "message"),
+    [
+        (4, {}, "FlashAttention 4; use --attention-backend TRITON_ATTN or leave"),
+        (3, {"kv_cache_dtype": "fp8"}, "a KV cache in fp8 on FlashAttention; use --attention-backend TRITON_ATTN or"),
+    ],
+)
+def test_a_layer_that_flash_attention_does_not_fit_is_refused_where_nothing_took_its_place(
+    tiny_llama: Path,
+    on_flash_attention: None,
+    monkeypatch: pytest.MonkeyPatch,
+    version: int,
+    fields: dict[str, Any],
+    message: str,
 ) -> None:
-    monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **_: 4)
-    with (
-        pytest.raises(ValueError, match="FlashAttention 4; use --attention-backend TRITON_ATTN or leave"),
-        engine(tiny_llama),
-    ):
+    monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **_: version)
+    monkeypatch.setattr(flash_attn, "flash_attn_supports_kv_cache_dtype", lambda *_, **__: True)
+    with pytest.raises(ValueError, match=message), engine(tiny_llama, **fields):
         pass
+
+
+def gemma_answers(running: Engine) -> list[list[int]]:
+    running.poison_unowned_memory()
+    tokens = running.tokens([random_prompt(100, seed=100)], max_tokens=4)
+    assert running.num_evictions == 1
+    running.check_all_free()
+    return tokens
+
+
+@pytest.mark.skipif(not USES_V2_RUNNER, reason="Triton's kernels run only through its interpreter")
+@pytest.mark.feature("Triton attention and FlashAttention 2 and 3, not run on a GPU", runners=("V2",))
+def test_triton_takes_the_place_of_flash_attention_4_beside_sliding_windows(
+    tiny_gemma: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine(tiny_gemma, budget=64, max_num_batched_tokens=64, max_num_seqs=2) as running:
+        plain = gemma_answers(running)
+
+    def load_as_on_cuda(worker: EvictionCPUWorker, **arguments: Any) -> None:
+        with cuda_backends(worker.vllm_config):
+            chosen = AttentionBackendEnum.FLASH_ATTN.get_class()
+            with backend_in_place_of(AttentionBackendEnum.CPU_ATTN, chosen):
+                super(EvictionCPUWorker, worker).load_model(**arguments)
+        check_backends(get_layers_from_vllm_config(worker.vllm_config, Attention).values())
+
+    warnings: list[str] = []
+    monkeypatch.setattr(cuda_backends_module.logger, "warning", lambda text, *args: warnings.append(text % args))
+    monkeypatch.setattr(EvictionCPUWorker, "load_model", load_as_on_cuda)
+    monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **_: 4)
+    # vLLM asks for it before it launches the kernel that writes keys and values
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with engine(tiny_gemma, budget=64, max_num_batched_tokens=64, max_num_seqs=2) as running:
+        context = running.worker.vllm_config.compilation_config.static_forward_context
+        assert all(isinstance(layer.impl, EvictionTritonImpl) for layer in context.values())
+        assert gemma_answers(running) == plain
+    assert warnings == [f"{InPlaceOfFlashAttention.reason}: Triton attention takes its place"]
