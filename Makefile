@@ -13,13 +13,14 @@ PYTEST := $(VENV_PYTHON) -m pytest
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 IN_PROCESS := $(addprefix tests/e2e/test_,gemma3.py inspect.py smollm2.py)
 SERVER_TESTS := $(filter-out $(IN_PROCESS),$(sort $(wildcard tests/e2e/test_*.py))) tests/benchmarks/test_soak.py
-V2_TESTS := tests/engine $(addprefix --ignore=tests/engine/test_,flags.py metrics.py patches.py rows.py upstream.py)
+V2_TESTS := tests/engine $(addprefix --ignore=tests/engine/test_,rows.py upstream.py)
 # engine tests run on the oldest vLLM with model runner V1 and on the newest with V2, a few of them on the other two pairs
 NEWEST := PYTHONPATH=$(CURDIR)/.cache/vllm-0.33$(addprefix :,$(PYTHONPATH))
 V2 := VLLM_USE_V2_MODEL_RUNNER=1
 # what `make test` leaves to `make test-more`: CONTRIBUTING.md has the list
 MORE := more
 MORE_ON_V2 := more or more_on_v2
+SMOKE := smoke and not ($(MORE_ON_V2))
 export TORCH_INDEX KVEVICT_MODELS
 
 .DEFAULT_GOAL := help
@@ -37,8 +38,8 @@ endef
 
 test: lint models newest ## lint, types and the tests that guard every change
 	$(call run_tests,not ($(MORE)),not ($(MORE_ON_V2)))
-	$(V2) $(PYTEST) -m smoke $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
-	$(NEWEST) $(PYTEST) -m smoke $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
+	$(V2) $(PYTEST) -m "$(SMOKE)" $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
+	$(NEWEST) $(PYTEST) -m "$(SMOKE)" $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
 
 test-more: models newest ## the tests that `make test` leaves out
 	$(call run_tests,$(MORE),$(MORE_ON_V2))

@@ -14,6 +14,7 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from tests.e2e.prompts import long_text
 from tests.engine.harness import Engine, engine
 
+MORE = pytest.mark.more("a real model: engine/test_hybrid_models.py and test_stress.py have a tiny one with windows")
 pytestmark = pytest.mark.feature("models with sliding-window layers")
 
 BUDGET = 256
@@ -108,6 +109,7 @@ def test_the_converted_config_is_gemma_s(gemma3: Path) -> None:
     assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (4, 1, 256)
 
 
+@MORE
 def test_full_attention_gives_blocks_back_and_windows_hold_what_they_hold_in_stock(
     running: Engine, stock: Trace, prompt: list[int], kept_masks: list[torch.Tensor]
 ) -> None:
@@ -126,6 +128,7 @@ def test_full_attention_gives_blocks_back_and_windows_hold_what_they_hold_in_sto
     assert all(mine != full for mine, full in zip(evicted.logprobs[1:4], stock.logprobs[1:4], strict=True))
 
 
+@MORE
 def test_the_fact_survives_a_quarter_of_the_cache(
     running: Engine, stock: Trace, prompt: list[int], tokenizer: Any
 ) -> None:
@@ -137,6 +140,7 @@ def test_the_fact_survives_a_quarter_of_the_cache(
     assert ["47" in answer for answer in answers] == [True, True, False], answers
 
 
+@MORE
 def test_a_budget_above_the_prompt_is_byte_identical_to_stock(running: Engine, stock: Trace, prompt: list[int]) -> None:
     num_evictions = running.num_evictions
     assert follow(running, prompt, kv_budget=len(prompt)) == stock

@@ -55,7 +55,7 @@ def test_a_line_at_the_start_says_what_the_memory_allows(server: Server) -> None
 
 
 def test_usage_falls_once_the_prompt_is_evicted(server: Server, client: OpenAI) -> None:
-    """About 2,900 tokens: at least 90 % of the blocks are back while the answer grows."""
+    """About 2,800 tokens: at least 90 % of the blocks are back while the answer grows."""
     wait_until_idle(server)
     before = server.metrics()
     usage, held, tokens = [], [], 0

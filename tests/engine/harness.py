@@ -94,6 +94,15 @@ class Engine:
         assert [list(outputs[request_id].outputs[0].token_ids) for request_id in ids] == alone
         self.check_all_free()
 
+    @contextmanager
+    def in_chunks(self, num_tokens: int) -> Iterator[None]:
+        """Inside, no step computes more than ``num_tokens`` tokens."""
+        usual, self.scheduler.max_num_scheduled_tokens = self.scheduler.max_num_scheduled_tokens, num_tokens
+        try:
+            yield
+        finally:
+            self.scheduler.max_num_scheduled_tokens = usual
+
     def blocks_held(self, internal_id: str, num_tokens: int | None = None) -> list[int]:
         """Return the blocks of a request, those of its first ``num_tokens`` tokens if given."""
         groups = self.scheduler.kv_cache_manager.get_block_ids(internal_id)

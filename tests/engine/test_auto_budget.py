@@ -78,13 +78,8 @@ def test_chunks_do_not_change_the_choice(tiny_llama: Path, running: Engine, chun
     with recorded_evictions() as whole:
         for prompt in prompts:
             running.generate([prompt])
-    threshold = running.scheduler.scheduler_config.long_prefill_token_threshold
-    running.scheduler.scheduler_config.long_prefill_token_threshold = chunk
-    try:
-        with recorded_evictions() as cut:
-            running.generate(prompts)
-    finally:
-        running.scheduler.scheduler_config.long_prefill_token_threshold = threshold
+    with running.in_chunks(chunk), recorded_evictions() as cut:
+        running.generate(prompts)
     assert sorted(each.plan.num_kept_blocks for each in cut) == sorted(each.plan.num_kept_blocks for each in whole)
 
 

@@ -16,6 +16,7 @@ from tests.tiny_llama import VOCAB_SIZE, random_prompt
 
 NUM_STEPS = 64
 KV_BYTES = 64 << 20
+MORE = pytest.mark.more("ragged layers are evicted from a full last block and in chunks, too")
 ON_V1 = pytest.mark.more_on_v2("on V1 the same block sizes, chunks and shares are compared")
 
 
@@ -32,7 +33,7 @@ def run_with_logits(running: Engine, prompt: list[int]) -> tuple[list[int], torc
     [
         pytest.param("snapkv", None, 500, 96, 32, 2048, id="one chunk", marks=pytest.mark.smoke),
         pytest.param("snapkv", None, 513, 128, 64, 2048, id="block 64, one token in the last block", marks=ON_V1),
-        pytest.param("snapkv", None, 352, 96, 32, 100, id="full last block, chunks", marks=ON_V1),
+        pytest.param("snapkv", None, 352, 96, 32, 100, id="full last block, chunks", marks=MORE),
         pytest.param("snapkv", None, 385, 0.25, 32, 64, id="fraction, tiny chunks"),
         pytest.param("lava", [[1, 7], [3, 0.5]], 700, 224, 32, 2048, id="ragged heads", marks=pytest.mark.smoke),
         pytest.param("snapkv", [1, 6], 640, 224, 32, 150, id="ragged layers, full last block, chunks", marks=ON_V1),
@@ -95,7 +96,7 @@ def dense_snapkv_scores(dense: DenseModel, length: int, window: int = 32, kernel
     return torch.stack(layers)
 
 
-@pytest.mark.more_on_v2("on V1 the same real model is compared")
+@pytest.mark.more("a real model: the logits are compared with those of a tiny one, its scores in test_fp8_cache.py")
 def test_smollm2_keeps_what_snapkv_says_and_continues_like_the_masked_model(
     smollm2: Path, kept_masks: list[torch.Tensor]
 ) -> None:

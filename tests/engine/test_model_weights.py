@@ -81,6 +81,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.more_on_v2("what is refused depends on the configuration alone")
 @pytest.mark.parametrize("case", REFUSED)
 def test_models_that_are_not_known_well_enough_are_refused(tmp_path: Path, case: str) -> None:
     changes, found = REFUSED[case]

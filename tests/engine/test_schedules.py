@@ -19,16 +19,17 @@ BUDGET = 96
 @pytest.mark.feature("chunked prefill")
 def test_chunk_size_does_not_change_what_is_kept(tiny_llama: Path, kept_masks: list[torch.Tensor]) -> None:
     """333 = 10 * 33 + 3: the last chunk is far shorter than the observation window."""
-    prompt, chunks = random_prompt(333, seed=7), (0, 256, 96, 33)
+    prompt = random_prompt(333, seed=7)
     with engine(tiny_llama, budget=BUDGET, enable_prefix_caching=False) as running:
-        for chunk in chunks:  # 0: the whole prompt
-            running.scheduler.scheduler_config.long_prefill_token_threshold = chunk
+        for chunk in (333, 256, 96, 33):
             running.add(prompt, max_tokens=2)
-            steps = 0
-            while running.llm.llm_engine.has_unfinished_requests():
-                running.step()
-                steps += 1
-            assert steps == 1 + (-(-333 // chunk) if chunk else 1)
+            with running.in_chunks(chunk):
+                for _ in range(-(-333 // chunk)):
+                    assert not running.num_evictions
+                    running.step()
+            assert running.num_evictions == 1
+            running.num_evictions = 0
+            running.run()
     whole, *cut = kept_masks
     assert len(cut) == 3 and all(mask.equal(whole) for mask in cut)
 
@@ -49,7 +50,7 @@ def async_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.feature("async scheduling")
 @pytest.mark.parametrize(
-    "caching", [pytest.param(False, marks=pytest.mark.more_on_v2("on V1 without a prefix cache, too")), True]
+    "caching", [pytest.param(False, marks=pytest.mark.more("the same without a prefix cache")), True]
 )
 def test_async_scheduling_gives_the_same_answers(
     tiny_llama: Path, request: pytest.FixtureRequest, caching: bool
