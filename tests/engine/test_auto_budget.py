@@ -50,7 +50,12 @@ def expected_blocks(dense: DenseModel, prompt: list[int]) -> int:
 
 
 @pytest.mark.feature("a budget chosen for each prompt")
-@pytest.mark.parametrize("length", [150, 640])
+@pytest.mark.parametrize(
+    "length",
+    [150, 640]
+    if USES_V2_RUNNER
+    else [150, 640, pytest.param(1500, marks=pytest.mark.more("prompts that are longer still"))],
+)
 def test_as_many_blocks_stay_as_the_likelihood_says(running: Engine, dense: DenseModel, length: int) -> None:
     found = set()
     for seed in range(3):
