@@ -15,7 +15,8 @@ IN_PROCESS := $(addprefix tests/e2e/test_,gemma3.py inspect.py smollm2.py)
 SERVER_TESTS := $(filter-out $(IN_PROCESS),$(sort $(wildcard tests/e2e/test_*.py))) tests/benchmarks/test_soak.py
 V2_TESTS := tests/engine $(addprefix --ignore=tests/engine/test_,rows.py upstream.py)
 # engine tests run on the oldest vLLM with model runner V1 and on the newest with V2, a few of them on the other two pairs
-NEWEST := PYTHONPATH=$(CURDIR)/.cache/vllm-0.33$(addprefix :,$(PYTHONPATH))
+# each vLLM caches what it knows of models in a folder of its own: in one, they would replace each other's
+NEWEST := PYTHONPATH=$(CURDIR)/.cache/vllm-0.33$(addprefix :,$(PYTHONPATH)) VLLM_CACHE_ROOT=$(CURDIR)/.cache/vllm-0.33-cache
 V2 := VLLM_USE_V2_MODEL_RUNNER=1
 # what `make test` leaves to `make test-more`: CONTRIBUTING.md has the list
 MORE := more
