@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import types
 from pathlib import Path
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -22,13 +21,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 USES_V2_RUNNER = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 
-if USES_V2_RUNNER:
+if USES_V2_RUNNER:  # on PYTHONPATH as well, so that every process that a test starts finds the Triton backend
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton.backends
-
-    # vLLM uses Triton only where a driver is active; the interpreter needs none
-    driver = type("InterpreterDriver", (), {"is_active": staticmethod(lambda: True)})
-    triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
+    sys.path.insert(0, str(Path(__file__).parent / "triton_interpreter"))
+    os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])])
 
 import pytest
 import torch

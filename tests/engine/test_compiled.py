@@ -7,15 +7,13 @@ from pathlib import Path
 import pytest
 from vllm.config import CompilationMode
 
-from tests.conftest import USES_V2_RUNNER
 from tests.engine.harness import engine
 from tests.tiny_llama import random_prompt
 
 PROMPTS = [random_prompt(length, seed=length) for length in (40, 333, 512, 700)]
 
 
-@pytest.mark.feature("torch.compile", runners=("V1",))
-@pytest.mark.skipif(USES_V2_RUNNER, reason="torch.compile needs a Triton driver, and the interpreter has none")
+@pytest.mark.feature("torch.compile")
 def test_a_compiled_model_answers_as_an_eager_one(tiny_llama: Path) -> None:
     answers = []
     for enforce_eager in (False, True):

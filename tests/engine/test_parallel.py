@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 from vllm import LLM, SamplingParams
 
 from tests.conftest import USES_V2_RUNNER
@@ -13,14 +14,14 @@ from tests.tiny_llama import random_prompt
 from vllm_kvevict import kv_eviction_args
 
 LENGTHS = (40, 333, 700, 1100)
-
-
+BUDGET = 96
 ALLOCATORS = {name: {"kv_budget_allocator": name} for name in ("uniform", "pyramid", "lava")}
 OTHERS = {"laq": {"kv_eviction": "laq"}, "auto": {"kv_budget": "auto"}}
+CASES = {**ALLOCATORS, **OTHERS}
 CALIBRATION = {"snapkv": {"alpha": 10.0, "beta": -74.0}}
 
 
-def answers(model: Path, cases: dict[str, Any] = ALLOCATORS, **settings: Any) -> dict[str, list[list[int]]]:
+def answers(model: Path, cases: dict[str, Any], **settings: Any) -> dict[str, list[list[int]]]:
     settings = {"enforce_eager": True, **settings}
     llm = LLM(
         str(model),
@@ -30,8 +31,9 @@ def answers(model: Path, cases: dict[str, Any] = ALLOCATORS, **settings: Any) ->
         seed=0,
         dtype="float32",
         kv_cache_memory_bytes=32 << 20,
+        disable_log_stats=False,
         **settings,
-        **kv_eviction_args("snapkv", 96, calibration=CALIBRATION),
+        **kv_eviction_args("snapkv", BUDGET, calibration=CALIBRATION),
     )
     try:
         return {name: generate(llm, options) for name, options in cases.items()}
@@ -42,18 +44,32 @@ def answers(model: Path, cases: dict[str, Any] = ALLOCATORS, **settings: Any) ->
 def generate(llm: LLM, options: dict[str, str]) -> list[list[int]]:
     prompts = [{"prompt_token_ids": random_prompt(length, seed=length)} for length in LENGTHS]
     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, detokenize=False, extra_args=options)
+    before = num_evictions()
     outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert num_evictions() == before + sum(length > BUDGET for length in LENGTHS)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     assert scheduler.kv_cache_manager.block_pool.get_usage() == 0
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-@pytest.mark.feature("tensor parallelism", runners=("V1",))
-@pytest.mark.skipif(USES_V2_RUNNER, reason="worker processes would each have to load Triton's interpreter")
-def test_two_workers_answer_as_one(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def num_evictions() -> float:
+    """Return how many prompts all engines of this process have evicted."""
+    samples = (sample for metric in REGISTRY.collect() for sample in metric.samples)
+    return sum(sample.value for sample in samples if sample.name == "kvevict:evictions_total")
+
+
+@pytest.fixture(scope="module")
+def one(tiny_llama: Path) -> dict[str, list[list[int]]]:
+    """What one worker answers."""
+    return answers(tiny_llama, CASES)
+
+
+@pytest.mark.feature("tensor parallelism")
+def test_two_workers_answer_as_one(
+    tiny_llama: Path, one: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    cases = {**ALLOCATORS, **OTHERS}
-    two, one = answers(tiny_llama, cases, tensor_parallel_size=2), answers(tiny_llama, cases)
+    two = answers(tiny_llama, CASES, tensor_parallel_size=2)
     for same in ("uniform", "pyramid", *OTHERS):
         assert two[same] == one[same]
     # lava compares heads, and a worker sees its own ones only: the shares differ, the blocks do not
@@ -61,12 +77,13 @@ def test_two_workers_answer_as_one(tiny_llama: Path, monkeypatch: pytest.MonkeyP
     assert [len(answer) for answer in two["lava"]] == [24] * len(LENGTHS)
 
 
-@pytest.mark.feature("pipeline parallelism", runners=("V1",))
-@pytest.mark.skipif(USES_V2_RUNNER, reason="worker processes would each have to load Triton's interpreter")
-def test_two_stages_answer_as_one(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled: vLLM's V1 runner on CPU has no pipeline in eager mode."""
+@pytest.mark.feature("pipeline parallelism")
+def test_two_stages_answer_as_one(
+    tiny_llama: Path, one: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled on V1, which has no pipeline in eager mode on CPU."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    two, one = answers(tiny_llama, pipeline_parallel_size=2, enforce_eager=False), answers(tiny_llama)
+    two = answers(tiny_llama, ALLOCATORS, pipeline_parallel_size=2, enforce_eager=USES_V2_RUNNER)
     assert two["uniform"] == one["uniform"]
     # these compare layers, and a stage sees its own ones only
     for allocator in ("pyramid", "lava"):
