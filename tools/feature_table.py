@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vllm_kvevict.policies.table import with_text_between
 
@@ -24,13 +25,15 @@ END = "<!-- end of features -->"
 class Marker:
     """One ``pytest.mark.feature(...)`` or ``pytest.mark.refused(...)`` in a test file.
 
-    runners: model runners that the test runs on; tests of tests/engine run on both unless the marker says otherwise
+    runners:   model runners that the test runs on; tests of tests/engine run on both unless the marker says otherwise
+    not_on_v2: why the test is skipped on V2, None if it is not
     """
 
     kind: str
     name: str
     file: Path
     runners: tuple[str, ...]
+    not_on_v2: str | None = None
 
 
 def markers(tests: Path = ROOT / "tests") -> list[Marker]:
@@ -39,10 +42,28 @@ def markers(tests: Path = ROOT / "tests") -> list[Marker]:
 
 
 def _markers_in(file: Path) -> Iterator[Marker]:
-    for kind, node in marker_calls(ast.parse(file.read_text()), "feature", "refused"):
-        runners = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}.get("runners")
+    tree = ast.parse(file.read_text())
+    tests = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    not_on_v2 = {decorator: _reason_not_on_v2(test) for test in tests for decorator in test.decorator_list}
+    for kind, node in marker_calls(tree, "feature", "refused"):
         both = ("V1", "V2") if file.parent.name == "engine" else ("V1",)
-        yield Marker(kind, ast.literal_eval(node.args[0]), file, runners or both)
+        runners, reason = _keywords(node).get("runners", both), not_on_v2.get(node)
+        if reason is not None:
+            runners = tuple(runner for runner in runners if runner != "V2")
+        yield Marker(kind, ast.literal_eval(node.args[0]), file, runners, reason)
+
+
+def _reason_not_on_v2(test: ast.FunctionDef) -> str | None:
+    """Return the reason of ``pytest.mark.skipif(USES_V2_RUNNER, reason=...)`` above a test, None without it."""
+    for decorator in test.decorator_list:
+        for _, call in marker_calls(decorator, "skipif"):
+            if ast.unparse(call.args[0]) == "USES_V2_RUNNER":
+                return str(_keywords(call)["reason"])
+    return None
+
+
+def _keywords(call: ast.Call) -> dict[str | None, Any]:
+    return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
 
 
 def marker_calls(tree: ast.AST, *kinds: str) -> Iterator[tuple[str, ast.Call]]:
@@ -54,21 +75,29 @@ def marker_calls(tree: ast.AST, *kinds: str) -> Iterator[tuple[str, ast.Call]]:
             yield node.func.attr, node
 
 
-def table() -> str:
+def table(tests: Path = ROOT / "tests") -> str:
     """Return the README's text: a row for every feature that works, and a sentence with all that is refused."""
-    found = markers()
+    found = markers(tests)
     works: dict[str, list[Marker]] = {}
     for marker in found:
         if marker.kind == "feature":
             works.setdefault(marker.name, []).append(marker)
     rows = ["| works with eviction on | runners | shown by `tests/` |", "| --- | --- | --- |"]
     for name, shown_by in sorted(works.items(), key=lambda item: item[0].lower()):
-        runners = sorted({runner for marker in shown_by for runner in marker.runners})
-        files = sorted({str(marker.file.relative_to(ROOT / "tests")) for marker in shown_by})
-        rows.append(f"| {name} | {', '.join(runners)} | {', '.join(f'`{file}`' for file in files)} |")
+        files = sorted({str(marker.file.relative_to(tests)) for marker in shown_by})
+        rows.append(f"| {name} | {_runners(shown_by)} | {', '.join(f'`{file}`' for file in files)} |")
     refused = sorted({marker.name for marker in found if marker.kind == "refused"}, key=str.lower)
     sentence = f"Refused at start-up, by name and with the remedy: {', '.join(refused)}."
     return "\n".join([*rows, "", textwrap.fill(sentence, 120)])
+
+
+def _runners(shown_by: list[Marker]) -> str:
+    """Return the runners that a feature was shown on, and if V2 is not one of them, what keeps it from V2 here."""
+    runners = sorted({runner for marker in shown_by for runner in marker.runners})
+    reasons = sorted({marker.not_on_v2 for marker in shown_by if marker.not_on_v2 is not None})
+    if "V2" in runners or not reasons:
+        return ", ".join(runners)
+    return f"{', '.join(runners)}; on V2 not here: {', '.join(reasons)}"
 
 
 def with_table(document: str) -> str:
