@@ -39,6 +39,7 @@ endef
 
 test: lint models newest ## lint, types and the tests that guard every change
 	$(call run_tests,not ($(MORE)),not ($(MORE_ON_V2)))
+	$(NEWEST) $(V2) $(PYTEST) tests/e2e/test_data_parallel.py $(PYTEST_ARGS)
 	$(V2) $(PYTEST) -m "$(SMOKE)" $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
 	$(NEWEST) $(PYTEST) -m "$(SMOKE)" $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
 
