@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tools.gpu.__main__ import main
-from tools.gpu.compare import LOGPROB, NEAR_TIE, Check, checks, verdict_of
+from tools.gpu.compare import BACKENDS, LOGPROB, NEAR_TIE, Check, checks, verdict_of
 from tools.gpu.results import RESULTS, Answer, Measured, Record, append, read
 from tools.gpu.runs import REFERENCE, RUNS, Run
 
@@ -34,7 +34,7 @@ def measured(run: Run) -> Measured:
         worker="Worker" if run.policy is None else "EvictionGPUWorker",
         runner=RUNNERS[run.runner],
         graphs="PIECEWISE" if run.graphs else "NONE",
-        attention="Backend",
+        attention=BACKENDS[str(run.attention)][run.policy is not None],
         peak_gib=1.0,
         weights="abc",
         build_s=1.0,
@@ -130,6 +130,18 @@ def test_the_same_tokens_with_other_probabilities_fail() -> None:
     assert failed(records) == ["evicted_v1 as evicted_eager, log-probabilities"]
 
 
+@pytest.mark.parametrize("name", ["nothing_evicted", "evicted_v1"])
+def test_probabilities_that_are_no_numbers_fail(name: str) -> None:
+    records = answers(session(), name, answer(shift=float("nan")), answer())
+    assert f"{name}, second pass as first, log-probabilities" in failed(records)
+
+
+def test_runs_of_different_files_are_no_session() -> None:
+    records = session()
+    records["stock_eager"] = replace(records["stock_eager"], sources="other")
+    assert failed(records) == ["states of the source files"]
+
+
 def test_a_second_pass_that_answers_otherwise_fails() -> None:
     records = changed(session(), "evicted_decode_eager", passes=[[answer()] * 2, [answer(), parted(answer(), 5)]])
     assert failed(records) == ["evicted_decode_eager, second pass as first, lead where tokens part"]
@@ -149,6 +161,8 @@ def test_an_evicted_run_that_holds_as_many_blocks_as_stock_fails() -> None:
         pytest.param({"runner": RUNNERS[1]}, id="fell back to V1"),
         pytest.param({"worker": "Worker"}, id="stock worker"),
         pytest.param({"graphs": "NONE"}, id="without graphs"),
+        pytest.param({"graphs": "FULL_AND_PIECEWISE"}, id="graphs that replay stock attention"),
+        pytest.param({"attention": "EvictionTritonBackend"}, id="another attention backend"),
     ],
 )
 def test_an_engine_that_is_not_what_was_asked_for_fails(fields: dict[str, str]) -> None:

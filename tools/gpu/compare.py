@@ -39,6 +39,11 @@ RUNNERS = {
     1: ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.cpu_model_runner"),
     2: ("vllm.v1.worker.gpu.model_runner",),
 }
+# --attention-backend: the class that stock vLLM takes for it, and ours
+BACKENDS = {
+    "FLASH_ATTN": ("FlashAttentionBackend", "EvictionFlashBackend"),
+    "TRITON_ATTN": ("TritonAttentionBackend", "EvictionTritonBackend"),
+}
 PLUGIN = "vllm_kvevict:register"
 
 
@@ -96,7 +101,9 @@ def verdict_of(name: str, found: Iterable[Check]) -> str:
 
 
 def _machines(records: Mapping[str, Record]) -> Iterator[Check]:
-    """Whether each machine could run an engine at all."""
+    """Whether each machine could run an engine at all, and all ran the same files."""
+    sources = {record.sources for record in records.values()}
+    yield Check("states of the source files", str(len(sources)), "1", len(sources) <= 1)
     for machine in {json.dumps(record.machine): record.machine for record in records.values()}.values():
         is_found = PLUGIN in machine.get("plugins", [])
         yield Check("plugin's entry point", "found" if is_found else "missing", PLUGIN, is_found)
@@ -111,9 +118,15 @@ def _machines(records: Mapping[str, Record]) -> Iterator[Check]:
 
 def _who_ran(run: Run, found: Measured) -> Check:
     is_ours, has_graphs = found.worker.startswith("Eviction"), found.graphs != "NONE"
+    backend = found.attention if run.attention is None else BACKENDS[run.attention][is_ours]
     as_asked = (is_ours, has_graphs) == (run.policy is not None, run.graphs) and found.runner in RUNNERS[run.runner]
+    as_asked = as_asked and found.attention == backend
+    if is_ours and has_graphs:  # a full one would replay stock attention for evicted rows
+        as_asked = as_asked and found.graphs == "PIECEWISE"
     who = f"{found.worker}, {found.runner}, {found.attention}, graphs {found.graphs}"
-    asked = f"{'our' if run.policy else 'stock'} worker, V{run.runner}, graphs {'on' if run.graphs else 'off'}"
+    asked = (
+        f"{'our' if run.policy else 'stock'} worker, V{run.runner}, {backend}, graphs {'on' if run.graphs else 'off'}"
+    )
     return Check(f"{run.name}, what ran", who, asked, as_asked, (run.name,))
 
 
@@ -152,10 +165,9 @@ def _same_answers(
     for left, right in zip(wanted, found, strict=True):
         same = next((i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a[0][0] != b[0][0]), len(left))
         num_same += same
-        differences = [abs(a[0][1] - b[0][1]) for a, b in zip(left[:same], right, strict=False)]
-        difference = max([difference, *differences])
+        difference = _most(difference, *(abs(a[0][1] - b[0][1]) for a, b in zip(left[:same], right, strict=False)))
         if same < len(left):
-            gap = max(gap, _lead(left[same], right[same][0][0]), _lead(right[same], left[same][0][0]))
+            gap = _most(gap, _lead(left[same], right[same][0][0]), _lead(right[same], left[same][0][0]))
     share = num_same / num_tokens
     if is_exact:
         yield Check(f"{title}, same tokens", f"{num_same} of {num_tokens}", "all", num_same == num_tokens, runs)
@@ -165,6 +177,11 @@ def _same_answers(
         yield Check(f"{title}, tokens until they part", f"{share:.3f} of all", f"{LEAST_COMPARED}", enough, runs)
     value = f"{difference:.3f} at most"
     yield Check(f"{title}, log-probabilities", value, f"{LOGPROB}", difference <= LOGPROB, runs)
+
+
+def _most(*values: float) -> float:
+    """Return the largest value; NaN, which compares as nothing, counts as infinite."""
+    return max(math.inf if math.isnan(value) else value for value in values)
 
 
 def _lead(step: Step, rival: int) -> float:
