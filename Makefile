@@ -16,7 +16,8 @@ SERVER_TESTS := $(filter-out $(IN_PROCESS),$(sort $(wildcard tests/e2e/test_*.py
 V2_TESTS := tests/engine $(addprefix --ignore=tests/engine/test_,rows.py upstream.py)
 # engine tests run on the oldest vLLM with model runner V1 and on the newest with V2, a few of them on the other two pairs
 # each vLLM caches what it knows of models in a folder of its own: in one, they would replace each other's
-NEWEST := PYTHONPATH=$(CURDIR)/.cache/vllm-0.33$(addprefix :,$(PYTHONPATH)) VLLM_CACHE_ROOT=$(CURDIR)/.cache/vllm-0.33-cache
+NEWEST := PYTHONPATH=$(CURDIR)/.cache/vllm-0.33$(addprefix :,$(PYTHONPATH)) KVEVICT_VLLM=0.33.0+cpu \
+	VLLM_CACHE_ROOT=$(CURDIR)/.cache/vllm-0.33-cache
 V2 := VLLM_USE_V2_MODEL_RUNNER=1
 # what `make test` leaves to `make test-more`: CONTRIBUTING.md has the list
 MORE := more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -28,6 +29,11 @@ if USES_V2_RUNNER:  # on PYTHONPATH as well, so that every process that a test s
 
 import pytest
 import torch
+
+# the Makefile says which vLLM it means: tests of the newest that ran on the oldest would pass
+VLLM = version("vllm")
+if os.environ.get("KVEVICT_VLLM", VLLM) != VLLM:
+    pytest.exit(f"KVEVICT_VLLM: expected vLLM {os.environ['KVEVICT_VLLM']} first on PYTHONPATH, got {VLLM}", 2)
 
 if not torch.cuda.is_available():  # our own Triton kernels run in the interpreter; read when they are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")

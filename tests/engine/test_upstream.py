@@ -30,15 +30,24 @@ NEWEST = os.environ.get("KVEVICT_NEWEST", newest_vllm.NEWEST)
 VERSIONS = sorted({installed_vllm(), NEWEST})
 # what we read of objects whose types no annotation tells, in our code or in vLLM's: class -> attributes
 ATTRIBUTES = {
+    "vllm.config.model_arch:ModelArchitectureConfig": ["head_size", "total_num_hidden_layers"],
     "vllm.logprobs:Logprob": ["logprob"],
     "vllm.outputs:CompletionOutput": ["text", "token_ids"],
     "vllm.model_executor.layers.attention:Attention": ["get_attn_backend", "impl", "layer_name"],
     "vllm.model_executor.layers.linear:RowParallelLinear": ["input_size_per_partition", "quant_method"],
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors:CompressedTensorsConfig": [
+        "kv_cache_scheme"
+    ],
     "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding": ["cos_sin_cache", "is_neox_style"],
     "vllm.model_executor.models.llama:LlamaAttention": ["o_proj", "rotary_emb"],
     "vllm.model_executor.models.llama:LlamaForCausalLM": ["compute_logits"],
+    # what ours set: vLLM has to go on asking for it by these names
+    "vllm.v1.attention.backend:AttentionImpl": ["fused_output_quant_supported", "supports_quant_query_input"],
+    "vllm.v1.attention.backend:AttentionMetadataBuilder": ["supports_draft_decode_metadata_update"],
     "vllm.v1.attention.backend:AttentionLayer": ["_k_scale", "_k_scale_float", "_v_scale", "_v_scale_float"],
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager": ["enable_caching", "kv_cache_group_id"],
+    "vllm.v1.kv_cache_interface:SlidingWindowSpec": ["max_admission_blocks_per_request"],
+    "vllm.v1.worker.gpu_input_batch:InputBatch": ["req_ids"],
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": [
         "attn_groups",
         "execute_model_state",
