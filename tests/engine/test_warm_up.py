@@ -18,7 +18,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from tests.conftest import USES_V2_RUNNER
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
-from vllm_kvevict.engine.step import STEP
+from vllm_kvevict.engine.step import STEP, StepEvictions
 
 PROMPTS = [random_prompt(length, seed=length) for length in (40, 333)]
 
@@ -99,6 +99,13 @@ def test_dummy_batches_sleep_and_wake_up_need_no_decisions(running: Engine) -> N
         running.llm.collective_rpc(call)
     assert list(running.run()[name].outputs[0].token_ids) == alone
     running.check_all_free()
+
+
+def test_a_dummy_batch_finds_no_step_that_did_not_end(running: Engine) -> None:
+    """A drafter's ends when tokens are sampled, and in a step without tokens none are."""
+    running.bridge._step = StepEvictions()
+    running.worker.execute_dummy_batch()
+    assert running.bridge._step is None
 
 
 def test_a_step_that_lost_its_decisions_is_an_error(running: Engine) -> None:

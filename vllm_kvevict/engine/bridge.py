@@ -91,6 +91,10 @@ class EvictionBridge:
         self._chosen_rows = []
         self._replacing.failed = {}
 
+    def forget_step(self) -> None:
+        """Batches that come now are none of the scheduler's: stock attention serves all of them."""
+        self._step = None
+
     def end_step(self) -> dict[str, EvictionReport]:
         """After the last layer: allocate, select and compact what the layers have scored."""
         step = self._step or StepEvictions()

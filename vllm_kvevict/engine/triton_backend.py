@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from vllm.utils.math_utils import next_power_of_2
 from vllm.v1.attention.backends.triton_attn import (
     NUM_PAR_SOFTMAX_SEGMENTS,
     TritonAttentionBackend,
@@ -61,15 +62,16 @@ class EvictionTritonMetadataBuilder(EvictionMetadataBuilder, TritonAttentionMeta
     """Lends folded rows the scratch memory that vLLM's builder has for whole ones, which run before them."""
 
     def _launch(self, rows: StepRows) -> Segments:
-        # a folded sequence has the query heads of one KV head: as many numbers in all, in other rows
-        group = self.num_heads_q // self.num_heads_kv
-        head_size = self.softmax_segm_output.shape[-1]
-        output = self.softmax_segm_output.view(-1, group, NUM_PAR_SOFTMAX_SEGMENTS, head_size)
-        maxima, sums = (
-            partial.view(-1, group, NUM_PAR_SOFTMAX_SEGMENTS)
-            for partial in (self.softmax_segm_max, self.softmax_segm_expsum)
-        )
-        return Segments(min(self.seq_threshold_3D * self.num_heads_kv, len(output)), output, maxima, sums)
+        # of these layers: the model's others, or the model of a drafter, may have other heads than vLLM's builder saw
+        num_kv_heads, head_size = self.kv_cache_spec.num_kv_heads, next_power_of_2(self.kv_cache_spec.head_size)
+        group = self.num_heads_q // num_kv_heads
+        row = group * NUM_PAR_SOFTMAX_SEGMENTS
+        most = min(self.softmax_segm_output.numel() // (row * head_size), self.softmax_segm_max.numel() // row)
+        output = self.softmax_segm_output.flatten()[: most * row * head_size]
+        maxima, sums = (each.flatten()[: most * row] for each in (self.softmax_segm_max, self.softmax_segm_expsum))
+        shape = most, group, NUM_PAR_SOFTMAX_SEGMENTS
+        max_sequences = min(self.seq_threshold_3D * num_kv_heads, most)
+        return Segments(max_sequences, output.view(*shape, head_size), maxima.view(shape), sums.view(shape))
 
 
 class EvictionTritonImpl(EvictionImpl, TritonAttentionImpl):

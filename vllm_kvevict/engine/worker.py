@@ -79,6 +79,8 @@ class EvictionMixin(Worker):
     def _on_its_own(self) -> Iterator[None]:
         """Steps inside this context come from vLLM's worker itself, and no scheduler has decided anything for them."""
         before, self._is_on_its_own = self._is_on_its_own, True
+        for bridge in self._bridges:  # a step that sampled nothing has not ended for a drafter
+            bridge.forget_step()
         try:
             yield
         finally:
@@ -104,10 +106,15 @@ class EvictionMixin(Worker):
         with self._on_its_own():
             super().wake_up(*args, **kwargs)
 
+    @property
+    def _bridges(self) -> list[EvictionBridge]:
+        """Of the model, and of its draft model if it has one; none before there is a cache."""
+        bridges = [getattr(self, name, None) for name in ("eviction", "draft_eviction")]
+        return [bridge for bridge in bridges if bridge is not None]
+
     def _forget_weights(self) -> None:
-        self.eviction.forget_weights()
-        if self.draft_eviction is not None:
-            self.draft_eviction.forget_weights()
+        for bridge in self._bridges:
+            bridge.forget_weights()
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         super().reload_weights(*args, **kwargs)
