@@ -18,6 +18,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from tools import newest_vllm
 from vllm_kvevict import kv_eviction_args
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.cpu_backend import EvictionCPUImpl
@@ -185,6 +186,11 @@ REFUSED_CACHES = sorted({*get_args(CacheDType)} - {"auto", "fp8", "fp8_e4m3", "f
             for dtype in REFUSED_CACHES
         ),
         pytest.param(
+            {"speculative_config": {"num_speculative_tokens": 2, "kv_cache_dtype": "int8_per_token_head"}},
+            "a draft model's KV cache of int8_per_token_head; use auto or fp8 for kv_cache_dtype in --speculative",
+            marks=pytest.mark.refused("KV caches of other dtypes than fp8 and the model's own"),
+        ),
+        pytest.param(
             {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
             "layers whose KV cache has another dtype",
             marks=pytest.mark.refused("KV caches of several dtypes"),
@@ -209,9 +215,22 @@ REFUSED_CACHES = sorted({*get_args(CacheDType)} - {"auto", "fp8", "fp8_e4m3", "f
 def test_what_cannot_work_is_refused_by_name(tiny_llama: Path, settings: dict[str, Any], message: str) -> None:
     if "speculative_config" in settings:
         settings = {"speculative_config": {**settings["speculative_config"], "model": str(tiny_llama)}}
-    with pytest.raises(ValueError, match="--kv-eviction does not work with") as error:
+    with pytest.raises(ValueError, match=r"--kv-eviction does not work with|is incompatible with dtype=") as error:
         created(tiny_llama, **settings)
-    assert message in str(error.value)
+    # vLLM 0.33 refuses by itself a cache in another float than the model's
+    is_theirs = f'kv_cache_dtype="{settings.get("kv_cache_dtype")}" is incompatible with dtype="float32"'
+    assert message in str(error.value) or (newest_vllm.is_used() and is_theirs in str(error.value))
+
+
+def test_images_are_refused_with_eviction_between_chunks(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk behind the first eviction sees what came before it, and an image all of itself."""
+    vllm_config = created(tiny_llama)
+    bounded = EvictionConfig.parse({"policy": "snapkv", "budget": 256, "during_prefill": True})
+    check_config(bounded, vllm_config)
+    monkeypatch.setattr(vllm_config.model_config, "is_mm_prefix_lm", True)
+    with pytest.raises(ValueError, match="kv_evict_during_prefill: does not work with a model whose images see all"):
+        check_config(bounded, vllm_config)
+    check_config(EvictionConfig.parse({"policy": "snapkv", "budget": 256}), vllm_config)
 
 
 def test_drafts_are_refused_with_eviction_during_decode(tiny_llama: Path) -> None:

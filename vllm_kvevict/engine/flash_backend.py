@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_kvevict.cache.pages import Packing, PagePool
 from vllm_kvevict.engine.attention import EvictionBackend, EvictionImpl, EvictionMetadataBuilder
-from vllm_kvevict.engine.cache_dtype import FLOAT8_DTYPES
+from vllm_kvevict.engine.cache_dtype import FLOAT8_DTYPES, cache_dtypes
 from vllm_kvevict.engine.model import evicted_models
 from vllm_kvevict.engine.rows import FoldedQueries
 
@@ -31,7 +31,7 @@ def flash_attention_fits(vllm_config: VllmConfig) -> bool:
 
     It needs version 2 or 3, and no cache in fp8, with which its queries are fp8 as well, and policies read them.
     """
-    if vllm_config.cache_config.cache_dtype in FLOAT8_DTYPES:
+    if any(dtype in FLOAT8_DTYPES for dtype in cache_dtypes(vllm_config)):
         return False
     archs = [model.model_arch_config for model in evicted_models(vllm_config)]
     head_sizes = {arch[layer].head_size for arch in archs for layer in range(arch.total_num_hidden_layers)}

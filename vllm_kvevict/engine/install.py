@@ -104,6 +104,7 @@ def _unsupported(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
     platform, is_cpu = current_platform.device_name, current_platform.is_cpu()
     dtype = str(model.dtype).removeprefix("torch.")
     speculation = getattr(vllm_config.speculative_config, "method", None)
+    drafts = getattr(vllm_config.speculative_config, "kv_cache_dtype", None)
     ours = scheduler.scheduler_cls is None or "vllm_kvevict" in str(scheduler.scheduler_cls)
     return [
         (
@@ -130,6 +131,11 @@ def _unsupported(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
             f"a KV cache of {cache.cache_dtype} for a model in {dtype}",
             cache.cache_dtype not in ("auto", dtype, *FLOAT8_DTYPES),
             "use --kv-cache-dtype auto or fp8,",
+        ),
+        (
+            f"a draft model's KV cache of {drafts}",
+            drafts not in (None, "auto", dtype, *FLOAT8_DTYPES),
+            "use auto or fp8 for kv_cache_dtype in --speculative-config,",
         ),
         (
             "layers whose KV cache has another dtype",

@@ -50,6 +50,11 @@ def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
             f"{REQUEST_DURING_PREFILL}: does not work with policy {config.policy!r}, which holds the whole prompt "
             f"until it has seen the answer; choose another policy"
         )
+    if method.during_prefill and vllm_config.model_config.is_mm_prefix_lm:
+        raise ValueError(
+            f"{REQUEST_DURING_PREFILL}: does not work with a model whose images see all of themselves, since a chunk "
+            f"behind the first eviction sees only what came before; say {REQUEST_DURING_PREFILL} false"
+        )
     if method.per_token and method.query_window > ring_depth(vllm_config):
         raise ValueError(
             f"{REQUEST_INTERVAL}: policy {config.policy!r} looks at the last {method.query_window} queries, and this "
