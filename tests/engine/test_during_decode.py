@@ -43,11 +43,12 @@ POLICIES = ["snapkv", "lava", "tova", "h2o", "streaming_llm", "knorm", "keydiff"
 def lengths_and_policies() -> Iterator[Any]:
     """One length for each policy, and in the second tier the others."""
     others = pytest.mark.more("each policy with the other lengths and allocators")
+    on_v1 = pytest.mark.more_on_v2("on V1 every policy; on V2 every other one")
     for index, policy in enumerate(POLICIES):
         for place, length in enumerate((40, 128, 129, 500)):
             allocator = ("uniform", "lava")[(index + place) % 2]
             if index % 4 == place:
-                yield length, policy, allocator
+                yield pytest.param(length, policy, allocator, marks=on_v1 if index % 2 else ())
             elif not USES_V2_RUNNER:
                 yield pytest.param(length, policy, allocator, marks=others)
 

@@ -82,6 +82,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[
     return calls
 
 
+@pytest.mark.smoke
 @pytest.mark.feature("preemption and resume")
 def test_repeated_preemption_ends_well(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """24 blocks for prompts of 13 blocks each: requests push each other out again and again."""

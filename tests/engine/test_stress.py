@@ -18,7 +18,7 @@ from tests.tiny_llama import random_prompt
 
 NUM_REQUESTS = int(os.environ.get("KVEVICT_STRESS_REQUESTS", 50 if USES_V2_RUNNER else 60))
 MODELS = [
-    pytest.param("tiny_llama", 1, marks=pytest.mark.smoke),
+    ("tiny_llama", 1),
     pytest.param("tiny_gemma", 0, marks=pytest.mark.more_on_v2("on V1 the same requests run over sliding windows")),
 ]
 if not USES_V2_RUNNER:
