@@ -37,23 +37,37 @@ def running(tiny_llama: Path) -> Iterator[Engine]:
         yield started
 
 
-POLICIES = ["snapkv", "lava", "tova", "h2o", "streaming_llm", "knorm", "keydiff", "curdkv", "criticalkv", "morphkv"]
+LENGTHS = (40, 128, 129, 500)
+# the length that each has in the first tier: together they have all of them and both allocators
+POLICIES = {
+    "snapkv": 40,
+    "lava": 129,
+    "tova": 128,
+    "h2o": 500,
+    "streaming_llm": 500,
+    "knorm": 128,
+    "keydiff": 129,
+    "curdkv": 40,
+    "criticalkv": 128,
+    "morphkv": 129,
+}
+IN_V2_S_FIRST_TIER = ("snapkv", "lava", "tova", "h2o", "morphkv")
 
 
 def lengths_and_policies() -> Iterator[Any]:
-    """One length for each policy, and in the second tier the others."""
     others = pytest.mark.more("each policy with the other lengths and allocators")
-    on_v1 = pytest.mark.more_on_v2("on V1 every policy; on V2 every other one")
-    for index, policy in enumerate(POLICIES):
-        for place, length in enumerate((40, 128, 129, 500)):
+    on_v1 = pytest.mark.more_on_v2("on V1 every policy; on V2 one of each kind")
+    for index, (policy, first) in enumerate(POLICIES.items()):
+        for place, length in enumerate(LENGTHS):
             allocator = ("uniform", "lava")[(index + place) % 2]
-            if index % 4 == place:
-                yield pytest.param(length, policy, allocator, marks=on_v1 if index % 2 else ())
+            if length == first:
+                marks = () if policy in IN_V2_S_FIRST_TIER else on_v1
+                yield pytest.param(length, policy, allocator, marks=marks)
             elif not USES_V2_RUNNER:
                 yield pytest.param(length, policy, allocator, marks=others)
 
 
-@pytest.mark.parametrize(("length", "policy", "allocator"), lengths_and_policies())
+@pytest.mark.parametrize(("length", "policy", "allocator"), list(lengths_and_policies()))
 def test_a_request_holds_its_budget_and_no_more(running: Engine, policy: str, allocator: str, length: int) -> None:
     options = {"kv_eviction": policy, "kv_budget_allocator": allocator}
     answer, held, kept = run_and_watch(
@@ -110,7 +124,7 @@ def dense(tiny_llama: Path) -> DenseModel:
     "length",
     [203] if USES_V2_RUNNER else [40, 203, pytest.param(128, marks=pytest.mark.more("a prompt that fills the budget"))],
 )
-@pytest.mark.parametrize(("policy", "score", "num_sink", "num_recent"), policy_cases())
+@pytest.mark.parametrize(("policy", "score", "num_sink", "num_recent"), list(policy_cases()))
 def test_tokens_kept_and_answers_are_those_of_a_dense_model(
     running: Engine,
     dense: DenseModel,
