@@ -50,6 +50,7 @@ def evictions(server: Server) -> float:
     return server.metrics()["kvevict:evictions_total"]
 
 
+@pytest.mark.more("engine/test_request_features.py shows it in an engine, on both runners")
 @pytest.mark.feature("structured output")
 def test_structured_output(server: Server, client: OpenAI) -> None:
     schema = {
@@ -79,6 +80,7 @@ def test_streams_and_stop_strings(server: Server, client: OpenAI) -> None:
     assert stopped.message.content == whole_answer[: whole_answer.index(stop)]
 
 
+@pytest.mark.more("engine/test_request_features.py shows it in an engine, on both runners")
 @pytest.mark.feature("beam search")
 def test_beam_search(server: Server, client: OpenAI) -> None:
     """Every step of a beam is a request of one token, and the first token comes from the full cache."""
@@ -93,6 +95,7 @@ def test_beam_search(server: Server, client: OpenAI) -> None:
     assert len(set(answers[0])) == 2
 
 
+@pytest.mark.more("engine/test_request_features.py shows it in an engine, on both runners")
 @pytest.mark.feature("LoRA")
 def test_two_adapters_and_the_base_model_in_one_batch(server: Server, client: OpenAI) -> None:
     names = ("model", *ADAPTERS) * 2
