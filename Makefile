@@ -20,7 +20,7 @@ NEWEST := PYTHONPATH=$(CURDIR)/.cache/vllm-0.33$(addprefix :,$(PYTHONPATH)) KVEV
 	VLLM_CACHE_ROOT=$(CURDIR)/.cache/vllm-0.33-cache
 V2 := VLLM_USE_V2_MODEL_RUNNER=1
 # what `make test` leaves to `make test-more`: CONTRIBUTING.md has the list
-MORE := more
+MORE_ON_V1 := more or more_on_v1
 MORE_ON_V2 := more or more_on_v2
 SMOKE := smoke and not ($(MORE_ON_V2))
 export TORCH_INDEX KVEVICT_MODELS
@@ -39,13 +39,13 @@ define run_tests
 endef
 
 test: lint models newest ## lint, types and the tests that guard every change
-	$(call run_tests,not ($(MORE)),not ($(MORE_ON_V2)))
+	$(call run_tests,not ($(MORE_ON_V1)),not ($(MORE_ON_V2)))
 	$(NEWEST) $(V2) $(PYTEST) tests/e2e/test_data_parallel.py $(PYTEST_ARGS)
 	$(V2) $(PYTEST) -m "$(SMOKE)" $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
 	$(NEWEST) $(PYTEST) -m "$(SMOKE)" $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
 
 test-more: models newest ## the tests that `make test` leaves out
-	$(call run_tests,$(MORE),$(MORE_ON_V2))
+	$(call run_tests,$(MORE_ON_V1),$(MORE_ON_V2))
 
 lint: setup ## ruff and mypy
 	$(VENV_PYTHON) -m ruff check .

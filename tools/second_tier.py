@@ -1,4 +1,5 @@
-"""The list of tests that only ``make test-more`` runs, and why, from the markers ``more`` and ``more_on_v2``.
+"""The list of tests that only ``make test-more`` runs, and why, from the markers ``more``, ``more_on_v1``
+and ``more_on_v2``.
 
 python -m tools.second_tier --write CONTRIBUTING.md
 """
@@ -15,7 +16,7 @@ from vllm_kvevict.policies.table import with_text_between
 
 START = "<!-- second tier: python -m tools.second_tier --write CONTRIBUTING.md -->"
 END = "<!-- end of second tier -->"
-KINDS = ("more", "more_on_v2")
+RUNNERS = {"more": "both", "more_on_v1": "V1", "more_on_v2": "V2"}
 
 
 def table(tests: Path = ROOT / "tests") -> str:
@@ -28,14 +29,14 @@ def table(tests: Path = ROOT / "tests") -> str:
     lines = ["| only in `make test-more`, of `tests/` | runner | why |", "| --- | --- | --- |"]
     for (file_name, kind, reason), names in rows.items():
         what = ", ".join([f"`{file_name}`", *filter(None, names)])
-        lines.append(f"| {what} | {'V2' if kind == 'more_on_v2' else 'both'} | {reason} |")
+        lines.append(f"| {what} | {RUNNERS[kind]} | {reason} |")
     return "\n".join(lines)
 
 
 def _markers_in(file: Path) -> Iterator[tuple[str, str, str]]:
     """Yield (test, kind, reason); the test is "" for a whole file."""
     for name, node in _named_parts(ast.parse(file.read_text()).body):
-        for kind, call in marker_calls(node, *KINDS):
+        for kind, call in marker_calls(node, *RUNNERS):
             yield name, kind, _reason(file, call)
 
 
@@ -46,7 +47,7 @@ def _named_parts(body: list[ast.stmt]) -> Iterator[tuple[str, ast.AST]]:
             yield from ((f"`{statement.name}`", decorator) for decorator in statement.decorator_list)
         elif isinstance(statement, ast.FunctionDef):
             for decorator in statement.decorator_list:
-                is_marker = isinstance(decorator, ast.Call) and ast.unparse(decorator.func).split(".")[-1] in KINDS
+                is_marker = isinstance(decorator, ast.Call) and ast.unparse(decorator.func).split(".")[-1] in RUNNERS
                 yield f"{'' if is_marker else 'cases of '}`{statement.name}`", decorator
         else:
             is_whole_file = isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "pytestmark"

@@ -15,6 +15,8 @@ from tests.e2e.prompts import FACT, long_text
 from tests.tiny_lora import make_adapter
 from tools.server import Server
 
+pytestmark = pytest.mark.more("a real model over HTTP: engine/test_request_features.py shows the same on both runners")
+
 BUDGET = 192
 TEXT = long_text(60)
 WHOLE = {"vllm_xargs": {"kv_eviction": "none"}}
@@ -50,7 +52,6 @@ def evictions(server: Server) -> float:
     return server.metrics()["kvevict:evictions_total"]
 
 
-@pytest.mark.more("engine/test_request_features.py shows it in an engine, on both runners")
 @pytest.mark.feature("structured output")
 def test_structured_output(server: Server, client: OpenAI) -> None:
     schema = {
@@ -80,7 +81,6 @@ def test_streams_and_stop_strings(server: Server, client: OpenAI) -> None:
     assert stopped.message.content == whole_answer[: whole_answer.index(stop)]
 
 
-@pytest.mark.more("engine/test_request_features.py shows it in an engine, on both runners")
 @pytest.mark.feature("beam search")
 def test_beam_search(server: Server, client: OpenAI) -> None:
     """Every step of a beam is a request of one token, and the first token comes from the full cache."""
@@ -95,7 +95,6 @@ def test_beam_search(server: Server, client: OpenAI) -> None:
     assert len(set(answers[0])) == 2
 
 
-@pytest.mark.more("engine/test_request_features.py shows it in an engine, on both runners")
 @pytest.mark.feature("LoRA")
 def test_two_adapters_and_the_base_model_in_one_batch(server: Server, client: OpenAI) -> None:
     names = ("model", *ADAPTERS) * 2
