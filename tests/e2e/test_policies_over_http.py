@@ -17,6 +17,7 @@ from vllm_kvevict.policies import POLICIES
 CASES = list(zip(POLICIES.names(), cycle(("uniform", "adakv", "lava")), strict=False))
 
 
+@pytest.mark.more("engine/test_policies.py evicts by each of them, e2e/test_http.py by some over HTTP")
 @pytest.mark.feature("requests that choose their own policy, budget and allocator")
 def test_every_policy_with_some_allocator(server: Server, client: OpenAI) -> None:
     def ask(index: int) -> str:

@@ -293,6 +293,7 @@ def test_a_window_longer_than_what_is_remembered_of_answers_is_refused(tiny_llam
 SMALL = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 8, "max_position_embeddings": 2048}
 
 
+@pytest.mark.more_on_v2("on V1 the same models are refused, before there is a runner")
 @pytest.mark.parametrize(
     ("architecture", "config", "message"),
     [

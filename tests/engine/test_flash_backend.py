@@ -103,6 +103,7 @@ def gemma_answers(running: Engine) -> list[list[int]]:
     return tokens
 
 
+@pytest.mark.more("test_cuda_platform.py configures it, and test_triton_backend.py runs this backend")
 @pytest.mark.skipif(not USES_V2_RUNNER, reason="Triton's kernels run only through its interpreter")
 @pytest.mark.feature("Triton attention and FlashAttention 2 and 3, not run on a GPU", runners=("V2",))
 def test_triton_takes_the_place_of_flash_attention_4_beside_sliding_windows(

@@ -18,7 +18,7 @@ ALPHABET = [5, 6, 7]  # of the answers: with few tokens to choose from, drafts a
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
-@pytest.mark.more_on_v1("the newest vLLM with V2 runs it in `make test`")
+@pytest.mark.more_on_v2("on V1 the same; test_draft_model.py verifies drafts on V2")
 @pytest.mark.feature("speculative decoding by n-grams")
 def test_ngram_drafts_change_no_answer(tiny_llama: Path) -> None:
     """In a process of its own: drafting loads numba, and vLLM's CPU worker does not start twice beside numba."""

@@ -85,6 +85,7 @@ def kept_under(
     return masks[-1].flatten().tolist()
 
 
+@pytest.mark.more("test_attention.py says as what the cache is read")
 def test_e5m2_is_scored_as_the_e4m3_that_triton_attention_stores(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, kept_masks: list[torch.Tensor]
 ) -> None:
