@@ -40,6 +40,10 @@ class NewestVLLMError(Exception):
     """The folder cannot be made; the message says what is missing."""
 
 
+class NoWheelError(NewestVLLMError):
+    """The wheel of a vLLM could not be downloaded."""
+
+
 @dataclass(frozen=True)
 class OpCall:
     """One call of a compiled operator in a source file; more arguments may follow if ``is_open``.
@@ -96,23 +100,23 @@ def extensions(package: Path) -> list[Path]:
     return sorted(package.rglob("*.so"))
 
 
-def download() -> Path:
-    """Return the wheel, downloaded once with pip.
+def download(wanted: str = NEWEST, seconds: float | None = None) -> Path:
+    """Return the wheel of vLLM ``wanted``, downloaded once with pip.
 
-    Raises NewestVLLMError if that fails.
+    Raises NoWheelError if that fails, subprocess.TimeoutExpired if it takes longer than ``seconds``.
     """
-    if not _wheels():
+    if not _wheels(wanted):
         target = ["--dest", str(WHEELS), "--platform", PLATFORM, "--only-binary", ":all:", "--no-deps"]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", *target, f"vllm=={NEWEST}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", *target, f"vllm=={wanted}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-            raise NewestVLLMError(f"the wheel of vllm {NEWEST} could not be downloaded into {WHEELS}: {reason}")
-    return _wheels()[0]
+            raise NoWheelError(f"the wheel of vllm {wanted} could not be downloaded into {WHEELS}: {reason}")
+    return _wheels(wanted)[0]
 
 
-def _wheels() -> list[Path]:
-    return sorted(WHEELS.glob(f"vllm-{NEWEST}-*.whl"))
+def _wheels(wanted: str) -> list[Path]:
+    return sorted(WHEELS.glob(f"vllm-{wanted}-*.whl"))
 
 
 def _stamp(wheel: Path, installed: Path) -> str:

@@ -20,7 +20,7 @@ from tools import newest_vllm
 from tools.upstream.checks import CHECKS, Finding, findings
 from tools.upstream.ours import Upstream
 from tools.upstream.program import parsed
-from tools.upstream.sources import NoWheelError, Source, Sources, installed_vllm, our_sources, vllm_sources
+from tools.upstream.sources import Source, Sources, installed_vllm, our_sources, vllm_sources
 from tools.upstream.values import Class, Instance
 from vllm_kvevict import kv_eviction_args
 from vllm_kvevict.engine import versions
@@ -94,7 +94,7 @@ def trees() -> Iterator[None]:
 def version(request: pytest.FixtureRequest) -> str:
     try:
         ours_on(request.param)
-    except NoWheelError as error:
+    except newest_vllm.NoWheelError as error:
         pytest.skip(str(error))
     return request.param
 

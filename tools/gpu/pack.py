@@ -21,11 +21,11 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from tools.gpu.fatbin import keep_architecture
 from tools.gpu.runs import PACK, ROOT
+from tools.newest_vllm import WHEELS
 from vllm_kvevict import __version__
 
 VLLM = "vllm==0.32.0"
 REQUIREMENTS = Path(__file__).with_name("wheels.txt")
-WHEELS = ROOT / ".cache" / "wheels"
 ARCHITECTURE = 90
 MANYLINUX = (39, 38, 36, 35, 34, 31, 28, 27, 24, 17)  # minor versions of glibc 2; pip matches each exactly
 TARGET = ("--only-binary=:all:", "--python-version=3.12", "--implementation=cp")

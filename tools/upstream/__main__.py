@@ -7,10 +7,10 @@ import gc
 
 from packaging.version import Version
 
-from tools.newest_vllm import NEWEST
+from tools.newest_vllm import NEWEST, NoWheelError
 from tools.upstream.checks import findings
 from tools.upstream.ours import Upstream
-from tools.upstream.sources import NoWheelError, installed_vllm, our_sources, vllm_sources
+from tools.upstream.sources import installed_vllm, our_sources, vllm_sources
 
 
 def main(wanted: str) -> str | None:

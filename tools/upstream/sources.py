@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,13 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from zipfile import ZipFile
 
-from tools.newest_vllm import PLATFORM, WHEELS
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-class NoWheelError(RuntimeError):
-    """The wheel of a vLLM could not be downloaded."""
+from tools.newest_vllm import ROOT, download
 
 
 @dataclass(frozen=True)
@@ -40,12 +32,12 @@ def our_sources(parent: Path = ROOT, package: str = "vllm_kvevict") -> Sources:
 def vllm_sources(wanted: str) -> Sources:
     """Return the modules of vLLM ``wanted``, of the installed one if that is it and else of its wheel.
 
-    The wheel is downloaded once, into .cache/wheels. Raises NoWheelError if it cannot be.
+    The wheel is downloaded once, into .cache/wheels. Raises tools.newest_vllm.NoWheelError if it cannot be.
     """
     if wanted == installed_vllm():
         origin = getattr(find_spec("vllm"), "origin", None)
         return _folder(Path(str(origin)).parents[1], "vllm")
-    with ZipFile(_wheel(wanted)) as archive:
+    with ZipFile(download(wanted, seconds=500)) as archive:
         files = [name for name in archive.namelist() if name.startswith("vllm/") and name.endswith(".py")]
         return dict(_modules((name, archive.read(name)) for name in files))
 
@@ -66,14 +58,3 @@ def _modules(files: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, Source]]
         package = parts[:-1]
         module = package if parts[-1] == "__init__" else parts
         yield ".".join(module), Source(file, text.decode(), ".".join(package))
-
-
-def _wheel(wanted: str) -> Path:
-    if not list(WHEELS.glob(f"vllm-{wanted}-*.whl")):
-        target = ["--dest", str(WHEELS), "--platform", PLATFORM, "--only-binary", ":all:", "--no-deps"]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", *target, f"vllm=={wanted}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or ["pip says nothing"]
-            raise NoWheelError(f"vllm {wanted} could not be downloaded: {said[-1]}")
-    return min(WHEELS.glob(f"vllm-{wanted}-*.whl"))
