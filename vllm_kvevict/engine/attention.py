@@ -106,9 +106,7 @@ class EvictionMetadataBuilder(AttentionMetadataBuilder[Any]):
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         whole, split = None, rows.split
         if len(split.whole):
-            common = common_attn_metadata
-            if split.whole_tokens is not None:
-                common = whole_rows(common, split.whole, split.whole_tokens)
+            common = whole_rows(common_attn_metadata, split.whole, split.whole_tokens)
             whole = super().build(common_prefix_len, common, fast_build)
         return EvictionMetadata(rows, self.bridge, whole, self._launch(rows))
 

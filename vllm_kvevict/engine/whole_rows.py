@@ -54,12 +54,16 @@ def check_fields(metadata: type = CommonAttentionMetadata) -> None:
         )
 
 
-def whole_rows(common: CommonAttentionMetadata, whole: torch.Tensor, tokens: torch.Tensor) -> CommonAttentionMetadata:
+def whole_rows(
+    common: CommonAttentionMetadata, whole: torch.Tensor, tokens: torch.Tensor | None
+) -> CommonAttentionMetadata:
     """Return the description of a batch that has some of its rows only.
 
     whole:  [num_whole] int64, their numbers, rising
-    tokens: [*] int64, their tokens, rising
+    tokens: [*] int64, their tokens, rising; None if that is the whole batch
     """
+    if tokens is None:
+        return common
     query_lens = common.naive_query_lens()[whole]
     query_start_loc = torch.nn.functional.pad(query_lens.cumsum(0, dtype=torch.int32), (1, 0))
     parts: dict[str, Any] = {name: _of_rows(getattr(common, name), whole) for name in BY_ROW}

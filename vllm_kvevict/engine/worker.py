@@ -128,9 +128,8 @@ class EvictionMixin(Worker):
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         if self._is_on_its_own:
             return super().execute_model(scheduler_output)
-        self.eviction.begin_step(scheduler_output)
-        if self.draft_eviction is not None:
-            self.draft_eviction.begin_step(scheduler_output)
+        for bridge in self._bridges:
+            bridge.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output)
         self._reports = self.eviction.end_step()
         failures = [report.failure for report in self._reports.values() if report.failure is not None]
