@@ -6,6 +6,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,9 @@ class NeedsMoreError(Exception):
     num_blocks: that it needs, says the message
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.num_blocks = int(re.search(r"needs (\d+) blocks", message)[1])  # type: ignore[index]
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__()
+        self.num_blocks = num_blocks
 
 
 def run_alone(engine: SimulatedEngine, ask: Ask, small_after: int | None = None) -> None:
@@ -75,9 +76,10 @@ def run_alone(engine: SimulatedEngine, ask: Ask, small_after: int | None = None)
     try:
         big = ask.add(engine)
     except VLLMValidationError as error:
-        if "blocks" not in str(error) or "needs" not in str(error):
+        needed = re.search(r"needs (\d+) blocks", str(error))
+        if needed is None:
             raise
-        raise NeedsMoreError(str(error)) from None
+        raise NeedsMoreError(int(needed[1])) from None
     longest = min(ask.max_tokens, setting.max_model_len - ask.length)
     chunk = min(setting.max_num_batched_tokens, setting.long_prefill_token_threshold or setting.max_num_batched_tokens)
     small, answer = None, engine.answers[big]
@@ -162,11 +164,14 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("caching", [True, False])
+with_and_without_caching = pytest.mark.parametrize("caching", [True, False], ids=["caching", "no caching"])
+
+
 @pytest.mark.parametrize("way", WAYS)
 class TestOneRequestBlocksTheQueue:
     """Faults B1 to B4 of issue 21: the inputs with which they were found."""
 
+    @with_and_without_caching
     @pytest.mark.parametrize(
         ("setting", "ask"),
         [
@@ -181,103 +186,94 @@ class TestOneRequestBlocksTheQueue:
         setting = replace(setting, enable_prefix_caching=caching, **WAYS[way])
         assert serve(tiny_llama, setting, ask, small_after=0) in (SERVED, REFUSED)
 
-    @pytest.mark.parametrize("embeds", [False, True])
     @pytest.mark.parametrize(
         ("setting", "ask"),
         [
             (Setting(30, BOUNDED), Ask(700, 1000, NONE)),
+            (Setting(30, BOUNDED), Ask(700, 1000, NONE, embeds=True)),
             (Setting(30, BOUNDED), Ask(700, 1000, {"kv_budget": 0.9, **AT_THE_END})),
             (Setting(26, WIDE, max_model_len=4096), Ask(300, 1200, NONE)),
             (Setting(26, WIDE, max_model_len=4096), Ask(300, 1200, AT_THE_END)),
+            (Setting(26, WIDE, max_model_len=4096), Ask(300, 1200, AT_THE_END, embeds=True)),
         ],
     )
-    def test_an_answer_outgrows_the_cache(
-        self, tiny_llama: Path, way: str, caching: bool, embeds: bool, setting: Setting, ask: Ask
-    ) -> None:
-        setting = replace(setting, enable_prefix_caching=caching, **WAYS[way])
-        assert serve(tiny_llama, setting, replace(ask, embeds=embeds), small_after=50) in (SERVED, REFUSED)
+    def test_an_answer_outgrows_the_cache(self, tiny_llama: Path, way: str, setting: Setting, ask: Ask) -> None:
+        assert serve(tiny_llama, replace(setting, **WAYS[way]), ask, small_after=50) in (SERVED, REFUSED)
+
+    @pytest.mark.parametrize("options", [{}, NONE, AT_THE_END, {"kv_budget": 512}])
+    def test_a_prompt_of_embeddings_has_a_length(self, tiny_llama: Path, way: str, options: dict[str, Any]) -> None:
+        setting = Setting(18, BOUNDED, max_num_batched_tokens=100, **WAYS[way])
+        setting = replace(setting, num_blocks=max(18, smallest_cache(tiny_llama, setting).num_blocks))
+        ask = Ask(1500, 5, options, embeds=True)
+        assert serve(tiny_llama, setting, ask) == serve(tiny_llama, setting, replace(ask, embeds=False))
 
     @pytest.mark.parametrize("ask", [Ask(700, 1000, NONE), Ask(2000, 40), Ask(900, 400, {"kv_budget": 0.9})])
-    def test_windows_count(self, tiny_llama: Path, way: str, caching: bool, ask: Ask) -> None:
-        setting = Setting(0, BOUNDED, has_windows=True, enable_prefix_caching=caching, **WAYS[way])
-        setting = smallest_cache(tiny_llama, setting)
+    def test_windows_count(self, tiny_llama: Path, way: str, ask: Ask) -> None:
+        setting = smallest_cache(tiny_llama, Setting(0, BOUNDED, has_windows=True, **WAYS[way]))
         assert serve(tiny_llama, setting, ask, small_after=50) in (SERVED, REFUSED)
 
-    @pytest.mark.parametrize("adaptive", [False, True])
+    @pytest.mark.parametrize("adaptive", [False, True], ids=["fixed", "adaptive"])
     @pytest.mark.parametrize(
         ("setting", "ask"),
-        [
-            (Setting(20, BOUNDED), Ask(1500, 5)),
-            (Setting(20, WIDE, max_model_len=4096), Ask(500, 2)),
-        ],
+        [(Setting(20, BOUNDED), Ask(1500, 5)), (Setting(20, WIDE, max_model_len=4096), Ask(500, 2))],
     )
+    @pytest.mark.parametrize("small_after", [None, 0], ids=["alone", "with another"])
     def test_a_lone_prompt_ignores_the_threshold(
-        self, tiny_llama: Path, way: str, caching: bool, adaptive: bool, setting: Setting, ask: Ask
+        self, tiny_llama: Path, way: str, adaptive: bool, setting: Setting, ask: Ask, small_after: int | None
     ) -> None:
         setting = replace(
             setting,
             max_num_batched_tokens=2048,
             long_prefill_token_threshold=64,
             long_prefill_token_threshold_adaptive=adaptive,
-            enable_prefix_caching=caching,
             **WAYS[way],
         )
-        serve(tiny_llama, setting, ask)  # it may not start
-        assert serve(tiny_llama, smallest_cache(tiny_llama, setting), ask) == SERVED
+        serve(tiny_llama, setting, ask, small_after)  # it may not start
+        assert serve(tiny_llama, smallest_cache(tiny_llama, setting), ask, small_after) == SERVED
 
-    def test_the_next_chunk_before_the_last_one_s_blocks_are_back(
+    @with_and_without_caching
+    def test_the_next_chunk_comes_before_the_blocks_of_the_last_one_are_back(
         self, tiny_llama: Path, way: str, caching: bool
     ) -> None:
         setting = Setting(17, BOUNDED, enable_prefix_caching=caching, **WAYS[way])
         serve(tiny_llama, setting, Ask(1500, 5))  # it may not start
         assert serve(tiny_llama, smallest_cache(tiny_llama, setting), Ask(1500, 5)) == SERVED
 
+    def test_a_session_outgrows_the_cache(self, tiny_llama: Path, way: str) -> None:
+        """More of its prompt comes while it waits, and in the end there is no room for that."""
+        engine = SimulatedEngine(tiny_llama, Setting(26, BOUNDED, **WAYS[way]))
+        for turn in range(4):
+            engine.answers.pop("session", None)
+            engine.add(random_prompt(300, seed=turn), "session", resumable=True, max_tokens=5)
+            engine.run(40 * engine.batch_queue_size)
+            small = engine.add(random_prompt(40, seed=9), max_tokens=3)
+            engine.run(20 * engine.batch_queue_size)
+            assert len(engine.answers[small].tokens) == 3, describe(engine)
+            if "session" not in engine.requests:
+                break
+        assert "session" not in engine.requests, describe(engine)
+        assert engine.answers["session"].finish_reason == "length"
+        engine.check_all_free()
 
-@pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize("way", WAYS)
-def test_a_session_outgrows_the_cache(tiny_llama: Path, way: str, caching: bool) -> None:
-    """More of its prompt comes while it waits, and in the end there is no room for that."""
-    setting = Setting(26, BOUNDED, enable_prefix_caching=caching, **WAYS[way])
-    engine = SimulatedEngine(tiny_llama, setting)
-    for turn in range(4):
-        if engine.answers and "session" not in engine.requests:
-            break
-        engine.answers.pop("session", None)
-        engine.add(random_prompt(300, seed=turn), "session", resumable=True, max_tokens=5)
-        for _ in range(40 * engine.batch_queue_size):
-            engine.advance()
-        small = engine.add(random_prompt(40, seed=9), max_tokens=3)
-        for _ in range(20 * engine.batch_queue_size):
-            engine.advance()
-        assert len(engine.answers[small].tokens) == 3, describe(engine)
-    assert "session" not in engine.requests, describe(engine)
-    assert engine.answers["session"].finish_reason == "length"
-    assert engine.run(10)
-    engine.check_all_free()
-
-
-@pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("eviction", [BOUNDED, {**BOUNDED, "during_decode": True}], ids=["prefill", "and decode"])
-def test_many_that_fit_alone_are_preempted_and_come_back(
-    tiny_llama: Path, way: str, caching: bool, eviction: dict[str, Any]
-) -> None:
-    """None of them waits for ever, and each gets all of its answer or as much as the cache can hold for it."""
-    setting = smallest_cache(tiny_llama, Setting(0, eviction, enable_prefix_caching=caching, **WAYS[way]))
-    setting = replace(setting, num_blocks=setting.num_blocks + 10)
-    engine = SimulatedEngine(tiny_llama, setting)
-    options: list[dict[str, Any]] = [{}, NONE, AT_THE_END, {"kv_budget": 0.5}, {"kv_evict_during_decode": 1}]
-    for index in range(15):
-        length = 100 + 37 * index if index % 5 in (1, 2) and index < 8 else 60 + 20 * index
-        Ask(length, 150, options[index % 5], embeds=index % 4 == 3).add(engine)
-    for _ in range(4000):
-        if not engine.has_work:
-            break
-        engine.advance()
-    assert engine.num_preemptions, "nothing was preempted: the test shows nothing"
-    assert not engine.has_work, describe(engine)
-    assert {answer.finish_reason for answer in engine.answers.values()} == {"length"}
-    engine.check_all_free()
+    @with_and_without_caching
+    @pytest.mark.parametrize("during_decode", [False, True], ids=["between chunks", "and by block"])
+    def test_many_are_preempted_and_come_back(
+        self, tiny_llama: Path, way: str, caching: bool, during_decode: bool
+    ) -> None:
+        """None of them waits for ever, and each gets all of its answer or as much as the cache can hold for it."""
+        eviction = {**BOUNDED, "during_decode": during_decode}
+        setting = smallest_cache(tiny_llama, Setting(0, eviction, enable_prefix_caching=caching, **WAYS[way]))
+        engine = SimulatedEngine(tiny_llama, replace(setting, num_blocks=max(setting.num_blocks, 26)))
+        options: list[dict[str, Any]] = [{}, NONE, AT_THE_END, {"kv_budget": 0.5}, {"kv_evict_during_decode": 1}]
+        for index in range(15):
+            with suppress(VLLMValidationError):
+                Ask(60 + 45 * index, 300, options[index % 5], embeds=index % 4 == 3).add(engine)
+        assert len(engine.answers) >= 8
+        engine.run(8000)
+        assert engine.num_preemptions > 0, "the test shows nothing"
+        assert not engine.has_work, describe(engine)
+        assert {answer.finish_reason for answer in engine.answers.values()} == {"length"}
+        engine.check_all_free()
 
 
 # schedule -> policies that can do it, and the fields that ask for it
@@ -337,7 +333,7 @@ def _as_drawn(setting: Setting, is_async: bool) -> Setting:
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize(
-    "num_cases", [40, pytest.param(300, marks=pytest.mark.more("more drawn configurations of the same kind"))]
+    "num_cases", [100, pytest.param(300, marks=pytest.mark.more("more configurations, drawn in the same way"))]
 )
 def test_what_is_accepted_finishes(tiny_llama: Path, is_async: bool, num_cases: int) -> None:
     """A server refuses to start; or it refuses a request, and a cache of the size that it asks for serves it; or the
