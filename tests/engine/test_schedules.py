@@ -104,9 +104,9 @@ def test_repeated_preemption_ends_well(tiny_llama: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.feature("prefix caching")
 def test_a_prompt_that_leaves_no_room_for_fresh_blocks_is_compacted_in_place(tiny_llama: Path) -> None:
-    """24 blocks: 22 of the prompt and 2 fresh ones are too many. What is rewritten is shared with nobody."""
+    """23 blocks: 22 of the prompt and 2 fresh ones are too many. What is rewritten is shared with nobody."""
     prompt = random_prompt(700, seed=1)
-    with engine(tiny_llama, budget=BUDGET, num_gpu_blocks_override=25, max_model_len=736) as tight:
+    with engine(tiny_llama, budget=BUDGET, num_gpu_blocks_override=24, max_model_len=736) as tight:
         tight.poison_unowned_memory()
         cold, warm = (tight.generate([prompt])[0] for _ in range(2))
         short = [tight.generate([prompt[:600]])[0] for _ in range(2)]

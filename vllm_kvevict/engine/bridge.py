@@ -114,16 +114,22 @@ class EvictionBridge:
             prefill = self._prefills[req_id]
             failure = prefill.failure or self._finish(req_id, eviction)
             reports[req_id] = _report(eviction.plan, eviction.seconds + prefill.seconds, failure)
-            if not prefill.method.is_bounded:
-                del self._prefills[req_id]
-                self.ring.slots.give_back(req_id)
+            if not step.ending[req_id].goes_on:
+                self._forget_prefill(req_id)
         for req_id, num_tokens in step.shrinking.items():
             reports[req_id] = self._shrink(req_id, num_tokens)
-        for req_id, plan in step.chunks.items():
-            reports[req_id] = self._finish_chunk(req_id, plan)
+        for req_id, chunk in step.chunks.items():
+            reports[req_id] = self._finish_chunk(req_id, chunk.plan)
+            if not chunk.goes_on:
+                self._forget_prefill(req_id)
         reports |= {req_id: _report(None, 0.0, failure) for req_id, failure in self._replacing.failed.items()}
         self._step = None
         return reports
+
+    def _forget_prefill(self, req_id: str) -> None:
+        """A request will not be evicted again."""
+        del self._prefills[req_id]
+        self.ring.slots.give_back(req_id)
 
     def _choose_budgets(self) -> None:
         """Settle how much the requests of this step keep whose budget is "auto"."""
@@ -164,7 +170,7 @@ class EvictionBridge:
             return error
         self.page_table.add(req_id, compaction, eviction.plan)
         prefill = self._prefills.get(req_id)
-        if prefill is not None and prefill.method.is_bounded:
+        if prefill is not None and prefill.method.schedule.is_bounded:
             known_bytes = self.residents.num_bytes
             self.residents.settle(compaction, eviction.plan, eviction.block_ids, prefill.take_states())
             if self.residents.num_bytes > known_bytes:
@@ -217,7 +223,7 @@ class EvictionBridge:
     def _shrink(self, req_id: str, num_tokens: int) -> EvictionReport:
         """Empty the block that the answer of an evicted request has filled; a policy that fails ends the request."""
         prefill = self._prefills[req_id]
-        if prefill.method.per_token:  # its tokens have left the block one by one
+        if prefill.method.schedule.per_token:  # its tokens have left the block one by one
             return _report(None, 0.0, prefill.failure)
         eviction = self._resident_eviction(req_id, num_tokens)
         try:
@@ -265,10 +271,9 @@ class EvictionBridge:
         bounds = common.query_start_loc_cpu.tolist()
         for row, req_id in enumerate(req_ids):
             if req_id in step.chunks:
-                num_tokens = step.chunks[req_id].num_tokens
-                _check_length(req_id, num_tokens, int(common.seq_lens[row]))
-                keeps_tail = step.chunks[req_id].keeps_tail
-                eviction = self._chunks[req_id] = self._resident_eviction(req_id, num_tokens, keeps_tail)
+                plan = step.chunks[req_id].plan
+                _check_length(req_id, plan.num_tokens, int(common.seq_lens[row]))
+                eviction = self._chunks[req_id] = self._resident_eviction(req_id, plan.num_tokens, plan.keeps_tail)
                 rows.append(ChunkRow(self._prefills[req_id], bounds[row], bounds[row + 1], eviction))
         return rows
 
