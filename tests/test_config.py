@@ -504,7 +504,8 @@ def test_wrong_answers_of_requests_about_later_evictions(option, said):
 def test_a_request_says_whether_to_evict_between_chunks(said):
     assert not parse().method().schedule.between_chunks
     assert parse().for_request({"kv_evict_during_prefill": said}, 16).method().schedule.between_chunks
-    assert not parse(during_prefill=True).for_request({"kv_evict_during_prefill": 0}, 16).method().schedule.between_chunks
+    asked = parse(during_prefill=True).for_request({"kv_evict_during_prefill": 0}, 16)
+    assert not asked.method().schedule.between_chunks
 
 
 @pytest.mark.parametrize("policy", [True, False, 5, 0, 0.5, ["snapkv"], {}])
