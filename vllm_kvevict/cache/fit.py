@@ -131,13 +131,14 @@ class EmptyCache:
             return whole
         eviction = prefill.eviction
         before = self._num_blocks(min(num_tokens, eviction.num_tokens + self.num_late))
-        fresh = 0 if prefill.in_place or num_tokens < eviction.num_tokens else eviction.num_full_blocks
+        if not prefill.in_place and num_tokens >= eviction.num_tokens:
+            before += eviction.num_full_blocks
+        elif not prefill.in_place and prefill.between_chunks:
+            before += prefill.num_kept
         if prefill.between_chunks:
             # what is kept, and a chunk; with fresh blocks what is kept is there twice, as a hit in the prefix cache
             bounded = prefill.num_kept * (1 if prefill.in_place else 2) + cdiv(prefill.chunk, self.block_size) + 1
-            before = min(before + fresh, bounded)
-        else:
-            before += fresh
+            before = min(before, bounded)
         if num_tokens <= eviction.num_tokens:
             return before
         if prefill.evicts_answer:  # beside what is kept, the block that the answer is written to, and the one before
