@@ -220,21 +220,22 @@ def test_every_endpoint_refuses_a_wrong_option_before_it_answers(server: Server,
         ("responses", {"model": "model", "stream": stream, "max_output_tokens": 2, "input": "Hello"}),
     ]
     before = server.metrics()["kvevict:refused_requests_total"]
-    for path, each in bodies:
-        for options, status in (({"kv_eviction": "snapvk"}, 400), ({"kv_budget": 64}, 200)):
-            request = Request(
-                f"{server.base_url}/v1/{path}",
-                json.dumps({**each, "vllm_xargs": options}).encode(),
-                {"Content-Type": "application/json"},
-            )
-            try:
-                with urlopen(request, timeout=60) as answer:
-                    found, text = answer.status, answer.read().decode()
-            except HTTPError as error:
-                found, text = error.code, error.read().decode()
-            assert found == status, (path, text)
-            assert ("kv_eviction: unknown eviction policy 'snapvk'" in text) == (status == 400), (path, text)
+    for options, expected in (({"kv_eviction": "snapvk"}, 400), ({"kv_budget": 64}, 200)):
+        answers = [post(server, path, {**each, "vllm_xargs": options}) for path, each in bodies]
+        assert [status for status, _ in answers] == [expected] * len(bodies), answers
+        said = "kv_eviction: unknown eviction policy 'snapvk'. Did you mean 'snapkv'?"
+        assert all((said in text) == (expected == 400) for _, text in answers), answers
     assert server.metrics()["kvevict:refused_requests_total"] == before + len(bodies)
+
+
+def post(server: Server, path: str, body: dict[str, Any]) -> tuple[int, str]:
+    """Return the status and the text of an answer."""
+    url, headers = f"{server.base_url}/v1/{path}", {"Content-Type": "application/json"}
+    try:
+        with urlopen(Request(url, json.dumps(body).encode(), headers), timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except HTTPError as error:
+        return error.code, error.read().decode()
 
 
 def test_the_dashboard_shows_metrics_that_there_are(server: Server) -> None:

@@ -208,7 +208,7 @@ _REQUEST_PATCHES = (
         "vLLM validates sampling parameters before it streams",
     ),
     Patch(
-        "vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
+        "vllm.entrypoints.generate.base.serving:GenerateBaseServing._check_model",
         with_checked_body,
         ("request",),
         "beam search drops vllm_xargs, so that no other check sees a wrong option there",

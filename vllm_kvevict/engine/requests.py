@@ -151,16 +151,15 @@ def with_early_check_of_responses(generate: Callable[..., Any]) -> Callable[...,
 
 
 def with_checked_body(check_model: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``BaseServing._check_model``, the first thing that every endpoint asks: not all of them hand options on to
-    the engine, and a wrong one is wrong nevertheless.
+    """Wrap ``GenerateBaseServing._check_model``, the first thing that every endpoint asks: not all of them hand options
+    on to the engine, and a wrong one is wrong nevertheless.
     """
 
     @functools.wraps(check_model)
     async def wrapper(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         error = await check_model(self, request, *args, **kwargs)
-        vllm_config = getattr(getattr(self, "engine_client", None), "vllm_config", None)
-        if error is None and vllm_config is not None:
-            _check(vllm_config, getattr(request, "vllm_xargs", None) or {})
+        if error is None:
+            _check(self.engine_client.vllm_config, getattr(request, "vllm_xargs", None) or {})
         return error
 
     return wrapper
