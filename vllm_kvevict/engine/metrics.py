@@ -9,9 +9,10 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from vllm_kvevict.config import REQUEST_OPTIONS
+from vllm_kvevict.request_options import REQUEST_OPTIONS
 
 PAYLOAD = "kv_eviction"
+UNKNOWN_OPTION = "unknown"  # a client must not choose labels
 _LABELS = ("policy", "allocator")
 _FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -93,7 +94,7 @@ class EvictionMetrics:
         counters = (self.evictions, self.decode_evictions, self.evicted_tokens, self.freed_blocks)
         for collector in (*counters, self.kept_fraction, self.seconds):
             collector.labels(policy, allocator)
-        for option in REQUEST_OPTIONS:
+        for option in (*REQUEST_OPTIONS, UNKNOWN_OPTION):
             self.refusals.labels(option)
         for gauge in (self.kept_tokens, self.kept_pages):
             # never set: an API server that starts late would be the most recent, and hide what the others have set

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -11,7 +12,12 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from vllm_kvevict.cache.fit import EmptyCache, Prefill, Window
-from vllm_kvevict.config import (
+from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.engine.flags import FIELD
+from vllm_kvevict.engine.lookahead import check_lookahead
+from vllm_kvevict.engine.metrics import UNKNOWN_OPTION, process_metrics
+from vllm_kvevict.engine.model import check_needs, evicted_models, windows_of
+from vllm_kvevict.request_options import (
     AUTO,
     REQUEST_BUDGET,
     REQUEST_DURING_DECODE,
@@ -19,12 +25,23 @@ from vllm_kvevict.config import (
     REQUEST_INTERVAL,
     REQUEST_OPTIONS,
     REQUEST_POLICY,
-    EvictionConfig,
+    VLLM_FIELD,
+    is_ours,
 )
-from vllm_kvevict.engine.flags import FIELD
-from vllm_kvevict.engine.lookahead import check_lookahead
-from vllm_kvevict.engine.metrics import process_metrics
-from vllm_kvevict.engine.model import check_needs, evicted_models, windows_of
+
+
+@dataclass(frozen=True)
+class PromptFacts:
+    """What a prompt is, as far as it is known when it is checked.
+
+    num_tokens: its length, 0 where that is not known
+    has_embeds: whether some of it are embeddings, and not tokens
+    has_images: whether some of its tokens stand for images, audio or video
+    """
+
+    num_tokens: int = 0
+    has_embeds: bool = False
+    has_images: bool = False
 
 
 def request_config(config: EvictionConfig, params: SamplingParams | None, block_size: int) -> EvictionConfig | None:
@@ -70,6 +87,16 @@ def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
         )
 
 
+def check_prompt(config: EvictionConfig, has_embeds: bool, has_images: bool) -> None:
+    """Raise ValueError if the budget of a request, whose config this is, cannot be chosen by its prompt."""
+    if config.budget == AUTO and (has_embeds or has_images):
+        what = "embeddings" if has_embeds else "images, audio or video"
+        raise ValueError(
+            f"{REQUEST_BUDGET}: 'auto' is chosen by the likelihood of a prompt's tokens, and a prompt with {what} has "
+            f"places without one; give a number of tokens, or a fraction, as {REQUEST_BUDGET}"
+        )
+
+
 def ring_depth(vllm_config: VllmConfig) -> int:
     """Return how many of an answer's last queries the workers remember: a block of them, or what the server's own
     policy looks at.
@@ -83,9 +110,12 @@ def with_checked_options(process_inputs: Callable[..., Any]) -> Callable[..., An
 
     @functools.wraps(process_inputs)
     def wrapper(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        _check(self.vllm_config, params)
+        options = _options(params)
+        _check(self.vllm_config, options)
         request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        _check(self.vllm_config, params, len(request.prompt_token_ids or ()))
+        embeds = request.prompt_embeds
+        num_tokens = len(request.prompt_token_ids or (() if embeds is None else embeds))
+        _check(self.vllm_config, options, PromptFacts(num_tokens, embeds is not None, bool(request.mm_features)))
         return request
 
     return wrapper
@@ -96,33 +126,73 @@ def with_early_check(generate: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(generate)
     def wrapper(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-        tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
-        _check(self.vllm_config, sampling_params, len(tokens or ()))
+        _check(self.vllm_config, _options(sampling_params), _facts(prompt))
         return generate(self, prompt, sampling_params, *args, **kwargs)
 
     return wrapper
 
 
-def _check(vllm_config: VllmConfig, params: Any, num_tokens: int = 0) -> None:
-    """num_tokens: of the prompt, 0 where that is not known."""
-    options = getattr(params, "extra_args", None) or {}
+def with_early_check_of_responses(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``OpenAIServingResponses._generate_with_builtin_tools``, which calls ``AsyncLLM.generate`` when its own
+    answer has begun to stream.
+    """
+
+    @functools.wraps(generate)
+    def wrapper(self: Any, request_id: str, engine_input: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        _check(self.engine_client.vllm_config, _options(sampling_params), _facts(engine_input))
+        return generate(self, request_id, engine_input, sampling_params, *args, **kwargs)
+
+    return wrapper
+
+
+def with_checked_body(check_model: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``GenerateBaseServing._check_model``, the first thing that every endpoint asks: not all of them hand options
+    on to the engine, and a wrong one is wrong nevertheless.
+    """
+
+    @functools.wraps(check_model)
+    async def wrapper(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        error = await check_model(self, request, *args, **kwargs)
+        if error is None:
+            _check(self.engine_client.vllm_config, getattr(request, "vllm_xargs", None) or {})
+        return error
+
+    return wrapper
+
+
+def _options(params: Any) -> Mapping[str, Any]:
+    return getattr(params, "extra_args", None) or {}
+
+
+def _facts(prompt: Any) -> PromptFacts:
+    """Return what is known of a prompt that a front end has read; nothing, of others."""
+    if not isinstance(prompt, dict):
+        return PromptFacts()
+    embeds = prompt.get("prompt_embeds")
+    num_tokens = len(prompt.get("prompt_token_ids") or (() if embeds is None else embeds))
+    return PromptFacts(num_tokens, embeds is not None, any((prompt.get("mm_placeholders") or {}).values()))
+
+
+def _check(vllm_config: VllmConfig, options: Mapping[str, Any], prompt: PromptFacts = PromptFacts()) -> None:
+    """Raise what vLLM answers with a 400 if a request cannot be served as it wishes."""
     values = (vllm_config.additional_config or {}).get(FIELD)
-    has_options = any(option in options for option in REQUEST_OPTIONS)
-    if values is None and has_options:
-        raise VLLMValidationError(f"{REQUEST_POLICY}: this engine was started without --kv-eviction")
     if values is None:
+        if any(is_ours(option) for option in options):
+            raise VLLMValidationError(f"{REQUEST_POLICY}: this engine was started without --kv-eviction")
         return
-    if not has_options and not values.get("during_prefill"):
+    if not options and not values.get("during_prefill") and values["budget"] != AUTO:
         return
     server = EvictionConfig.parse(values)
     try:
-        config = request_config(server, params, vllm_config.cache_config.block_size)
+        config = server.for_request(options, vllm_config.cache_config.block_size)
         if config is not None:
             check_config(config, vllm_config)
+            check_prompt(config, prompt.has_embeds, prompt.has_images)
         num_blocks = _blocks_per_engine(vllm_config)
-        if num_tokens and num_blocks:
+        if prompt.num_tokens and num_blocks:
             cache = empty_cache(vllm_config, num_blocks - 1, windows_of(vllm_config))  # without vLLM's null block
-            check_fits(cache, None if config is None else cache.plan(config, num_tokens, num_tokens), num_tokens)
+            prefill = None if config is None else cache.plan(config, prompt.num_tokens, prompt.num_tokens)
+            check_fits(cache, prefill, prompt.num_tokens)
     except ValueError as error:
         process_metrics().refusals.labels(_option_named_in(str(error))).inc()
         raise VLLMValidationError(str(error)) from None
@@ -156,6 +226,8 @@ def _blocks_per_engine(vllm_config: VllmConfig) -> int:
 def _option_named_in(message: str) -> str:
     """Return the option that a message is about: the word before its colon, the policy's if that is none of them."""
     option = message.partition(":")[0]
+    if option == VLLM_FIELD:
+        return UNKNOWN_OPTION
     return option if option in REQUEST_OPTIONS else REQUEST_POLICY
 
 

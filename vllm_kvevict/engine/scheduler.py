@@ -24,7 +24,7 @@ from vllm_kvevict.engine.draft import split_draft_layers
 from vllm_kvevict.engine.install import eviction_config
 from vllm_kvevict.engine.life import RequestLife, State
 from vllm_kvevict.engine.metrics import EvictionRecord, Gauges, pack
-from vllm_kvevict.engine.requests import check_config, check_fits, empty_cache, request_config
+from vllm_kvevict.engine.requests import check_config, check_fits, check_prompt, empty_cache, request_config
 from vllm_kvevict.engine.spec import EvictionManager, PrivateBlocks, cache_hits_up_to
 from vllm_kvevict.engine.step import REPORTS, STEP, EvictionReport, PrefillEnd, StepEvictions
 
@@ -116,6 +116,7 @@ class EvictionMixin(Scheduler):
         if config is None or request.resumable or request.max_tokens <= NUM_UNREAD:
             return None
         check_config(config, self.vllm_config)
+        check_prompt(config, request.prompt_embeds is not None, bool(request.mm_features))
         prefill = self._cache.plan(config, request.num_prompt_tokens, request.num_prompt_tokens)
         # the last token of an answer is never computed
         if prefill is None or (
