@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from vllm import LLM, SamplingParams
+from vllm.config import VllmConfig
 from vllm.outputs import RequestOutput
+from vllm.platforms.cpu import CpuPlatform
 
 from vllm_kvevict import kv_eviction_args
 from vllm_kvevict.engine.spec import CacheInUse
@@ -123,7 +126,9 @@ class Engine:
         running = {request.request_id: request for request in self.scheduler.running}
         for request_id, request in running.items():
             pages = self._pages_of(bridge, request_id, request)
-            if request_id in bridge.page_table and self._has_freed(request_id):
+            if request_id in bridge.failures:  # a step that was in flight goes on in a block that was not emptied
+                pages = list(set(pages))
+            elif request_id in bridge.page_table and self._has_freed(request_id):
                 # rejected drafts leave blocks behind that nothing has been written to yet
                 blocks = self.blocks_held(request_id, request.num_computed_tokens)
                 held = torch.tensor(blocks[:-1] if self._has_emptied_last_block(request) else blocks)
@@ -195,6 +200,20 @@ class Engine:
         if self.bridge is not None:
             assert not self.scheduler._lives
             assert self.scheduler._manager.in_use == CacheInUse()
+
+
+@contextmanager
+def async_on_cpu() -> Iterator[None]:
+    """vLLM's CPU platform switches async scheduling off at start-up, though the engine can run it there."""
+    check_and_update_config = CpuPlatform.check_and_update_config.__func__
+
+    def keep_async(cls: type, vllm_config: VllmConfig) -> None:
+        check_and_update_config(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep_async))
+        yield
 
 
 @contextmanager
