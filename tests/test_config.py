@@ -128,9 +128,9 @@ def test_later_evictions_are_on_or_off(field, value):
 
 
 def test_a_policy_says_whether_it_evicts_during_decode():
-    assert not parse().method().during_decode
-    assert parse(policy="morphkv").method().during_decode
-    assert not parse(policy="morphkv", during_decode=False).method().during_decode
+    assert not parse().method().schedule.evicts_answer
+    assert parse(policy="morphkv").method().schedule.evicts_answer
+    assert not parse(policy="morphkv", during_decode=False).method().schedule.evicts_answer
 
 
 @pytest.mark.parametrize("policy", ["compactor", "expected_attention", "obcache_k"])
@@ -168,7 +168,7 @@ def test_an_interval_is_one_token_or_one_block():
     for interval in (None, 1, 32):
         config = parse(policy="morphkv", budget=128, interval=interval)
         config.check_block_size(32)
-        assert config.method().per_token == (interval == 1)
+        assert config.method().schedule.per_token == (interval == 1)
     with pytest.raises(ValueError) as error:
         parse(policy="morphkv", budget=128, interval=16).check_block_size(32)
     assert str(error.value) == "kv_evict_interval: expected 1 or the size of a block (32), got 16"
@@ -190,13 +190,13 @@ def test_of_a_full_budget_one_token_may_go():
 
 def test_the_server_s_interval_is_for_its_own_policy():
     server = parse(policy="morphkv", budget=128, interval=1)
-    assert server.for_request({}, 32).method().per_token
-    assert server.for_request({"kv_budget": 256}, 32).method().per_token
-    assert not server.for_request({"kv_eviction": "snapkv"}, 32).method().per_token
-    assert not server.for_request({"kv_evict_during_decode": 0}, 32).method().per_token
+    assert server.for_request({}, 32).method().schedule.per_token
+    assert server.for_request({"kv_budget": 256}, 32).method().schedule.per_token
+    assert not server.for_request({"kv_eviction": "snapkv"}, 32).method().schedule.per_token
+    assert not server.for_request({"kv_evict_during_decode": 0}, 32).method().schedule.per_token
     options = {"kv_eviction": "h2o", "kv_evict_during_decode": 1, "kv_evict_interval": 1}
-    assert server.for_request(options, 32).method().per_token
-    assert not parse(policy="morphkv").for_request({"kv_evict_interval": 32}, 32).method().per_token
+    assert server.for_request(options, 32).method().schedule.per_token
+    assert not parse(policy="morphkv").for_request({"kv_evict_interval": 32}, 32).method().schedule.per_token
     assert request_refusal(server, kv_evict_interval=7).startswith("kv_evict_interval: expected 1 or the size of a bl")
 
 
@@ -493,7 +493,7 @@ def test_unknown_allocators_of_requests_name_the_request_s_field():
 def test_a_request_says_whether_to_evict_during_decode(said, meant):
     for server in (None, True, False):
         changed = parse(during_decode=server).for_request({"kv_evict_during_decode": said}, 16)
-        assert changed.method().during_decode is meant
+        assert changed.method().schedule.evicts_answer is meant
 
 
 @pytest.mark.parametrize("said", ["yes", 2, -1, 0.5, [1]])
@@ -504,9 +504,10 @@ def test_wrong_answers_of_requests_about_later_evictions(option, said):
 
 @pytest.mark.parametrize("said", [True, 1, "true"])
 def test_a_request_says_whether_to_evict_between_chunks(said):
-    assert not parse().method().during_prefill
-    assert parse().for_request({"kv_evict_during_prefill": said}, 16).method().during_prefill
-    assert not parse(during_prefill=True).for_request({"kv_evict_during_prefill": 0}, 16).method().during_prefill
+    assert not parse().method().schedule.between_chunks
+    assert parse().for_request({"kv_evict_during_prefill": said}, 16).method().schedule.between_chunks
+    asked = parse(during_prefill=True).for_request({"kv_evict_during_prefill": 0}, 16)
+    assert not asked.method().schedule.between_chunks
 
 
 @pytest.mark.parametrize("policy", [True, False, 5, 0, 0.5, ["snapkv"], {}])

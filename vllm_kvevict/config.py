@@ -37,6 +37,7 @@ from vllm_kvevict.request_options import (
     check_names,
     checked_name,
 )
+from vllm_kvevict.schedule import DuringDecode, Schedule
 
 __all__ = ["AUTO", "EvictionConfig"]
 
@@ -154,8 +155,8 @@ class EvictionConfig(BaseModel):
                 f"kv_budget: 'auto' needs a calibration of policy {self.policy!r} (given: {known}); make one with "
                 f"`python -m vllm_kvevict calibrate` and name its file with --kv-budget-calibration"
             )
-        if method.is_bounded:
-            option = REQUEST_DURING_DECODE if method.during_decode else REQUEST_DURING_PREFILL
+        if method.schedule.is_bounded:
+            option = REQUEST_DURING_DECODE if method.schedule.evicts_answer else REQUEST_DURING_PREFILL
             raise ValueError(
                 f"kv_budget: 'auto' is chosen when all of a prompt is known, and does not go with {option}; give a "
                 f"number, or say {option} false"
@@ -186,10 +187,10 @@ class EvictionConfig(BaseModel):
             raise ValueError(
                 f"{REQUEST_INTERVAL}: expected 1 or the size of a block ({block_size}), got {quoted(self.interval)}"
             )
-        num_blocks = min_kept_blocks(method.min_tokens, block_size, method.is_bounded)
+        num_blocks = min_kept_blocks(method.min_tokens, block_size, method.schedule.is_bounded)
         smallest = (num_blocks - 1) * block_size + 1
         if isinstance(self.budget, int) and self.budget < smallest:
-            new_tokens = ", beside the block that new tokens fill" if method.is_bounded else ""
+            new_tokens = ", beside the block that new tokens fill" if method.schedule.is_bounded else ""
             raise ValueError(
                 f"kv_budget: expected at least {smallest} tokens, since blocks hold {block_size} and {self.policy!r} "
                 f"needs {method.min_tokens} tokens in every head ({method.num_protected} protected, "
@@ -259,15 +260,15 @@ class EvictionConfig(BaseModel):
 
 def _method(config: EvictionConfig) -> Method:
     policy = _build(POLICIES, config.policy, config.policy_options, "policy_options")
-    during_decode = policy.evicts_during_decode if config.during_decode is None else config.during_decode
-    if (during_decode or config.during_prefill) and not policy.supports_decode:
-        option = REQUEST_DURING_DECODE if during_decode else REQUEST_DURING_PREFILL
+    evicts_answer = policy.evicts_during_decode if config.during_decode is None else config.during_decode
+    if (evicts_answer or config.during_prefill) and not policy.supports_decode:
+        option = REQUEST_DURING_DECODE if evicts_answer else REQUEST_DURING_PREFILL
         raise ValueError(
             f"{option}: policy {config.policy!r} ranks the tokens of a whole prompt, once; leave the "
             f"option out, or choose another policy"
         )
     per_token = config.interval == 1
-    if per_token and not during_decode:
+    if per_token and not evicts_answer:
         raise ValueError(
             f"{REQUEST_INTERVAL}: counts tokens of the answer, and policy {config.policy!r} does not evict answers by "
             f"itself; say {REQUEST_DURING_DECODE} true, or leave the option out"
@@ -278,16 +279,23 @@ def _method(config: EvictionConfig) -> Method:
             f"{REQUEST_INTERVAL}: policy {config.policy!r} evicts from an answer a block at a time; leave the option "
             f"out, or choose one of {able}"
         )
+    if config.during_prefill and policy.num_deferred:
+        raise ValueError(
+            f"{REQUEST_DURING_PREFILL}: does not work with policy {config.policy!r}, which holds the whole prompt "
+            f"until it has seen the answer; choose another policy"
+        )
+    during_decode = DuringDecode.NOT
+    if evicts_answer:
+        during_decode = DuringDecode.BY_TOKEN if per_token else DuringDecode.BY_BLOCK
+    schedule = Schedule(policy.num_deferred, config.during_prefill, during_decode)
     num_recent = policy.num_recent if config.num_recent is None else config.num_recent
     return Method(
         policy,
         _build(ALLOCATORS, config.allocator or policy.default_allocator, config.allocator_options, "allocator_options"),
         policy.num_sink if config.num_sink is None else config.num_sink,
         # to a policy the last tokens are those of the last queries, which an earlier eviction must not have taken away
-        max(num_recent, policy.query_window) if during_decode or config.during_prefill else num_recent,
-        during_decode,
-        config.during_prefill,
-        per_token,
+        max(num_recent, policy.query_window) if schedule.is_bounded else num_recent,
+        schedule,
     )
 
 

@@ -1,8 +1,9 @@
 """The five verbs of an eviction, in order: score -> allocate -> select -> compact -> free.  READ THIS FIRST.
 
 *Score* happens layer by layer while the last chunk of a prompt passes (``Eviction.score_layer``, called from the
-attention backend); *allocate*, *select* and *compact* once after the last layer (``Eviction.finish``); *free* is
-vLLM's own: its scheduler returns the blocks to its pool in which nothing of the request lives any more.
+attention backend); *allocate* and *select* once after the last layer (``Eviction.choose``), and then *compact*
+(``Eviction.compact``), in which nobody else's code has a part; *free* is vLLM's own: its scheduler returns the blocks
+to its pool in which nothing of the request lives any more.
 """
 
 from __future__ import annotations
@@ -19,29 +20,21 @@ from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.selection import protect, select
 from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, Need, ScoreInputs
+from vllm_kvevict.results import checked, checked_tokens, checked_wish
+from vllm_kvevict.schedule import Schedule
+
+_AT_THE_END = Schedule()
 
 
 @dataclass(frozen=True)
 class Method:
-    """A policy, an allocator, how many tokens both ends of the prompt are protected by, and whether answers count too.
-
-    during_decode:  the request holds its budget and no more while its answer grows
-    during_prefill: it holds its budget and no more between the chunks of its prompt
-    per_token:      during decode one token goes for each that comes, in place of a block of them now and then
-    """
+    """A policy, an allocator, how many tokens both ends of the prompt are protected by, and when they are asked."""
 
     policy: EvictionPolicy
     allocator: BudgetAllocator
     num_sink: int
     num_recent: int
-    during_decode: bool = False
-    during_prefill: bool = False
-    per_token: bool = False
-
-    @property
-    def is_bounded(self) -> bool:
-        """Whether what an eviction leaves may be evicted again."""
-        return self.during_decode or self.during_prefill
+    schedule: Schedule = _AT_THE_END
 
     @property
     def num_protected(self) -> int:
@@ -55,7 +48,7 @@ class Method:
     @property
     def watches_answer(self) -> bool:
         """Whether the engine must remember queries of the answer."""
-        is_watched = self.during_decode or self.policy.num_deferred > 0
+        is_watched = self.schedule.evicts_answer or self.schedule.num_deferred > 0
         return is_watched and (self.query_window > 0 or Need.ALL_QUERIES in self.policy.needs)
 
     @property
@@ -65,7 +58,7 @@ class Method:
         A prefix-cache hit never covers the latter, so they are always computed and never scored in part. If each new
         token takes the slot of another one, that one is neither.
         """
-        return max(self.num_protected, self.query_window) + self.per_token
+        return max(self.num_protected, self.query_window) + self.schedule.per_token
 
 
 @dataclass
@@ -89,6 +82,7 @@ class Eviction:
     _scores: list[torch.Tensor | None] = field(init=False)
     _measures: list[torch.Tensor] = field(init=False)
     _waiting: list[ScoreInputs] = field(init=False, default_factory=list)
+    _compaction: Compaction = field(init=False)
 
     def __post_init__(self) -> None:
         self._page_ids = self.pool.page_ids(self.block_ids)  # [num_layers, num_kv_heads, num_blocks]
@@ -104,7 +98,8 @@ class Eviction:
         """
         start = perf_counter()
         policy, inputs = self.method.policy, self._readable([self._inputs(layer, query, scale, weights)])[0]
-        tokens = policy.preselect(_last_queries(inputs, policy.query_window))
+        found = policy.preselect(_last_queries(inputs, policy.query_window))
+        tokens = checked_tokens(f"{_name(policy)}.preselect", found, self.pool.num_kv_heads, inputs.kv_len)
         block_size = self.pool.block_size
         slots = self._page_ids[layer].gather(1, tokens // block_size) * block_size + tokens % block_size
         self.seconds += perf_counter() - start
@@ -135,8 +130,9 @@ class Eviction:
         waiting, self._waiting = self._readable(self._waiting), []
         policy, allocator = self.method.policy, self.method.allocator
         scores = policy.score_layers([_last_queries(inputs, policy.query_window) for inputs in waiting])
+        shape = self.pool.num_kv_heads, self.plan.num_tokens
         for inputs, of_layer in zip(waiting, scores, strict=True):
-            self._scores[inputs.layer] = of_layer
+            self._scores[inputs.layer] = checked(f"{_name(policy)}.score", of_layer, shape, self.pool.pages.device)
         if type(allocator).measure is not BudgetAllocator.measure:
             for inputs in waiting:
                 self._measures[inputs.layer] = allocator.measure(_last_queries(inputs, allocator.query_window))
@@ -183,9 +179,15 @@ class Eviction:
             self.fresh_block_ids = self.fresh_block_ids[len(self.fresh_block_ids) - plan.num_full_blocks :]
 
     def finish(self) -> Compaction:
-        """Allocate, select and compact. The pool's pages change; the caller puts the result in its page table.
+        """``choose``, and then ``compact``."""
+        self.choose()
+        return self.compact()
 
-        Raises RuntimeError if a layer was not scored.
+    def choose(self) -> None:
+        """Allocate and select: the last that a policy or an allocator has a part in. Nothing moves.
+
+        Raises RuntimeError if a layer was not scored, and whatever they raise; ValueError or TypeError if they return
+        what is none of an answer.
         """
         start = perf_counter()
         scores, protection = self._all_scores(), (self.method.num_sink, self.method.num_recent)
@@ -194,11 +196,18 @@ class Eviction:
         kept = select(scores, num_full_pages * self.plan.block_size + self.plan.num_tail_tokens, *protection)
         if not self.plan.keeps_tail:
             self.next_victims = protected.masked_fill(~kept, float("inf")).argmin(dim=-1)
-        compaction = plan_compaction(kept, num_full_pages, self.block_ids, self.plan, self.pool, self.fresh_block_ids)
-        for source, destination in compaction.phases:
+        self._compaction = plan_compaction(
+            kept, num_full_pages, self.block_ids, self.plan, self.pool, self.fresh_block_ids
+        )
+        self.seconds += perf_counter() - start
+
+    def compact(self) -> Compaction:
+        """Move what was chosen. The pool's pages change; the caller puts the result in its page table."""
+        start = perf_counter()
+        for source, destination in self._compaction.phases:
             self.pool.move(source, destination)
         self.seconds += perf_counter() - start
-        return compaction
+        return self._compaction
 
     def _all_scores(self) -> torch.Tensor:
         if self._waiting:
@@ -211,18 +220,33 @@ class Eviction:
     def _allocate(self, scores: torch.Tensor) -> torch.Tensor:
         plan = self.plan
         num_heads = scores.shape[0] * scores.shape[1]
-        wish = self.method.allocator.wish(scores, plan.num_kept_tokens, torch.stack(self._measures))
-        wish = wish.to("cpu", torch.float64)
+        wish = self._wish(scores)
         tokens = wish * (plan.num_kept_tokens * num_heads / wish.sum())
         # once the block of the tail is full it is emptied into the other pages: they must hold what is protected then
-        tail = 0 if self.method.is_bounded else plan.num_tail_tokens
-        minimum = cdiv(max(self.method.num_protected + self.method.per_token - tail, 0), plan.block_size)
+        tail = 0 if self.method.schedule.is_bounded else plan.num_tail_tokens
+        minimum = cdiv(max(self.method.num_protected + self.method.schedule.per_token - tail, 0), plan.block_size)
         return round_to_pages(
             (tokens - plan.num_tail_tokens).clamp(min=0),  # every head holds the tail, in a page of its own
             plan.num_full_blocks * num_heads,
             min(minimum, plan.num_full_blocks),
             plan.num_tokens // plan.block_size,
         )
+
+    def _wish(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return [num_layers, num_kv_heads] float64 on the CPU, what the allocator wishes.
+
+        One key that is not finite spoils what is measured of its layer; then nothing is known of how layers differ,
+        and all heads get the same.
+        """
+        allocator, measures = self.method.allocator, torch.stack(self._measures)
+        if not torch.isfinite(measures).all():
+            return torch.ones(scores.shape[:2], dtype=torch.float64)
+        wish = allocator.wish(scores, self.plan.num_kept_tokens, measures)
+        return checked_wish(f"{_name(allocator)}.wish", wish, scores.shape[:2])
+
+
+def _name(of: EvictionPolicy | BudgetAllocator) -> str:
+    return type(of).__name__
 
 
 def _last_queries(inputs: ScoreInputs, window: int) -> ScoreInputs:

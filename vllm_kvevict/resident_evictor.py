@@ -18,6 +18,7 @@ from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.cache.selection import protect, select
 from vllm_kvevict.evictor import Method
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
+from vllm_kvevict.results import checked
 
 
 @dataclass
@@ -130,10 +131,11 @@ class ResidentEviction:
         if Need.ALL_QUERIES in policy.needs:
             slots = self._slots[inputs.layer, heads, :kv_len]
             earlier = self.residents.sums[slots[:, : kv_len - len(chunk)]]
-            sums = policy.observe(earlier, replace(inputs, query=chunk))
+            sums = self._checked("observe", policy.observe(earlier, replace(inputs, query=chunk)), heads, kv_len)
             self.residents.sums[slots] = sums
             inputs = replace(inputs, state=sums)
-        scores = policy.score(replace(inputs, query=query[max(len(query) - policy.query_window, 0) :]))
+        last = query[max(len(query) - policy.query_window, 0) :]
+        scores = self._checked("score", policy.score(replace(inputs, query=last)), heads, kv_len)
         protection = self.method.num_sink, self.method.num_recent
         kept = select(scores, self._num_kept(inputs.layer, heads), *protection)
         self._kept[inputs.layer, heads, :kv_len] = kept
@@ -142,6 +144,11 @@ class ResidentEviction:
             lowest = protected.masked_fill(~kept, float("inf")).argmin(dim=1, keepdim=True)
             slots = self._slots[inputs.layer, heads].gather(1, lowest)[:, 0]
             self.next_victims[inputs.layer, heads] = self.residents.positions[slots].to(torch.int64)
+
+    def _checked(self, method: str, result: object, heads: torch.Tensor, kv_len: int) -> torch.Tensor:
+        """Return what a method of the policy returned for some heads, if it is [num_heads, kv_len] float32."""
+        source = f"{type(self.method.policy).__name__}.{method}"
+        return checked(source, result, (len(heads), kv_len), self.pool.pages.device)
 
     def _num_kept(self, layer: int, heads: torch.Tensor) -> torch.Tensor:
         return self.num_full_pages[layer, heads] * self.pool.block_size + self._num_tail_tokens

@@ -17,6 +17,7 @@ from vllm_kvevict.cache.query_ring import QueryRing
 from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.evictor import Method
 from vllm_kvevict.policies.base import LayerWeights, Need, StepInputs
+from vllm_kvevict.results import checked
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ class TokenEvictor:
             weights,
             self._residents.sums[slots] if observes else None,
         )
-        scores = policy.score_step(inputs)
+        source = f"{type(policy).__name__}.score_step"
+        scores = checked(source, policy.score_step(inputs), positions.shape, positions.device)
         if observes:
             held = inputs.is_held
             self._residents.sums[slots[held]] = scores[held]

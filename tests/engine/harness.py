@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from vllm import LLM, SamplingParams
+from vllm.config import VllmConfig
 from vllm.outputs import RequestOutput
+from vllm.platforms.cpu import CpuPlatform
 
 from vllm_kvevict import kv_eviction_args
 from vllm_kvevict.engine.spec import CacheInUse
@@ -123,7 +126,9 @@ class Engine:
         running = {request.request_id: request for request in self.scheduler.running}
         for request_id, request in running.items():
             pages = self._pages_of(bridge, request_id, request)
-            if request_id in bridge.page_table and self._has_freed(request_id):
+            if request_id in bridge.failures:  # a step that was in flight goes on in a block that was not emptied
+                pages = list(set(pages))
+            elif request_id in bridge.page_table and self._has_freed(request_id):
                 # rejected drafts leave blocks behind that nothing has been written to yet
                 blocks = self.blocks_held(request_id, request.num_computed_tokens)
                 held = torch.tensor(blocks[:-1] if self._has_emptied_last_block(request) else blocks)
@@ -135,19 +140,19 @@ class Engine:
         assert not owner.keys() & set(null_pages)
 
     def _has_freed(self, request_id: str) -> bool:
-        eviction = self.scheduler._evictions.get(request_id)
-        return eviction is not None and eviction.is_final and not eviction.releases
+        life = self.scheduler._lives.get(request_id)
+        return life is not None and bool(life.evictions) and not life.releases
 
     def _has_emptied_last_block(self, request: Any) -> bool:
         """Whether a request that evicts during decode has just filled a block, which it will use again; or any token
         of it has been in its last block, if it evicts token by token.
         """
-        eviction = self.scheduler._evictions[request.request_id]
-        num_tokens, plan = request.num_computed_tokens, eviction.plan
+        life = self.scheduler._lives[request.request_id]
+        num_tokens, plan = request.num_computed_tokens, life.plan
         if not plan.keeps_tail:
             return num_tokens > plan.num_tokens // plan.block_size * plan.block_size
         is_full = num_tokens % plan.block_size == 0 and num_tokens > plan.num_tokens
-        return is_full and eviction.config.method().during_decode
+        return is_full and life.prefill.evicts_answer
 
     def _pages_of(self, bridge: Any, request_id: str, request: Any) -> list[int]:
         """Pages in the tables of an evicted request, after the decode blocks it has entered; none for whole ones."""
@@ -193,8 +198,22 @@ class Engine:
         assert not self.scheduler.running and not self.scheduler.requests
         assert self.num_free_blocks == self._free_at_start
         if self.bridge is not None:
-            assert not self.scheduler._evictions
+            assert not self.scheduler._lives
             assert self.scheduler._manager.in_use == CacheInUse()
+
+
+@contextmanager
+def async_on_cpu() -> Iterator[None]:
+    """vLLM's CPU platform switches async scheduling off at start-up, though the engine can run it there."""
+    check_and_update_config = CpuPlatform.check_and_update_config.__func__
+
+    def keep_async(cls: type, vllm_config: VllmConfig) -> None:
+        check_and_update_config(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep_async))
+        yield
 
 
 @contextmanager

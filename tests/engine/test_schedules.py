@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.config import VllmConfig
 
-from tests.engine.harness import engine
+from tests.engine.harness import async_on_cpu, engine
 from tests.tiny_llama import random_prompt
 from vllm_kvevict.cache import page_table
 
@@ -34,27 +33,11 @@ def test_chunk_size_does_not_change_what_is_kept(tiny_llama: Path, kept_masks: l
     assert len(cut) == 3 and all(mask.equal(whole) for mask in cut)
 
 
-@pytest.fixture
-def async_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's CPU platform switches async scheduling off at start-up, though the engine can run it there."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    check_and_update_config = CpuPlatform.check_and_update_config.__func__
-
-    def keep_async(cls: type, vllm_config: VllmConfig) -> None:
-        check_and_update_config(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep_async))
-
-
 @pytest.mark.feature("async scheduling")
 @pytest.mark.parametrize(
     "caching", [pytest.param(False, marks=pytest.mark.more("the same without a prefix cache")), True]
 )
-def test_async_scheduling_gives_the_same_answers(
-    tiny_llama: Path, request: pytest.FixtureRequest, caching: bool
-) -> None:
+def test_async_scheduling_gives_the_same_answers(tiny_llama: Path, caching: bool) -> None:
     prompts = [random_prompt(length, seed=length) for length in (40, 333, 700, 1200)]
     cases: list[dict[str, Any]] = [{}, {"kv_eviction": "laq"}, {"kv_budget": "auto"}]
     fields = {"calibration": {"snapkv": {"alpha": 10.0, "beta": -74.0}}}
@@ -62,8 +45,7 @@ def test_async_scheduling_gives_the_same_answers(
     with engine(tiny_llama, **settings) as synchronous:
         assert type(synchronous.scheduler).__name__ == "EvictionScheduler"
         expected = [synchronous.tokens(prompts, max_tokens=40, extra_args=case) for case in cases]
-    request.getfixturevalue("async_on_cpu")
-    with engine(tiny_llama, async_scheduling=True, **settings) as asynchronous:
+    with async_on_cpu(), engine(tiny_llama, async_scheduling=True, **settings) as asynchronous:
         assert type(asynchronous.scheduler).__name__ == "AsyncEvictionScheduler"
         assert [asynchronous.tokens(prompts, max_tokens=40, extra_args=case) for case in cases] == expected
         asynchronous.check_all_free()
@@ -104,9 +86,9 @@ def test_repeated_preemption_ends_well(tiny_llama: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.feature("prefix caching")
 def test_a_prompt_that_leaves_no_room_for_fresh_blocks_is_compacted_in_place(tiny_llama: Path) -> None:
-    """24 blocks: 22 of the prompt and 2 fresh ones are too many. What is rewritten is shared with nobody."""
+    """23 blocks: 22 of the prompt and 2 fresh ones are too many. What is rewritten is shared with nobody."""
     prompt = random_prompt(700, seed=1)
-    with engine(tiny_llama, budget=BUDGET, num_gpu_blocks_override=25, max_model_len=736) as tight:
+    with engine(tiny_llama, budget=BUDGET, num_gpu_blocks_override=24, max_model_len=736) as tight:
         tight.poison_unowned_memory()
         cold, warm = (tight.generate([prompt])[0] for _ in range(2))
         short = [tight.generate([prompt[:600]])[0] for _ in range(2)]

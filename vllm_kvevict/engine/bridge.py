@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Set
 from typing import Any, ClassVar
 
 import torch
-from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -19,7 +16,10 @@ from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.query_ring import QueryRing
 from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.engine.likelihood import PromptLikelihood
+from vllm_kvevict.engine.agreement import Workers
+from vllm_kvevict.engine.auto_budgets import AutoBudgets
+from vllm_kvevict.engine.commands import Commands, without
+from vllm_kvevict.engine.guard import Failures
 from vllm_kvevict.engine.lookahead import Lookahead
 from vllm_kvevict.engine.model import ModelWeights
 from vllm_kvevict.engine.prefill import ChunkRow, Prefill, PrefillRow
@@ -39,6 +39,7 @@ class EvictionBridge:
 
     row_req_ids: of the last batch that was not all stock attention's
     evictions:   of the requests whose prefill ended in the last step
+    failures:    of what a third party may have written
 
     num_extra_tokens: tokens of a row beyond those that the scheduler counts
     """
@@ -57,16 +58,19 @@ class EvictionBridge:
         self._step: StepEvictions | None = None
         self.row_req_ids: list[str] = []
         self.evictions: dict[str, Eviction] = {}
+        self.failures = Failures()
+        self._workers = Workers(runner.vllm_config.parallel_config)
+        self._commands = Commands()
         # of requests that evict while they decode: queries since their last full block, and what their slots hold
         self.ring = QueryRing(pool.num_layers, max_num_reqs, ring_depth(runner.vllm_config), pool.pages.device)
         self.residents = Residents(pool)
         tokens = TokenEvictor(pool, self.page_table, self.residents, self.ring, max_num_reqs)
-        self._replacing = Replacing(tokens, self.page_table)
+        self._replacing = Replacing(tokens, self.page_table, self.failures)
         self._full_rows: dict[str, torch.Tensor] = {}
-        self._chunks: dict[str, ResidentEviction] = {}
-        self._likelihood = PromptLikelihood(runner)
+        self._again: dict[str, ResidentEviction] = {}
+        self._auto_budgets = AutoBudgets(runner, self.failures)
         self._chosen_rows: list[PrefillRow] = []
-        self._lookahead = Lookahead(runner, pool, layer_names)
+        self._lookahead = Lookahead(runner, pool, layer_names, self.failures)
         self._looking_ahead: list[PrefillRow] = []
 
     def forget_weights(self) -> None:
@@ -83,23 +87,63 @@ class EvictionBridge:
             self.ring.slots.give_back(req_id)
             self._replacing.end(req_id)
             self._prefills.pop(req_id, None)
-        self._step = getattr(output, STEP)
+            self.failures.forget(req_id)
+            self._commands.forget(req_id)
+        step: StepEvictions = getattr(output, STEP)
+        self._commands.take(step, output.num_scheduled_tokens.keys())
+        self._begin_prefills(step)
+        self._step = without(self._failed_before(), step)
         self.evictions = {}
         self._full_rows = {}
-        self._chunks = {}
+        self._again = {}
         self._looking_ahead = []
         self._chosen_rows = []
-        self._replacing.failed = {}
+
+    def _failed_before(self) -> Set[str]:
+        """Return the requests whose failure the scheduler did not know of when it planned this step.
+
+        They go on as whatever they were, for nothing, until it ends them.
+        """
+        return self.failures.settled
+
+    def _begin_prefills(self, step: StepEvictions) -> None:
+        """Make the policies of requests that begin; workers whose batches differed would wait for each other."""
+        configs = step.prefilling | {req_id: end.config for req_id, end in step.ending.items() if not end.is_late}
+        new = [req_id for req_id in configs if req_id not in self._prefills and req_id not in self.failures]
+        for req_id in new:
+            self.failures.ask(req_id, "making the policy", self._begin_prefill, req_id, configs[req_id])
+        self._workers.agree(self.failures, new)
 
     def forget_step(self) -> None:
         """Batches that come now are none of the scheduler's: stock attention serves all of them."""
         self._step = None
 
     def end_step(self) -> dict[str, EvictionReport]:
-        """After the last layer: allocate, select and compact what the layers have scored."""
+        """After the last layer: allocate, select and compact what the layers have scored.
+
+        What a third party may have written comes first. When all workers know what of it failed, tokens move.
+        """
         step = self._step or StepEvictions()
+        self._choose(step)
+        evicted = self._commands.evicted() if self._workers.are_several else []
+        self._workers.agree(self.failures, evicted)
+        seconds = self._evict(step)
+        self._workers.hand_on(self.failures, evicted)
+        plans = self._commands.plans | {req_id: eviction.plan for req_id, eviction in self.evictions.items()}
+        failed = self.failures.settled & self._commands.scheduled
+        for req_id in failed:
+            self._replacing.end(req_id)
+        self._step = None
+        # what has no plan, and is replaced token by token or still observed, is reported only if it has failed
+        return {
+            req_id: EvictionReport(plans.get(req_id), seconds.get(req_id, 0.0), self.failures.get(req_id))
+            for req_id in [*plans, *(failed - plans.keys())]
+        }
+
+    def _choose(self, step: StepEvictions) -> None:
+        """Ask the policies and allocators what the requests of this step keep."""
         if self._looking_ahead:
-            self._look_ahead()
+            self._lookahead.score(self._looking_ahead, self._weights)
         for req_id, num_tokens in step.growing.items():
             if req_id in self.ring.slots:
                 self._observe_answer(req_id, num_tokens, None)
@@ -109,69 +153,82 @@ class EvictionBridge:
                 eviction = self.evictions[req_id] = Eviction(method, end.plan, self.pool, block_ids, self._fresh(end))
                 self._observe_answer(req_id, end.plan.num_tokens, eviction)
         self._choose_budgets()
-        reports = {}
+        for req_id, eviction in self.evictions.items():
+            self.failures.ask(req_id, "choosing what to keep", self._choose_kept, req_id, eviction)
+        for req_id, num_tokens in step.shrinking.items():
+            if not self._prefills[req_id].method.schedule.per_token:  # whose tokens have left the block one by one
+                self._again[req_id] = self._resident_eviction(req_id, num_tokens)
+                self.failures.ask(req_id, "scoring an answer", self._score_answer, req_id, num_tokens)
+
+    def _choose_kept(self, req_id: str, eviction: Eviction) -> None:
+        eviction.choose()
+        prefill = self._prefills[req_id]
+        if prefill.method.schedule.is_bounded:
+            prefill.check_states((self.pool.num_kv_heads, eviction.plan.num_tokens), self.pool.pages.device)
+
+    def _score_answer(self, req_id: str, num_tokens: int) -> None:
+        """Let the policy look at all that an evicted request holds, the block that its answer has filled included."""
+        prefill, eviction = self._prefills[req_id], self._again[req_id]
+        for layer in range(self.pool.num_layers):
+            chunk = self._new_queries(layer, req_id, num_tokens)
+            last = prefill.queries.extend(layer, chunk)
+            weights = self._weights.of(layer, prefill.needs)
+            eviction.score_layer(layer, last, chunk, self._weights.scale(layer), weights)
+
+    def _evict(self, step: StepEvictions) -> dict[str, float]:
+        """Move what was chosen; return the seconds that each request took in all.
+
+        Tokens move only into blocks that no other request reads.
+        """
+        seconds = {}
         for req_id, eviction in self.evictions.items():
             prefill = self._prefills[req_id]
-            failure = prefill.failure or self._finish(req_id, eviction)
-            reports[req_id] = _report(eviction.plan, eviction.seconds + prefill.seconds, failure)
-            if not prefill.method.is_bounded:
-                del self._prefills[req_id]
-                self.ring.slots.give_back(req_id)
-        for req_id, num_tokens in step.shrinking.items():
-            reports[req_id] = self._shrink(req_id, num_tokens)
-        for req_id, plan in step.chunks.items():
-            reports[req_id] = self._finish_chunk(req_id, plan)
-        reports |= {req_id: _report(None, 0.0, failure) for req_id, failure in self._replacing.failed.items()}
-        self._step = None
-        return reports
+            if req_id not in self.failures:
+                self._compact(req_id, eviction)
+            seconds[req_id] = eviction.seconds + prefill.seconds
+            if not step.ending[req_id].goes_on:
+                self._forget_prefill(req_id)
+        for req_id, again in self._again.items():
+            chunk = step.chunks.get(req_id)
+            if req_id not in self.failures:
+                self._compact_again(req_id, again, None if chunk is None else chunk.plan)
+            seconds[req_id] = again.seconds
+            if chunk is not None and not chunk.goes_on:
+                self._forget_prefill(req_id)
+        return seconds
+
+    def _forget_prefill(self, req_id: str) -> None:
+        """A request will not be evicted again."""
+        del self._prefills[req_id]
+        self.ring.slots.give_back(req_id)
 
     def _choose_budgets(self) -> None:
         """Settle how much the requests of this step keep whose budget is "auto"."""
-        if self._chosen_rows:
-            self._likelihood.observe(self._chosen_rows)
-        chosen = {}
-        for req_id, eviction in self.evictions.items():
-            prefill = self._prefills[req_id]
-            if prefill.auto_budget is not None:
-                chosen[req_id] = prefill.auto_budget.choose(eviction.plan, prefill.nll)
-        if chosen:
-            # all workers free the same blocks, whatever the last digits of their sums are
-            sizes = torch.tensor([plan.num_kept_blocks for plan in chosen.values()], device=self.pool.pages.device)
-            sizes = get_tp_group().broadcast(sizes, src=0)
-            for (req_id, plan), num_kept in zip(chosen.items(), sizes.tolist(), strict=True):
-                self.evictions[req_id].adopt(replace(plan, num_kept_blocks=num_kept))
+        self._auto_budgets.observe(self._chosen_rows)
+        self._auto_budgets.choose(self.evictions, self._prefills)
 
-    def _look_ahead(self) -> None:
-        """Generate pseudo tokens behind the prompts that end in this step, and score what these attend to.
-
-        All workers run the same passes, whatever a policy has raised on one of them.
-        """
-        queries = self._lookahead.run(self._looking_ahead, self._weights)
-        for row, pseudo_queries in zip(self._looking_ahead, queries, strict=True):
-            for layer, pseudo_query in enumerate(pseudo_queries):
-                _ask(row.prefill, layer, partial(self._score_ahead, row, layer, pseudo_query))
-
-    def _score_ahead(self, row: PrefillRow, layer: int, pseudo_query: torch.Tensor) -> None:
-        weights = self._weights.of(layer, row.prefill.needs)
-        row.score_ahead(layer, self._weights.scale(layer), weights, pseudo_query)
-
-    def _finish(self, req_id: str, eviction: Eviction) -> Exception | None:
-        """Evict, or return what the allocator raised. Tokens move only into blocks that no other request reads."""
-        try:
-            compaction = eviction.finish()
-        except Exception as error:
-            logger.exception("the eviction of request %s failed", req_id)
-            return error
+    def _compact(self, req_id: str, eviction: Eviction) -> None:
+        """Carry out the first eviction of a request."""
+        compaction, prefill = eviction.compact(), self._prefills[req_id]
         self.page_table.add(req_id, compaction, eviction.plan)
-        prefill = self._prefills.get(req_id)
-        if prefill is not None and prefill.method.is_bounded:
+        if prefill.method.schedule.is_bounded:
             known_bytes = self.residents.num_bytes
             self.residents.settle(compaction, eviction.plan, eviction.block_ids, prefill.take_states())
             if self.residents.num_bytes > known_bytes:
                 logger.info("What the slots of answers hold is noted in %.1f MiB", self.residents.num_bytes / 2**20)
             if eviction.next_victims is not None:
                 self._go_token_by_token(req_id, eviction.plan, eviction.next_victims)
-        return None
+
+    def _compact_again(self, req_id: str, eviction: ResidentEviction, plan: EvictionPlan | None) -> None:
+        """Empty the block that an answer has filled, or those that a chunk of a prompt has, all but the last one.
+
+        plan: of the chunk
+        """
+        eviction.finish()
+        self._prefills[req_id].num_tokens = eviction.num_tokens
+        self.page_table.shrink(req_id, eviction.num_tokens, eviction.keeps_tail)
+        if plan is not None and not plan.keeps_tail:
+            self._go_token_by_token(req_id, plan, eviction.next_victims)
 
     def _go_token_by_token(self, req_id: str, plan: EvictionPlan, victims: torch.Tensor) -> None:
         """From its next token on a request replaces what it holds; the ring has its last queries then."""
@@ -182,6 +239,8 @@ class EvictionBridge:
 
     def _observe_answer(self, req_id: str, num_tokens: int, eviction: Eviction | None) -> None:
         """Show the policy the queries since the last full block of a request whose prompt was not evicted."""
+        if req_id in self.failures:
+            return
         prefill, block_ids = self._prefills[req_id], self._full_rows[req_id]
         # before the first is observed: it counts as seen then
         chunks = [self._new_queries(layer, req_id, num_tokens) for layer in range(self.pool.num_layers)]
@@ -196,43 +255,12 @@ class EvictionBridge:
             return prefill.queries.last(layer)[:0]
         return self.ring.last(layer, req_id, num_tokens, num_tokens - prefill.num_tokens)
 
-    def _finish_chunk(self, req_id: str, plan: EvictionPlan) -> EvictionReport:
-        """Empty the blocks that a chunk of a prompt has filled, all but the last one."""
-        prefill, eviction = self._prefills[req_id], self._chunks[req_id]
-        if prefill.failure is None:
-            eviction.finish()
-            prefill.num_tokens = plan.num_tokens
-            self.page_table.shrink(req_id, plan.num_tokens, plan.keeps_tail)
-            if not plan.keeps_tail:
-                self._go_token_by_token(req_id, plan, eviction.next_victims)
-        return _report(plan, eviction.seconds, prefill.failure)
-
     def _resident_eviction(self, req_id: str, num_tokens: int, keeps_tail: bool = True) -> ResidentEviction:
         prefill, rows = self._prefills[req_id], self.page_table.rows(req_id, num_tokens)
         num_new, num_full_pages = num_tokens - prefill.num_tokens, self.page_table.num_full_pages(req_id)
         return ResidentEviction(
             prefill.method, num_tokens, num_new, self.pool, self.residents, *rows, num_full_pages, keeps_tail
         )
-
-    def _shrink(self, req_id: str, num_tokens: int) -> EvictionReport:
-        """Empty the block that the answer of an evicted request has filled; a policy that fails ends the request."""
-        prefill = self._prefills[req_id]
-        if prefill.method.per_token:  # its tokens have left the block one by one
-            return _report(None, 0.0, prefill.failure)
-        eviction = self._resident_eviction(req_id, num_tokens)
-        try:
-            for layer in range(self.pool.num_layers):
-                chunk = self._new_queries(layer, req_id, num_tokens)
-                last = prefill.queries.extend(layer, chunk)
-                weights = self._weights.of(layer, prefill.needs)
-                eviction.score_layer(layer, last, chunk, self._weights.scale(layer), weights)
-            eviction.finish()
-        except Exception as error:
-            logger.exception("an eviction from the answer of request %s failed", req_id)
-            return _report(None, eviction.seconds, error)
-        prefill.num_tokens = num_tokens
-        self.page_table.shrink(req_id, num_tokens)
-        return _report(None, eviction.seconds, None)
 
     def rows(self, common: CommonAttentionMetadata) -> StepRows | None:
         """Return what is special about this batch, None if stock attention serves all of it."""
@@ -265,10 +293,9 @@ class EvictionBridge:
         bounds = common.query_start_loc_cpu.tolist()
         for row, req_id in enumerate(req_ids):
             if req_id in step.chunks:
-                num_tokens = step.chunks[req_id].num_tokens
-                _check_length(req_id, num_tokens, int(common.seq_lens[row]))
-                keeps_tail = step.chunks[req_id].keeps_tail
-                eviction = self._chunks[req_id] = self._resident_eviction(req_id, num_tokens, keeps_tail)
+                plan = step.chunks[req_id].plan
+                _check_length(req_id, plan.num_tokens, int(common.seq_lens[row]))
+                eviction = self._again[req_id] = self._resident_eviction(req_id, plan.num_tokens, plan.keeps_tail)
                 rows.append(ChunkRow(self._prefills[req_id], bounds[row], bounds[row + 1], eviction))
         return rows
 
@@ -285,15 +312,13 @@ class EvictionBridge:
         bounds = common.query_start_loc_cpu.tolist()
         rows: list[PrefillRow] = []
         for row, req_id in enumerate(req_ids):
-            if req_id in step.prefilling:
-                config, end = step.prefilling[req_id], None
-            elif req_id in step.ending and not step.ending[req_id].is_late:
-                config, end = step.ending[req_id].config, step.ending[req_id]
-            else:
+            end = step.ending.get(req_id)
+            prefill = self._prefills.get(req_id)
+            # a draft has none if its policy could not be made
+            if prefill is None or (req_id not in step.prefilling and (end is None or end.is_late)):
                 continue
             kv_len = int(common.seq_lens[row]) - self.num_extra_tokens
             block_ids = common.block_table_tensor[row, : cdiv(kv_len, self.pool.block_size)].to(torch.int64)
-            prefill = self._prefills.get(req_id) or self._begin_prefill(req_id, config)
             eviction = None
             if end is not None:
                 _check_length(req_id, end.plan.num_tokens, kv_len)
@@ -303,16 +328,16 @@ class EvictionBridge:
             rows.append(PrefillRow(prefill, bounds[row], end_token, block_ids, kv_len, eviction))
             if prefill.auto_budget is not None:
                 self._chosen_rows.append(rows[-1])
-            if end is not None and prefill.method.policy.num_pseudo_tokens:
+            if end is not None and prefill.num_pseudo_tokens:
                 self._looking_ahead.append(rows[-1])
         return rows
 
-    def _begin_prefill(self, req_id: str, config: EvictionConfig) -> Prefill:
+    def _begin_prefill(self, req_id: str, config: EvictionConfig) -> None:
         method = config.method()
-        prefill = self._prefills[req_id] = Prefill(method, self.pool.num_layers, config.auto_budget())
+        prefill = Prefill(req_id, method, self.pool.num_layers, config.auto_budget())
         if method.watches_answer:
             self.ring.slots.take(req_id)
-        return prefill
+        self._prefills[req_id] = prefill
 
     def _note_full_rows(self, req_ids: list[str], common: CommonAttentionMetadata, step: StepEvictions) -> None:
         """Check the lengths of requests whose answer is looked at in this step, and keep the block tables of those
@@ -351,28 +376,14 @@ class EvictionBridge:
         self, row: PrefillRow | ChunkRow, layer: int, query: torch.Tensor, output: torch.Tensor, scale: float
     ) -> None:
         """Show a layer's queries and outputs [num_tokens, num_heads, head_size] to one row of the batch."""
+        self.failures.ask(row.prefill.req_id, f"scoring layer {layer}", self._observe, row, layer, query, output, scale)
 
-        def show() -> None:
-            row.observe(self.pool, layer, query, output, scale, self._weights.of(layer, row.prefill.needs))
-
-        _ask(row.prefill, layer, show)
-
-
-def _ask(prefill: Prefill, layer: int, question: Callable[[], None]) -> None:
-    """Whatever a policy raises, maybe one of a third party, ends its request and not the engine."""
-    if prefill.failure is not None:
-        return
-    try:
-        question()
-    except Exception as error:
-        prefill.failure = error
-        logger.exception("a policy failed in layer %d", layer)
+    def _observe(
+        self, row: PrefillRow | ChunkRow, layer: int, query: torch.Tensor, output: torch.Tensor, scale: float
+    ) -> None:
+        row.observe(self.pool, layer, query, output, scale, self._weights.of(layer, row.prefill.needs))
 
 
 def _check_length(req_id: str, expected: int, actual: int) -> None:
     if actual != expected:
         raise RuntimeError(f"request {req_id}: the scheduler evicts it at {expected} tokens, the worker holds {actual}")
-
-
-def _report(plan: EvictionPlan | None, seconds: float, failure: Exception | None) -> EvictionReport:
-    return EvictionReport(plan, seconds, None if failure is None else repr(failure))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Set
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.engine.agreement import Workers
 from vllm_kvevict.engine.bridge import EvictionBridge
 from vllm_kvevict.engine.prefill import PrefillRow
 from vllm_kvevict.engine.rows import StepRows
@@ -42,6 +44,7 @@ class DraftBridge(EvictionBridge):
         self, runner: Any, pool: PagePool, layer_names: list[str], max_num_reqs: int, target: EvictionBridge
     ) -> None:
         super().__init__(runner, pool, layer_names, max_num_reqs)
+        self._workers = Workers()  # what one of them keeps is nothing to the others
         self._target = target
         self._is_first_pass = True
 
@@ -51,6 +54,9 @@ class DraftBridge(EvictionBridge):
     def begin_step(self, output: SchedulerOutput) -> None:
         super().begin_step(output)
         self._is_first_pass = True
+
+    def _failed_before(self) -> Set[str]:
+        return self._target.failures.settled
 
     def rows(self, common: CommonAttentionMetadata) -> StepRows | None:
         rows = super().rows(common)
@@ -72,13 +78,15 @@ class DraftBridge(EvictionBridge):
 
     def evict(self) -> dict[str, float]:
         """After the drafter's last pass: as ``end_step``, and return the seconds that each request took."""
-        ending = {} if self._step is None else self._step.ending
-        seconds = {}
-        for req_id, report in self.end_step().items():
-            seconds[req_id] = report.seconds
+        ending = {} if self._step is None else dict(self._step.ending)
+        for req_id in ending:
+            if (failure := self._target.failures.get(req_id)) is not None:
+                self.failures.note(req_id, failure)
+        reports = self.end_step()
+        seconds = {req_id: reports[req_id].seconds for req_id in ending}
         for req_id, end in ending.items():
-            if req_id not in self.page_table:
-                seconds[req_id] = seconds.get(req_id, 0.0) + self._keep_last(req_id, end)
+            if req_id not in self.page_table and req_id not in self._target.failures:
+                seconds[req_id] += self._keep_last(req_id, end)
         return seconds
 
     def _keep_last(self, req_id: str, end: PrefillEnd) -> float:
@@ -92,4 +100,5 @@ class DraftBridge(EvictionBridge):
             eviction.score_layer(layer, no_query, scale=1.0)
         self.page_table.add(req_id, eviction.finish(), target.plan)
         self._prefills.pop(req_id, None)
+        self.failures.forget(req_id)
         return eviction.seconds

@@ -85,7 +85,7 @@ def _switch_on(config: EvictionConfig, vllm_config: VllmConfig) -> None:
         method.allocator,
         method.num_sink,
         method.num_recent,
-        method.during_decode,
+        method.schedule.evicts_answer,
         vllm_config.cache_config.block_size,
     )
     if not current_platform.is_cpu():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -43,11 +44,9 @@ class PromptLikelihood:
         nlls: list[float] = []
         for start in range(0, len(flat), PIECE):
             logits = self._runner.model.compute_logits(hidden[start : start + PIECE]).float()
-            nlls += torch.nn.functional.cross_entropy(
-                logits, targets[start : start + PIECE].to(torch.int64), reduction="none"
-            ).tolist()
+            nlls += _nll(logits, targets[start : start + PIECE].to(torch.int64)).tolist()
         for row, of_row in zip(rows, pairs, strict=True):
-            row.prefill.likelihood += nlls[: len(of_row)]
+            row.prefill.likelihood += filter(math.isfinite, nlls[: len(of_row)])
             nlls = nlls[len(of_row) :]
 
     def _pairs(self, row: PrefillRow) -> list[_Pair]:
@@ -65,3 +64,13 @@ class PromptLikelihood:
             else:
                 row.prefill.waiting = hidden[place].clone()
         return pairs
+
+
+def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return [num_tokens] float32, nats; NaN where a target is no token of the vocabulary, such as that of an image.
+
+    logits: [num_tokens, vocab_size] float32
+    """
+    is_token = (targets >= 0) & (targets < logits.shape[1])
+    nll = torch.nn.functional.cross_entropy(logits, targets * is_token, reduction="none")
+    return nll.masked_fill(~is_token, float("nan"))

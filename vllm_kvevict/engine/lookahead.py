@@ -12,6 +12,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.forward_context import set_forward_context
 
 from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.engine.guard import Failures
 from vllm_kvevict.engine.model import ModelWeights
 from vllm_kvevict.engine.prefill import PrefillRow
 from vllm_kvevict.lookahead import PseudoDecode
@@ -67,8 +68,9 @@ class Lookahead:
     runner: vLLM's model runner, between ``execute_model`` and ``sample_tokens``
     """
 
-    def __init__(self, runner: Any, pool: PagePool, layer_names: list[str]) -> None:
+    def __init__(self, runner: Any, pool: PagePool, layer_names: list[str], failures: Failures) -> None:
         self._runner = runner
+        self._failures = failures
         self._pool = pool
         self._layer_names = layer_names
         self._vllm_config: VllmConfig = runner.vllm_config
@@ -78,6 +80,15 @@ class Lookahead:
         # read where a policy looks ahead only: the generation config is a file
         return _end_tokens(self._vllm_config.model_config)
 
+    def score(self, rows: list[PrefillRow], weights: ModelWeights) -> None:
+        """Score what the pseudo tokens of these prompts attend to.
+
+        All workers run the same passes, whatever a policy has raised on one of them.
+        """
+        with self._failures.of([row.prefill.req_id for row in rows], "looking ahead"):
+            for row, pseudo_queries in zip(rows, self.run(rows, weights), strict=True):
+                self._failures.ask(row.prefill.req_id, "scoring ahead", _score_ahead, row, pseudo_queries, weights)
+
     def run(self, rows: list[PrefillRow], weights: ModelWeights) -> list[list[torch.Tensor]]:
         """Return per row and layer the queries of its pseudo tokens, [num_tokens, num_heads, head_size].
 
@@ -86,7 +97,7 @@ class Lookahead:
         start = perf_counter()
         device = self._pool.pages.device
         kv_lens = torch.tensor([row.kv_len for row in rows], device=device)
-        wanted = torch.tensor([row.prefill.method.policy.num_pseudo_tokens for row in rows], device=device)
+        wanted = torch.tensor([row.prefill.num_pseudo_tokens for row in rows], device=device)
         last_position = self._vllm_config.model_config.max_model_len - 1
         wanted = torch.minimum(wanted, last_position + 1 - kv_lens)
         decode = self._decode(rows)
@@ -120,7 +131,7 @@ class Lookahead:
 
         Such a request will end, but every worker must run the same batch.
         """
-        if row.prefill.failure is None:
+        if row.prefill.req_id not in self._failures:
             return torch.stack(row.selected)
         return self._pool.page_ids(row.block_ids[:1]) * self._pool.block_size
 
@@ -134,6 +145,11 @@ class Lookahead:
                 input_ids=tokens.to(torch.int32), positions=positions, intermediate_tensors=None, inputs_embeds=None
             )
         return hidden
+
+
+def _score_ahead(row: PrefillRow, pseudo_queries: list[torch.Tensor], weights: ModelWeights) -> None:
+    for layer, pseudo_query in enumerate(pseudo_queries):
+        row.score_ahead(layer, weights.scale(layer), weights.of(layer, row.prefill.needs), pseudo_query)
 
 
 def _end_tokens(model: ModelConfig) -> torch.Tensor:

@@ -74,6 +74,11 @@ class EvictionMetrics:
             "kept_tokens", "Prompt tokens that evicted requests hold, per KV head and layer."
         )
         self.kept_pages = self._gauge("kept_pages", "Pages of prompts that evicted requests hold, in one worker.")
+        self.cut_short = Counter(
+            "kvevict:answers_cut_short_total",
+            "Answers that ended with finish reason length since the KV cache could hold no more of them.",
+            registry=self.registry,
+        )
         self.refusals = Counter(
             "kvevict:refused_requests_total",
             "Requests refused for a wrong option, by the option.",
@@ -118,9 +123,12 @@ def process_metrics() -> EvictionMetrics:
     return EvictionMetrics()
 
 
-def pack(records: list[EvictionRecord], gauges: Gauges) -> dict[str, Any]:
-    """Return the payload in which records travel from the engine to the front end."""
-    return {PAYLOAD: [asdict(record) for record in records], "gauges": asdict(gauges)}
+def pack(records: list[EvictionRecord], gauges: Gauges, num_cut_short: int = 0) -> dict[str, Any]:
+    """Return the payload in which records travel from the engine to the front end.
+
+    num_cut_short: answers that ended since the cache could hold no more of them
+    """
+    return {PAYLOAD: [asdict(record) for record in records], "gauges": asdict(gauges), "cut_short": num_cut_short}
 
 
 def with_eviction_metrics(record: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,6 +147,7 @@ def with_eviction_metrics(record: Callable[..., Any]) -> Callable[..., Any]:
             scheduler_stats.kv_connector_stats = None
             for values in payload[PAYLOAD]:
                 process_metrics().observe(EvictionRecord(**values))
+            process_metrics().cut_short.inc(payload["cut_short"])
             process_metrics().show(Gauges(**payload["gauges"]), engine_idx or 0)
         return record(self, scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
 

@@ -13,6 +13,7 @@ from vllm_kvevict.calibration.auto_budget import AutoBudget
 from vllm_kvevict.evictor import Eviction, Method
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
 from vllm_kvevict.resident_evictor import ResidentEviction
+from vllm_kvevict.results import checked
 
 
 class LastRows:
@@ -46,26 +47,32 @@ class Prefill:
     likelihood: negative log-likelihoods of those of its tokens that were looked at, nats, if its budget is chosen
     waiting: hidden state [hidden_size] of the last token so far, if it is to be looked at
     seconds: what observing took so far
-    failure: what the policy or the allocator raised first; neither is asked again
     """
 
-    def __init__(self, method: Method, num_layers: int, auto_budget: AutoBudget | None = None) -> None:
+    def __init__(self, req_id: str, method: Method, num_layers: int, auto_budget: AutoBudget | None = None) -> None:
+        self.req_id = req_id
         self.method = method
         self.auto_budget = auto_budget
         self.likelihood: list[float] = []
         self.waiting: torch.Tensor | None = None
         self.needs = method.policy.needs
+        self.num_pseudo_tokens = method.policy.num_pseudo_tokens
         self.queries = LastRows(num_layers, method.query_window)
         self.outputs = LastRows(num_layers, method.query_window)
         self.states: list[Any] = [None] * num_layers
         self.num_tokens = 0
         self.seconds = 0.0
-        self.failure: Exception | None = None
 
     @property
     def nll(self) -> float | None:
         """Mean negative log-likelihood of its tokens, nats; None if none was looked at."""
         return sum(self.likelihood) / len(self.likelihood) if self.likelihood else None
+
+    def check_states(self, shape: tuple[int, int], device: torch.device) -> None:
+        """Raise ValueError or TypeError unless the policy has summed up [num_kv_heads, num_tokens] of every layer."""
+        if Need.ALL_QUERIES in self.needs:
+            for state in self.states:
+                checked(f"{type(self.method.policy).__name__}.observe", state, shape, device)
 
     def take_states(self) -> list[torch.Tensor] | None:
         """Return what the policy has summed up per token in every layer, None if nothing; it is forgotten here."""
@@ -148,8 +155,11 @@ class PrefillRow:
             prefill.states[layer] = prefill.method.policy.observe(prefill.states[layer], inputs)
             prefill.seconds += perf_counter() - start
         last = prefill.queries.extend(layer, chunk)
-        if self.eviction is not None and prefill.method.policy.num_pseudo_tokens:
-            self.selected.append(self.eviction.preselect_layer(layer, last, scale, weights))
+        if self.eviction is not None and prefill.num_pseudo_tokens:
+            slots = self.eviction.preselect_layer(layer, last, scale, weights)
+            if self.selected and slots.shape != self.selected[0].shape:
+                raise ValueError(f"expected as many selected tokens in every layer, got {slots.shape[1]} in {layer}")
+            self.selected.append(slots)
         elif self.eviction is not None:
             self.eviction.score_layer(layer, last, scale, outputs, weights, prefill.states[layer])
 

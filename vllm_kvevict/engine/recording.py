@@ -50,31 +50,38 @@ def inspect_prompt(
 def recorded_evictions() -> Iterator[list[RecordedEviction]]:
     """Note every eviction that ends in this process while the context is open, in order.
 
-    Wraps two functions of ours, ``Eviction.finish`` and the ``select`` it calls; neither behaves differently. Copying
-    the scores is outside of the time that an eviction reports.
+    Wraps functions of ours, ``Eviction.choose`` with the ``select`` it calls and ``Eviction.compact``; none behaves
+    differently. Copying the scores is outside of the time that an eviction reports.
     """
     records: list[RecordedEviction] = []
     kept: list[torch.Tensor] = []
-    finish, select = Eviction.finish, vars(evictor)["select"]
+    chosen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    choose, compact, select = Eviction.choose, Eviction.compact, vars(evictor)["select"]
 
     def noting_select(scores: torch.Tensor, num_kept: torch.Tensor, *protection: int) -> torch.Tensor:
         kept.append(select(scores, num_kept, *protection))
         return kept[-1]
 
-    def noting_finish(eviction: Eviction) -> Compaction:
+    def noting_choose(eviction: Eviction) -> None:
         scores = eviction._all_scores().cpu()
-        compaction = finish(eviction)
-        records.append(_record(eviction, scores, kept.pop().cpu(), compaction))
+        choose(eviction)
+        chosen[id(eviction)] = scores, kept.pop().cpu()
+
+    def noting_compact(eviction: Eviction) -> Compaction:
+        compaction = compact(eviction)
+        records.append(_record(eviction, *chosen.pop(id(eviction)), compaction))
         return compaction
 
     # setattr: to mypy, methods and imported names are not variables
     setattr(evictor, "select", noting_select)  # noqa: B010
-    setattr(Eviction, "finish", noting_finish)  # noqa: B010
+    setattr(Eviction, "choose", noting_choose)  # noqa: B010
+    setattr(Eviction, "compact", noting_compact)  # noqa: B010
     try:
         yield records
     finally:
         setattr(evictor, "select", select)  # noqa: B010
-        setattr(Eviction, "finish", finish)  # noqa: B010
+        setattr(Eviction, "choose", choose)  # noqa: B010
+        setattr(Eviction, "compact", compact)  # noqa: B010
 
 
 def _record(eviction: Eviction, scores: torch.Tensor, kept: torch.Tensor, compaction: Compaction) -> RecordedEviction:

@@ -2,55 +2,59 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kvevict.cache.page_table import PageTable
+from vllm_kvevict.engine.guard import Failures
 from vllm_kvevict.engine.model import ModelWeights
 from vllm_kvevict.evictor import Method
 from vllm_kvevict.token_evictor import Peers, Replacement, TokenEvictor
 
-logger = logging.getLogger("vllm.kvevict")
-
 
 class Replacing:
-    """Finds them in each batch, by method, and runs the ``TokenEvictor`` over all that share one.
+    """Finds them in each batch, by method, and runs the ``TokenEvictor`` over all that share one."""
 
-    failed: what a policy raised in this step, by request
-    """
-
-    def __init__(self, tokens: TokenEvictor, page_table: PageTable) -> None:
+    def __init__(self, tokens: TokenEvictor, page_table: PageTable, failures: Failures) -> None:
         self._tokens = tokens
         self._page_table = page_table
+        self._failures = failures
         self._methods: dict[str, Method] = {}
         self._known: tuple[list[str], int, list[tuple[Peers, torch.Tensor]]] = ([], -1, [])
-        self.failed: dict[str, Exception] = {}
 
     def begin(self, req_id: str, method: Method, victims: torch.Tensor) -> None:
         """From its next token on a request replaces what it holds; victims: as ``TokenEvictor.begin`` takes them."""
-        self._methods[req_id] = method
+        shared = (known for known in self._methods.values() if _are_equal(known, method))
+        self._methods[req_id] = next(shared, method)
         self._tokens.begin(req_id, victims)
 
     def end(self, req_id: str) -> None:
-        """A request has ended, or starts again."""
-        self._methods.pop(req_id, None)
+        """A request has ended, has failed, or starts again."""
+        if self._methods.pop(req_id, None) is not None:
+            self._known = ([], -1, [])
 
     def rows(self, req_ids: list[str], common: CommonAttentionMetadata) -> list[Replacement]:
         """Prepare such requests of a batch. Who they are is looked up only when something has changed."""
         known_ids, generation, groups = self._known
         if generation != self._page_table.generation or known_ids != req_ids:
-            rows: dict[Method, list[int]] = {}
+            rows: dict[int, list[int]] = {}
             for row, req_id in enumerate(req_ids if self._methods else []):
                 if req_id in self._methods:
-                    rows.setdefault(self._methods[req_id], []).append(row)
+                    # by identity: options of a third party's policy may be lists, which have no hash
+                    rows.setdefault(id(self._methods[req_id]), []).append(row)
             groups = [
-                (self._tokens.peers(method, [req_ids[row] for row in those]), common.seq_lens.new_tensor(those))
-                for method, those in rows.items()
+                (
+                    self._tokens.peers(self._methods[req_ids[those[0]]], [req_ids[row] for row in those]),
+                    common.seq_lens.new_tensor(those),
+                )
+                for those in rows.values()
             ]
             self._known = (req_ids, self._page_table.generation, groups)
-        return [self._replacement(peers, those, common) for peers, those in groups]
+        replacements = []
+        for peers, those in groups:
+            with self._failures.of(peers.req_ids, "the policy of a step"):
+                replacements.append(self._replacement(peers, those, common))
+        return replacements
 
     def _replacement(self, peers: Peers, rows: torch.Tensor, common: CommonAttentionMetadata) -> Replacement:
         """rows: [num_reqs] of the batch."""
@@ -68,11 +72,15 @@ class Replacing:
         """Choose which tokens of one layer the next ones replace; a policy that fails ends its requests."""
         for replacement in replacements:
             req_ids = replacement.peers.req_ids
-            if self.failed.keys() & set(req_ids):
+            if req_ids[0] in self._failures:  # all of them fail together
                 continue
-            of_layer = weights.of(layer, replacement.peers.method.policy.needs)
-            try:
+            with self._failures.of(req_ids, f"choosing what the next tokens replace in layer {layer}"):
+                of_layer = weights.of(layer, replacement.peers.method.policy.needs)
                 self._tokens.choose(layer, replacement, weights.scale(layer), of_layer)
-            except Exception as error:
-                self.failed |= dict.fromkeys(req_ids, error)
-                logger.exception("a policy failed in layer %d", layer)
+
+
+def _are_equal(one: Method, other: Method) -> bool:
+    try:
+        return one is other or one == other
+    except Exception:  # options of a third party's policy may be tensors, whose equality is no truth value
+        return False

@@ -1,0 +1,58 @@
+"""What a policy or an allocator, maybe one of a third party, has returned is checked before anything relies on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def checked(source: str, result: object, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Return ``result`` if it is a float32 tensor of this shape on this device; its values are not looked at.
+
+    source: who returned it, for the message
+
+    Raises TypeError if it is no tensor, ValueError if it is another one.
+    """
+    if not isinstance(result, torch.Tensor):
+        raise TypeError(f"{source}: expected a tensor, got {type(result).__name__}")
+    if result.shape != torch.Size(shape) or result.dtype != torch.float32 or result.device != device:
+        raise ValueError(
+            f"{source}: expected {list(shape)} float32 on {device}, got {list(result.shape)} "
+            f"{str(result.dtype).removeprefix('torch.')} on {result.device}"
+        )
+    return result
+
+
+def checked_tokens(source: str, result: object, num_kv_heads: int, num_tokens: int) -> torch.Tensor:
+    """Return ``result`` if it is [num_kv_heads, at least 1] int64 with numbers of tokens from 0 to ``num_tokens`` - 1.
+
+    It waits for the device.
+
+    Raises TypeError if it is no tensor, ValueError if it is another one.
+    """
+    if not isinstance(result, torch.Tensor):
+        raise TypeError(f"{source}: expected a tensor, got {type(result).__name__}")
+    is_fitting = result.ndim == 2 and len(result) == num_kv_heads and result.shape[1] and result.dtype == torch.int64
+    if not is_fitting or int(result.min()) < 0 or int(result.max()) >= num_tokens:
+        raise ValueError(
+            f"{source}: expected [{num_kv_heads}, at least 1] int64 of tokens from 0 to {num_tokens - 1}, got "
+            f"{list(result.shape)} {str(result.dtype).removeprefix('torch.')}"
+        )
+    return result
+
+
+def checked_wish(source: str, result: object, shape: Sequence[int]) -> torch.Tensor:
+    """Return an allocator's wish as float64 on the CPU: finite numbers of at least 0, some of them above it.
+
+    Raises TypeError if it is no tensor, ValueError if it is another one.
+    """
+    if not isinstance(result, torch.Tensor):
+        raise TypeError(f"{source}: expected a tensor, got {type(result).__name__}")
+    if result.shape != torch.Size(shape):
+        raise ValueError(f"{source}: expected {list(shape)}, got {list(result.shape)}")
+    wish = result.to("cpu", torch.float64)
+    total = wish.sum()
+    if not torch.isfinite(wish).all() or (wish < 0).any() or not 0 < total < float("inf"):
+        raise ValueError(f"{source}: expected finite numbers of at least 0, not all of them 0, got {wish.tolist()}")
+    return wish
