@@ -110,6 +110,10 @@ def make_config(model: Path, setting: Setting) -> VllmConfig:
     cache.enable_prefix_caching = setting.enable_prefix_caching
     cache.num_gpu_blocks_override = setting.num_blocks
     config.model_config.max_model_len = setting.max_model_len
+    if setting.has_windows:  # as ``layer_specs`` has it
+        text_config = config.model_config.hf_text_config
+        text_config.layer_types = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+        text_config.sliding_window = WINDOW
     config.parallel_config.pipeline_parallel_size = setting.num_stages
     config.parallel_config.worker_cls = "vllm.v1.worker.cpu_worker.CPUWorker"
     eviction = EvictionConfig.parse(setting.eviction)
