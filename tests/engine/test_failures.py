@@ -239,14 +239,14 @@ def test_a_budget_that_cannot_be_chosen_ends_its_request(
 def test_a_policy_that_cannot_be_made_in_the_worker_ends_its_request(
     running: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin_step = running.bridge.begin_step
+    execute_model = running.worker.execute_model
 
-    def moody(output: Any) -> None:
+    def moody(output: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(_Moody, "fails", True)
-            begin_step(output)
+            return execute_model(output)
 
-    monkeypatch.setattr(running.bridge, "begin_step", moody)
+    monkeypatch.setattr(running.worker, "execute_model", moody)
     check_only_one_ends(running, {"kv_eviction": "moody"})
 
 
