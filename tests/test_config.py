@@ -1,6 +1,7 @@
 """What a user may set, and that every refusal names the field, what was given and what is allowed."""
 
 import json
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +15,7 @@ from vllm_kvevict.cache.plan import plan_eviction
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.policies import POLICIES
 from vllm_kvevict.policies.snapkv import SnapKV
+from vllm_kvevict.request_options import REQUEST_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,9 @@ def test_later_evictions_are_on_or_off(field, value):
 
 
 def test_a_policy_says_whether_it_evicts_during_decode():
-    assert not parse().method().during_decode
-    assert parse(policy="morphkv").method().during_decode
-    assert not parse(policy="morphkv", during_decode=False).method().during_decode
+    assert not parse().method().schedule.evicts_answer
+    assert parse(policy="morphkv").method().schedule.evicts_answer
+    assert not parse(policy="morphkv", during_decode=False).method().schedule.evicts_answer
 
 
 @pytest.mark.parametrize("policy", ["compactor", "expected_attention", "obcache_k"])
@@ -166,7 +168,7 @@ def test_an_interval_is_one_token_or_one_block():
     for interval in (None, 1, 32):
         config = parse(policy="morphkv", budget=128, interval=interval)
         config.check_block_size(32)
-        assert config.method().per_token == (interval == 1)
+        assert config.method().schedule.per_token == (interval == 1)
     with pytest.raises(ValueError) as error:
         parse(policy="morphkv", budget=128, interval=16).check_block_size(32)
     assert str(error.value) == "kv_evict_interval: expected 1 or the size of a block (32), got 16"
@@ -188,13 +190,13 @@ def test_of_a_full_budget_one_token_may_go():
 
 def test_the_server_s_interval_is_for_its_own_policy():
     server = parse(policy="morphkv", budget=128, interval=1)
-    assert server.for_request({}, 32).method().per_token
-    assert server.for_request({"kv_budget": 256}, 32).method().per_token
-    assert not server.for_request({"kv_eviction": "snapkv"}, 32).method().per_token
-    assert not server.for_request({"kv_evict_during_decode": 0}, 32).method().per_token
+    assert server.for_request({}, 32).method().schedule.per_token
+    assert server.for_request({"kv_budget": 256}, 32).method().schedule.per_token
+    assert not server.for_request({"kv_eviction": "snapkv"}, 32).method().schedule.per_token
+    assert not server.for_request({"kv_evict_during_decode": 0}, 32).method().schedule.per_token
     options = {"kv_eviction": "h2o", "kv_evict_during_decode": 1, "kv_evict_interval": 1}
-    assert server.for_request(options, 32).method().per_token
-    assert not parse(policy="morphkv").for_request({"kv_evict_interval": 32}, 32).method().per_token
+    assert server.for_request(options, 32).method().schedule.per_token
+    assert not parse(policy="morphkv").for_request({"kv_evict_interval": 32}, 32).method().schedule.per_token
     assert request_refusal(server, kv_evict_interval=7).startswith("kv_evict_interval: expected 1 or the size of a bl")
 
 
@@ -491,7 +493,7 @@ def test_unknown_allocators_of_requests_name_the_request_s_field():
 def test_a_request_says_whether_to_evict_during_decode(said, meant):
     for server in (None, True, False):
         changed = parse(during_decode=server).for_request({"kv_evict_during_decode": said}, 16)
-        assert changed.method().during_decode is meant
+        assert changed.method().schedule.evicts_answer is meant
 
 
 @pytest.mark.parametrize("said", ["yes", 2, -1, 0.5, [1]])
@@ -502,9 +504,10 @@ def test_wrong_answers_of_requests_about_later_evictions(option, said):
 
 @pytest.mark.parametrize("said", [True, 1, "true"])
 def test_a_request_says_whether_to_evict_between_chunks(said):
-    assert not parse().method().during_prefill
-    assert parse().for_request({"kv_evict_during_prefill": said}, 16).method().during_prefill
-    assert not parse(during_prefill=True).for_request({"kv_evict_during_prefill": 0}, 16).method().during_prefill
+    assert not parse().method().schedule.between_chunks
+    assert parse().for_request({"kv_evict_during_prefill": said}, 16).method().schedule.between_chunks
+    asked = parse(during_prefill=True).for_request({"kv_evict_during_prefill": 0}, 16)
+    assert not asked.method().schedule.between_chunks
 
 
 @pytest.mark.parametrize("policy", [True, False, 5, 0, 0.5, ["snapkv"], {}])
@@ -519,3 +522,111 @@ def test_unknown_policies_of_requests_name_the_request_s_field(policy):
     assert message.startswith("kv_eviction: ")
     assert repr(policy) in message
     assert f"Available: {', '.join(POLICIES.names())}" in message
+
+
+def test_policies_and_allocators_are_made_once(tmp_path):
+    """And what they read is read once: ``fixed`` has a file, which a later request may not find any more."""
+    file = tmp_path / "weights.json"
+    file.write_text("[1, 2]")
+    values = {"allocator": "fixed", "allocator_options": {"file": str(file)}, "policy_options": {"window": 16}}
+    config = parse(**values)
+    file.unlink()
+    for budget in range(64, 464):  # more than any cache of configurations would hold
+        chosen = config.for_request({"kv_budget": budget}, 16)
+        assert chosen.method().policy is config.method().policy
+        assert chosen.method().allocator is config.method().allocator
+    assert config.for_request({"kv_eviction": "lava", "kv_budget_allocator": "fixed"}, 16).method().allocator.file
+    assert parse(**values).method().allocator is config.method().allocator
+    with pytest.raises(ValueError, match=r"fixed\.file: expected a JSON file of weights"):
+        parse(allocator="fixed", allocator_options={"file": str(tmp_path / "another.json")})
+
+
+def test_options_that_json_does_not_know_are_refused():
+    assert refusal(policy_options={"window": {1}}).startswith("policy_options: expected plain JSON, ")
+
+
+def test_what_another_package_raises_about_its_options_is_a_refusal(monkeypatch):
+    @dataclass(frozen=True)
+    class Moody(SnapKV):
+        def __post_init__(self):
+            raise RuntimeError("not today")
+
+    monkeypatch.setitem(POLICIES._classes, "test-moody", Moody)
+    message = request_refusal(parse(), kv_eviction="test-moody")
+    assert message == "policy_options: eviction policy 'test-moody': not today"
+
+
+NUMBERS = [
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    0,
+    -1,
+    -0.5,
+    1.0,
+    0.9999999,
+    5e-324,
+    True,
+    2**63,
+    10**30,
+    10**4299,
+]
+WRONG = [*NUMBERS, 10**5000, -(10**5000), "", "96", "auto", "TRUE", b"96", [96], {"a": 1}, {}, [[[]]], {1}, object()]
+NAMES = [
+    "kvpress:os:system",
+    "kvpress:KnormPress",
+    "kvpress:",
+    "kvpress::",
+    ":",
+    "snapkv\nfoo",
+    "NONE",
+    "none",
+    "fixed",
+]
+HUGE = ["a" * 10**6, "abcdefghij" * 10**5, "kvpress:" + "a" * 10**6, ["a" * 10**6] * 1000]
+VALUES = st.one_of(
+    st.sampled_from(WRONG),
+    st.sampled_from([*NAMES, *HUGE]),
+    st.sampled_from([*POLICIES.names(), *ALLOCATORS.names()]),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=5,
+    ),
+)
+KEYS = st.sampled_from([*REQUEST_OPTIONS, "kv_transfer_params", "kv_budgt", "other", 5, None, "kv_" + "b" * 10**6])
+LIMITS = [
+    "all",
+    "none",
+    {"options": ["kv_budget", "kv_eviction"], "policies": ["lava", "none"]},
+    {"least_budget": 64, "most_budget": 512},
+    {"most_budget": 0.5, "policies": ["all"]},
+]
+
+
+def check_answer(server, options):
+    """A config, or one short sentence, and soon."""
+    began = time.perf_counter()
+    try:
+        config = server.for_request(options, 32)
+        assert config is None or isinstance(config, EvictionConfig)
+    except ValueError as error:
+        assert not isinstance(error, ValidationError)
+        assert len(str(error)) < 1000 and "\n" not in str(error)
+    assert time.perf_counter() - began < 0.1  # seconds: a thousand times what it takes
+
+
+@pytest.mark.parametrize("option", [*REQUEST_OPTIONS, "kv_unknown"])
+def test_whatever_an_option_is_it_is_taken_or_refused_in_one_short_sentence(option):
+    for value in (*WRONG, *NAMES, *HUGE):
+        check_answer(parse(budget=96), {option: value})
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    options=st.dictionaries(KEYS, VALUES, max_size=5) | st.dictionaries(st.text() | st.integers(), VALUES, max_size=3),
+    limits=st.sampled_from(LIMITS),
+    budget=st.sampled_from([96, 0.5, "auto"]),
+)
+def test_whatever_a_request_says_is_taken_or_refused_in_one_short_sentence(options, limits, budget):
+    check_answer(parse(budget=budget, calibration=CALIBRATION, request_options=limits), options)

@@ -18,6 +18,7 @@ from vllm_kvevict.evictor import Eviction, Method
 from vllm_kvevict.policies import POLICIES
 from vllm_kvevict.policies.base import LayerWeights
 from vllm_kvevict.resident_evictor import ResidentEviction
+from vllm_kvevict.schedule import DuringDecode, Schedule
 from vllm_kvevict.token_evictor import TokenEvictor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")]
@@ -63,7 +64,7 @@ def token_by_token(
     pool: PagePool, block_ids: torch.Tensor, queries: torch.Tensor, answer: torch.Tensor
 ) -> list[torch.Tensor]:
     device = pool.pages.device
-    method = Method(POLICIES.get("morphkv")(), Lava(), 4, WINDOW, during_decode=True, per_token=True)
+    method = Method(POLICIES.get("morphkv")(), Lava(), 4, WINDOW, Schedule(during_decode=DuringDecode.BY_TOKEN))
     eviction, table, residents = evict_prompt(method, False, pool, block_ids, queries)
     ring = QueryRing(LAYERS, 2, 64, device)
     ring.slots.take(REQUEST)
@@ -90,7 +91,7 @@ def token_by_token(
 def block_by_block(
     pool: PagePool, block_ids: torch.Tensor, queries: torch.Tensor, answer: torch.Tensor
 ) -> list[torch.Tensor]:
-    method = Method(POLICIES.get("snapkv")(), Lava(), 4, WINDOW, during_decode=True)
+    method = Method(POLICIES.get("snapkv")(), Lava(), 4, WINDOW, Schedule(during_decode=DuringDecode.BY_BLOCK))
     _, table, residents = evict_prompt(method, True, pool, block_ids, queries)
     for step in range(ANSWER):
         table.fold(*_step(table, block_ids, PROMPT + step + 1))

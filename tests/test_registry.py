@@ -1,6 +1,7 @@
 """Names to classes: duplicates, strangers, typing errors, and classes of other packages."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -145,12 +146,34 @@ def test_other_packages_are_imported_when_asked_for_only(allocators):
     assert registry.names() == ["broken", "halving"]
     assert "kvevict_foreign" not in sys.modules
     registry.get("halving")
-    with pytest.raises(ModuleNotFoundError, match="kvevict_no_such_module"):
+    reason = "ModuleNotFoundError: .*kvevict_no_such_module"
+    with pytest.raises(ValueError, match=f"'broken' of another package cannot be used: {reason}"):
         registry.get("broken")
 
 
+def test_all_other_packages_are_imported_once_and_those_that_fail_are_named(allocators, caplog):
+    registry = allocators(halving="kvevict_foreign:Halving", broken="kvevict_no_such_module:Thing")
+    for _ in range(2):
+        registry.import_all()
+    assert sys.modules["kvevict_foreign"].Halving is registry.get("halving")
+    (record,) = caplog.records
+    with pytest.raises(ValueError) as error:
+        registry.get("broken")
+    assert record.getMessage() == str(error.value)
+
+
+def test_a_name_of_any_length_costs_and_says_no_more(shapes):
+    shapes.register("circle")(Circle)
+    for name in ("c" * 10**7, "circle" * 10**6, "poly:" * 10**6):
+        began = time.perf_counter()
+        with pytest.raises(ValueError, match=r"unknown shape '.*\.\.\..*'\. Available: circle") as error:
+            shapes.get(name)
+        assert len(str(error.value)) < 300
+        assert time.perf_counter() - began < 0.2  # seconds; it took 1.7
+
+
 def test_other_packages_must_bring_the_right_kind(allocators):
-    with pytest.raises(TypeError, match="budget allocator 'path': expected a subclass of BudgetAllocator, got"):
+    with pytest.raises(ValueError, match="TypeError: budget allocator 'path': expected a subclass of BudgetAllocator"):
         allocators(path="pathlib:Path").get("path")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -15,30 +16,30 @@ from vllm_kvevict.calibration.auto_budget import AutoBudget
 from vllm_kvevict.calibration.curve import Calibration
 from vllm_kvevict.evictor import Method
 from vllm_kvevict.policies import POLICIES
+from vllm_kvevict.quoted import quoted
 from vllm_kvevict.registry import Registry
-
-REQUEST_POLICY = "kv_eviction"
-REQUEST_BUDGET = "kv_budget"
-REQUEST_ALLOCATOR = "kv_budget_allocator"
-REQUEST_DURING_DECODE = "kv_evict_during_decode"
-REQUEST_DURING_PREFILL = "kv_evict_during_prefill"
-REQUEST_INTERVAL = "kv_evict_interval"
-REQUEST_BUDGET_MIN = "kv_budget_min"
-REQUEST_BUDGET_MAX = "kv_budget_max"
-REQUEST_OPTIONS = (
-    REQUEST_POLICY,
-    REQUEST_BUDGET,
+from vllm_kvevict.request_options import (
+    ALL,
+    AUTO,
+    NONE,
     REQUEST_ALLOCATOR,
+    REQUEST_BUDGET,
+    REQUEST_BUDGET_MAX,
+    REQUEST_BUDGET_MIN,
     REQUEST_DURING_DECODE,
     REQUEST_DURING_PREFILL,
     REQUEST_INTERVAL,
-    REQUEST_BUDGET_MIN,
-    REQUEST_BUDGET_MAX,
+    REQUEST_OPTIONS,
+    REQUEST_POLICY,
+    Budget,
+    Fraction,
+    RequestOptions,
+    check_names,
+    checked_name,
 )
-NONE = "none"
-AUTO = "auto"
+from vllm_kvevict.schedule import DuringDecode, Schedule
 
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+__all__ = ["AUTO", "EvictionConfig"]
 
 
 class EvictionConfig(BaseModel):
@@ -66,12 +67,13 @@ class EvictionConfig(BaseModel):
     interval:          tokens of the answer from one eviction to the next: 1, so that each new token takes the slot of
                        one that goes, or the size of a block; None: the size of a block
     log_requests:      write one JSON line to the log for every prompt that is evicted
+    request_options:   what requests may choose: "all", "none", or the limits of an operator
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     policy: str
-    budget: Annotated[int, Field(ge=1)] | Fraction | Literal["auto"]
+    budget: Budget | Literal["auto"]
     calibration: dict[str, Calibration] = {}
     budget_target: Fraction = 0.95
     budget_min: Fraction = 0.05
@@ -85,6 +87,7 @@ class EvictionConfig(BaseModel):
     during_prefill: bool = False
     interval: Annotated[int, Field(ge=1)] | None = None
     log_requests: bool = False
+    request_options: Literal["all", "none"] | RequestOptions = "all"
 
     @field_validator("policy")
     @classmethod
@@ -99,6 +102,11 @@ class EvictionConfig(BaseModel):
             ALLOCATORS.get(name)
         return name
 
+    @field_validator("request_options", mode="before")
+    @classmethod
+    def _known_limits(cls, value: object) -> object:
+        return RequestOptions.parse(value) if isinstance(value, Mapping) else value
+
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> EvictionConfig:
         """Return the config in ``values`` (plain JSON).
@@ -111,7 +119,22 @@ class EvictionConfig(BaseModel):
             raise ValueError(_one_sentence(error)) from None
         config.method()
         config.auto_budget()
+        config._import_choices()
         return config
+
+    def _import_choices(self) -> None:
+        """Import what requests may choose now, so that no request makes the others wait for it."""
+        for name in self.limits.named_policies:
+            _build(POLICIES, name, {}, "policy_options")
+        if self.limits.allows(REQUEST_POLICY) and ALL in self.limits.allowed_policies:
+            POLICIES.import_all()
+        if self.limits.allows(REQUEST_ALLOCATOR):
+            ALLOCATORS.import_all()
+
+    @property
+    def limits(self) -> RequestOptions:
+        """What requests may choose."""
+        return _LIMITS[self.request_options] if isinstance(self.request_options, str) else self.request_options
 
     @property
     def most_kept(self) -> int | float:
@@ -132,8 +155,8 @@ class EvictionConfig(BaseModel):
                 f"kv_budget: 'auto' needs a calibration of policy {self.policy!r} (given: {known}); make one with "
                 f"`python -m vllm_kvevict calibrate` and name its file with --kv-budget-calibration"
             )
-        if method.is_bounded:
-            option = REQUEST_DURING_DECODE if method.during_decode else REQUEST_DURING_PREFILL
+        if method.schedule.is_bounded:
+            option = REQUEST_DURING_DECODE if method.schedule.evicts_answer else REQUEST_DURING_PREFILL
             raise ValueError(
                 f"kv_budget: 'auto' is chosen when all of a prompt is known, and does not go with {option}; give a "
                 f"number, or say {option} false"
@@ -150,7 +173,7 @@ class EvictionConfig(BaseModel):
 
         Raises ValueError for an option that the policy or the allocator does not take.
         """
-        return _method(self.model_dump_json())
+        return _method(self)
 
     @property
     def allocator_name(self) -> str:
@@ -162,12 +185,12 @@ class EvictionConfig(BaseModel):
         method = self.method()
         if self.interval not in (None, 1, block_size):
             raise ValueError(
-                f"{REQUEST_INTERVAL}: expected 1 or the size of a block ({block_size}), got {self.interval}"
+                f"{REQUEST_INTERVAL}: expected 1 or the size of a block ({block_size}), got {quoted(self.interval)}"
             )
-        num_blocks = min_kept_blocks(method.min_tokens, block_size, method.is_bounded)
+        num_blocks = min_kept_blocks(method.min_tokens, block_size, method.schedule.is_bounded)
         smallest = (num_blocks - 1) * block_size + 1
         if isinstance(self.budget, int) and self.budget < smallest:
-            new_tokens = ", beside the block that new tokens fill" if method.is_bounded else ""
+            new_tokens = ", beside the block that new tokens fill" if method.schedule.is_bounded else ""
             raise ValueError(
                 f"kv_budget: expected at least {smallest} tokens, since blocks hold {block_size} and {self.policy!r} "
                 f"needs {method.min_tokens} tokens in every head ({method.num_protected} protected, "
@@ -184,19 +207,20 @@ class EvictionConfig(BaseModel):
                  ``kv_budget_max``. The server's own options go with its own policy and allocator; others get their
                  defaults
 
-        Raises ValueError that names the field and what is allowed.
+        Raises ValueError that names the field and what is allowed, as well for what the operator does not let requests
+        choose and for options that look like ours and are none.
         """
-        given = (options or {}).get
-        policy, budget, allocator, during_decode, during_prefill, interval, least, most = map(given, REQUEST_OPTIONS)
-        if policy is not None and not isinstance(policy, str):
-            raise ValueError(f"{REQUEST_POLICY}: expected 'none' or the name of a policy, got {policy!r}")
-        if allocator is not None and not isinstance(allocator, str):
-            raise ValueError(f"{REQUEST_ALLOCATOR}: expected the name of an allocator, got {allocator!r}")
-        if policy != self.policy and str(policy).count(":") > 1:  # a client must not choose what the server imports
-            raise ValueError(
-                f"{REQUEST_POLICY}: a request may name a class in a module only if the server was started with it; "
-                f"got {policy!r}. Give it to --kv-eviction"
-            )
+        check_names(options or {})
+        given = {option: value for option in REQUEST_OPTIONS if (value := (options or {}).get(option)) is not None}
+        self.limits.check_options(given)
+        policy, budget, allocator, during_decode, during_prefill, interval, least, most = map(
+            given.get, REQUEST_OPTIONS
+        )
+        if policy is not None:
+            policy = checked_name(REQUEST_POLICY, policy, "'none' or the name of a policy")
+            self.limits.check_policy(policy, self.policy)
+        if allocator is not None:
+            allocator = checked_name(REQUEST_ALLOCATOR, allocator, "the name of an allocator")
         changes: dict[str, Any] = {}
         if policy not in (None, NONE, self.policy):
             changes = {"policy": policy, "policy_options": {}}
@@ -220,23 +244,31 @@ class EvictionConfig(BaseModel):
         elif "policy" in changes or changes.get("during_decode") is False:  # the server's is for its own policy
             changes["interval"] = None
         config = self if not changes else EvictionConfig.parse({**self.model_dump(), **changes})
+        self._check_limits(given, config)
         config.check_block_size(block_size)
         return None if policy == NONE else config
 
+    def _check_limits(self, given: Mapping[str, Any], config: EvictionConfig) -> None:
+        """Raise ValueError for a budget of a request, all of ``config``, beyond what the operator lets it choose."""
+        is_chosen = config.budget != self.budget
+        if is_chosen:
+            self.limits.check_budget(REQUEST_BUDGET, config.budget)
+        for option, fraction in ((REQUEST_BUDGET_MIN, config.budget_min), (REQUEST_BUDGET_MAX, config.budget_max)):
+            if config.budget == AUTO and (is_chosen or option in given):
+                self.limits.check_budget(option, fraction)
 
-@lru_cache(maxsize=256)
-def _method(config_json: str) -> Method:
-    config = EvictionConfig.model_validate_json(config_json)
+
+def _method(config: EvictionConfig) -> Method:
     policy = _build(POLICIES, config.policy, config.policy_options, "policy_options")
-    during_decode = policy.evicts_during_decode if config.during_decode is None else config.during_decode
-    if (during_decode or config.during_prefill) and not policy.supports_decode:
-        option = REQUEST_DURING_DECODE if during_decode else REQUEST_DURING_PREFILL
+    evicts_answer = policy.evicts_during_decode if config.during_decode is None else config.during_decode
+    if (evicts_answer or config.during_prefill) and not policy.supports_decode:
+        option = REQUEST_DURING_DECODE if evicts_answer else REQUEST_DURING_PREFILL
         raise ValueError(
             f"{option}: policy {config.policy!r} ranks the tokens of a whole prompt, once; leave the "
             f"option out, or choose another policy"
         )
     per_token = config.interval == 1
-    if per_token and not during_decode:
+    if per_token and not evicts_answer:
         raise ValueError(
             f"{REQUEST_INTERVAL}: counts tokens of the answer, and policy {config.policy!r} does not evict answers by "
             f"itself; say {REQUEST_DURING_DECODE} true, or leave the option out"
@@ -247,16 +279,23 @@ def _method(config_json: str) -> Method:
             f"{REQUEST_INTERVAL}: policy {config.policy!r} evicts from an answer a block at a time; leave the option "
             f"out, or choose one of {able}"
         )
+    if config.during_prefill and policy.num_deferred:
+        raise ValueError(
+            f"{REQUEST_DURING_PREFILL}: does not work with policy {config.policy!r}, which holds the whole prompt "
+            f"until it has seen the answer; choose another policy"
+        )
+    during_decode = DuringDecode.NOT
+    if evicts_answer:
+        during_decode = DuringDecode.BY_TOKEN if per_token else DuringDecode.BY_BLOCK
+    schedule = Schedule(policy.num_deferred, config.during_prefill, during_decode)
     num_recent = policy.num_recent if config.num_recent is None else config.num_recent
     return Method(
         policy,
         _build(ALLOCATORS, config.allocator or policy.default_allocator, config.allocator_options, "allocator_options"),
         policy.num_sink if config.num_sink is None else config.num_sink,
         # to a policy the last tokens are those of the last queries, which an earlier eviction must not have taken away
-        max(num_recent, policy.query_window) if during_decode or config.during_prefill else num_recent,
-        during_decode,
-        config.during_prefill,
-        per_token,
+        max(num_recent, policy.query_window) if schedule.is_bounded else num_recent,
+        schedule,
     )
 
 
@@ -264,14 +303,27 @@ def _as_bool(option: str, value: object) -> bool:
     """Return what a request said: over HTTP vLLM takes texts and numbers only, and JSON's true arrives as 1."""
     words = {"true": True, "false": False, 1: True, 0: False}
     if not isinstance(value, str | int | float) or value not in words:
-        raise ValueError(f"{option}: expected true or false, got {value!r}")
+        raise ValueError(f"{option}: expected true or false, got {quoted(value)}")
     return words[value]
 
 
 def _build(registry: Registry[Any], name: str, options: Mapping[str, Any], field_name: str) -> Any:
-    cls = registry.get(name)
-    if not is_dataclass(cls):
+    """Return a policy or an allocator, one and the same for the same name and options: some read files, or try things
+    out, when they are made.
+    """
+    try:
+        options_json = json.dumps(options, sort_keys=True) if options else "{}"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{field_name}: expected plain JSON, {error}") from None
+    cls: Any = registry.get(name)
+    return _built(registry, cls, name, options_json, field_name)
+
+
+@cache
+def _built(registry: Registry[Any], cls: Any, name: str, options_json: str, field_name: str) -> Any:
+    if not (isinstance(cls, type) and is_dataclass(cls)):
         raise ValueError(f"{field_name}: {registry.kind} {name!r} must be a dataclass, whose fields are its options")
+    options = json.loads(options_json)
     allowed = [f.name for f in fields(cls)]
     unknown = [option for option in options if option not in allowed]
     if unknown:
@@ -280,10 +332,13 @@ def _build(registry: Registry[Any], name: str, options: Mapping[str, Any], field
         )
     try:
         return cls(**options)
-    except TypeError as error:
+    except ValueError:
+        raise
+    except Exception as error:  # any: the class may be another package's
         raise ValueError(f"{field_name}: {registry.kind} {name!r}: {error}") from None
 
 
+_LIMITS = {ALL: RequestOptions(), NONE: RequestOptions(options=[])}
 _FLAGS = {
     "policy": "kv_eviction",
     "budget": "kv_budget",
@@ -296,6 +351,7 @@ _FLAGS = {
     "during_prefill": "kv_evict_during_prefill",
     "interval": "kv_evict_interval",
     "log_requests": "kv_eviction_log_requests",
+    "request_options": "kv_request_options",
 }
 _ALLOWED = {
     "budget": "a whole number of tokens of at least 1, a fraction between 0 and 1, or 'auto'",
@@ -309,6 +365,7 @@ _ALLOWED = {
     "during_prefill": "true or false",
     "interval": "1 or the size of a block, in tokens",
     "log_requests": "true or false",
+    "request_options": "'all', 'none', or a mapping of options, policies, least_budget and most_budget",
 }
 
 
@@ -316,10 +373,10 @@ def _one_sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
-        return f"kv_eviction: unknown field {name!r}. Available: {', '.join(EvictionConfig.model_fields)}"
+        return f"kv_eviction: unknown field {quoted(name)}. Available: {', '.join(EvictionConfig.model_fields)}"
     if first["type"] == "missing" and len(first["loc"]) == 1:
         return f"kv_eviction: {name!r} is missing. Give --kv-eviction POLICY and --kv-budget N"
     field = _FLAGS.get(name, f"kv_eviction.{name}")
     if first["type"] == "value_error":
         return f"{field}: {first['ctx']['error']}"
-    return f"{field}: expected {_ALLOWED.get(name, first['msg'].lower())}, got {first['input']!r}"
+    return f"{field}: expected {_ALLOWED.get(name, first['msg'].lower())}, got {quoted(first['input'])}"

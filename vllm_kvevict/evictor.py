@@ -21,29 +21,20 @@ from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.selection import protect, select
 from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, Need, ScoreInputs
 from vllm_kvevict.results import checked, checked_tokens, checked_wish
+from vllm_kvevict.schedule import Schedule
+
+_AT_THE_END = Schedule()
 
 
 @dataclass(frozen=True)
 class Method:
-    """A policy, an allocator, how many tokens both ends of the prompt are protected by, and whether answers count too.
-
-    during_decode:  the request holds its budget and no more while its answer grows
-    during_prefill: it holds its budget and no more between the chunks of its prompt
-    per_token:      during decode one token goes for each that comes, in place of a block of them now and then
-    """
+    """A policy, an allocator, how many tokens both ends of the prompt are protected by, and when they are asked."""
 
     policy: EvictionPolicy
     allocator: BudgetAllocator
     num_sink: int
     num_recent: int
-    during_decode: bool = False
-    during_prefill: bool = False
-    per_token: bool = False
-
-    @property
-    def is_bounded(self) -> bool:
-        """Whether what an eviction leaves may be evicted again."""
-        return self.during_decode or self.during_prefill
+    schedule: Schedule = _AT_THE_END
 
     @property
     def num_protected(self) -> int:
@@ -57,7 +48,7 @@ class Method:
     @property
     def watches_answer(self) -> bool:
         """Whether the engine must remember queries of the answer."""
-        is_watched = self.during_decode or self.policy.num_deferred > 0
+        is_watched = self.schedule.evicts_answer or self.schedule.num_deferred > 0
         return is_watched and (self.query_window > 0 or Need.ALL_QUERIES in self.policy.needs)
 
     @property
@@ -67,7 +58,7 @@ class Method:
         A prefix-cache hit never covers the latter, so they are always computed and never scored in part. If each new
         token takes the slot of another one, that one is neither.
         """
-        return max(self.num_protected, self.query_window) + self.per_token
+        return max(self.num_protected, self.query_window) + self.schedule.per_token
 
 
 @dataclass
@@ -232,8 +223,8 @@ class Eviction:
         wish = self._wish(scores)
         tokens = wish * (plan.num_kept_tokens * num_heads / wish.sum())
         # once the block of the tail is full it is emptied into the other pages: they must hold what is protected then
-        tail = 0 if self.method.is_bounded else plan.num_tail_tokens
-        minimum = cdiv(max(self.method.num_protected + self.method.per_token - tail, 0), plan.block_size)
+        tail = 0 if self.method.schedule.is_bounded else plan.num_tail_tokens
+        minimum = cdiv(max(self.method.num_protected + self.method.schedule.per_token - tail, 0), plan.block_size)
         return round_to_pages(
             (tokens - plan.num_tail_tokens).clamp(min=0),  # every head holds the tail, in a page of its own
             plan.num_full_blocks * num_heads,

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
+
+from vllm_kvevict.quoted import LONGEST_NAME, quoted
+
+logger = logging.getLogger(__name__)
 
 Base = TypeVar("Base")
 
@@ -26,6 +31,7 @@ class Registry(Generic[Base]):
         self._classes: dict[str, type[Base]] = {}
         self._families: dict[str, Callable[[str], type[Base]]] = {}
         self._members: dict[str, type[Base]] = {}
+        self._broken: dict[str, str] = {}
 
     def register(self, name: str) -> Callable[[type[Base]], type[Base]]:
         """Return a class decorator that adds the class under ``name``.
@@ -53,18 +59,31 @@ class Registry(Generic[Base]):
     def get(self, name: str) -> type[Base]:
         """Return the class called ``name``.
 
-        Raises ValueError that lists the names, with a suggestion, when there is none.
+        Raises ValueError that lists the names, with a suggestion, when there is none; or that says why another package
+        does not bring its own.
         """
+        if name in self._classes:
+            return self._classes[name]
+        if len(str(name)) > LONGEST_NAME:
+            raise ValueError(f"unknown {self.kind} {quoted(name)}. Available: {self.listing()}")
         family, _, rest = str(name).partition(":")
         if rest and family in self._families:
             return self._member(name, family, rest)
-        if name not in self._classes and name in self._entry_points:
-            self._add(name, self._entry_points[name].load())
-        if name not in self._classes:
-            close = difflib.get_close_matches(str(name), self.names(), n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"unknown {self.kind} {name!r}.{hint} Available: {self.listing()}")
-        return self._classes[name]
+        if name in self._entry_points:
+            return self._load(name)
+        close = difflib.get_close_matches(str(name), self.names(), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown {self.kind} {quoted(name)}.{hint} Available: {self.listing()}")
+
+    def import_all(self) -> None:
+        """Import what other packages bring, once; the log names those that cannot be."""
+        for name in self._entry_points:
+            if name in self._classes or name in self._broken:
+                continue
+            try:
+                self._load(name)
+            except ValueError as error:
+                logger.warning("%s", error)
 
     def listing(self) -> str:
         """Return what may be asked for, as a text: the names, and one pattern for each family."""
@@ -81,6 +100,16 @@ class Registry(Generic[Base]):
     @cached_property
     def _entry_points(self):  # type: ignore[no-untyped-def]
         return {entry.name: entry for entry in entry_points(group=self.entry_group)}
+
+    def _load(self, name: str) -> type[Base]:
+        if name not in self._broken:
+            try:
+                self._add(name, self._entry_points[name].load())
+                return self._classes[name]
+            except Exception as error:  # any: the package is not ours
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                self._broken[name] = f"{self.kind} {name!r} of another package cannot be used: {reason[:300]}"
+        raise ValueError(self._broken[name])
 
     def _member(self, name: str, family: str, rest: str) -> type[Base]:
         if name not in self._members:

@@ -8,6 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 from openai import BadRequestError, OpenAI
@@ -177,6 +179,9 @@ def test_chunks_of_a_long_prompt_are_counted_as_they_are_evicted(server: Server,
             {"kv_evict_interval": 1},
             "kv_evict_interval: counts tokens of the answer, and policy 'snapkv' does not",
         ),
+        ({"kv_budgt": 64}, "vllm_xargs: unknown option 'kv_budgt'. Did you mean 'kv_budget'?"),
+        ({"kv_eviction": "kvpress:KnormPress"}, "kv_eviction: a request may name a press only if the server was"),
+        ({"kv_eviction": "a" * 10**6}, "kv_eviction: expected 'none' or the name of a policy, got a text of 1000000"),
     ],
 )
 def test_wrong_options_are_a_400_that_names_the_field(
@@ -192,7 +197,7 @@ def test_wrong_options_are_a_400_that_names_the_field(
         chat(client, long_text(20), stream=True, extra_body={"vllm_xargs": options})
     assert message in str(error.value)
     assert server.metrics()["kvevict:refused_requests_total"] == before + 3
-    (option,) = options
+    (option,) = options if "kv_budgt" not in options else ("unknown",)
     refused = {
         sample.labels["option"]
         for sample in server.samples()
@@ -201,6 +206,36 @@ def test_wrong_options_are_a_400_that_names_the_field(
     assert option in refused
     assert server.is_healthy()
     assert chat(client, "Hello", max_tokens=2).choices[0].message.content
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_endpoint_refuses_a_wrong_option_before_it_answers(server: Server, stream: bool) -> None:
+    """Not by a status of 200 and a stream that breaks off."""
+    messages, body = [{"role": "user", "content": "Hello"}], {"model": "model", "stream": stream, "max_tokens": 2}
+    bodies = [
+        ("completions", {**body, "prompt": "Hello"}),
+        ("completions", {**body, "stream": False, "prompt": "Hello", "use_beam_search": True, "n": 2}),
+        ("chat/completions", {**body, "messages": messages}),
+        ("messages", {**body, "messages": messages}),
+        ("responses", {"model": "model", "stream": stream, "max_output_tokens": 2, "input": "Hello"}),
+    ]
+    before = server.metrics()["kvevict:refused_requests_total"]
+    for options, expected in (({"kv_eviction": "snapvk"}, 400), ({"kv_budget": 64}, 200)):
+        answers = [post(server, path, {**each, "vllm_xargs": options}) for path, each in bodies]
+        assert [status for status, _ in answers] == [expected] * len(bodies), answers
+        said = "kv_eviction: unknown eviction policy 'snapvk'. Did you mean 'snapkv'?"
+        assert all((said in text) == (expected == 400) for _, text in answers), answers
+    assert server.metrics()["kvevict:refused_requests_total"] == before + len(bodies)
+
+
+def post(server: Server, path: str, body: dict[str, Any]) -> tuple[int, str]:
+    """Return the status and the text of an answer."""
+    url, headers = f"{server.base_url}/v1/{path}", {"Content-Type": "application/json"}
+    try:
+        with urlopen(Request(url, json.dumps(body).encode(), headers), timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except HTTPError as error:
+        return error.code, error.read().decode()
 
 
 def test_the_dashboard_shows_metrics_that_there_are(server: Server) -> None:

@@ -140,19 +140,19 @@ class Engine:
         assert not owner.keys() & set(null_pages)
 
     def _has_freed(self, request_id: str) -> bool:
-        eviction = self.scheduler._evictions.get(request_id)
-        return eviction is not None and eviction.is_final and not eviction.releases
+        life = self.scheduler._lives.get(request_id)
+        return life is not None and bool(life.evictions) and not life.releases
 
     def _has_emptied_last_block(self, request: Any) -> bool:
         """Whether a request that evicts during decode has just filled a block, which it will use again; or any token
         of it has been in its last block, if it evicts token by token.
         """
-        eviction = self.scheduler._evictions[request.request_id]
-        num_tokens, plan = request.num_computed_tokens, eviction.plan
+        life = self.scheduler._lives[request.request_id]
+        num_tokens, plan = request.num_computed_tokens, life.plan
         if not plan.keeps_tail:
             return num_tokens > plan.num_tokens // plan.block_size * plan.block_size
         is_full = num_tokens % plan.block_size == 0 and num_tokens > plan.num_tokens
-        return is_full and eviction.config.method().during_decode
+        return is_full and life.prefill.evicts_answer
 
     def _pages_of(self, bridge: Any, request_id: str, request: Any) -> list[int]:
         """Pages in the tables of an evicted request, after the decode blocks it has entered; none for whole ones."""
@@ -198,7 +198,7 @@ class Engine:
         assert not self.scheduler.running and not self.scheduler.requests
         assert self.num_free_blocks == self._free_at_start
         if self.bridge is not None:
-            assert not self.scheduler._evictions
+            assert not self.scheduler._lives
             assert self.scheduler._manager.in_use == CacheInUse()
 
 

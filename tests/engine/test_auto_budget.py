@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.inputs.engine import embeds_input
 
 from tests.conftest import USES_V2_RUNNER
 from tests.engine.dense import DenseModel
@@ -103,6 +107,16 @@ def test_requests_of_all_kinds_in_one_batch_are_as_alone(running: Engine) -> Non
     options: list[dict[str, Any]] = [{}, {"kv_budget": 128}, {"kv_eviction": "none"}, {"kv_budget_max": 0.3}, {}]
     cases = [(random_prompt(200 + 130 * index, seed=index), each) for index, each in enumerate(options)]
     running.check_as_alone(cases, max_tokens=80)
+
+
+def test_prompts_of_embeddings_are_refused(running: Engine) -> None:
+    """Their tokens are not known, and what stood in their places was the tokens of another request."""
+    engine = running.llm.llm_engine
+    embeds = embeds_input(torch.zeros(200, engine.model_config.get_hidden_size()))
+    for options in ({}, {"kv_budget_max": 0.5}, {"kv_budget": "auto"}):
+        with pytest.raises(VLLMValidationError, match="a prompt with embeddings has places without one; give a number"):
+            engine.add_request("embeds", embeds, SamplingParams(extra_args=options))
+    assert not engine.has_unfinished_requests()
 
 
 def test_aborted_at_any_step(running: Engine) -> None:

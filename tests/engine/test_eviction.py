@@ -83,8 +83,13 @@ def test_aborted_requests_leave_no_page_behind(running: Engine) -> None:
     assert len(running.bridge.page_table) == 0
 
 
-def test_one_token_answers_are_evicted_and_freed(running: Engine) -> None:
-    running.tokens([random_prompt(300, seed=5)], max_tokens=1)
+def test_an_answer_that_nothing_reads_is_not_evicted(running: Engine) -> None:
+    before = running.num_evictions
+    prompt = random_prompt(300, seed=5)
+    assert len(running.tokens([prompt], max_tokens=1)[0]) == 1
+    assert running.num_evictions == before
+    assert len(running.tokens([prompt], max_tokens=2)[0]) == 2
+    assert running.num_evictions == before + 1
     running.check_all_free()
 
 
@@ -93,8 +98,8 @@ def test_streaming_input_sessions_are_kept_whole(running: Engine) -> None:
     prompt = random_prompt(300, seed=5)
     running.add(prompt, max_tokens=4)
     (request,) = running.scheduler.requests.values()
-    assert running.scheduler._will_evict(request) is not None
+    assert running.scheduler._life(request) is not None
     request.resumable = True
-    assert running.scheduler._will_evict(request) is None
+    assert running.scheduler._life(request) is None
     request.resumable = False
     running.run()

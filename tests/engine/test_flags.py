@@ -92,6 +92,22 @@ def test_a_calibration_comes_from_its_file(parse: Parse, tmp_path: Path) -> None
         parse([*arguments, str(file)])
 
 
+LIMITS = {"options": ["kv_budget", "kv_eviction"], "policies": ["lava", "none"], "most_budget": 512}
+
+
+def test_what_requests_may_choose_is_a_flag(parse: Parse, tmp_path: Path) -> None:
+    file = tmp_path / "limits.yaml"
+    file.write_text("options: [kv_budget, kv_eviction]\npolicies: [lava, none]\nmost_budget: 512\n")
+    for said, meant in (("all", "all"), ("none", "none"), (json.dumps(LIMITS), LIMITS), (str(file), LIMITS)):
+        values = parse([*FLAGS, "--kv-request-options", said]).additional_config["kv_eviction"]
+        assert values == {"policy": "snapkv", "budget": 256, "request_options": meant}
+        assert kv_eviction_args("snapkv", 256, request_options=meant) == {"additional_config": {"kv_eviction": values}}
+    server = tmp_path / "server.yaml"
+    server.write_text("kv-eviction: snapkv\nkv-budget: 256\nkv-request-options: {most_budget: 512}\n")
+    values = parse(["--config", str(server)]).additional_config["kv_eviction"]
+    assert values == {"policy": "snapkv", "budget": 256, "request_options": {"most_budget": 512}}
+
+
 def test_vllms_own_config_file_takes_the_flags(parse: Parse, tmp_path: Path) -> None:
     file = tmp_path / "server.yaml"
     file.write_text("kv-eviction: snapkv\nkv-budget: 512\nkv-eviction-config: {num_sink: 4}\n")
@@ -105,7 +121,7 @@ def test_help_has_a_group_with_the_policies() -> None:
     flags = [option for action in group._group_actions for option in action.option_strings]
     names = ["kv-eviction", "kv-budget", "kv-budget-calibration", "kv-budget-allocator", "kv-evict-during-decode"]
     names += ["no-kv-evict-during-decode", "kv-evict-during-prefill", "kv-evict-interval"]
-    names += ["kv-eviction-config", "kv-eviction-log-requests"]
+    names += ["kv-eviction-config", "kv-eviction-log-requests", "kv-request-options"]
     assert flags == [f"--{name}" for name in names]
     assert "snapkv" in group._group_actions[0].help
     assert "uniform" in group._group_actions[3].help
@@ -119,6 +135,7 @@ def test_help_has_a_group_with_the_policies() -> None:
         (["--kv-eviction", "snapkv", "--kv-budget", "many"], "expected a whole number of tokens, a fraction"),
         ([*FLAGS, "--kv-eviction-config", "missing.yaml"], "expected a YAML or JSON file"),
         ([*FLAGS, "--kv-eviction-config", "{broken"], "expected a YAML or JSON file"),
+        ([*FLAGS, "--kv-request-options", "some"], "expected a YAML or JSON file"),
         ([*FLAGS, "--kv-budget-calibration", "missing.json"], "expected a YAML or JSON file"),
         ([*FLAGS, "--kv-budget-calibration", '{"policies": 3}'], "expected 'policies', a mapping of names"),
     ],
@@ -142,6 +159,10 @@ def test_the_parser_refuses(
         ([*FLAGS, "--kv-eviction-config", '{"policy_options": {"windw": 4}}'], "takes window, pool"),
         ([*FLAGS, "--kv-eviction-config", '{"policy_options": {"window": 0}}'], "snapkv.window: expected at least 1"),
         ([*FLAGS, "--additional-config", '{"kv_eviction": {}}'], "exclude each other"),
+        (
+            [*FLAGS, "--kv-request-options", '{"options": ["kv_budgt"]}'],
+            "kv_request_options: options: unknown option 'kv_budgt'. Did you mean 'kv_budget'?",
+        ),
     ],
 )
 def test_the_config_refuses(parse: Parse, arguments: list[str], message: str) -> None:

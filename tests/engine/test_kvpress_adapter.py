@@ -24,7 +24,8 @@ def test_a_request_s_press_keeps_what_it_says(tiny_llama: Path, kept_masks: list
     import kvpress
 
     prompt = random_prompt(LENGTH, seed=3)
-    with engine(tiny_llama, "snapkv", budget=BUDGET) as running:
+    limits = {"policies": ["kvpress:KnormPress", "kvpress:TOVAPress"]}
+    with engine(tiny_llama, "snapkv", budget=BUDGET, fields={"request_options": limits}) as running:
         running.poison_unowned_memory()
         running.tokens([prompt], extra_args={"kv_eviction": "kvpress:KnormPress"})
         running.tokens([prompt], extra_args={"kv_eviction": "kvpress:TOVAPress"})

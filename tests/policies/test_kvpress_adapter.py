@@ -14,7 +14,7 @@ import torch
 
 from tests.llama_layer import make_llama_layer
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.policies import POLICIES
+from vllm_kvevict.policies import POLICIES, kvpress_adapter
 
 pytest.importorskip("kvpress", reason="kvpress, or `datasets` or `fire`, which it imports, is not installed")
 
@@ -314,7 +314,24 @@ def test_a_press_that_fails_later_says_so_and_changes_no_cache(here: str) -> Non
 def test_a_request_does_not_choose_what_the_server_imports(here: str) -> None:
     config = EvictionConfig.parse({"policy": f"{here}:LastKeys", "budget": 64})
     assert config.for_request({"kv_eviction": f"{here}:LastKeys", "kv_budget": 96}, 32) is not None
-    assert config.for_request({"kv_eviction": "kvpress:KnormPress"}, 32) is not None
-    with pytest.raises(ValueError, match="kv_eviction: a request may name a class in a module only if the server"):
-        config.for_request({"kv_eviction": "kvpress:antigravity:X"}, 32)
+    for press in ("kvpress:KnormPress", f"{here}:FailsWhenShort", "kvpress:antigravity:X", "kvpress::", ":"):
+        with pytest.raises(ValueError, match="kv_eviction: a request may name a press only if the server") as error:
+            config.for_request({"kv_eviction": press}, 32)
+        assert str(error.value).endswith("Give it to --kv-eviction, or to the policies of --kv-request-options")
     assert "antigravity" not in sys.modules
+
+
+def test_presses_that_a_server_lists_are_made_when_it_starts(here: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = {"policies": ["all", "none", "kvpress:KnormPress", f"{here}:LastKeys"]}
+    config = EvictionConfig.parse({"policy": "snapkv", "budget": 64, "request_options": listed})
+    monkeypatch.setattr(kvpress_adapter, "_needed_window", None)  # nothing is tried out from now on
+    for press in listed["policies"][2:]:
+        for budget in (64, 96):
+            chosen = config.for_request({"kv_eviction": press, "kv_budget": budget}, 32)
+            assert chosen is not None and chosen.method().policy is chosen.method().policy
+    assert config.for_request({"kv_eviction": "lava"}, 32) is not None
+    assert config.for_request({"kv_eviction": "none"}, 32) is None
+    with pytest.raises(ValueError, match="kv_request_options: policies: kvpress:AdaKVPress cannot be a policy"):
+        EvictionConfig.parse(
+            {"policy": "snapkv", "budget": 64, "request_options": {"policies": ["kvpress:AdaKVPress"]}}
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tools.upstream.program import Program
@@ -151,8 +151,10 @@ class Upstream:
         originals = {}
         for wrapped in self.wrapped:
             original = self.program.named(wrapped.target)
-            if isinstance(original, Function):
-                originals[wrapped.wrap.module, wrapped.wrap.node.name] = original
+            owner = self.program.named(wrapped.target.rpartition(".")[0])
+            if isinstance(original, Function) and isinstance(owner, Class):
+                # whose method it is for us, even if a base class defines it
+                originals[wrapped.wrap.module, wrapped.wrap.node.name] = replace(original, owner=owner)
         idle = [node for (cls, name), node in self.unheard.items() if self.is_for_the_newest(cls, name)]
         for module in self.modules:
             yield from Walk(self.program, self.made, originals, idle).module(module)

@@ -156,14 +156,14 @@ class EvictionBridge:
         for req_id, eviction in self.evictions.items():
             self.failures.ask(req_id, "choosing what to keep", self._choose_kept, req_id, eviction)
         for req_id, num_tokens in step.shrinking.items():
-            if not self._prefills[req_id].method.per_token:  # whose tokens have left the block one by one
+            if not self._prefills[req_id].method.schedule.per_token:  # whose tokens have left the block one by one
                 self._again[req_id] = self._resident_eviction(req_id, num_tokens)
                 self.failures.ask(req_id, "scoring an answer", self._score_answer, req_id, num_tokens)
 
     def _choose_kept(self, req_id: str, eviction: Eviction) -> None:
         eviction.choose()
         prefill = self._prefills[req_id]
-        if prefill.method.is_bounded:
+        if prefill.method.schedule.is_bounded:
             prefill.check_states((self.pool.num_kv_heads, eviction.plan.num_tokens), self.pool.pages.device)
 
     def _score_answer(self, req_id: str, num_tokens: int) -> None:
@@ -186,14 +186,21 @@ class EvictionBridge:
             if req_id not in self.failures:
                 self._compact(req_id, eviction)
             seconds[req_id] = eviction.seconds + prefill.seconds
-            if not prefill.method.is_bounded:
-                del self._prefills[req_id]
-                self.ring.slots.give_back(req_id)
+            if not step.ending[req_id].goes_on:
+                self._forget_prefill(req_id)
         for req_id, again in self._again.items():
+            chunk = step.chunks.get(req_id)
             if req_id not in self.failures:
-                self._compact_again(req_id, again, step.chunks.get(req_id))
+                self._compact_again(req_id, again, None if chunk is None else chunk.plan)
             seconds[req_id] = again.seconds
+            if chunk is not None and not chunk.goes_on:
+                self._forget_prefill(req_id)
         return seconds
+
+    def _forget_prefill(self, req_id: str) -> None:
+        """A request will not be evicted again."""
+        del self._prefills[req_id]
+        self.ring.slots.give_back(req_id)
 
     def _choose_budgets(self) -> None:
         """Settle how much the requests of this step keep whose budget is "auto"."""
@@ -204,7 +211,7 @@ class EvictionBridge:
         """Carry out the first eviction of a request."""
         compaction, prefill = eviction.compact(), self._prefills[req_id]
         self.page_table.add(req_id, compaction, eviction.plan)
-        if prefill.method.is_bounded:
+        if prefill.method.schedule.is_bounded:
             known_bytes = self.residents.num_bytes
             self.residents.settle(compaction, eviction.plan, eviction.block_ids, prefill.take_states())
             if self.residents.num_bytes > known_bytes:
@@ -286,10 +293,9 @@ class EvictionBridge:
         bounds = common.query_start_loc_cpu.tolist()
         for row, req_id in enumerate(req_ids):
             if req_id in step.chunks:
-                num_tokens = step.chunks[req_id].num_tokens
-                _check_length(req_id, num_tokens, int(common.seq_lens[row]))
-                keeps_tail = step.chunks[req_id].keeps_tail
-                eviction = self._again[req_id] = self._resident_eviction(req_id, num_tokens, keeps_tail)
+                plan = step.chunks[req_id].plan
+                _check_length(req_id, plan.num_tokens, int(common.seq_lens[row]))
+                eviction = self._again[req_id] = self._resident_eviction(req_id, plan.num_tokens, plan.keeps_tail)
                 rows.append(ChunkRow(self._prefills[req_id], bounds[row], bounds[row + 1], eviction))
         return rows
 

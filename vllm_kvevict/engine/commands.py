@@ -24,7 +24,7 @@ class Commands:
     def take(self, step: StepEvictions, scheduled: Set[str]) -> None:
         """A step begins."""
         first = {req_id: end.plan for req_id, end in step.ending.items()}
-        later = first | step.chunks
+        later = first | {req_id: chunk.plan for req_id, chunk in step.chunks.items()}
         self._token_by_token |= {req_id for req_id, plan in later.items() if not plan.keeps_tail}
         self.plans = {**later, **dict.fromkeys(step.shrinking)}
         self.scheduled = scheduled

@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 
 from vllm_kvevict.budgets import ALLOCATORS
-from vllm_kvevict.config import AUTO, EvictionConfig
+from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.policies import POLICIES
+from vllm_kvevict.request_options import ALL, AUTO, NONE
 
 FIELD = "kv_eviction"
 _DESTINATIONS = {
@@ -25,6 +26,7 @@ _DESTINATIONS = {
     "during_prefill": "kv_evict_during_prefill",
     "interval": "kv_evict_interval",
     "log_requests": "kv_eviction_log_requests",
+    "request_options": "kv_request_options",
 }
 
 
@@ -127,6 +129,14 @@ def add_group(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="Write one JSON line to the log for every prompt that is evicted: tokens, blocks, milliseconds.",
     )
+    group.add_argument(
+        "--kv-request-options",
+        metavar="all|none|FILE-or-JSON",
+        type=_request_options,
+        help="What requests may choose in vllm_xargs: 'all', the default, 'none', or limits, as a YAML or JSON file or "
+        "a JSON text: options and policies, each a list of names; least_budget and most_budget, in tokens or as a "
+        "fraction. Presses of kvpress have to be listed.",
+    )
 
 
 def flag_values(args: argparse.Namespace) -> dict[str, Any]:
@@ -160,6 +170,10 @@ def _calibration(value: Any) -> dict[str, Any]:
     if not isinstance(policies, dict):
         raise argparse.ArgumentTypeError(f"expected 'policies', a mapping of names to constants; got {policies!r}")
     return policies
+
+
+def _request_options(value: Any) -> str | dict[str, Any]:
+    return value if value in (ALL, NONE) else _mapping(value)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

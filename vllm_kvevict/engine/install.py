@@ -16,7 +16,13 @@ from vllm_kvevict.engine.flags import FIELD, with_config, with_flags
 from vllm_kvevict.engine.metrics import process_metrics, with_eviction_metrics
 from vllm_kvevict.engine.model import evicted_models
 from vllm_kvevict.engine.patches import Patch, apply_patches
-from vllm_kvevict.engine.requests import check_config, with_checked_options, with_early_check
+from vllm_kvevict.engine.requests import (
+    check_config,
+    with_checked_body,
+    with_checked_options,
+    with_early_check,
+    with_early_check_of_responses,
+)
 from vllm_kvevict.engine.versions import check_version
 
 logger = logging.getLogger("vllm.kvevict")
@@ -79,7 +85,7 @@ def _switch_on(config: EvictionConfig, vllm_config: VllmConfig) -> None:
         method.allocator,
         method.num_sink,
         method.num_recent,
-        method.during_decode,
+        method.schedule.evicts_answer,
         vllm_config.cache_config.block_size,
     )
     if not current_platform.is_cpu():
@@ -193,6 +199,20 @@ _REQUEST_PATCHES = (
         ("prompt", "sampling_params"),
         "requests that stream are validated when their answer has begun: too late for a 400",
         "vLLM validates sampling parameters before it streams",
+    ),
+    Patch(
+        "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses._generate_with_builtin_tools",
+        with_early_check_of_responses,
+        ("request_id", "engine_input", "sampling_params"),
+        "it calls AsyncLLM.generate only when its stream has begun, or in the background",
+        "vLLM validates sampling parameters before it streams",
+    ),
+    Patch(
+        "vllm.entrypoints.generate.base.serving:GenerateBaseServing._check_model",
+        with_checked_body,
+        ("request",),
+        "beam search drops vllm_xargs, so that no other check sees a wrong option there",
+        "vLLM has a hook to validate vllm_xargs",
     ),
     Patch(
         "vllm.v1.metrics.loggers:StatLoggerManager.record",

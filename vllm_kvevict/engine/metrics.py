@@ -9,9 +9,10 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from vllm_kvevict.config import REQUEST_OPTIONS
+from vllm_kvevict.request_options import REQUEST_OPTIONS
 
 PAYLOAD = "kv_eviction"
+UNKNOWN_OPTION = "unknown"  # a client must not choose labels
 _LABELS = ("policy", "allocator")
 _FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -73,6 +74,11 @@ class EvictionMetrics:
             "kept_tokens", "Prompt tokens that evicted requests hold, per KV head and layer."
         )
         self.kept_pages = self._gauge("kept_pages", "Pages of prompts that evicted requests hold, in one worker.")
+        self.cut_short = Counter(
+            "kvevict:answers_cut_short_total",
+            "Answers that ended with finish reason length since the KV cache could hold no more of them.",
+            registry=self.registry,
+        )
         self.refusals = Counter(
             "kvevict:refused_requests_total",
             "Requests refused for a wrong option, by the option.",
@@ -88,7 +94,7 @@ class EvictionMetrics:
         counters = (self.evictions, self.decode_evictions, self.evicted_tokens, self.freed_blocks)
         for collector in (*counters, self.kept_fraction, self.seconds):
             collector.labels(policy, allocator)
-        for option in REQUEST_OPTIONS:
+        for option in (*REQUEST_OPTIONS, UNKNOWN_OPTION):
             self.refusals.labels(option)
         for gauge in (self.kept_tokens, self.kept_pages):
             # never set: an API server that starts late would be the most recent, and hide what the others have set
@@ -117,9 +123,12 @@ def process_metrics() -> EvictionMetrics:
     return EvictionMetrics()
 
 
-def pack(records: list[EvictionRecord], gauges: Gauges) -> dict[str, Any]:
-    """Return the payload in which records travel from the engine to the front end."""
-    return {PAYLOAD: [asdict(record) for record in records], "gauges": asdict(gauges)}
+def pack(records: list[EvictionRecord], gauges: Gauges, num_cut_short: int = 0) -> dict[str, Any]:
+    """Return the payload in which records travel from the engine to the front end.
+
+    num_cut_short: answers that ended since the cache could hold no more of them
+    """
+    return {PAYLOAD: [asdict(record) for record in records], "gauges": asdict(gauges), "cut_short": num_cut_short}
 
 
 def with_eviction_metrics(record: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,6 +147,7 @@ def with_eviction_metrics(record: Callable[..., Any]) -> Callable[..., Any]:
             scheduler_stats.kv_connector_stats = None
             for values in payload[PAYLOAD]:
                 process_metrics().observe(EvictionRecord(**values))
+            process_metrics().cut_short.inc(payload["cut_short"])
             process_metrics().show(Gauges(**payload["gauges"]), engine_idx or 0)
         return record(self, scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 
+from vllm_kvevict.cache.fit import Window
+from vllm_kvevict.cache.plan import cdiv
 from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, Need
 from vllm_kvevict.rotary import Rotary
 
@@ -34,6 +36,22 @@ def evicted_models(vllm_config: VllmConfig) -> list[ModelConfig]:
     """Return the model and its draft model, if it has one."""
     draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
     return [vllm_config.model_config] if draft is None else [vllm_config.model_config, draft]
+
+
+def windows_of(vllm_config: VllmConfig) -> tuple[Window, ...]:
+    """Return the groups that vLLM makes of the layers with a sliding window, as far as the configuration tells.
+
+    A front end has no more than that. The engine counts the groups that there are, and ends what does not fit.
+    """
+    text_config, block_size = vllm_config.model_config.hf_text_config, vllm_config.cache_config.block_size
+    kinds = list(getattr(text_config, "layer_types", None) or ())
+    num_full, num_sliding = kinds.count("full_attention"), kinds.count("sliding_attention")
+    if not (num_full and num_sliding) or vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        return ()
+    least, most = sorted((num_full, num_sliding))
+    num_groups = cdiv(num_sliding, most if most < 1.5 * least else least)
+    window = Window(text_config.sliding_window - 1 + vllm_config.max_in_flight_tokens, block_size)
+    return (window,) * num_groups
 
 
 def _check_needs(name: str, asked: Sequence[Need], model_config: ModelConfig) -> None:

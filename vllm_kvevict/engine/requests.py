@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from vllm_kvevict.cache.plan import budget_blocks, cdiv
-from vllm_kvevict.config import (
+from vllm_kvevict.cache.fit import EmptyCache, Prefill, Window
+from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.engine.flags import FIELD
+from vllm_kvevict.engine.lookahead import check_lookahead
+from vllm_kvevict.engine.metrics import UNKNOWN_OPTION, process_metrics
+from vllm_kvevict.engine.model import check_needs, evicted_models, windows_of
+from vllm_kvevict.request_options import (
     AUTO,
     REQUEST_BUDGET,
     REQUEST_DURING_DECODE,
@@ -19,12 +25,23 @@ from vllm_kvevict.config import (
     REQUEST_INTERVAL,
     REQUEST_OPTIONS,
     REQUEST_POLICY,
-    EvictionConfig,
+    VLLM_FIELD,
+    is_ours,
 )
-from vllm_kvevict.engine.flags import FIELD
-from vllm_kvevict.engine.lookahead import check_lookahead
-from vllm_kvevict.engine.metrics import process_metrics
-from vllm_kvevict.engine.model import check_needs, evicted_models
+
+
+@dataclass(frozen=True)
+class PromptFacts:
+    """What a prompt is, as far as it is known when it is checked.
+
+    num_tokens: its length, 0 where that is not known
+    has_embeds: whether some of it are embeddings, and not tokens
+    has_images: whether some of its tokens stand for images, audio or video
+    """
+
+    num_tokens: int = 0
+    has_embeds: bool = False
+    has_images: bool = False
 
 
 def request_config(config: EvictionConfig, params: SamplingParams | None, block_size: int) -> EvictionConfig | None:
@@ -45,33 +62,38 @@ def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
             f"{REQUEST_BUDGET}: 'auto' reads the logits of a prompt, which only the last pipeline stage has; give a "
             f"number, or drop --pipeline-parallel-size"
         )
-    if method.during_prefill and method.policy.num_deferred:
-        raise ValueError(
-            f"{REQUEST_DURING_PREFILL}: does not work with policy {config.policy!r}, which holds the whole prompt "
-            f"until it has seen the answer; choose another policy"
-        )
-    if method.during_prefill and vllm_config.model_config.is_mm_prefix_lm:
+    if method.schedule.between_chunks and vllm_config.model_config.is_mm_prefix_lm:
         raise ValueError(
             f"{REQUEST_DURING_PREFILL}: does not work with a model whose images see all of themselves, since a chunk "
             f"behind the first eviction sees only what came before; say {REQUEST_DURING_PREFILL} false"
         )
-    if method.per_token and method.query_window > ring_depth(vllm_config):
+    if method.schedule.per_token and method.query_window > ring_depth(vllm_config):
         raise ValueError(
             f"{REQUEST_INTERVAL}: policy {config.policy!r} looks at the last {method.query_window} queries, and this "
             f"server remembers {ring_depth(vllm_config)}; start it with that policy, or lower the policy's window"
         )
     if vllm_config.speculative_config is None:
         return
-    if method.policy.num_deferred:
+    if method.schedule.num_deferred:
         raise ValueError(
             f"{REQUEST_POLICY}: policy {config.policy!r} counts the tokens of the answer, and does not work with "
             f"speculative decoding; drop --speculative-config, or choose another policy"
         )
-    if method.is_bounded:
-        option = REQUEST_DURING_DECODE if method.during_decode else REQUEST_DURING_PREFILL
+    if method.schedule.is_bounded:
+        option = REQUEST_DURING_DECODE if method.schedule.evicts_answer else REQUEST_DURING_PREFILL
         raise ValueError(
             f"{option}: does not work with speculative decoding, whose drafts may be rejected when what they displaced "
             f"is gone; drop --speculative-config, or say {option} false"
+        )
+
+
+def check_prompt(config: EvictionConfig, has_embeds: bool, has_images: bool) -> None:
+    """Raise ValueError if the budget of a request, whose config this is, cannot be chosen by its prompt."""
+    if config.budget == AUTO and (has_embeds or has_images):
+        what = "embeddings" if has_embeds else "images, audio or video"
+        raise ValueError(
+            f"{REQUEST_BUDGET}: 'auto' is chosen by the likelihood of a prompt's tokens, and a prompt with {what} has "
+            f"places without one; give a number of tokens, or a fraction, as {REQUEST_BUDGET}"
         )
 
 
@@ -88,9 +110,12 @@ def with_checked_options(process_inputs: Callable[..., Any]) -> Callable[..., An
 
     @functools.wraps(process_inputs)
     def wrapper(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        _check(self.vllm_config, params)
+        options = _options(params)
+        _check(self.vllm_config, options)
         request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        _check(self.vllm_config, params, len(request.prompt_token_ids or ()))
+        embeds = request.prompt_embeds
+        num_tokens = len(request.prompt_token_ids or (() if embeds is None else embeds))
+        _check(self.vllm_config, options, PromptFacts(num_tokens, embeds is not None, bool(request.mm_features)))
         return request
 
     return wrapper
@@ -101,65 +126,131 @@ def with_early_check(generate: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(generate)
     def wrapper(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-        tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
-        _check(self.vllm_config, sampling_params, len(tokens or ()))
+        _check(self.vllm_config, _options(sampling_params), _facts(prompt))
         return generate(self, prompt, sampling_params, *args, **kwargs)
 
     return wrapper
 
 
-def _check(vllm_config: VllmConfig, params: Any, num_tokens: int = 0) -> None:
-    """num_tokens: of the prompt, 0 where that is not known."""
-    options = getattr(params, "extra_args", None) or {}
+def with_early_check_of_responses(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``OpenAIServingResponses._generate_with_builtin_tools``, which calls ``AsyncLLM.generate`` when its own
+    answer has begun to stream.
+    """
+
+    @functools.wraps(generate)
+    def wrapper(self: Any, request_id: str, engine_input: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        _check(self.engine_client.vllm_config, _options(sampling_params), _facts(engine_input))
+        return generate(self, request_id, engine_input, sampling_params, *args, **kwargs)
+
+    return wrapper
+
+
+def with_checked_body(check_model: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``GenerateBaseServing._check_model``, the first thing that every endpoint asks: not all of them hand options
+    on to the engine, and a wrong one is wrong nevertheless.
+    """
+
+    @functools.wraps(check_model)
+    async def wrapper(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        error = await check_model(self, request, *args, **kwargs)
+        if error is None:
+            _check(self.engine_client.vllm_config, getattr(request, "vllm_xargs", None) or {})
+        return error
+
+    return wrapper
+
+
+def _options(params: Any) -> Mapping[str, Any]:
+    return getattr(params, "extra_args", None) or {}
+
+
+def _facts(prompt: Any) -> PromptFacts:
+    """Return what is known of a prompt that a front end has read; nothing, of others."""
+    if not isinstance(prompt, dict):
+        return PromptFacts()
+    embeds = prompt.get("prompt_embeds")
+    num_tokens = len(prompt.get("prompt_token_ids") or (() if embeds is None else embeds))
+    return PromptFacts(num_tokens, embeds is not None, any((prompt.get("mm_placeholders") or {}).values()))
+
+
+def _check(vllm_config: VllmConfig, options: Mapping[str, Any], prompt: PromptFacts = PromptFacts()) -> None:
+    """Raise what vLLM answers with a 400 if a request cannot be served as it wishes."""
     values = (vllm_config.additional_config or {}).get(FIELD)
-    has_options = any(option in options for option in REQUEST_OPTIONS)
-    if values is None and has_options:
-        raise VLLMValidationError(f"{REQUEST_POLICY}: this engine was started without --kv-eviction")
     if values is None:
+        if any(is_ours(option) for option in options):
+            raise VLLMValidationError(f"{REQUEST_POLICY}: this engine was started without --kv-eviction")
         return
-    if not has_options and not values.get("during_prefill"):
+    if not options and not values.get("during_prefill") and values["budget"] != AUTO:
         return
     server = EvictionConfig.parse(values)
     try:
-        config = request_config(server, params, vllm_config.cache_config.block_size)
+        config = server.for_request(options, vllm_config.cache_config.block_size)
         if config is not None:
             check_config(config, vllm_config)
-        if server.during_prefill:
-            _check_fits(config, vllm_config, num_tokens)
+            check_prompt(config, prompt.has_embeds, prompt.has_images)
+        num_blocks = _blocks_per_engine(vllm_config)
+        if prompt.num_tokens and num_blocks:
+            cache = empty_cache(vllm_config, num_blocks - 1, windows_of(vllm_config))  # without vLLM's null block
+            prefill = None if config is None else cache.plan(config, prompt.num_tokens, prompt.num_tokens)
+            check_fits(cache, prefill, prompt.num_tokens)
     except ValueError as error:
         process_metrics().refusals.labels(_option_named_in(str(error))).inc()
         raise VLLMValidationError(str(error)) from None
 
 
-def _check_fits(config: EvictionConfig | None, vllm_config: VllmConfig, num_tokens: int) -> None:
-    """Raise ValueError for a prompt that would wait for ever.
+def check_fits(cache: EmptyCache, prefill: Prefill | None, num_tokens: int) -> None:
+    """Raise ValueError for a prompt of ``num_tokens`` that would wait for ever.
+
+    prefill: how it is evicted; None: it is kept whole
 
     vLLM itself makes sure that the longest one fits, unless the server's own requests need no more than a part of it.
     """
-    cache, num_engines = vllm_config.cache_config, vllm_config.parallel_config.data_parallel_size
-    num_blocks = (cache.num_gpu_blocks or 0) // num_engines - 1  # one is vLLM's null block
-    option, remedy = REQUEST_DURING_PREFILL, f"let it be evicted, with {REQUEST_DURING_PREFILL}"
-    num_needed = cdiv(num_tokens + 1, cache.block_size)  # with the first token of the answer
-    if config is not None and config.during_prefill:
-        option, remedy = REQUEST_BUDGET, "lower kv_budget"
-        sizes = (num_tokens, config.most_kept, cache.block_size, config.method().min_tokens)
-        num_kept = budget_blocks(*sizes, during_decode=True)
-        num_needed = min(num_needed, num_kept + chunk_blocks(vllm_config))
-    if num_needed > num_blocks > 0:
+    num_needed = cache.num_needed(prefill, num_tokens)
+    if num_needed > cache.num_blocks:
+        option, remedy = REQUEST_DURING_PREFILL, f"let it be evicted, with {REQUEST_DURING_PREFILL}"
+        if prefill is not None and prefill.between_chunks:
+            option, remedy = REQUEST_BUDGET, "lower kv_budget"
         raise ValueError(
             f"{option}: a prompt of {num_tokens} tokens needs {num_needed} blocks with these options, and the KV cache "
-            f"has {num_blocks}; {remedy}"
+            f"has {cache.num_blocks}; {remedy}"
         )
+
+
+def _blocks_per_engine(vllm_config: VllmConfig) -> int:
+    """Return the blocks of one of the engines that this front end serves, 0 before they have said."""
+    parallel = vllm_config.parallel_config
+    num_engines = parallel.data_parallel_size_local if parallel.local_engines_only else parallel.data_parallel_size
+    return (vllm_config.cache_config.num_gpu_blocks or 0) // num_engines
 
 
 def _option_named_in(message: str) -> str:
     """Return the option that a message is about: the word before its colon, the policy's if that is none of them."""
     option = message.partition(":")[0]
+    if option == VLLM_FIELD:
+        return UNKNOWN_OPTION
     return option if option in REQUEST_OPTIONS else REQUEST_POLICY
 
 
-def chunk_blocks(vllm_config: VllmConfig) -> int:
-    """Return the most blocks that one step's chunk of a prompt fills, or enters."""
-    scheduler = vllm_config.scheduler_config
-    longest = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
-    return cdiv(min(longest, scheduler.max_num_batched_tokens), vllm_config.cache_config.block_size) + 1
+def empty_cache(
+    vllm_config: VllmConfig, num_blocks: int, windows: tuple[Window, ...], is_shared: bool | None = None
+) -> EmptyCache:
+    """Return the cache that a request finds which is alone in an engine.
+
+    num_blocks: that can be allocated
+    windows:    groups of layers that are not evicted
+    is_shared:  whether there is a prefix cache; None: what the engine's settings say
+    """
+    scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    chunk = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    return EmptyCache(
+        num_blocks,
+        cache.block_size,
+        vllm_config.model_config.max_model_len,
+        # vLLM lets a request that is alone have longer chunks; one that is evicted between them is held to these
+        min(chunk, scheduler.long_prefill_token_threshold or chunk),
+        # what is verified in a step, and what a draft model writes behind it
+        num_drafts=2 * vllm_config.num_speculative_tokens,
+        num_late=vllm_config.max_concurrent_batches - 1,
+        windows=windows,
+        is_shared=cache.enable_prefix_caching if is_shared is None else is_shared,
+    )

@@ -12,33 +12,26 @@ from vllm.outputs import RequestError
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_kvevict.cache.plan import (
-    EvictionPlan,
-    budget_blocks,
-    cdiv,
-    plan_eviction,
-    plan_first_eviction,
-    plan_per_token,
-)
+from vllm_kvevict.cache.fit import Window
+from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.config import AUTO, EvictionConfig
 from vllm_kvevict.engine.draft import split_draft_layers
 from vllm_kvevict.engine.install import eviction_config
+from vllm_kvevict.engine.life import RequestLife, State
 from vllm_kvevict.engine.metrics import EvictionRecord, Gauges, pack
-from vllm_kvevict.engine.requests import chunk_blocks, request_config
-from vllm_kvevict.engine.spec import (
-    EvictionManager,
-    PrivateBlocks,
-    RequestEviction,
-    bounded_blocks,
-    cache_hits_up_to,
-)
+from vllm_kvevict.engine.requests import check_config, check_fits, check_prompt, empty_cache, request_config
+from vllm_kvevict.engine.spec import EvictionManager, PrivateBlocks, cache_hits_up_to
 from vllm_kvevict.engine.step import REPORTS, STEP, EvictionReport, PrefillEnd, StepEvictions
 
 logger = logging.getLogger("vllm.kvevict")
+
+NUM_UNREAD = 1
+"""A request whose answer has at most so many tokens is not evicted if it fits: nothing would read what is kept."""
 
 
 class EvictionMixin(Scheduler):
@@ -50,150 +43,164 @@ class EvictionMixin(Scheduler):
         if config is None:
             raise ValueError("additional_config: 'kv_eviction' is missing though the eviction scheduler was named")
         self._eviction_config = config
-        self._evictions: dict[str, RequestEviction] = {}
-        self._unplanned: set[str] = set()
-        self._bounded: set[str] = set()
+        self._lives: dict[str, RequestLife] = {}
         self._records: list[EvictionRecord] = []
+        self._capped: set[str] = set()
+        self._num_cut_short = 0
         managers = self.kv_cache_manager.coordinator.single_type_managers
         for manager in managers:
             if not isinstance(manager, PrivateBlocks):
                 raise RuntimeError(f"expected managers that keep blocks private, got {manager!r}")
-            manager.evictions = self._evictions
+            manager.lives = self._lives
         # one group of layers is evicted; the workers have checked this
         (self._manager,) = (manager for manager in managers if isinstance(manager, EvictionManager))
         group = self.kv_cache_config.kv_cache_groups[self._manager.kv_cache_group_id]
         layer_names, _ = split_draft_layers(group.layer_names)
-        self._manager.chunk_blocks = chunk_blocks(self.vllm_config)
+        num_blocks = self.kv_cache_config.num_blocks - 1  # without vLLM's null block
+        is_shared = self._manager.enable_caching
+        self._cache = empty_cache(self.vllm_config, num_blocks, self._windows(), is_shared)
+        self._manager.cache = self._cache
         self._pages_per_block = len(layer_names) * group.kv_cache_spec.num_kv_heads
         self._gauges = Gauges()
         self._log_concurrency()
 
+    def _windows(self) -> tuple[Window, ...]:
+        specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
+        return tuple(
+            Window(spec.sliding_window - 1 + self.vllm_config.max_in_flight_tokens, spec.block_size)
+            for spec in specs
+            if isinstance(spec, SlidingWindowSpec)
+        )
+
     def _log_concurrency(self) -> None:
         """Say how many requests of the longest kind can decode at once, next to what vLLM says of whole ones."""
         config, longest = self._eviction_config, self.vllm_config.model_config.max_model_len
-        block_size, num_blocks = self._manager.block_size, self.kv_cache_config.num_blocks
-        others = self._num_other_blocks(longest)
-        method = config.method()
-        plan = plan_eviction(longest, config.most_kept, block_size, method.min_tokens, method.during_decode)
-        whole = cdiv(longest, block_size)
-        kept = whole if plan is None else plan.num_kept_blocks
+        prefill = self._cache.plan(config, longest, longest)
+        num_blocks, whole = self.kv_cache_config.num_blocks, self._cache.num_needed(None, longest)
+        kept = whole if prefill is None or prefill.is_late else whole - prefill.eviction.first_kept_block
         logger.info(
             "Maximum concurrency for prompts of %s tokens: %.2fx once they are evicted, %.2fx before",
             f"{longest:,}",
-            num_blocks / (kept + others),
-            num_blocks / (whole + others),
+            num_blocks / kept,
+            num_blocks / whole,
         )
 
-    def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        """Every prefill starts here, resumed ones too: decide whether it will be evicted, and cap its cache hit."""
-        self._evictions.pop(request.request_id, None)
-        self._bounded.discard(request.request_id)
-        eviction = self._will_evict(request)
-        if eviction is None:
-            return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
-        self._evictions[request.request_id] = eviction
-        self._unplanned.add(request.request_id)
-        with cache_hits_up_to(eviction.max_cached_tokens):
-            return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
+    def add_request(self, request: Request) -> None:
+        """Take a request in. One that asks for what cannot be done ends with an error at once.
 
-    def _will_evict(self, request: Request) -> RequestEviction | None:
+        Front ends refuse those with a 400; there are others than ours, which do not.
+        """
+        super().add_request(request)
+        if self.requests.get(request.request_id) is not request:  # more of a streaming-input session
+            return
         if request.resumable:
             logger.warning(
                 "request %s is a streaming-input session: kept whole, since more of its prompt is to come",
                 request.request_id,
             )
-            return None
-        block_size = self._manager.block_size
-        config = request_config(self._eviction_config, request.sampling_params, block_size)
-        if config is None:
-            return None
-        method = config.method()
-        num_deferred = method.policy.num_deferred
-        sizes = (request.num_tokens + num_deferred, config.most_kept, block_size, method.min_tokens)
-        auto, is_late = config.auto_budget(), num_deferred > 0
-        plan = plan_eviction(*sizes, method.during_decode) if auto is None else auto.plan(sizes[0], block_size)
-        if method.per_token:
-            plan = plan_per_token(*sizes)
-            is_late = plan.num_tokens > request.num_tokens
-        elif plan is None and method.during_decode:
-            plan, is_late = plan_first_eviction(*sizes), True
-        # the last token of an answer is never computed
-        if is_late and plan is not None and request.num_prompt_tokens + request.max_tokens <= plan.num_tokens:
-            return None
-        if plan is None:
-            return None
-        # fresh blocks are for the prefix cache's sake; a prompt that leaves no room for them would wait for ever
-        num_tokens, num_chunk_blocks = plan.num_tokens + self.num_lookahead_tokens, None
-        num_needed = cdiv(num_tokens, block_size) + plan.num_full_blocks
-        if method.during_prefill:
-            num_chunk_blocks = budget_blocks(*sizes, during_decode=True) - 1
-            num_needed = min(num_needed, bounded_blocks(num_chunk_blocks, self._manager.chunk_blocks))
-        num_needed += self._num_other_blocks(num_tokens)
-        # one block is vLLM's null block, and one may be needed for the answer before the others are back
-        in_place = not self._manager.enable_caching or num_needed > self.kv_cache_config.num_blocks - 2
-        return RequestEviction(config, plan, in_place, is_late, num_chunk_blocks)
+        try:
+            life = self._life(request)
+            self._limit_answer(request, life)
+        except Exception as error:  # of the options, or of a third party's policy that they name
+            self._end_with_error(request.request_id, "kv_eviction_refused", str(error))
+            return
+        if life is not None:
+            self._lives[request.request_id] = life
 
-    def _num_other_blocks(self, num_tokens: int) -> int:
-        """Return how many blocks a request of ``num_tokens`` needs at most in layers that are not evicted."""
-        return sum(
-            manager.kv_cache_spec.max_admission_blocks_per_request(self.vllm_config.max_in_flight_tokens, num_tokens)
-            for manager in self.kv_cache_manager.coordinator.single_type_managers
-            if manager is not self._manager
-        )
+    def _life(self, request: Request) -> RequestLife | None:
+        """Return how a request that has arrived will be evicted, None if it will not.
+
+        Raises ValueError for a wrong option, and whatever a policy raises.
+        """
+        config = request_config(self._eviction_config, request.sampling_params, self._manager.block_size)
+        num_tokens = request.num_prompt_tokens
+        is_unread = request.max_tokens <= NUM_UNREAD and self._cache.fits(None, num_tokens)
+        if config is None or request.resumable or is_unread:
+            return None
+        check_config(config, self.vllm_config)
+        check_prompt(config, request.prompt_embeds is not None, bool(request.mm_features))
+        prefill = self._cache.plan(config, num_tokens, num_tokens)
+        # the last token of an answer is never computed
+        if prefill is None or (prefill.is_late and num_tokens + request.max_tokens <= prefill.eviction.num_tokens):
+            return None
+        return RequestLife(config, config.method(), prefill)
+
+    def _limit_answer(self, request: Request, life: RequestLife | None) -> None:
+        """Let an answer end where the cache can hold no more of it, as it does at the model's longest length.
+
+        Raises ValueError if it cannot hold the prompt.
+        """
+        prefill = None if life is None else life.prefill
+        check_fits(self._cache, prefill, request.num_prompt_tokens)
+        most = self._cache.longest(prefill) + 1 - request.num_prompt_tokens  # the last token is never computed
+        if most < min(request.max_tokens, self.max_model_len - request.num_prompt_tokens):
+            request.max_tokens = most
+            self._capped.add(request.request_id)
+        else:
+            self._capped.discard(request.request_id)
+
+    def _update_request_as_session(self, session: Request, update: Any) -> None:
+        super()._update_request_as_session(session, update)
+        try:
+            self._limit_answer(session, None)
+        except ValueError as error:
+            self._end_with_error(session.request_id, "kv_cache_exceeded", str(error))
+
+    def _end_with_error(self, req_id: str, kind: str, why: str) -> None:
+        logger.error("request %s ends with an error: %s", req_id, why)
+        # vLLM's own list of requests that end with an error once a step's tokens are counted; 0.33 notes why
+        ending: set[str] | dict[str, RequestError] = self.grammar_compile_error_reqs
+        if isinstance(ending, dict):
+            ending[req_id] = RequestError(kind, why)
+        else:
+            ending.add(req_id)
+
+    def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """Every prefill starts here, resumed ones too: decide how it will be evicted, and cap its cache hit."""
+        life = self._lives.get(request.request_id)
+        if life is None:
+            return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
+        prefill = self._cache.plan(life.config, request.num_prompt_tokens, request.num_tokens)
+        if prefill is not None:  # a longer prefill of the same prompt is evicted as well
+            life.start(prefill)
+        with cache_hits_up_to(life.max_cached_tokens):
+            return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """vLLM asks here how long a chunk of a prompt may be, and skips a request whose chunk has no token."""
+        num_new = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        life = self._lives.get(request.request_id)
+        if life is None or not num_new:
+            return int(num_new)
+        return life.limit_chunk(num_computed_tokens, num_new)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        output = super().schedule(*args, **kwargs)
-        setattr(output, STEP, self._step_evictions(output))
+        output, step = super().schedule(*args, **kwargs), StepEvictions()
+        setattr(output, STEP, step)
+        for req_id in self._lives.keys() & output.num_scheduled_tokens.keys():
+            # num_computed_tokens: with what this step computes
+            self._lives[req_id].scheduled(req_id, self.requests[req_id].num_computed_tokens, step)
         return output
 
-    def _step_evictions(self, output: SchedulerOutput) -> StepEvictions:
-        step = StepEvictions()
-        self._unplanned &= self._evictions.keys()  # those that ended early are gone
-        self._bounded &= self._evictions.keys()
-        for req_id in self._bounded & output.num_scheduled_tokens.keys():
-            self._plan_next_eviction(self.requests[req_id], self._evictions[req_id], step)
-        for req_id in self._unplanned & output.num_scheduled_tokens.keys():
-            self._plan_first_eviction(self.requests[req_id], self._evictions[req_id], step)
-        return step
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        if (life := self._lives.get(request.request_id)) is not None:
+            life.preempted()
 
-    def _plan_next_eviction(self, request: Request, eviction: RequestEviction, step: StepEvictions) -> None:
-        req_id, num_tokens = request.request_id, request.num_computed_tokens  # with what this step computes
-        if not eviction.has_prefilled:
-            eviction.has_prefilled = not request.is_prefill_chunk
-            eviction.go_on(num_tokens)
-            step.chunks[req_id] = eviction.plan
-            if eviction.has_prefilled and not eviction.config.method().during_decode:
-                self._bounded.remove(req_id)
-        elif num_tokens % self._manager.block_size == 0:
-            step.shrinking[req_id] = num_tokens
-
-    def _plan_first_eviction(self, request: Request, eviction: RequestEviction, step: StepEvictions) -> None:
-        num_tokens = request.num_computed_tokens
-        is_full = num_tokens >= eviction.plan.num_tokens
-        chunk_plan = eviction.chunk_plan(num_tokens) if request.is_prefill_chunk and not is_full else None
-        if chunk_plan is not None:
-            self._evict_first(request, eviction, chunk_plan, step, is_late=False)
-        elif request.is_prefill_chunk or (eviction.is_late and not eviction.has_prefilled and not is_full):
-            step.prefilling[request.request_id] = eviction.config
-            eviction.has_prefilled = not request.is_prefill_chunk
-        elif not is_full:
-            if num_tokens % eviction.plan.block_size == 0:
-                step.growing[request.request_id] = num_tokens
-        else:
-            is_late, eviction.has_prefilled = eviction.has_prefilled, True
-            plan = eviction.final_plan(num_tokens if is_late else request.num_tokens)
-            self._evict_first(request, eviction, plan, step, is_late)
-
-    def _evict_first(
-        self, request: Request, eviction: RequestEviction, plan: EvictionPlan, step: StepEvictions, is_late: bool
-    ) -> None:
-        eviction.begin(plan)
-        self._unplanned.remove(request.request_id)
-        method = eviction.config.method()
-        if method.during_decode or (method.during_prefill and not eviction.has_prefilled):
-            self._bounded.add(request.request_id)
-        fresh = None if eviction.in_place else [block.block_id for block in eviction.fresh_blocks or []]
-        step.ending[request.request_id] = PrefillEnd(eviction.config, plan, fresh, is_late)
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        freed = super()._free_request(request, *args, **kwargs)
+        if (life := self._lives.pop(request.request_id, None)) is not None:
+            life.finished()
+        if request.request_id in self._capped:
+            self._capped.remove(request.request_id)
+            if request.num_output_tokens >= request.max_tokens:
+                self._num_cut_short += 1
+                logger.warning(
+                    "request %s: its answer ends after %d tokens, the KV cache can hold no more of it",
+                    request.request_id,
+                    request.num_output_tokens,
+                )
+        return freed
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         step: StepEvictions = getattr(scheduler_output, STEP)
@@ -202,16 +209,23 @@ class EvictionMixin(Scheduler):
             plan = self._chosen_plan(req_id, end, reports)
             if self._is_done(req_id, reports, plan):
                 self._count(req_id, end.config, plan, reports[req_id].seconds)
-        for req_id, plan in step.chunks.items():
-            if self._is_done(req_id, reports, plan) and self._count_in_use(req_id, plan):
-                self._records.append(_evicted_again(self._evictions[req_id], plan))
+        for req_id, chunk in step.chunks.items():
+            life = self._life_in_step(req_id)
+            if self._is_done(req_id, reports, chunk.plan) and life is not None:
+                self._records.append(_evicted_again(life, chunk.plan))
+                self._count_in_use(life, chunk.plan)
         for req_id in step.shrinking:
-            if self._is_done(req_id, reports, None) and req_id in self._evictions:  # it may have been aborted meanwhile
-                config = self._evictions[req_id].config
-                self._records.append(_shrunk(config, self._manager.block_size))
+            life = self._life_in_step(req_id)
+            if self._is_done(req_id, reports, None) and life is not None:
+                self._records.append(_shrunk(life.config, self._manager.block_size))
         for req_id in reports.keys() - step.ending.keys() - step.chunks.keys() - step.shrinking.keys():
-            self._end_failed(req_id, reports[req_id])  # what is evicted token by token is reported only if it fails
+            self._learn(req_id, reports[req_id])  # what is evicted token by token is reported only if it fails
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _life_in_step(self, req_id: str) -> RequestLife | None:
+        """Return the life of a request that a step has computed, None if it has ended or started again meanwhile."""
+        request = self.requests.get(req_id)
+        return None if request is None or request.num_stale_output_tokens else self._lives.get(req_id)
 
     def _chosen_plan(self, req_id: str, end: PrefillEnd, reports: dict[str, EvictionReport]) -> EvictionPlan:
         """Return the plan of an eviction, the one that a worker has chosen where that was its task."""
@@ -220,9 +234,9 @@ class EvictionMixin(Scheduler):
             return plan
         if replace(chosen, num_kept_blocks=plan.num_kept_blocks) != plan:
             return plan
-        eviction = self._evictions.get(req_id)
-        if eviction is not None and eviction.plans and eviction.plans[0] is plan:  # not aborted meanwhile
-            eviction.settle(chosen)
+        life = self._life_in_step(req_id)
+        if life is not None:
+            life.settle(chosen)
         return chosen
 
     def _is_done(self, req_id: str, reports: dict[str, EvictionReport], plan: EvictionPlan | None) -> bool:
@@ -232,37 +246,36 @@ class EvictionMixin(Scheduler):
         """
         if req_id not in reports or reports[req_id].plan != plan:
             raise RuntimeError(f"request {req_id}: the worker did not evict as planned ({plan})")
-        return self._end_failed(req_id, reports[req_id])
+        life = self._life_in_step(req_id)
+        if life is not None and reports[req_id].failure is None:
+            life.evicted()
+        return self._learn(req_id, reports[req_id])
 
-    def _end_failed(self, req_id: str, report: EvictionReport) -> bool:
-        """End a request whose eviction failed; return whether it did not."""
-        if report.failure is not None:
-            logger.error("request %s ends with an error, its eviction failed: %s", req_id, report.failure)
-            # vLLM's own list of requests that end with an error once this step's tokens are counted; 0.33 notes why
-            ending: set[str] | dict[str, RequestError] = self.grammar_compile_error_reqs
-            if isinstance(ending, dict):
-                why = "the KV eviction of this request failed; the server's log says why"
-                ending[req_id] = RequestError("kv_eviction_failed", why)
-            else:
-                ending.add(req_id)
+    def _learn(self, req_id: str, report: EvictionReport) -> bool:
+        """Return whether an eviction has not failed; the request of one that has ends."""
+        life = self._lives.get(req_id)
+        if report.failure is not None and life is not None and life.state is not State.FAILED:
+            life.failed()
+            logger.error("request %s: its eviction failed: %s", req_id, report.failure)
+            self._end_with_error(
+                req_id, "kv_eviction_failed", "the KV eviction of this request failed; the server's log says why"
+            )
         return report.failure is None
 
     def _count(self, req_id: str, config: EvictionConfig, plan: EvictionPlan, seconds: float) -> None:
-        self._count_in_use(req_id, plan)
+        life = self._life_in_step(req_id)
+        if life is not None:
+            self._count_in_use(life, plan)
         self._records.append(_evicted(config, plan, seconds))
         if self._eviction_config.log_requests:
             logger.info("%s", json.dumps(_log_line(req_id, config, plan, seconds)))
 
-    def _count_in_use(self, req_id: str, plan: EvictionPlan) -> bool:
-        """Count what a request holds since ``plan``; False if it was aborted or preempted while the step ran."""
-        eviction = self._evictions.get(req_id)
-        if eviction is None or not any(each is plan for each in eviction.plans):
-            return False
-        if eviction.counted is not None:
-            self._manager.in_use.add(eviction.counted, sign=-1)
-        eviction.counted = plan
+    def _count_in_use(self, life: RequestLife, plan: EvictionPlan) -> None:
+        """Count what a request holds since ``plan``."""
+        if life.counted is not None:
+            self._manager.in_use.add(life.counted, sign=-1)
+        life.counted = plan
         self._manager.in_use.add(plan)
-        return True
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
@@ -271,9 +284,10 @@ class EvictionMixin(Scheduler):
         self._records = []
         in_use = self._manager.in_use
         gauges = Gauges(in_use.tokens, in_use.blocks * self._pages_per_block)
-        if stats is not None and (records or gauges != self._gauges):
+        if stats is not None and (records or gauges != self._gauges or self._num_cut_short):
             self._gauges = gauges
-            stats.kv_connector_stats = pack(records, gauges)
+            stats.kv_connector_stats = pack(records, gauges, self._num_cut_short)
+            self._num_cut_short = 0
         return stats
 
 
@@ -295,10 +309,10 @@ def _evicted(config: EvictionConfig, plan: EvictionPlan, seconds: float) -> Evic
     )
 
 
-def _evicted_again(eviction: RequestEviction, plan: EvictionPlan) -> EvictionRecord:
-    before = eviction.plans[eviction.plans.index(plan) - 1]
+def _evicted_again(life: RequestLife, plan: EvictionPlan) -> EvictionRecord:
+    before = life.evictions[life.evictions.index(plan) - 1]
     num_tokens = plan.num_evicted_tokens - before.num_evicted_tokens
-    return EvictionRecord(eviction.config.policy, eviction.config.allocator_name, evicted_tokens=num_tokens)
+    return EvictionRecord(life.config.policy, life.config.allocator_name, evicted_tokens=num_tokens)
 
 
 def _shrunk(config: EvictionConfig, num_tokens: int) -> EvictionRecord:

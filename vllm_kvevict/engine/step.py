@@ -17,12 +17,25 @@ class PrefillEnd:
 
     fresh_block_ids: where its kept tokens go, as many as the plan has full blocks; None for its own last blocks
     is_late:         some way into its answer, which has filled the budget or is what the policy waited for
+    goes_on:         whether it will be evicted again
     """
 
     config: EvictionConfig
     plan: EvictionPlan
     fresh_block_ids: list[int] | None
     is_late: bool = False
+    goes_on: bool = False
+
+
+@dataclass(frozen=True)
+class ChunkEnd:
+    """A request that was evicted before, to be evicted again at the end of a chunk of its prompt.
+
+    goes_on: as in ``PrefillEnd``
+    """
+
+    plan: EvictionPlan
+    goes_on: bool
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ class StepEvictions:
     ending: dict[str, PrefillEnd] = field(default_factory=dict)
     growing: dict[str, int] = field(default_factory=dict)
     shrinking: dict[str, int] = field(default_factory=dict)
-    chunks: dict[str, EvictionPlan] = field(default_factory=dict)
+    chunks: dict[str, ChunkEnd] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
