@@ -58,8 +58,8 @@ class Setting:
     eviction:    the server's, as ``kv_eviction_args`` takes it
     num_blocks:  of the cache, vLLM's null block included
     num_stages:  of the pipeline
-    has_windows: whether four of six layers see a window of 48 tokens, as in ``tests.tiny_gemma``; without, there are
-                 two layers and both see everything
+    has_windows: whether the model is ``tests.tiny_gemma``, in which four of six layers see a window of 48 tokens, or
+                 ``tests.tiny_llama``, in which both layers see everything
     """
 
     num_blocks: int
@@ -76,7 +76,7 @@ class Setting:
     uses_v2_runner: bool = False
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _base_config(model: Path) -> VllmConfig:
     register()
     args = EngineArgs(
@@ -90,12 +90,20 @@ def _base_config(model: Path) -> VllmConfig:
     return args.create_engine_config()
 
 
-def make_config(model: Path, setting: Setting) -> VllmConfig:
+@dataclass(frozen=True)
+class Models:
+    """Folders of the models, of which nothing but the configuration is read."""
+
+    llama: Path
+    gemma: Path
+
+
+def make_config(models: Models, setting: Setting) -> VllmConfig:
     """Return the configuration of an engine.
 
     Raises ValueError where the plugin refuses to start.
     """
-    config = copy.deepcopy(_base_config(model))
+    config = copy.deepcopy(_base_config(models.gemma if setting.has_windows else models.llama))
     config.__class__ = _RunnerV2 if setting.uses_v2_runner else _RunnerV1
     scheduler, cache = config.scheduler_config, config.cache_config
     for name in (
@@ -512,9 +520,9 @@ class SimulatedEngine(engine_core.EngineCore):
 
     model_executor: SimulatedWorker
 
-    def __init__(self, model: Path, setting: Setting) -> None:
+    def __init__(self, models: Models, setting: Setting) -> None:
         self.setting = setting
-        config = make_config(model, setting)
+        config = make_config(models, setting)
         with (  # they are for a process that an engine has for itself
             mock.patch.object(engine_core, "freeze_gc_heap"),
             mock.patch.object(engine_core, "enable_envs_cache"),
@@ -527,6 +535,7 @@ class SimulatedEngine(engine_core.EngineCore):
         self.worker.connect(self.scheduler, self.check)
         self.answers: dict[str, Answer] = {}
         self.num_steps = 0
+        self.num_tokens = 0
         self.max_held = 0
         self.num_preemptions = 0
         self._free_at_start = self.num_free_blocks
@@ -583,14 +592,22 @@ class SimulatedEngine(engine_core.EngineCore):
         answer = self.answers[output.request_id]
         assert answer.finish_reason is None, f"{output.request_id}: an output behind the end"
         answer.tokens += output.new_token_ids
+        self.num_tokens += len(output.new_token_ids)
         answer.finish_reason = None if output.finish_reason is None else str(output.finish_reason)
 
-    def run(self, max_steps: int) -> bool:
-        """Step until nothing is left to do; return whether that is so after ``max_steps``."""
+    def run(self, max_steps: int, patience: int | None = None) -> bool:
+        """Step until nothing is left to do; return whether that is so after ``max_steps``.
+
+        patience: steps without a token, after which it is given up
+        """
+        last_token = self.num_steps
         for _ in range(max_steps):
-            if not self.has_work:
-                return True
+            if not self.has_work or (patience is not None and self.num_steps - last_token > patience):
+                break
+            before = self.num_tokens
             self.advance()
+            if self.num_tokens > before:
+                last_token = self.num_steps
         return not self.has_work
 
     def abort(self, request_id: str) -> None:
