@@ -5,7 +5,9 @@ import re
 
 import pytest
 
+from vllm_kvevict.budgets import ALLOCATORS
 from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.policies import POLICIES
 from vllm_kvevict.request_options import REQUEST_OPTIONS, RequestOptions, check_names, is_ours
 
 BLOCK = 16
@@ -140,6 +142,24 @@ def test_limits_that_make_no_sense_are_refused_at_the_start(limits, message):
     with pytest.raises(ValueError, match=re.escape(f"kv_request_options: {message}")) as error:
         server(limits)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("limits", "policies", "allocators"),
+    [
+        ("all", True, True),
+        ({"most_budget": 64}, True, True),
+        ({"options": ["kv_eviction"], "policies": ["lava", "all"]}, True, False),
+        ({"policies": ["lava"]}, False, True),
+        ("none", False, False),
+    ],
+)
+def test_what_requests_may_choose_is_imported_at_the_start(monkeypatch, limits, policies, allocators):
+    imported = []
+    for registry in (POLICIES, ALLOCATORS):
+        monkeypatch.setattr(registry, "import_all", lambda registry=registry: imported.append(registry))
+    server(limits)
+    assert imported == [POLICIES] * policies + [ALLOCATORS] * allocators
 
 
 def test_limits_travel_as_json():

@@ -126,8 +126,10 @@ class EvictionConfig(BaseModel):
         """Import what requests may choose now, so that no request makes the others wait for it."""
         for name in self.limits.named_policies:
             _build(POLICIES, name, {}, "policy_options")
-        POLICIES.import_all()
-        ALLOCATORS.import_all()
+        if self.limits.allows(REQUEST_POLICY) and ALL in self.limits.allowed_policies:
+            POLICIES.import_all()
+        if self.limits.allows(REQUEST_ALLOCATOR):
+            ALLOCATORS.import_all()
 
     @property
     def limits(self) -> RequestOptions:

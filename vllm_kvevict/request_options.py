@@ -108,15 +108,25 @@ class RequestOptions(BaseModel):
         return limits
 
     @property
+    def allowed_policies(self) -> list[str]:
+        """What ``kv_eviction`` may name beside the server's own policy: ``policies``, or its default."""
+        everything = [ALL] if self.most_budget is not None else [ALL, NONE]
+        return everything if self.policies is None else self.policies
+
+    @property
     def named_policies(self) -> list[str]:
         """The policies that the operator has named one by one."""
-        return [name for name in self.policies or () if name not in (ALL, NONE)]
+        return [name for name in self.allowed_policies if name not in (ALL, NONE)]
+
+    def allows(self, option: str) -> bool:
+        """Whether requests may give an option."""
+        return self.options is None or option in self.options
 
     def check_options(self, given: Iterable[str]) -> None:
         """Raise ValueError for an option that requests may not give."""
         for option in given:
-            if self.options is not None and option not in self.options:
-                allowed = ", ".join(self.options) or "no option"
+            if not self.allows(option):
+                allowed = ", ".join(self.options or ()) or "no option"
                 raise ValueError(f"{option}: {_WHO} lets requests choose {allowed}; leave it out")
 
     def check_policy(self, policy: str, own: str) -> None:
@@ -124,8 +134,7 @@ class RequestOptions(BaseModel):
 
         own: the server's policy, which they may
         """
-        everything = [ALL] if self.most_budget is not None else [ALL, NONE]
-        allowed = everything if self.policies is None else self.policies
+        allowed = self.allowed_policies
         if policy == own or (policy in allowed and policy != ALL):
             return
         if policy == NONE and self.policies is None:

@@ -58,8 +58,8 @@ class Setting:
     eviction:    the server's, as ``kv_eviction_args`` takes it
     num_blocks:  of the cache, vLLM's null block included
     num_stages:  of the pipeline
-    has_windows: whether the model is ``tests.tiny_gemma``, in which four of six layers see a window of 48 tokens, or
-                 ``tests.tiny_llama``, in which both layers see everything
+    has_windows: whether four of six layers see a window of 48 tokens, as in ``tests.tiny_gemma``; without, there are
+                 two layers and both see everything
     """
 
     num_blocks: int
@@ -76,7 +76,7 @@ class Setting:
     uses_v2_runner: bool = False
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def _base_config(model: Path) -> VllmConfig:
     register()
     args = EngineArgs(
@@ -90,20 +90,12 @@ def _base_config(model: Path) -> VllmConfig:
     return args.create_engine_config()
 
 
-@dataclass(frozen=True)
-class Models:
-    """Folders of the models, of which nothing but the configuration is read."""
-
-    llama: Path
-    gemma: Path
-
-
-def make_config(models: Models, setting: Setting) -> VllmConfig:
+def make_config(model: Path, setting: Setting) -> VllmConfig:
     """Return the configuration of an engine.
 
     Raises ValueError where the plugin refuses to start.
     """
-    config = copy.deepcopy(_base_config(models.gemma if setting.has_windows else models.llama))
+    config = copy.deepcopy(_base_config(model))
     config.__class__ = _RunnerV2 if setting.uses_v2_runner else _RunnerV1
     scheduler, cache = config.scheduler_config, config.cache_config
     for name in (
@@ -118,6 +110,10 @@ def make_config(models: Models, setting: Setting) -> VllmConfig:
     cache.enable_prefix_caching = setting.enable_prefix_caching
     cache.num_gpu_blocks_override = setting.num_blocks
     config.model_config.max_model_len = setting.max_model_len
+    if setting.has_windows:  # as ``layer_specs`` has it
+        text_config = config.model_config.hf_text_config
+        text_config.layer_types = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+        text_config.sliding_window = WINDOW
     config.parallel_config.pipeline_parallel_size = setting.num_stages
     config.parallel_config.worker_cls = "vllm.v1.worker.cpu_worker.CPUWorker"
     eviction = EvictionConfig.parse(setting.eviction)
@@ -520,9 +516,9 @@ class SimulatedEngine(engine_core.EngineCore):
 
     model_executor: SimulatedWorker
 
-    def __init__(self, models: Models, setting: Setting) -> None:
+    def __init__(self, model: Path, setting: Setting) -> None:
         self.setting = setting
-        config = make_config(models, setting)
+        config = make_config(model, setting)
         with (  # they are for a process that an engine has for itself
             mock.patch.object(engine_core, "freeze_gc_heap"),
             mock.patch.object(engine_core, "enable_envs_cache"),
@@ -535,7 +531,6 @@ class SimulatedEngine(engine_core.EngineCore):
         self.worker.connect(self.scheduler, self.check)
         self.answers: dict[str, Answer] = {}
         self.num_steps = 0
-        self.num_tokens = 0
         self.max_held = 0
         self.num_preemptions = 0
         self._free_at_start = self.num_free_blocks
@@ -592,22 +587,14 @@ class SimulatedEngine(engine_core.EngineCore):
         answer = self.answers[output.request_id]
         assert answer.finish_reason is None, f"{output.request_id}: an output behind the end"
         answer.tokens += output.new_token_ids
-        self.num_tokens += len(output.new_token_ids)
         answer.finish_reason = None if output.finish_reason is None else str(output.finish_reason)
 
-    def run(self, max_steps: int, patience: int | None = None) -> bool:
-        """Step until nothing is left to do; return whether that is so after ``max_steps``.
-
-        patience: steps without a token, after which it is given up
-        """
-        last_token = self.num_steps
+    def run(self, max_steps: int) -> bool:
+        """Step until nothing is left to do; return whether that is so after ``max_steps``."""
         for _ in range(max_steps):
-            if not self.has_work or (patience is not None and self.num_steps - last_token > patience):
-                break
-            before = self.num_tokens
+            if not self.has_work:
+                return True
             self.advance()
-            if self.num_tokens > before:
-                last_token = self.num_steps
         return not self.has_work
 
     def abort(self, request_id: str) -> None:

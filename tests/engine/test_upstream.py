@@ -25,6 +25,7 @@ from tools.upstream.values import Class, Instance
 from vllm_kvevict import kv_eviction_args
 from vllm_kvevict.engine import versions
 from vllm_kvevict.engine.install import install_flags
+from vllm_kvevict.request_options import is_ours
 
 NEWEST = os.environ.get("KVEVICT_NEWEST", newest_vllm.NEWEST)
 VERSIONS = sorted({installed_vllm(), NEWEST})
@@ -120,6 +121,16 @@ def test_nothing_of_ours_breaks(version: str, name: str) -> None:
 
 
 @pytest.mark.compat
+@pytest.mark.parametrize("version", VERSIONS)
+def test_vllm_reads_no_more_options_that_are_called_like_ours(version: str) -> None:
+    """Others than these are refused as misspelt."""
+    texts = [ours_on(version).program.source(module).text for module in ours_on(version).their_modules]
+    reading = re.compile(r'(?:\bextra\[|extra_args(?:\.get\(|\[|=\{))\s*"(kv_\w+)"')
+    found = {name for text in texts if "extra" in text for name in reading.findall(text)}
+    assert found == {"kv_transfer_params", "kv_cache_report_mode"}
+    assert not any(is_ours(name) for name in found)
+
+
 @pytest.mark.parametrize("path", ATTRIBUTES)
 def test_what_we_read_is_there(version: str, path: str) -> None:
     upstream = ours_on(version)

@@ -107,10 +107,10 @@ class EmptyCache:
             prefill = replace(prefill, chunk=self.chunk, num_kept=schedule.blocks_between_chunks(*sizes))
         # fresh blocks are for the prefix cache's sake
         num_ever = max(num_tokens, eviction.num_tokens)
-        if self.is_shared and self.num_needed(prefill, num_ever) <= self.num_blocks:
+        if self.is_shared and self.fits(prefill, num_ever):
             return prefill
         prefill = replace(prefill, in_place=True)
-        if prefill.evicts_answer and num_tokens > num_prompt and self.num_needed(None, num_tokens) > self.num_blocks:
+        if prefill.evicts_answer and num_tokens > num_prompt and not self.fits(None, num_tokens):
             # it has outgrown the cache; what it held, and as long a chunk as fits beside that, does not
             num_kept = schedule.blocks_between_chunks(*sizes)
             num_free = self.num_blocks - self._num_in_windows(num_tokens) - num_kept - 1
@@ -144,6 +144,10 @@ class EmptyCache:
         if prefill.evicts_answer:  # beside what is kept, the block that the answer is written to, and the one before
             return max(before, eviction.num_full_blocks + 2)
         return max(before, whole - eviction.num_blocks + max(eviction.num_kept_blocks, prefill.num_kept + 1))
+
+    def fits(self, prefill: Prefill | None, num_tokens: int) -> bool:
+        """Return whether a request can hold what it needs until ``num_tokens`` of it are computed."""
+        return self.num_needed(prefill, num_tokens) <= self.num_blocks
 
     def longest(self, prefill: Prefill | None) -> int:
         """Return the most tokens, up to ``max_tokens``, of which a request can hold what it needs."""

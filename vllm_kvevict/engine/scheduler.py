@@ -31,7 +31,7 @@ from vllm_kvevict.engine.step import REPORTS, STEP, EvictionReport, PrefillEnd, 
 logger = logging.getLogger("vllm.kvevict")
 
 NUM_UNREAD = 1
-"""A request whose answer has at most so many tokens is not evicted: nothing would read what is kept."""
+"""A request whose answer has at most so many tokens is not evicted if it fits: nothing would read what is kept."""
 
 
 class EvictionMixin(Scheduler):
@@ -113,15 +113,15 @@ class EvictionMixin(Scheduler):
         Raises ValueError for a wrong option, and whatever a policy raises.
         """
         config = request_config(self._eviction_config, request.sampling_params, self._manager.block_size)
-        if config is None or request.resumable or request.max_tokens <= NUM_UNREAD:
+        num_tokens = request.num_prompt_tokens
+        is_unread = request.max_tokens <= NUM_UNREAD and self._cache.fits(None, num_tokens)
+        if config is None or request.resumable or is_unread:
             return None
         check_config(config, self.vllm_config)
         check_prompt(config, request.prompt_embeds is not None, bool(request.mm_features))
-        prefill = self._cache.plan(config, request.num_prompt_tokens, request.num_prompt_tokens)
+        prefill = self._cache.plan(config, num_tokens, num_tokens)
         # the last token of an answer is never computed
-        if prefill is None or (
-            prefill.is_late and request.num_prompt_tokens + request.max_tokens <= prefill.eviction.num_tokens
-        ):
+        if prefill is None or (prefill.is_late and num_tokens + request.max_tokens <= prefill.eviction.num_tokens):
             return None
         return RequestLife(config, config.method(), prefill)
 
