@@ -259,9 +259,7 @@ class TestOneRequestBlocksTheQueue:
                 break
         assert "session" not in engine.requests, describe(engine)
         assert engine.answers["session"].finish_reason == "error"  # its prompt cannot be held, let alone an answer
-        assert ["streaming-input session" in text for text in warnings] == [
-            True
-        ]  # once in all
+        assert ["streaming-input session" in text for text in warnings] == [True]  # once in all
         engine.check_all_free()
 
     @with_and_without_caching
