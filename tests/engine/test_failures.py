@@ -15,7 +15,9 @@ from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
 from vllm_kvevict.calibration.auto_budget import AutoBudget
+from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.likelihood import PromptLikelihood
+from vllm_kvevict.evictor import Method
 from vllm_kvevict.policies import POLICIES, EvictionPolicy, Need, ScoreInputs, StepInputs
 from vllm_kvevict.token_evictor import Peers, TokenEvictor
 
@@ -111,19 +113,6 @@ class _TooFar(_Ahead):
 
 
 @dataclass(frozen=True)
-class _Moody(_Failing):
-    """What it states is known to the scheduler and not to the worker."""
-
-    fails: ClassVar[bool] = False
-
-    @property
-    def num_pseudo_tokens(self) -> int:
-        if _Moody.fails:
-            raise ZeroDivisionError("a bug in somebody's policy")
-        return 0
-
-
-@dataclass(frozen=True)
 class _Listing(_FailingLate):
     """Its options have no hash."""
 
@@ -168,7 +157,6 @@ POLICY_CLASSES = {
     "unprintable": _FailingUnprintably,
     "ahead": _Ahead,
     "too_far": _TooFar,
-    "moody": _Moody,
     "listing": _Listing,
 }
 ALLOCATOR_CLASSES = {"failing": _FailingAllocator, "wrong": _WrongWish}
@@ -239,15 +227,21 @@ def test_a_budget_that_cannot_be_chosen_ends_its_request(
 def test_a_policy_that_cannot_be_made_in_the_worker_ends_its_request(
     running: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    execute_model = running.worker.execute_model
+    """The scheduler's process could; on the same machine it is the same cache."""
+    execute_model, method = running.worker.execute_model, EvictionConfig.method
 
-    def moody(output: Any) -> Any:
+    def fail(config: EvictionConfig) -> Method:
+        if config.policy == "keydiff":
+            raise ZeroDivisionError("a bug in somebody's policy")
+        return method(config)
+
+    def in_worker(output: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(_Moody, "fails", True)
+            patch.setattr(EvictionConfig, "method", fail)
             return execute_model(output)
 
-    monkeypatch.setattr(running.worker, "execute_model", moody)
-    check_only_one_ends(running, {"kv_eviction": "moody"})
+    monkeypatch.setattr(running.worker, "execute_model", in_worker)
+    check_only_one_ends(running, {"kv_eviction": "keydiff"})
 
 
 def test_options_without_a_hash_evict_token_by_token(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
