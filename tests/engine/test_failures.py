@@ -292,6 +292,37 @@ def test_a_policy_that_fails_token_by_token_ends_its_requests_at_once(running: E
     running.check_all_free()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_budget": "x"},
+        {"kv_budget": [1]},
+        {"kv_budgt": 3},
+        {"kv_eviction": {}},
+        {"kv_eviction": "laq_deferred", "kv_evict_during_prefill": 1},
+    ],
+    ids=str,
+)
+def test_options_that_no_front_end_has_checked_end_their_request(running: Engine, options: dict[str, Any]) -> None:
+    """vLLM's front end in Rust, say, knows nothing of ours."""
+    prompt = random_prompt(400, seed=1)
+    (expected,) = running.tokens([prompt], skip_reading_prefix_cache=True)
+    add_request = running.core.scheduler.add_request
+
+    def unchecked(request: Any) -> None:
+        if request.request_id.startswith("unchecked"):
+            request.sampling_params.extra_args = options
+        add_request(request)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running.core.scheduler, "add_request", unchecked)
+        ids = [running.add(random_prompt(700, seed=9), "unchecked"), running.add(prompt)]
+        outputs = running.run()
+    assert outputs[ids[0]].outputs[0].finish_reason == "error"
+    assert list(outputs[ids[1]].outputs[0].token_ids) == expected
+    running.check_all_free()
+
+
 def test_what_a_failed_request_has_computed_can_be_hit(running: Engine) -> None:
     """Its whole blocks were never rewritten."""
     prompt = random_prompt(700, seed=21)

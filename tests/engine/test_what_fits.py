@@ -21,6 +21,7 @@ from tests.conftest import USES_V2_RUNNER
 from tests.engine.simulated import BLOCK, WINDOW, Setting, SimulatedEngine
 from tests.tiny_llama import random_prompt
 from vllm_kvevict.cache.plan import cdiv
+from vllm_kvevict.engine import scheduler
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -244,9 +245,11 @@ class TestOneRequestBlocksTheQueue:
         serve(tiny_llama, setting, Ask(1500, 5))  # it may not start
         assert serve(tiny_llama, smallest_cache(tiny_llama, setting), Ask(1500, 5)) == SERVED
 
-    def test_a_session_outgrows_the_cache(self, tiny_llama: Path, way: str) -> None:
+    def test_a_session_outgrows_the_cache(self, tiny_llama: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """More of its prompt comes while it waits, and in the end there is no room for that."""
         engine = SimulatedEngine(tiny_llama, Setting(26, BOUNDED, **WAYS[way]))
+        warnings: list[str] = []
+        monkeypatch.setattr(scheduler.logger, "warning", lambda text, *args: warnings.append(text % args))
         for turn in range(4):
             engine.answers.pop("session", None)
             engine.add(random_prompt(300, seed=turn), "session", resumable=True, max_tokens=5)
@@ -258,6 +261,7 @@ class TestOneRequestBlocksTheQueue:
                 break
         assert "session" not in engine.requests, describe(engine)
         assert engine.answers["session"].finish_reason == "error"  # its prompt cannot be held, let alone an answer
+        assert ["streaming-input session" in text for text in warnings] == [True]  # once in all
         engine.check_all_free()
 
     @pytest.mark.more_on_v2("on V1 requests of both runners' engines are preempted")
