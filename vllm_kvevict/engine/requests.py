@@ -180,7 +180,9 @@ def _check(vllm_config: VllmConfig, options: Mapping[str, Any], prompt: PromptFa
         if any(is_ours(option) for option in options):
             raise VLLMValidationError(f"{REQUEST_POLICY}: this engine was started without --kv-eviction")
         return
-    if not options and not values.get("during_prefill") and values["budget"] != AUTO:
+    cache = _known_cache(vllm_config) if prompt.num_tokens else None
+    fits = cache is None or cache.fits(None, prompt.num_tokens)
+    if not options and not values.get("during_prefill") and values["budget"] != AUTO and fits:
         return
     server = EvictionConfig.parse(values)
     try:
@@ -188,9 +190,7 @@ def _check(vllm_config: VllmConfig, options: Mapping[str, Any], prompt: PromptFa
         if config is not None:
             check_config(config, vllm_config)
             check_prompt(config, prompt.has_embeds, prompt.has_images)
-        num_blocks = _blocks_per_engine(vllm_config)
-        if prompt.num_tokens and num_blocks:
-            cache = empty_cache(vllm_config, num_blocks - 1, windows_of(vllm_config))  # without vLLM's null block
+        if cache is not None:
             prefill = None if config is None else cache.plan(config, prompt.num_tokens, prompt.num_tokens)
             check_fits(cache, prefill, prompt.num_tokens)
     except ValueError as error:
@@ -216,11 +216,14 @@ def check_fits(cache: EmptyCache, prefill: Prefill | None, num_tokens: int) -> N
         )
 
 
-def _blocks_per_engine(vllm_config: VllmConfig) -> int:
-    """Return the blocks of one of the engines that this front end serves, 0 before they have said."""
+def _known_cache(vllm_config: VllmConfig) -> EmptyCache | None:
+    """Return the cache of one of the engines that this front end serves, None before they have said how large it is."""
     parallel = vllm_config.parallel_config
     num_engines = parallel.data_parallel_size_local if parallel.local_engines_only else parallel.data_parallel_size
-    return (vllm_config.cache_config.num_gpu_blocks or 0) // num_engines
+    num_blocks = (vllm_config.cache_config.num_gpu_blocks or 0) // num_engines
+    if not num_blocks:
+        return None
+    return empty_cache(vllm_config, num_blocks - 1, windows_of(vllm_config))  # without vLLM's null block
 
 
 def _option_named_in(message: str) -> str:
