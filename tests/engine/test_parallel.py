@@ -75,14 +75,14 @@ def check_only_they_end(llm: LLM, failing: dict[str, list[dict[str, int]]]) -> N
         {"kv_eviction": f"{where}_{when}", **each} for when, of in failing.items() for where in WHERE for each in of
     ]
     prompts = [{"prompt_token_ids": random_prompt(length, seed=length)} for length in (400, 60)]
-    prompts += [{"prompt_token_ids": random_prompt(1100, seed=index)} for index in range(len(options) - 2)]
-    settings = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True, "detokenize": False}
+    prompts += [{"prompt_token_ids": random_prompt(700, seed=index)} for index in range(len(options) - 2)]
+    settings = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "detokenize": False}
     params = [SamplingParams(**settings, extra_args=each) for each in options]
     alone = [llm.generate([prompts[index]], params[index], use_tqdm=False)[0].outputs[0] for index in (0, 1)]
     first, second, *failed = (output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False))
     assert [first.token_ids, second.token_ids] == [output.token_ids for output in alone]
     for output, each in zip(failed, options[2:], strict=True):
-        assert output.finish_reason == "error" and len(output.token_ids) < 40, each
+        assert output.finish_reason == "error" and len(output.token_ids) < 12, each
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     assert scheduler.kv_cache_manager.block_pool.get_usage() == 0
 
