@@ -92,11 +92,11 @@ VALUES: dict[str, list[Any]] = {
         "kvpress:os:x",
         "x" * 100_000,
     ],
-    "kv_budget": [64, 0.5, "auto", "x", "64", -1, 0, 1, 1.0, 10**30, 1e308, float("nan"), float("inf"), True, [64], {}],
+    "kv_budget": [64, 0.5, "auto", "x", "64", -1, 0, 1, 1.0, 2**63, 1e308, float("nan"), float("inf"), True, [64], {}],
     "kv_budget_allocator": ["pyramid", "adakv", "fixed", "no_such", 5, ["adakv"], {"adakv": 1}, "x" * 10_000],
     "kv_evict_during_decode": [1, "true", 0, "false", 2, "maybe", [], {}, float("nan")],
     "kv_evict_during_prefill": [1, "true", 0, 2, "maybe", [1], None],
-    "kv_evict_interval": [1, 32, 0, -1, 7, 1.0, "1", True, [1], 10**30],
+    "kv_evict_interval": [1, 32, 0, -1, 7, 1.0, "1", True, [1], 2**63],
     "kv_budget_min": [0.1, 0.9, 2, "x", [], float("nan")],
     "kv_budget_max": [0.1, 0.9, 2, "x", {}],
     "kv_budgt": [1],
@@ -263,16 +263,17 @@ def check_answers(asked: list[Asked], alone: Engine, takes_more: bool = False) -
 
 def answer_alone(one: Asked, alone: Engine) -> tuple[bool, list[int]]:
     """Return whether a request fails, and its answer if it does not."""
-    with third_party.disarmed():
-        add(alone.llm, "alone", one)
-        (output,) = alone.run().values()
+    add(alone.llm, "alone", one)
+    (output,) = alone.run().values()
     has_failed = output.outputs[0].finish_reason == "error"
     return has_failed, [] if has_failed else list(output.outputs[0].token_ids)
 
 
-def check(asked: list[Asked], alone: Engine, seconds: float, takes_more: bool = False) -> None:
+def check(asked: list[Asked], seconds: float, model: Path, takes_more: bool = False) -> None:
+    """See ``check_ends`` and ``check_answers``; print what there was of everything."""
     check_ends(asked)
-    num_compared = check_answers(asked, alone, takes_more)
+    with third_party.disarmed(), engine(model, **SETTINGS, enable_prefix_caching=False) as alone:
+        num_compared = check_answers(asked, alone, takes_more)
     counts = {
         "requests": len(asked),
         "failed": sum(one.has_failed for one in asked),
@@ -314,44 +315,39 @@ def served(
     return asked, seconds
 
 
-@pytest.fixture(scope="module")
-def alone(tiny_llama: Path) -> Iterator[Engine]:
+@pytest.fixture(autouse=True)
+def third_parties() -> Iterator[None]:
     third_party.register()
-    try:
-        with engine(tiny_llama, **SETTINGS, enable_prefix_caching=False) as fresh:
-            yield fresh
-    finally:
-        third_party.forget()
+    yield
+    third_party.forget()
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-def test_no_request_harms_another(tiny_llama: Path, alone: Engine, is_async: bool) -> None:
-    check(*served(tiny_llama, NUM_REQUESTS, WHOLE + OF_ALL_HEADS + BOUNDED, async_scheduling=is_async), alone)
+def test_no_request_harms_another(tiny_llama: Path, is_async: bool) -> None:
+    check(*served(tiny_llama, NUM_REQUESTS, WHOLE + OF_ALL_HEADS + BOUNDED, async_scheduling=is_async), tiny_llama)
 
 
-def test_no_request_harms_another_behind_a_draft_model(tiny_llama: Path, alone: Engine) -> None:
+def test_no_request_harms_another_behind_a_draft_model(tiny_llama: Path) -> None:
     """It is the model itself."""
     drafts = {"method": "draft_model", "model": str(tiny_llama), "num_speculative_tokens": 4}
     asked, seconds = served(tiny_llama, NUM_REQUESTS, WHOLE + OF_ALL_HEADS, speculative_config=drafts)
-    check(asked, alone, seconds, takes_more=True)
+    check(asked, seconds, tiny_llama, takes_more=True)
 
 
-def test_no_request_harms_another_behind_ngrams(tiny_llama: Path, alone: Engine) -> None:
+def test_no_request_harms_another_behind_ngrams(tiny_llama: Path) -> None:
     """In a process of its own: see test_speculation.py."""
-    third_party.register()
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         args = tiny_llama, NUM_REQUESTS, WHOLE + OF_ALL_HEADS, ALPHABET
         asked, seconds = process.submit(served, *args, speculative_config=NGRAM).result()
-    check(asked, alone, seconds, takes_more=True)
+    check(asked, seconds, tiny_llama, takes_more=True)
 
 
 def test_no_request_harms_another_on_two_workers(
-    tiny_llama: Path, alone: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both import what a third party brings, and each has faults of its own."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.syspath_prepend(third_party.entry_point(tmp_path))
-    third_party.register()
     llm = LLM(
         str(tiny_llama),
         skip_tokenizer_init=True,
@@ -374,4 +370,4 @@ def test_no_request_harms_another_on_two_workers(
         assert scheduler._manager.in_use == CacheInUse()
     finally:
         llm.llm_engine.engine_core.shutdown()
-    check(asked, alone, seconds)
+    check(asked, seconds, tiny_llama)
