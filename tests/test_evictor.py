@@ -228,6 +228,19 @@ def test_a_layer_that_was_not_scored_is_an_error_and_nothing_moves(scored):
     assert prompt.cache.pool.pages.view(torch.int32).equal(before.view(torch.int32))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("name", [name for name in ALLOCATORS.names() if name != "fixed"])
+def test_a_key_that_is_not_finite_ends_no_eviction(name, bad):
+    prompt = Prompt(160)
+    prompt.keys[1, 0, 20, 3] = bad
+    prompt.cache.write(prompt.keys, prompt.values, prompt.block_ids)
+    method = Method(SnapKV(window=8), ALLOCATORS.get(name)(), 2, 8)
+    compaction = prompt.evict(method, plan_eviction(160, 64, 16, 10))
+    assert int(compaction.num_pages.sum()) == 4 * len(HEADS)
+    if name == "cake":
+        assert (compaction.num_pages == 4).all(), "what it measures of a layer is not finite: all get the same"
+
+
 def test_seconds_count_scoring_and_the_rest(monkeypatch):
     """Each call takes 2 seconds of a clock that ticks once per look."""
     ticks = iter(range(0, 1000, 2))

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from tests.conftest import USES_V2_RUNNER
 from tests.engine.dense import DenseModel
 from tests.engine.dense_decode import BLOCK, Budget, check_kept, h2o, run_and_watch, streaming_llm, tova
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
+from vllm_kvevict.policies import POLICIES, EvictionPolicy, ScoreInputs
 
 BUDGET, CHUNK = 128, 100
 ON, OFF = {"kv_evict_during_prefill": 1}, {"kv_evict_during_prefill": 0}
@@ -93,3 +96,32 @@ def test_chunks_and_decodes_in_one_batch_with_aborts(running: Engine) -> None:
             running.llm.llm_engine.abort_request([rng.choice(names)])
     running.run()
     running.check_all_free()
+
+
+@dataclass(frozen=True)
+class _Counting(EvictionPolicy):
+    """Looks at more queries than a block has tokens, and notes how many it was shown."""
+
+    seen: ClassVar[list[int]] = []
+
+    @property
+    def query_window(self) -> int:
+        return 2 * BLOCK
+
+    def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        return 0
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        self.seen.append(len(inputs.query))
+        return torch.arange(inputs.kv_len, dtype=torch.float32).expand(inputs.num_kv_heads, -1)
+
+
+def test_a_first_eviction_behind_a_hit_sees_a_whole_window(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POLICIES._classes, "counting", _Counting)
+    prompt = random_prompt(1001, seed=77)
+    running.tokens([prompt], max_tokens=1, extra_args={"kv_eviction": "none"})
+    for chunk in (33, CHUNK):
+        _Counting.seen.clear()
+        with running.in_chunks(chunk):
+            running.tokens([prompt], max_tokens=4, extra_args={"kv_eviction": "counting", "kv_budget": 160})
+        assert len(_Counting.seen) > 10 and set(_Counting.seen) == {2 * BLOCK}

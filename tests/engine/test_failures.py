@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,7 +14,10 @@ from vllm.v1.engine import EngineCoreOutput
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
+from vllm_kvevict.calibration.auto_budget import AutoBudget
+from vllm_kvevict.engine.likelihood import PromptLikelihood
 from vllm_kvevict.policies import POLICIES, EvictionPolicy, Need, ScoreInputs, StepInputs
+from vllm_kvevict.token_evictor import Peers, TokenEvictor
 
 
 @dataclass(frozen=True)
@@ -54,32 +57,138 @@ class _FailingLate(_Failing):
 
 
 @dataclass(frozen=True)
+class _WrongLate(_FailingLate):
+    def score_step(self, inputs: StepInputs) -> torch.Tensor:
+        return inputs.positions.float()[..., :1]
+
+
+@dataclass(frozen=True)
+class _WrongSums(_FailingLate):
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.ALL_QUERIES})
+
+    @property
+    def supports_decode(self) -> bool:
+        return True
+
+    def observe(self, state: Any, inputs: ScoreInputs) -> Any:
+        return torch.zeros(inputs.num_kv_heads, inputs.kv_len - 1)
+
+
+class _Unprintable(Exception):
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True)
+class _FailingUnprintably(_Failing):
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        raise _Unprintable
+
+
+@dataclass(frozen=True)
+class _Ahead(_Failing):
+    """It looks ahead from tokens that the prompt does not have, or from another number of them in every layer."""
+
+    selects_too_far: ClassVar[bool] = False
+
+    @property
+    def num_pseudo_tokens(self) -> int:
+        return 2
+
+    def preselect(self, inputs: ScoreInputs) -> torch.Tensor:
+        if self.selects_too_far:
+            return torch.full((inputs.num_kv_heads, 4), inputs.kv_len)
+        return torch.zeros(inputs.num_kv_heads, 4 + inputs.layer, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class _TooFar(_Ahead):
+    selects_too_far: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class _Moody(_Failing):
+    """What it states is known to the scheduler and not to the worker."""
+
+    fails: ClassVar[bool] = False
+
+    @property
+    def num_pseudo_tokens(self) -> int:
+        if _Moody.fails:
+            raise ZeroDivisionError("a bug in somebody's policy")
+        return 0
+
+
+@dataclass(frozen=True)
+class _Listing(_FailingLate):
+    """Its options have no hash."""
+
+    layers: list[int] = field(default_factory=lambda: [1, 2])
+
+    def score_step(self, inputs: StepInputs) -> torch.Tensor:
+        return inputs.positions.float()
+
+
+@dataclass(frozen=True)
 class _FailingAllocator(BudgetAllocator):
     def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
         raise ZeroDivisionError("a bug in somebody's allocator")
 
 
+@dataclass(frozen=True)
+class _WrongWish(BudgetAllocator):
+    def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
+        return torch.ones(scores.shape[:2]).fill_diagonal_(float("nan"))
+
+
+BY_TOKEN = {"kv_evict_during_decode": 1, "kv_evict_interval": 1}
 FAILURES = [
     {"kv_eviction": "failing"},
     {"kv_eviction": "failing_early"},
     {"kv_eviction": "wrong_shape"},
     {"kv_budget_allocator": "failing"},
+    {"kv_budget_allocator": "wrong"},
+    {"kv_eviction": "unprintable"},
+    {"kv_eviction": "ahead"},
+    {"kv_eviction": "too_far"},
+    {"kv_eviction": "wrong_sums", "kv_evict_during_decode": 1},
+    {"kv_eviction": "wrong_late", **BY_TOKEN},
 ]
+POLICY_CLASSES = {
+    "failing": _Failing,
+    "failing_early": _FailingEarly,
+    "wrong_shape": _WrongShape,
+    "late": _FailingLate,
+    "wrong_late": _WrongLate,
+    "wrong_sums": _WrongSums,
+    "unprintable": _FailingUnprintably,
+    "ahead": _Ahead,
+    "too_far": _TooFar,
+    "moody": _Moody,
+    "listing": _Listing,
+}
+ALLOCATOR_CLASSES = {"failing": _FailingAllocator, "wrong": _WrongWish}
+CALIBRATION = {"snapkv": {"alpha": 10.0, "beta": -74.0}}
 
 
 @pytest.fixture(scope="module")
 def running(tiny_llama: Path) -> Iterator[Engine]:
-    policies = {"failing": _Failing, "failing_early": _FailingEarly, "wrong_shape": _WrongShape, "late": _FailingLate}
-    POLICIES._classes |= policies
-    ALLOCATORS._classes["failing"] = _FailingAllocator
+    POLICIES._classes |= POLICY_CLASSES
+    ALLOCATORS._classes |= ALLOCATOR_CLASSES
+    fields = {"calibration": CALIBRATION}
     try:
-        with engine(tiny_llama, budget=96, max_num_batched_tokens=256) as started:
+        with engine(tiny_llama, budget=96, fields=fields, max_num_batched_tokens=256) as started:
             started.poison_unowned_memory()
             yield started
     finally:
-        for name in policies:
+        for name in POLICY_CLASSES:
             del POLICIES._classes[name]
-        del ALLOCATORS._classes["failing"]
+        for name in ALLOCATOR_CLASSES:
+            del ALLOCATORS._classes[name]
 
 
 ON_V1 = pytest.mark.more_on_v2("on V1 policies fail in this way, too")
@@ -92,20 +201,67 @@ ON_V1 = pytest.mark.more_on_v2("on V1 policies fail in this way, too")
         pytest.param(FAILURES[1], marks=ON_V1),
         pytest.param(FAILURES[2], marks=ON_V1),
         FAILURES[3],
+        *(pytest.param(options, marks=ON_V1) for options in FAILURES[4:]),
     ],
     ids=str,
 )
-def test_only_the_request_of_a_failing_policy_ends(running: Engine, options: dict[str, str]) -> None:
+def test_only_the_request_of_a_failing_policy_ends(running: Engine, options: dict[str, Any]) -> None:
+    check_only_one_ends(running, options)
+
+
+def check_only_one_ends(running: Engine, options: dict[str, Any]) -> None:
+    """It has at most one token where the policy fails before it decodes, two where that happens in the next step."""
     prompts = [random_prompt(400 + index, seed=index) for index in range(3)]
     expected = running.tokens(prompts, skip_reading_prefix_cache=True)
     ids = [running.add(prompts[0]), running.add(random_prompt(700, seed=9), extra_args=options)]
     ids += [running.add(prompt) for prompt in prompts[1:]]
     outputs = running.run()
     failed = outputs[ids[1]].outputs[0]
-    assert failed.finish_reason == "error" and len(failed.token_ids) <= 1
+    assert failed.finish_reason == "error" and len(failed.token_ids) <= 1 + ("kv_evict_interval" in options)
     answers = [list(outputs[request_id].outputs[0].token_ids) for request_id in ids]
     assert [answers[0], *answers[2:]] == expected
     running.check_all_free()
+
+
+@ON_V1
+@pytest.mark.parametrize("function", ["AutoBudget.choose", "PromptLikelihood.observe"])
+def test_a_budget_that_cannot_be_chosen_ends_its_request(
+    running: Engine, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    def fail(*args: Any) -> None:
+        raise ZeroDivisionError("a bug in a calibration")
+
+    owner, name = function.split(".")
+    monkeypatch.setattr({"AutoBudget": AutoBudget, "PromptLikelihood": PromptLikelihood}[owner], name, fail)
+    check_only_one_ends(running, {"kv_budget": "auto"})
+
+
+def test_a_policy_that_cannot_be_made_in_the_worker_ends_its_request(
+    running: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute_model = running.worker.execute_model
+
+    def moody(output: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(_Moody, "fails", True)
+            return execute_model(output)
+
+    monkeypatch.setattr(running.worker, "execute_model", moody)
+    check_only_one_ends(running, {"kv_eviction": "moody"})
+
+
+def test_options_without_a_hash_evict_token_by_token(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"kv_eviction": "listing", **BY_TOKEN}
+    cases = [(random_prompt(300, seed=1), {**options, "kv_budget": budget}) for budget in (96, 96, 128)]
+    together, plan = [], TokenEvictor.plan
+
+    def noting(tokens: TokenEvictor, peers: Peers, *args: Any) -> Any:
+        together.append(len(peers.req_ids))
+        return plan(tokens, peers, *args)
+
+    monkeypatch.setattr(TokenEvictor, "plan", noting)
+    running.check_as_alone(cases, max_tokens=20)
+    assert max(together) == 3, "the same policy, whatever the budget"
 
 
 def test_the_client_of_a_failed_request_hears_why(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +281,7 @@ def test_the_client_of_a_failed_request_hears_why(running: Engine, monkeypatch: 
 
 
 def test_a_policy_that_fails_token_by_token_ends_its_requests_at_once(running: Engine) -> None:
-    options = {"kv_eviction": "late", "kv_evict_during_decode": 1, "kv_evict_interval": 1}
+    options = {"kv_eviction": "late", **BY_TOKEN}
     (expected,) = running.tokens([random_prompt(300, seed=1)], max_tokens=40)
     other = running.add(random_prompt(300, seed=1), max_tokens=40)
     failing = running.add(random_prompt(700, seed=9), max_tokens=40, extra_args=options)
@@ -133,6 +289,37 @@ def test_a_policy_that_fails_token_by_token_ends_its_requests_at_once(running: E
     assert outputs[failing].outputs[0].finish_reason == "error"
     assert 5 <= len(outputs[failing].outputs[0].token_ids) <= 7
     assert list(outputs[other].outputs[0].token_ids) == expected
+    running.check_all_free()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_budget": "x"},
+        {"kv_budget": [1]},
+        {"kv_budgt": 3},
+        {"kv_eviction": {}},
+        {"kv_eviction": "laq_deferred", "kv_evict_during_prefill": 1},
+    ],
+    ids=str,
+)
+def test_options_that_no_front_end_has_checked_end_their_request(running: Engine, options: dict[str, Any]) -> None:
+    """vLLM's front end in Rust, say, knows nothing of ours."""
+    prompt = random_prompt(400, seed=1)
+    (expected,) = running.tokens([prompt], skip_reading_prefix_cache=True)
+    add_request = running.core.scheduler.add_request
+
+    def unchecked(request: Any) -> None:
+        if request.request_id.startswith("unchecked"):
+            request.sampling_params.extra_args = options
+        add_request(request)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running.core.scheduler, "add_request", unchecked)
+        ids = [running.add(random_prompt(700, seed=9), "unchecked"), running.add(prompt)]
+        outputs = running.run()
+    assert outputs[ids[0]].outputs[0].finish_reason == "error"
+    assert list(outputs[ids[1]].outputs[0].token_ids) == expected
     running.check_all_free()
 
 

@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
+
+from vllm_kvevict.engine.metrics import Gauges, pack, process_metrics, with_eviction_metrics
 
 PROCESS = """
 from prometheus_client import CollectorRegistry
@@ -35,3 +38,13 @@ def test_an_api_server_that_starts_late_hides_no_gauge(tmp_path: Path) -> None:
         ("kvevict:kept_tokens", "0"): 96.0,
         ("kvevict:kept_pages", "0"): 12.0,
     }
+
+
+def test_answers_that_the_cache_cuts_short_are_counted() -> None:
+    def value() -> float:
+        (metric,) = process_metrics().cut_short.collect()
+        return next(sample.value for sample in metric.samples if sample.name.endswith("_total"))
+
+    before, stats = value(), SimpleNamespace(kv_connector_stats=pack([], Gauges(), num_cut_short=2))
+    with_eviction_metrics(lambda *args: None)(None, stats, None)
+    assert value() == before + 2 and stats.kv_connector_stats is None

@@ -10,6 +10,7 @@ from prometheus_client import REGISTRY
 from vllm import LLM, SamplingParams
 
 from tests.conftest import USES_V2_RUNNER
+from tests.engine.failing_policies import WHERE, installed
 from tests.tiny_llama import random_prompt
 from vllm_kvevict import kv_eviction_args
 
@@ -21,7 +22,20 @@ CASES = {**ALLOCATORS, **OTHERS}
 CALIBRATION = {"snapkv": {"alpha": 10.0, "beta": -74.0}}
 
 
-def answers(model: Path, cases: dict[str, Any], **settings: Any) -> dict[str, list[list[int]]]:
+# when a policy raises -> options of the request
+FAILURES: dict[str, list[dict[str, int]]] = {
+    "made": [{}],
+    "observing": [{}],
+    "end": [{}],
+    "again": [{"kv_evict_during_prefill": 1}, {"kv_evict_during_decode": 1}],
+    "step": [{"kv_evict_during_decode": 1, "kv_evict_interval": 1}],
+}
+
+
+def answers(
+    model: Path, cases: dict[str, Any], failing: dict[str, list[dict[str, int]]] | None = None, **settings: Any
+) -> dict[str, list[list[int]]]:
+    """Return what an engine answers in every case, after it has outlived policies that raise."""
     settings = {"enforce_eager": True, **settings}
     llm = LLM(
         str(model),
@@ -36,6 +50,8 @@ def answers(model: Path, cases: dict[str, Any], **settings: Any) -> dict[str, li
         **kv_eviction_args("snapkv", BUDGET, calibration=CALIBRATION),
     )
     try:
+        if failing:
+            check_only_they_end(llm, failing)
         return {name: generate(llm, options) for name, options in cases.items()}
     finally:
         llm.llm_engine.engine_core.shutdown()
@@ -50,6 +66,25 @@ def generate(llm: LLM, options: dict[str, str]) -> list[list[int]]:
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     assert scheduler.kv_cache_manager.block_pool.get_usage() == 0
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def check_only_they_end(llm: LLM, failing: dict[str, list[dict[str, int]]]) -> None:
+    """Requests of policies that raise on some worker, beside others of which one is evicted and one is whole."""
+    options: list[dict[str, Any]] = [{}, {"kv_eviction": "none"}]
+    options += [
+        {"kv_eviction": f"{where}_{when}", **each} for when, of in failing.items() for where in WHERE for each in of
+    ]
+    prompts = [{"prompt_token_ids": random_prompt(length, seed=length)} for length in (400, 60)]
+    prompts += [{"prompt_token_ids": random_prompt(1100, seed=index)} for index in range(len(options) - 2)]
+    settings = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True, "detokenize": False}
+    params = [SamplingParams(**settings, extra_args=each) for each in options]
+    alone = [llm.generate([prompts[index]], params[index], use_tqdm=False)[0].outputs[0] for index in (0, 1)]
+    first, second, *failed = (output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False))
+    assert [first.token_ids, second.token_ids] == [output.token_ids for output in alone]
+    for output, each in zip(failed, options[2:], strict=True):
+        assert output.finish_reason == "error" and len(output.token_ids) < 40, each
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    assert scheduler.kv_cache_manager.block_pool.get_usage() == 0
 
 
 def num_evictions() -> float:
@@ -67,10 +102,11 @@ def one(tiny_llama: Path) -> dict[str, list[list[int]]]:
 @pytest.mark.more_on_v1("the newest vLLM with V2 runs it in `make test`")
 @pytest.mark.feature("tensor parallelism")
 def test_two_workers_answer_as_one(
-    tiny_llama: Path, one: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, one: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    two = answers(tiny_llama, CASES, tensor_parallel_size=2)
+    with installed(tmp_path):
+        two = answers(tiny_llama, CASES, FAILURES, tensor_parallel_size=2)
     for same in ("uniform", "pyramid", *OTHERS):
         assert two[same] == one[same]
     # lava compares heads, and a worker sees its own ones only: the shares differ, the blocks do not
@@ -81,11 +117,12 @@ def test_two_workers_answer_as_one(
 @pytest.mark.more_on_v1("the newest vLLM with V2 runs it in `make test`")
 @pytest.mark.feature("pipeline parallelism")
 def test_two_stages_answer_as_one(
-    tiny_llama: Path, one: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, one: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Compiled on V1, which has no pipeline in eager mode on CPU."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    two = answers(tiny_llama, ALLOCATORS, pipeline_parallel_size=2, enforce_eager=USES_V2_RUNNER)
+    with installed(tmp_path):
+        two = answers(tiny_llama, ALLOCATORS, FAILURES, pipeline_parallel_size=2, enforce_eager=USES_V2_RUNNER)
     assert two["uniform"] == one["uniform"]
     # these compare layers, and a stage sees its own ones only
     for allocator in ("pyramid", "lava"):

@@ -32,7 +32,8 @@ def running(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "max_loras": 3,
         "max_lora_rank": 8,
     }
-    with engine(tiny_llama, budget=96, **settings) as started:
+    fields = {"calibration": {"snapkv": {"alpha": 10.0, "beta": -74.0}}}
+    with engine(tiny_llama, budget=96, fields=fields, **settings) as started:
         started.poison_unowned_memory()
         yield started
 
@@ -107,14 +108,17 @@ def whole_beams(running: Engine, width: int, num_tokens: int) -> list[list[int]]
 
 
 @pytest.mark.feature("LoRA")
-def test_two_adapters_and_the_base_model_in_one_batch(tiny_llama: Path, running: Engine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"kv_budget": "auto"}], ids=str)
+def test_two_adapters_and_the_base_model_in_one_batch(
+    tiny_llama: Path, running: Engine, tmp_path: Path, options: dict[str, Any]
+) -> None:
     paths = [make_adapter(tiny_llama, tmp_path / name, seed) for seed, name in enumerate(("red", "blue"))]
     adapters = [None, *(LoRARequest(path.name, index, str(path)) for index, path in enumerate(paths, start=1))]
     cases = [(random_prompt(length, seed=9), adapter) for length in (333, 450) for adapter in adapters]
 
     def answers(*batch: Any) -> list[list[int]]:
         for index, (prompt, adapter) in enumerate(batch):
-            params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+            params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, extra_args=options)
             running.llm.llm_engine.add_request(str(index), {"prompt_token_ids": prompt}, params, lora_request=adapter)
         outputs = running.run()
         return [list(outputs[str(index)].outputs[0].token_ids) for index in range(len(batch))]

@@ -84,6 +84,27 @@ def test_repeated_preemption_ends_well(tiny_llama: Path, monkeypatch: pytest.Mon
     assert answers[0] == answers[1]
 
 
+@pytest.mark.feature("preemption and resume")
+@pytest.mark.parametrize("caching", [False, pytest.param(True, marks=pytest.mark.more("the same with a prefix cache"))])
+def test_a_preempted_request_keeps_the_answer_that_it_had(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caching: bool
+) -> None:
+    """It is evicted where its prompt ends, once more, and computes its answer on what is left: nothing has happened."""
+    prompts = [random_prompt(390 + index, seed=index) for index in range(3)]
+    cases: list[dict[str, Any]] = [{}, {"kv_budget": 0.3}, {"kv_eviction": "laq_deferred"}, {"kv_budget": "auto"}]
+    settings = {"num_gpu_blocks_override": 32, "max_model_len": 900, "enable_prefix_caching": caching}
+    fields = {"calibration": {"snapkv": {"alpha": 10.0, "beta": -74.0}}}
+    with engine(tiny_llama, budget=128, fields=fields, max_num_batched_tokens=300, **settings) as tight:
+        tight.poison_unowned_memory()
+        preemptions = count_calls(monkeypatch, tight.scheduler, "_preempt_request")
+        for case in cases:
+            alone = [tight.tokens([prompt], max_tokens=400, extra_args=case)[0] for prompt in prompts]
+            preemptions.clear()
+            assert tight.tokens(prompts, max_tokens=400, extra_args=case) == alone
+            assert any(request.num_output_tokens > 64 for request in preemptions)
+            tight.check_all_free()
+
+
 @pytest.mark.feature("prefix caching")
 def test_a_prompt_that_leaves_no_room_for_fresh_blocks_is_compacted_in_place(tiny_llama: Path) -> None:
     """23 blocks: 22 of the prompt and 2 fresh ones are too many. What is rewritten is shared with nobody."""

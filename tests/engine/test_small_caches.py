@@ -35,6 +35,12 @@ def test_a_prompt_is_served_that_does_not_fit_into_the_cache(tiny_llama: Path) -
         with pytest.raises(VLLMValidationError, match="kv_budget: a prompt of 700 tokens needs 20 blocks"):
             running.add(random_prompt(700, seed=1), extra_args={"kv_budget": 512})
         assert len(running.tokens([random_prompt(400, seed=1)], extra_args={"kv_eviction": "none"})[0]) == 16
+        # 17 blocks of 32 tokens, and the last token of an answer is never computed
+        settings = {"max_tokens": 1000, "extra_args": {"kv_eviction": "none"}}
+        (cut_short,) = running.generate([random_prompt(300, seed=2)], **settings)
+        assert cut_short.outputs[0].finish_reason == "length"
+        assert len(cut_short.outputs[0].token_ids) == 17 * BLOCK - 300 + 1
+        assert running.scheduler._num_cut_short == 1
         running.check_all_free()
 
 

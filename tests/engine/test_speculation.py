@@ -15,6 +15,9 @@ from tests.tiny_llama import random_prompt
 
 PROMPTS = [random_prompt(length, seed=length) for length in (40, 383, 450, 512, 700)]
 ALPHABET = [5, 6, 7]  # of the answers: with few tokens to choose from, drafts are often right and often wrong
+# with no query to look at, or one, all of these prompts but their last token may come from the prefix cache
+LAST_TOKEN_ONLY = [random_prompt(10 * 32 + 1, seed=1), random_prompt(5 * 32 + 1, seed=2)]
+FEW_QUERIES = ("streaming_llm", "tova", "knorm", "keydiff", "curdkv")
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
@@ -39,8 +42,12 @@ def answers(model: Path, speculation: dict[str, Any] | None) -> tuple[int, int, 
         for allocator in ("uniform", "lava"):
             options = {"kv_budget_allocator": allocator}
             tokens.append(running.tokens(PROMPTS, max_tokens=100, extra_args=options, allowed_token_ids=ALPHABET))
-        running.check_all_free()
         assert running.num_evictions == 8
+        for policy in FEW_QUERIES:  # vLLM pads a step of one token with drafts
+            for prompt in LAST_TOKEN_ONLY * 2:
+                tokens.append(running.tokens([prompt], max_tokens=12, extra_args={"kv_eviction": policy}))
+        assert running.num_evictions == 8 + 4 * len(FEW_QUERIES)
+        running.check_all_free()
     return sum(drafted for drafted, _ in counts), sum(accepted for _, accepted in counts), tokens
 
 

@@ -70,10 +70,13 @@ class Served:
 
     @property
     def is_comparable(self) -> bool:
-        """Whether it ran to its end and was evicted where a request that runs alone is."""
-        if self.depends_on_the_batch:
+        """Whether it ran to its end and was evicted where a request that runs alone is: if its answer is evicted, too,
+        that is so until it is preempted, and with other ones always.
+        """
+        evicts_answer = "kv_evict_during_decode" in (self.params["extra_args"] or {})
+        if self.depends_on_the_batch or (self.was_preempted and evicts_answer):
             return False
-        return self.answer is not None and len(self.answer) == self.params["max_tokens"] and not self.was_preempted
+        return self.answer is not None and len(self.answer) == self.params["max_tokens"]
 
 
 def random_request(rng: random.Random, served: dict[str, Served], options: list[dict[str, Any] | None]) -> Served:

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from vllm.exceptions import VLLMValidationError
 
 from tests.engine.simulated import BLOCK, WINDOW, Setting, SimulatedEngine
 from tests.tiny_llama import random_prompt
 from vllm_kvevict.cache.plan import cdiv
+from vllm_kvevict.engine import scheduler
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -242,9 +243,11 @@ class TestOneRequestBlocksTheQueue:
         serve(tiny_llama, setting, Ask(1500, 5))  # it may not start
         assert serve(tiny_llama, smallest_cache(tiny_llama, setting), Ask(1500, 5)) == SERVED
 
-    def test_a_session_outgrows_the_cache(self, tiny_llama: Path, way: str) -> None:
+    def test_a_session_outgrows_the_cache(self, tiny_llama: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """More of its prompt comes while it waits, and in the end there is no room for that."""
         engine = SimulatedEngine(tiny_llama, Setting(26, BOUNDED, **WAYS[way]))
+        warnings: list[str] = []
+        monkeypatch.setattr(scheduler.logger, "warning", lambda text, *args: warnings.append(text % args))
         for turn in range(4):
             engine.answers.pop("session", None)
             engine.add(random_prompt(300, seed=turn), "session", resumable=True, max_tokens=5)
@@ -256,6 +259,7 @@ class TestOneRequestBlocksTheQueue:
                 break
         assert "session" not in engine.requests, describe(engine)
         assert engine.answers["session"].finish_reason == "error"  # its prompt cannot be held, let alone an answer
+        assert ["streaming-input session" in text for text in warnings] == [True]  # once in all
         engine.check_all_free()
 
     @with_and_without_caching
@@ -345,7 +349,12 @@ def test_what_is_accepted_finishes(tiny_llama: Path, is_async: bool, num_cases: 
     outcomes: Counter[str] = Counter()
 
     @settings(
-        max_examples=num_cases, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck]
+        max_examples=num_cases,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],  # to find a smaller case takes minutes, and a drawn one is small enough
+        suppress_health_check=[*HealthCheck],
     )
     @given(st.data())
     def serve_one(data: st.DataObject) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from vllm.lora.layers import LogitsProcessorWithLoRA
 
 from vllm_kvevict.engine.prefill import PrefillRow
 
@@ -43,11 +47,16 @@ class PromptLikelihood:
         hidden, targets = torch.stack([pair.hidden for pair in flat]), torch.cat([pair.target for pair in flat])
         nlls: list[float] = []
         for start in range(0, len(flat), PIECE):
-            logits = self._runner.model.compute_logits(hidden[start : start + PIECE]).float()
+            with _without_adapters(self._adapted):
+                logits = self._runner.model.compute_logits(hidden[start : start + PIECE]).float()
             nlls += _nll(logits, targets[start : start + PIECE].to(torch.int64)).tolist()
         for row, of_row in zip(rows, pairs, strict=True):
             row.prefill.likelihood += filter(math.isfinite, nlls[: len(of_row)])
             nlls = nlls[len(of_row) :]
+
+    @cached_property
+    def _adapted(self) -> list[LogitsProcessorWithLoRA]:
+        return [module for module in self._runner.model.modules() if isinstance(module, LogitsProcessorWithLoRA)]
 
     def _pairs(self, row: PrefillRow) -> list[_Pair]:
         state, num_tokens = self._runner.execute_model_state, row.end - row.start
@@ -64,6 +73,30 @@ class PromptLikelihood:
             else:
                 row.prefill.waiting = hidden[place].clone()
         return pairs
+
+
+class _NoAdapter:
+    """Takes the place of what adds an adapter's part to logits."""
+
+    def add_lora_logits(self, logits: torch.Tensor, *args: Any) -> torch.Tensor:
+        return logits
+
+
+@contextmanager
+def _without_adapters(heads: list[LogitsProcessorWithLoRA]) -> Iterator[None]:
+    """Inside, these are what they are without an adapter.
+
+    vLLM has noted whose adapter goes with which of the rows that it will sample from, and not with ours. The hidden
+    states come from the adapted model all the same; adapters of the head itself are left out.
+    """
+    wrappers = [head.punica_wrapper for head in heads]
+    for head in heads:
+        head.punica_wrapper = _NoAdapter()
+    try:
+        yield
+    finally:
+        for head, wrapper in zip(heads, wrappers, strict=True):
+            head.punica_wrapper = wrapper
 
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -77,7 +77,7 @@ class EvictionMixin(Scheduler):
         """Say how many requests of the longest kind can decode at once, next to what vLLM says of whole ones."""
         config, longest = self._eviction_config, self.vllm_config.model_config.max_model_len
         prefill = self._cache.plan(config, longest, longest)
-        num_blocks, whole = self._cache.num_blocks, self._cache.num_needed(None, longest)
+        num_blocks, whole = self.kv_cache_config.num_blocks, self._cache.num_needed(None, longest)
         kept = whole if prefill is None or prefill.is_late else whole - prefill.eviction.first_kept_block
         logger.info(
             "Maximum concurrency for prompts of %s tokens: %.2fx once they are evicted, %.2fx before",
