@@ -15,6 +15,7 @@ from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
 from vllm_kvevict.calibration.auto_budget import AutoBudget
+from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.likelihood import PromptLikelihood
 from vllm_kvevict.policies import POLICIES, EvictionPolicy, Need, ScoreInputs, StepInputs
 from vllm_kvevict.token_evictor import Peers, TokenEvictor
@@ -111,16 +112,34 @@ class _TooFar(_Ahead):
 
 
 @dataclass(frozen=True)
-class _Moody(_Failing):
-    """What it states is known to the scheduler and not to the worker."""
+class _Moody(_FailingLate):
+    """What it says of itself it says once."""
 
-    fails: ClassVar[bool] = False
+    said: ClassVar[set[str]] = set()
+
+    def __getattribute__(self, name: str) -> Any:
+        if isinstance(getattr(EvictionPolicy, name, None), property):
+            if name in _Moody.said:
+                raise ZeroDivisionError("a bug in somebody's policy")
+            _Moody.said.add(name)
+        return super().__getattribute__(name)
 
     @property
-    def num_pseudo_tokens(self) -> int:
-        if _Moody.fails:
-            raise ZeroDivisionError("a bug in somebody's policy")
-        return 0
+    def supports_decode(self) -> bool:  # without a look at its needs
+        return True
+
+
+@dataclass(frozen=True)
+class _Unmakeable(_Failing):
+    def __post_init__(self) -> None:
+        raise _Unprintable
+
+
+@dataclass(frozen=True)
+class _Vague(_Failing):
+    @property
+    def query_window(self) -> int:
+        return 7.5  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -169,6 +188,8 @@ POLICY_CLASSES = {
     "ahead": _Ahead,
     "too_far": _TooFar,
     "moody": _Moody,
+    "unmakeable": _Unmakeable,
+    "vague": _Vague,
     "listing": _Listing,
 }
 ALLOCATOR_CLASSES = {"failing": _FailingAllocator, "wrong": _WrongWish}
@@ -239,15 +260,28 @@ def test_a_budget_that_cannot_be_chosen_ends_its_request(
 def test_a_policy_that_cannot_be_made_in_the_worker_ends_its_request(
     running: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    execute_model = running.worker.execute_model
+    execute_model, method = running.worker.execute_model, EvictionConfig.method
 
-    def moody(output: Any) -> Any:
+    def fail(config: EvictionConfig) -> Any:
+        if config.policy == "late":
+            raise ZeroDivisionError("a bug in somebody's policy")
+        return method(config)
+
+    def execute(output: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(_Moody, "fails", True)
+            patch.setattr(EvictionConfig, "method", fail)
             return execute_model(output)
 
-    monkeypatch.setattr(running.worker, "execute_model", moody)
-    check_only_one_ends(running, {"kv_eviction": "moody"})
+    monkeypatch.setattr(running.worker, "execute_model", execute)
+    check_only_one_ends(running, {"kv_eviction": "late"})
+
+
+def test_what_a_policy_says_of_itself_it_is_asked_once(running: Engine) -> None:
+    """The scheduler would be where it raises the second time."""
+    prompt = random_prompt(500, seed=3)
+    answers = [running.tokens([prompt], extra_args={"kv_eviction": policy}) for policy in ("late", "moody", "moody")]
+    assert answers[0] == answers[1] == answers[2]
+    running.check_all_free()
 
 
 def test_options_without_a_hash_evict_token_by_token(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,6 +334,8 @@ def test_a_policy_that_fails_token_by_token_ends_its_requests_at_once(running: E
         {"kv_budgt": 3},
         {"kv_eviction": {}},
         {"kv_eviction": "laq_deferred", "kv_evict_during_prefill": 1},
+        {"kv_eviction": "unmakeable"},
+        {"kv_eviction": "vague"},
     ],
     ids=str,
 )

@@ -88,7 +88,7 @@ class Fault:
     def draw(cls, rng: random.Random, methods: list[str]) -> Fault:
         method = rng.choice(methods)
         # properties are asked much more often
-        call = rng.choice([0, 0, 1, 2, 3, 5, 8] if method in OF_POLICIES + OF_ALLOCATORS else [0, 3, 6, 12, 20, 30, 45])
+        call = rng.choice([0, 0, 1, 2, 3, 5, 8] if method in OF_POLICIES + OF_ALLOCATORS else [0, 0, 1, 4, 12, 30])
         error = rng.choice(ERRORS) if rng.random() < 0.75 else None
         return cls(method, call, rng.random() < 0.5, error, rng.randrange(1000))
 
