@@ -43,7 +43,7 @@ SETTINGS: dict[str, Any] = {
     "max_num_batched_tokens": 300,
     "fields": {"calibration": CALIBRATION},
 }
-LITTLE_MEMORY = {"num_gpu_blocks_override": 44, "max_num_seqs": 8}
+LITTLE_MEMORY = {"num_gpu_blocks_override": 40, "max_num_seqs": 8}
 WHOLE: list[dict[str, Any]] = [
     {},
     {"kv_eviction": "none"},
@@ -256,7 +256,9 @@ def check_answers(asked: list[Asked], alone: Engine, takes_more: bool = False) -
         key = repr((one.prompt, one.max_tokens, one.options))
         if key not in known:
             known[key] = answer_alone(one, alone)
-        assert (one.has_failed, [] if one.has_failed else one.answer) == known[key], one
+        if one.has_failed != known[key][0] and one.max_tokens == 1:
+            continue  # vLLM ends what is refused after a step, whose token may have ended it before
+        assert (one.has_failed, [] if one.has_failed else one.answer) == known[key], one.options
         num_compared += not one.has_failed
     return num_compared
 
@@ -322,11 +324,19 @@ def third_parties() -> Iterator[None]:
     third_party.forget()
 
 
-@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    "is_async",
+    [
+        pytest.param(False, marks=pytest.mark.more_on_v2("with a step in flight more can go wrong")),
+        True,
+    ],
+    ids=["sync", "async"],
+)
 def test_no_request_harms_another(tiny_llama: Path, is_async: bool) -> None:
     check(*served(tiny_llama, NUM_REQUESTS, WHOLE + OF_ALL_HEADS + BOUNDED, async_scheduling=is_async), tiny_llama)
 
 
+@pytest.mark.more_on_v2("test_draft_model.py verifies drafts on V2")
 def test_no_request_harms_another_behind_a_draft_model(tiny_llama: Path) -> None:
     """It is the model itself."""
     drafts = {"method": "draft_model", "model": str(tiny_llama), "num_speculative_tokens": 4}
@@ -334,6 +344,7 @@ def test_no_request_harms_another_behind_a_draft_model(tiny_llama: Path) -> None
     check(asked, seconds, tiny_llama, takes_more=True)
 
 
+@pytest.mark.more("the same requests run behind a draft model")
 def test_no_request_harms_another_behind_ngrams(tiny_llama: Path) -> None:
     """In a process of its own: see test_speculation.py."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
@@ -342,6 +353,7 @@ def test_no_request_harms_another_behind_ngrams(tiny_llama: Path) -> None:
     check(asked, seconds, tiny_llama, takes_more=True)
 
 
+@pytest.mark.more("test_parallel.py has some of the requests that fail")
 def test_no_request_harms_another_on_two_workers(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
