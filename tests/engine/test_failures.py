@@ -17,6 +17,7 @@ from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
 from vllm_kvevict.calibration.auto_budget import AutoBudget
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.likelihood import PromptLikelihood
+from vllm_kvevict.evictor import Method
 from vllm_kvevict.policies import POLICIES, EvictionPolicy, Need, ScoreInputs, StepInputs
 from vllm_kvevict.token_evictor import Peers, TokenEvictor
 
@@ -253,20 +254,21 @@ def test_a_budget_that_cannot_be_chosen_ends_its_request(
 def test_a_policy_that_cannot_be_made_in_the_worker_ends_its_request(
     running: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The scheduler's process could; on the same machine it is the same cache."""
     execute_model, method = running.worker.execute_model, EvictionConfig.method
 
-    def fail(config: EvictionConfig) -> Any:
-        if config.policy == "late":
+    def fail(config: EvictionConfig) -> Method:
+        if config.policy == "keydiff":
             raise ZeroDivisionError("a bug in somebody's policy")
         return method(config)
 
-    def execute(output: Any) -> Any:
+    def in_worker(output: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(EvictionConfig, "method", fail)
             return execute_model(output)
 
-    monkeypatch.setattr(running.worker, "execute_model", execute)
-    check_only_one_ends(running, {"kv_eviction": "late"})
+    monkeypatch.setattr(running.worker, "execute_model", in_worker)
+    check_only_one_ends(running, {"kv_eviction": "keydiff"})
 
 
 def test_what_a_policy_says_of_itself_it_is_asked_once(running: Engine) -> None:

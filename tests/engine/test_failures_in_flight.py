@@ -142,6 +142,17 @@ def running(tiny_llama: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
+def drafting(tiny_llama: Path, running: Engine) -> Iterator[Engine]:
+    """``running`` has the policies registered."""
+    speculation = {"method": "draft_model", "model": str(tiny_llama), "num_speculative_tokens": 3}
+    with (
+        async_on_cpu(),
+        engine(tiny_llama, budget=96, async_scheduling=True, speculative_config=speculation) as started,
+    ):
+        yield started
+
+
+@pytest.fixture(scope="module")
 def alone(running: Engine) -> list[list[int]]:
     """What each of the others is answered alone."""
     return [
@@ -150,7 +161,16 @@ def alone(running: Engine) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# between chunks, at the end of a prompt, in an answer, late, and token by token
+ON_BOTH = (0, 4, 6, 11, 15)
+ON_V1 = pytest.mark.more_on_v2("on V1 a step is in flight behind more kinds of failures")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case if index in ON_BOTH else pytest.param(case, marks=ON_V1) for index, case in enumerate(CASES)],
+    ids=str,
+)
 def test_a_step_in_flight_behind_a_failure_harms_nobody(running: Engine, alone: list[list[int]], case: Case) -> None:
     _Failing.answers = case.answers
     ids = [
@@ -169,3 +189,27 @@ def test_a_step_in_flight_behind_a_failure_harms_nobody(running: Engine, alone: 
     bridge = running.bridge
     running.tokens([random_prompt(40, seed=2)], max_tokens=1)  # the workers hear of the end
     assert not (len(bridge.page_table) or len(bridge.ring.slots) or bridge._prefills or bridge.failures.settled)
+
+
+@pytest.mark.more_on_v2("V2 drafts as V1 does, and test_draft_model.py shows it")
+@pytest.mark.parametrize("answers", [0, LAYERS], ids=["target", "draft"])
+def test_drafts_behind_a_failure_harm_nobody(drafting: Engine, answers: int) -> None:
+    """The draft is the model itself. A policy that fails in its layers costs drafts, and no answer."""
+    prompts = [random_prompt(length, seed=length) for length in (700, 40)]
+    alone = [drafting.tokens([prompt], max_tokens=40)[0] for prompt in prompts]
+    options, prompt = {"kv_eviction": "failing"}, random_prompt(400, seed=1)
+    _Failing.answers = -1
+    (expected,) = drafting.tokens([prompt], max_tokens=40, extra_args=options)
+    _Failing.answers = answers
+    ids = [drafting.add(prompt, max_tokens=40) for prompt in prompts]
+    failing = drafting.add(prompt, max_tokens=40, extra_args=options)
+    outputs = drafting.run()
+    assert [list(outputs[request_id].outputs[0].token_ids) for request_id in ids] == alone
+    failed = outputs[failing].outputs[0]
+    if answers:
+        assert list(failed.token_ids) == expected
+    else:
+        assert failed.finish_reason == "error" and len(failed.token_ids) <= 1
+    drafting.check_all_free()
+    drafting.tokens([random_prompt(40, seed=2)], max_tokens=1)  # the workers hear of the end
+    assert not any(len(bridge.page_table) or bridge._prefills or bridge.failures.settled for bridge in drafting.bridges)

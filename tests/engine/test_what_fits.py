@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from vllm.exceptions import VLLMValidationError
 
+from tests.conftest import USES_V2_RUNNER
 from tests.engine.simulated import BLOCK, WINDOW, Setting, SimulatedEngine
 from tests.tiny_llama import random_prompt
 from vllm_kvevict.cache.plan import cdiv
@@ -33,6 +34,7 @@ def quiet() -> Iterator[None]:
     logger.setLevel(before)
 
 
+NUM_CASES = 30 if USES_V2_RUNNER else 100  # engines of both runners are among them
 SERVED, REFUSED, NOT_STARTED = "served", "refused", "not started"
 
 
@@ -262,6 +264,7 @@ class TestOneRequestBlocksTheQueue:
         assert ["streaming-input session" in text for text in warnings] == [True]  # once in all
         engine.check_all_free()
 
+    @pytest.mark.more_on_v2("on V1 requests of both runners' engines are preempted")
     @with_and_without_caching
     @pytest.mark.parametrize("during_decode", [False, True], ids=["between chunks", "and by block"])
     def test_many_are_preempted_and_come_back(
@@ -340,7 +343,7 @@ def _as_drawn(setting: Setting, is_async: bool) -> Setting:
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize(
-    "num_cases", [100, pytest.param(300, marks=pytest.mark.more("more configurations, drawn in the same way"))]
+    "num_cases", [NUM_CASES, pytest.param(300, marks=pytest.mark.more("more configurations, drawn in the same way"))]
 )
 def test_what_is_accepted_finishes(tiny_llama: Path, is_async: bool, num_cases: int) -> None:
     """A server refuses to start; or it refuses a request, and a cache of the size that it asks for serves it; or the

@@ -111,6 +111,11 @@ class RequestLife:
         return self.num_tokens >= self.prefill.num_tokens
 
     @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to decide: it decodes on what was kept."""
+        return self.state is State.DECODING and bool(self.evictions) and not self._goes_on
+
+    @property
     def num_shared_tokens(self) -> int:
         """Tokens after these, whole blocks of them, never enter the prefix cache."""
         plan = self.evictions[0] if self.evictions else self.prefill.eviction
