@@ -16,7 +16,7 @@ from vllm_kvevict.calibration.auto_budget import AutoBudget
 from vllm_kvevict.calibration.curve import Calibration
 from vllm_kvevict.evictor import Method
 from vllm_kvevict.policies import POLICIES
-from vllm_kvevict.quoted import quoted
+from vllm_kvevict.quoted import quoted, said
 from vllm_kvevict.registry import Registry
 from vllm_kvevict.request_options import (
     ALL,
@@ -38,6 +38,7 @@ from vllm_kvevict.request_options import (
     checked_name,
 )
 from vllm_kvevict.schedule import DuringDecode, Schedule
+from vllm_kvevict.traits import settle, traits_of
 
 __all__ = ["AUTO", "EvictionConfig"]
 
@@ -178,7 +179,7 @@ class EvictionConfig(BaseModel):
     @property
     def allocator_name(self) -> str:
         """The allocator in use."""
-        return self.allocator or self.method().policy.default_allocator
+        return self.allocator or traits_of(self.method().policy).default_allocator
 
     def check_block_size(self, block_size: int) -> None:
         """Raise ValueError if the budget cannot hold the tokens that must stay in blocks of ``block_size``."""
@@ -260,8 +261,9 @@ class EvictionConfig(BaseModel):
 
 def _method(config: EvictionConfig) -> Method:
     policy = _build(POLICIES, config.policy, config.policy_options, "policy_options")
-    evicts_answer = policy.evicts_during_decode if config.during_decode is None else config.during_decode
-    if (evicts_answer or config.during_prefill) and not policy.supports_decode:
+    traits = traits_of(policy)
+    evicts_answer = traits.evicts_during_decode if config.during_decode is None else config.during_decode
+    if (evicts_answer or config.during_prefill) and not traits.supports_decode:
         option = REQUEST_DURING_DECODE if evicts_answer else REQUEST_DURING_PREFILL
         raise ValueError(
             f"{option}: policy {config.policy!r} ranks the tokens of a whole prompt, once; leave the "
@@ -273,13 +275,13 @@ def _method(config: EvictionConfig) -> Method:
             f"{REQUEST_INTERVAL}: counts tokens of the answer, and policy {config.policy!r} does not evict answers by "
             f"itself; say {REQUEST_DURING_DECODE} true, or leave the option out"
         )
-    if per_token and not policy.supports_per_token():
+    if per_token and not traits.supports_per_token:
         able = ", ".join(name for name in POLICIES.names() if POLICIES.get(name).supports_per_token())
         raise ValueError(
             f"{REQUEST_INTERVAL}: policy {config.policy!r} evicts from an answer a block at a time; leave the option "
             f"out, or choose one of {able}"
         )
-    if config.during_prefill and policy.num_deferred:
+    if config.during_prefill and traits.num_deferred:
         raise ValueError(
             f"{REQUEST_DURING_PREFILL}: does not work with policy {config.policy!r}, which holds the whole prompt "
             f"until it has seen the answer; choose another policy"
@@ -287,14 +289,14 @@ def _method(config: EvictionConfig) -> Method:
     during_decode = DuringDecode.NOT
     if evicts_answer:
         during_decode = DuringDecode.BY_TOKEN if per_token else DuringDecode.BY_BLOCK
-    schedule = Schedule(policy.num_deferred, config.during_prefill, during_decode)
-    num_recent = policy.num_recent if config.num_recent is None else config.num_recent
+    schedule = Schedule(traits.num_deferred, config.during_prefill, during_decode)
+    num_recent = traits.num_recent if config.num_recent is None else config.num_recent
     return Method(
         policy,
-        _build(ALLOCATORS, config.allocator or policy.default_allocator, config.allocator_options, "allocator_options"),
-        policy.num_sink if config.num_sink is None else config.num_sink,
+        _build(ALLOCATORS, config.allocator or traits.default_allocator, config.allocator_options, "allocator_options"),
+        traits.num_sink if config.num_sink is None else config.num_sink,
         # to a policy the last tokens are those of the last queries, which an earlier eviction must not have taken away
-        max(num_recent, policy.query_window) if schedule.is_bounded else num_recent,
+        max(num_recent, traits.query_window) if schedule.is_bounded else num_recent,
         schedule,
     )
 
@@ -331,11 +333,13 @@ def _built(registry: Registry[Any], cls: Any, name: str, options_json: str, fiel
             f"{field_name}: {registry.kind} {name!r} takes {', '.join(allowed) or 'no options'}; got {unknown[0]!r}"
         )
     try:
-        return cls(**options)
+        built = cls(**options)
+        settle(built)
+        return built
     except ValueError:
         raise
     except Exception as error:  # any: the class may be another package's
-        raise ValueError(f"{field_name}: {registry.kind} {name!r}: {error}") from None
+        raise ValueError(f"{field_name}: {registry.kind} {name!r}: {said(error)}") from None
 
 
 _LIMITS = {ALL: RequestOptions(), NONE: RequestOptions(options=[])}

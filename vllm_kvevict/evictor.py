@@ -22,6 +22,7 @@ from vllm_kvevict.cache.selection import protect, select
 from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, Need, ScoreInputs
 from vllm_kvevict.results import checked, checked_tokens, checked_wish
 from vllm_kvevict.schedule import Schedule
+from vllm_kvevict.traits import allocator_traits_of, traits_of
 
 _AT_THE_END = Schedule()
 
@@ -43,13 +44,13 @@ class Method:
     @property
     def query_window(self) -> int:
         """Last queries of the prompt that the policy or the allocator looks at."""
-        return max(self.policy.query_window, self.allocator.query_window)
+        return max(traits_of(self.policy).query_window, allocator_traits_of(self.allocator).query_window)
 
     @property
     def watches_answer(self) -> bool:
         """Whether the engine must remember queries of the answer."""
         is_watched = self.schedule.evicts_answer or self.schedule.num_deferred > 0
-        return is_watched and (self.query_window > 0 or Need.ALL_QUERIES in self.policy.needs)
+        return is_watched and (self.query_window > 0 or Need.ALL_QUERIES in traits_of(self.policy).needs)
 
     @property
     def min_tokens(self) -> int:
@@ -98,7 +99,7 @@ class Eviction:
         """
         start = perf_counter()
         policy, inputs = self.method.policy, self._readable([self._inputs(layer, query, scale, weights)])[0]
-        found = policy.preselect(_last_queries(inputs, policy.query_window))
+        found = policy.preselect(_last_queries(inputs, traits_of(policy).query_window))
         tokens = checked_tokens(f"{_name(policy)}.preselect", found, self.pool.num_kv_heads, inputs.kv_len)
         block_size = self.pool.block_size
         slots = self._page_ids[layer].gather(1, tokens // block_size) * block_size + tokens % block_size
@@ -122,20 +123,22 @@ class Eviction:
         """
         start = perf_counter()
         self._waiting.append(self._inputs(layer, query, scale, weights, output, state, pseudo_query))
-        if len(self._waiting) >= self.method.policy.layers_at_once:
+        if len(self._waiting) >= traits_of(self.method.policy).layers_at_once:
             self._score_waiting()
         self.seconds += perf_counter() - start
 
     def _score_waiting(self) -> None:
         waiting, self._waiting = self._readable(self._waiting), []
         policy, allocator = self.method.policy, self.method.allocator
-        scores = policy.score_layers([_last_queries(inputs, policy.query_window) for inputs in waiting])
+        window = traits_of(policy).query_window
+        scores = policy.score_layers([_last_queries(inputs, window) for inputs in waiting])
         shape = self.pool.num_kv_heads, self.plan.num_tokens
         for inputs, of_layer in zip(waiting, scores, strict=True):
             self._scores[inputs.layer] = checked(f"{_name(policy)}.score", of_layer, shape, self.pool.pages.device)
         if type(allocator).measure is not BudgetAllocator.measure:
+            window = allocator_traits_of(allocator).query_window
             for inputs in waiting:
-                self._measures[inputs.layer] = allocator.measure(_last_queries(inputs, allocator.query_window))
+                self._measures[inputs.layer] = allocator.measure(_last_queries(inputs, window))
 
     def _readable(self, layers: list[ScoreInputs]) -> list[ScoreInputs]:
         """Return inputs in which a policy can read the pages."""

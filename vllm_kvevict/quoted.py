@@ -16,6 +16,14 @@ def quoted(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
+def said(error: Exception) -> str:
+    """Return what an error says; its name if it fails to, as a third party's may."""
+    try:
+        return str(error)
+    except Exception:
+        return type(error).__name__
+
+
 class _Short(reprlib.Repr):
     """reprlib's, but for values that it sorts, converts or writes out whole before it cuts them."""
 

@@ -19,6 +19,7 @@ from vllm_kvevict.cache.selection import protect, select
 from vllm_kvevict.evictor import Method
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
 from vllm_kvevict.results import checked
+from vllm_kvevict.traits import traits_of
 
 
 @dataclass
@@ -128,13 +129,14 @@ class ResidentEviction:
 
     def _score(self, inputs: ScoreInputs, heads: torch.Tensor, query: torch.Tensor, chunk: torch.Tensor) -> None:
         policy, kv_len = self.method.policy, inputs.kv_len
-        if Need.ALL_QUERIES in policy.needs:
+        traits = traits_of(policy)
+        if Need.ALL_QUERIES in traits.needs:
             slots = self._slots[inputs.layer, heads, :kv_len]
             earlier = self.residents.sums[slots[:, : kv_len - len(chunk)]]
             sums = self._checked("observe", policy.observe(earlier, replace(inputs, query=chunk)), heads, kv_len)
             self.residents.sums[slots] = sums
             inputs = replace(inputs, state=sums)
-        last = query[max(len(query) - policy.query_window, 0) :]
+        last = query[max(len(query) - traits.query_window, 0) :]
         scores = self._checked("score", policy.score(replace(inputs, query=last)), heads, kv_len)
         protection = self.method.num_sink, self.method.num_recent
         kept = select(scores, self._num_kept(inputs.layer, heads), *protection)

@@ -18,6 +18,7 @@ from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.evictor import Method
 from vllm_kvevict.policies.base import LayerWeights, Need, StepInputs
 from vllm_kvevict.results import checked
+from vllm_kvevict.traits import traits_of
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class TokenEvictor:
         landed = self._pool.page_ids(blocks) * block_size + (num_tokens - 1) % block_size
         holes = self._holes[:, peers.slots].transpose(1, 2).contiguous()
         self._residents.positions[holes] = (num_tokens - 1).to(torch.int32)
-        if Need.ALL_QUERIES in peers.method.policy.needs:
+        if Need.ALL_QUERIES in traits_of(peers.method.policy).needs:
             self._residents.sums[holes] = 0.0
         return Replacement(peers, num_tokens, max_tokens, landed, holes)
 
@@ -114,8 +115,9 @@ class TokenEvictor:
         peers, method, policy = step.peers, step.peers.method, step.peers.method.policy
         page_ids, slots, positions = self._held(layer, peers.slots, peers.max_pages)
         keys, _, page_table = self._pool.readable(page_ids)
-        observes = Need.ALL_QUERIES in policy.needs
-        num_queries = max(policy.query_window, int(observes))
+        traits = traits_of(policy)
+        observes = Need.ALL_QUERIES in traits.needs
+        num_queries = max(traits.query_window, int(observes))
         inputs = StepInputs(
             self._ring.last_of(layer, peers.ring_slots, step.num_tokens, num_queries),
             keys,

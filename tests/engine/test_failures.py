@@ -113,6 +113,31 @@ class _TooFar(_Ahead):
 
 
 @dataclass(frozen=True)
+class _Moody(_FailingLate):
+    """What it says of itself it says once."""
+
+    said: ClassVar[set[str]] = set()
+
+    def __getattribute__(self, name: str) -> Any:
+        if isinstance(getattr(EvictionPolicy, name, None), property):
+            if name in _Moody.said:
+                raise ZeroDivisionError("a bug in somebody's policy")
+            _Moody.said.add(name)
+        return super().__getattribute__(name)
+
+    @property
+    def supports_decode(self) -> bool:  # without a look at its needs
+        return True
+
+
+@dataclass(frozen=True)
+class _Speechless(_Failing):
+    @property
+    def query_window(self) -> int:
+        raise _Unprintable
+
+
+@dataclass(frozen=True)
 class _Listing(_FailingLate):
     """Its options have no hash."""
 
@@ -157,6 +182,8 @@ POLICY_CLASSES = {
     "unprintable": _FailingUnprintably,
     "ahead": _Ahead,
     "too_far": _TooFar,
+    "moody": _Moody,
+    "speechless": _Speechless,
     "listing": _Listing,
 }
 ALLOCATOR_CLASSES = {"failing": _FailingAllocator, "wrong": _WrongWish}
@@ -244,6 +271,14 @@ def test_a_policy_that_cannot_be_made_in_the_worker_ends_its_request(
     check_only_one_ends(running, {"kv_eviction": "keydiff"})
 
 
+def test_what_a_policy_says_of_itself_it_is_asked_once(running: Engine) -> None:
+    """The scheduler would be where it raises the second time."""
+    prompt = random_prompt(500, seed=3)
+    answers = [running.tokens([prompt], extra_args={"kv_eviction": policy}) for policy in ("late", "moody", "moody")]
+    assert answers[0] == answers[1] == answers[2]
+    running.check_all_free()
+
+
 def test_options_without_a_hash_evict_token_by_token(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"kv_eviction": "listing", **BY_TOKEN}
     cases = [(random_prompt(300, seed=1), {**options, "kv_budget": budget}) for budget in (96, 96, 128)]
@@ -294,6 +329,7 @@ def test_a_policy_that_fails_token_by_token_ends_its_requests_at_once(running: E
         {"kv_budgt": 3},
         {"kv_eviction": {}},
         {"kv_eviction": "laq_deferred", "kv_evict_during_prefill": 1},
+        {"kv_eviction": "speechless"},
     ],
     ids=str,
 )

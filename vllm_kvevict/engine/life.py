@@ -12,6 +12,7 @@ from vllm_kvevict.config import AUTO, EvictionConfig
 from vllm_kvevict.engine.step import ChunkEnd, PrefillEnd, StepEvictions
 from vllm_kvevict.evictor import Method
 from vllm_kvevict.policies import Need
+from vllm_kvevict.traits import traits_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -126,7 +127,9 @@ class RequestLife:
     def max_cached_tokens(self) -> int:
         """Tokens that may come from the prefix cache: none that will be rewritten, and none that a policy looks at."""
         prefill, window = self.prefill, self.method.query_window
-        if Need.ALL_QUERIES in self.method.policy.needs or self.config.budget == AUTO:  # all of the prompt is looked at
+        if (
+            Need.ALL_QUERIES in traits_of(self.method.policy).needs or self.config.budget == AUTO
+        ):  # all of the prompt is looked at
             return 0
         most = min(self.num_shared_tokens, prefill.eviction.num_tokens - max(window, prefill.num_last))
         if prefill.between_chunks:  # a longer hit would have to be held at once, and the first eviction may follow it

@@ -17,11 +17,12 @@ from vllm_kvevict.engine.model import ModelWeights
 from vllm_kvevict.engine.prefill import PrefillRow
 from vllm_kvevict.lookahead import PseudoDecode
 from vllm_kvevict.policies.base import EvictionPolicy
+from vllm_kvevict.traits import traits_of
 
 
 def check_lookahead(name: str, policy: EvictionPolicy, vllm_config: VllmConfig) -> None:
     """Raise ValueError if the policy ``name`` looks ahead and the model or the engine cannot."""
-    if not policy.num_pseudo_tokens:
+    if not traits_of(policy).num_pseudo_tokens:
         return
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     unsupported = {

@@ -13,6 +13,7 @@ from vllm_kvevict.cache.fit import Window
 from vllm_kvevict.cache.plan import cdiv
 from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, Need
 from vllm_kvevict.rotary import Rotary
+from vllm_kvevict.traits import traits_of
 
 # models whose attention modules hold `rotary_emb` and `o_proj` and rotate every layer
 _KNOWN_ARCHITECTURES = (
@@ -26,7 +27,7 @@ _KNOWN_ARCHITECTURES = (
 
 def check_needs(name: str, policy: EvictionPolicy, models: Sequence[ModelConfig]) -> None:
     """Raise ValueError if the policy ``name`` asks for something of one of these models that we cannot hand to it."""
-    asked = [need for need in (Need.ROTARY, Need.OUTPUT_PROJECTION) if need in policy.needs]
+    asked = [need for need in (Need.ROTARY, Need.OUTPUT_PROJECTION) if need in traits_of(policy).needs]
     if asked:
         for model_config in models:
             _check_needs(name, asked, model_config)

@@ -14,6 +14,7 @@ from vllm_kvevict.evictor import Eviction, Method
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
 from vllm_kvevict.resident_evictor import ResidentEviction
 from vllm_kvevict.results import checked
+from vllm_kvevict.traits import traits_of
 
 
 class LastRows:
@@ -55,8 +56,9 @@ class Prefill:
         self.auto_budget = auto_budget
         self.likelihood: list[float] = []
         self.waiting: torch.Tensor | None = None
-        self.needs = method.policy.needs
-        self.num_pseudo_tokens = method.policy.num_pseudo_tokens
+        traits = traits_of(method.policy)
+        self.needs = traits.needs
+        self.num_pseudo_tokens = traits.num_pseudo_tokens
         self.queries = LastRows(num_layers, method.query_window)
         self.outputs = LastRows(num_layers, method.query_window)
         self.states: list[Any] = [None] * num_layers

@@ -15,6 +15,7 @@ from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.offline import check_in_process, engine_args
 from vllm_kvevict.evictor import Eviction
 from vllm_kvevict.inspector.record import Inspection, RecordedEviction
+from vllm_kvevict.traits import traits_of
 
 
 def inspect_prompt(
@@ -92,7 +93,7 @@ def _record(eviction: Eviction, scores: torch.Tensor, kept: torch.Tensor, compac
         compaction.num_pages.cpu(),
         eviction.plan,
         num_first=method.num_sink,
-        num_last=max(method.num_recent, method.policy.num_recent),
+        num_last=max(method.num_recent, traits_of(method.policy).num_recent),
         page_bytes=pages.shape[1] * pages.element_size(),
         seconds=eviction.seconds,
     )

@@ -10,6 +10,7 @@ from vllm_kvevict.engine.guard import Failures
 from vllm_kvevict.engine.model import ModelWeights
 from vllm_kvevict.evictor import Method
 from vllm_kvevict.token_evictor import Peers, Replacement, TokenEvictor
+from vllm_kvevict.traits import traits_of
 
 
 class Replacing:
@@ -75,7 +76,7 @@ class Replacing:
             if req_ids[0] in self._failures:  # all of them fail together
                 continue
             with self._failures.of(req_ids, f"choosing what the next tokens replace in layer {layer}"):
-                of_layer = weights.of(layer, replacement.peers.method.policy.needs)
+                of_layer = weights.of(layer, traits_of(replacement.peers.method.policy).needs)
                 self._tokens.choose(layer, replacement, weights.scale(layer), of_layer)
 
 

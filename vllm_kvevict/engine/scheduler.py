@@ -27,6 +27,7 @@ from vllm_kvevict.engine.metrics import EvictionRecord, Gauges, pack
 from vllm_kvevict.engine.requests import check_config, check_fits, check_prompt, empty_cache, request_config
 from vllm_kvevict.engine.spec import EvictionManager, PrivateBlocks, cache_hits_up_to
 from vllm_kvevict.engine.step import REPORTS, STEP, EvictionReport, PrefillEnd, StepEvictions
+from vllm_kvevict.quoted import said
 
 logger = logging.getLogger("vllm.kvevict")
 
@@ -103,7 +104,7 @@ class EvictionMixin(Scheduler):
             life = self._life(request)
             self._limit_answer(request, life)
         except Exception as error:  # of the options, or of a third party's policy that they name
-            self._end_with_error(request.request_id, "kv_eviction_refused", str(error))
+            self._end_with_error(request.request_id, "kv_eviction_refused", said(error))
             return
         if life is not None:
             self._lives[request.request_id] = life
