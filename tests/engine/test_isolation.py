@@ -263,9 +263,10 @@ def check_answers(asked: list[Asked], alone: LLM, takes_more: bool = False) -> i
 def answer_alone(one: Asked, alone: LLM) -> tuple[bool, list[int]]:
     """Return whether a request fails, and its answer if it does not."""
     add(alone, "alone", one)
+    outputs = []
     while alone.llm_engine.has_unfinished_requests():
-        outputs = alone.llm_engine.step()
-    (output,) = outputs
+        outputs += alone.llm_engine.step()
+    output = outputs[-1]
     has_failed = output.outputs[0].finish_reason == "error"
     return has_failed, [] if has_failed else list(output.outputs[0].token_ids)
 
