@@ -14,7 +14,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -26,7 +26,7 @@ from vllm import LLM, SamplingParams
 import tests.conftest  # noqa: F401  prepares the spawned process as it does this one, before vLLM is imported
 from tests.conftest import USES_V2_RUNNER
 from tests.engine import third_party
-from tests.engine.harness import Engine, async_on_cpu, engine
+from tests.engine.harness import async_on_cpu, engine
 from tests.engine.test_speculation import ALPHABET, NGRAM
 from tests.tiny_llama import random_prompt
 from vllm_kvevict import kv_eviction_args
@@ -58,9 +58,6 @@ WHOLE: list[dict[str, Any]] = [
     {"kv_eviction": "curdkv"},
     {"kv_eviction": "h2o", "kv_budget": 128},
     {"kv_budget_allocator": "pyramid"},
-]
-# a worker sees its own heads only
-OF_ALL_HEADS: list[dict[str, Any]] = [
     {"kv_eviction": "lava", "kv_budget": 128},
     {"kv_budget_allocator": "adakv", "kv_budget": 96},
 ]
@@ -241,7 +238,7 @@ def check_ends(asked: list[Asked]) -> None:
         assert one.has_failed or one.was_aborted or len(one.answer) == one.max_tokens, one
 
 
-def check_answers(asked: list[Asked], alone: Engine, takes_more: bool = False) -> int:
+def check_answers(asked: list[Asked], alone: LLM, takes_more: bool = False) -> int:
     """Each request is answered, or refused, as by a fresh engine, alone, where nothing of a third party fails.
 
     takes_more: whether that engine takes options that the other one refuses
@@ -263,18 +260,21 @@ def check_answers(asked: list[Asked], alone: Engine, takes_more: bool = False) -
     return num_compared
 
 
-def answer_alone(one: Asked, alone: Engine) -> tuple[bool, list[int]]:
+def answer_alone(one: Asked, alone: LLM) -> tuple[bool, list[int]]:
     """Return whether a request fails, and its answer if it does not."""
-    add(alone.llm, "alone", one)
-    (output,) = alone.run().values()
+    add(alone, "alone", one)
+    outputs = []
+    while alone.llm_engine.has_unfinished_requests():
+        outputs += alone.llm_engine.step()
+    output = outputs[-1]
     has_failed = output.outputs[0].finish_reason == "error"
     return has_failed, [] if has_failed else list(output.outputs[0].token_ids)
 
 
-def check(asked: list[Asked], seconds: float, model: Path, takes_more: bool = False) -> None:
+def check(asked: list[Asked], seconds: float, fresh: AbstractContextManager[LLM], takes_more: bool = False) -> None:
     """See ``check_ends`` and ``check_answers``; print what there was of everything."""
     check_ends(asked)
-    with third_party.disarmed(), engine(model, **SETTINGS, enable_prefix_caching=False) as alone:
+    with third_party.disarmed(), fresh as alone:
         num_compared = check_answers(asked, alone, takes_more)
     counts = {
         "requests": len(asked),
@@ -288,6 +288,33 @@ def check(asked: list[Asked], seconds: float, model: Path, takes_more: bool = Fa
     assert num_compared >= len(asked) // 2
     assert counts["failed"] >= len(asked) // 10
     assert counts["preempted"]
+
+
+@contextmanager
+def one_worker(model: Path) -> Iterator[LLM]:
+    with engine(model, **SETTINGS, enable_prefix_caching=False) as running:
+        yield running.llm
+
+
+@contextmanager
+def two_workers(model: Path, **settings: Any) -> Iterator[LLM]:
+    values = {name: value for name, value in SETTINGS.items() if name not in ("budget", "fields")}
+    llm = LLM(
+        str(model),
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        seed=0,
+        dtype="float32",
+        kv_cache_memory_bytes=32 << 20,
+        tensor_parallel_size=2,
+        **values,
+        **settings,
+        **kv_eviction_args("snapkv", SETTINGS["budget"], **SETTINGS["fields"]),
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
 
 
 def served(
@@ -333,24 +360,24 @@ def third_parties() -> Iterator[None]:
     ids=["sync", "async"],
 )
 def test_no_request_harms_another(tiny_llama: Path, is_async: bool) -> None:
-    check(*served(tiny_llama, NUM_REQUESTS, WHOLE + OF_ALL_HEADS + BOUNDED, async_scheduling=is_async), tiny_llama)
+    check(*served(tiny_llama, NUM_REQUESTS, WHOLE + BOUNDED, async_scheduling=is_async), one_worker(tiny_llama))
 
 
 @pytest.mark.more_on_v2("test_draft_model.py verifies drafts on V2")
 def test_no_request_harms_another_behind_a_draft_model(tiny_llama: Path) -> None:
     """It is the model itself."""
     drafts = {"method": "draft_model", "model": str(tiny_llama), "num_speculative_tokens": 4}
-    asked, seconds = served(tiny_llama, NUM_REQUESTS, WHOLE + OF_ALL_HEADS, speculative_config=drafts)
-    check(asked, seconds, tiny_llama, takes_more=True)
+    asked, seconds = served(tiny_llama, NUM_REQUESTS, WHOLE, speculative_config=drafts)
+    check(asked, seconds, one_worker(tiny_llama), takes_more=True)
 
 
 @pytest.mark.more("the same requests run behind a draft model")
 def test_no_request_harms_another_behind_ngrams(tiny_llama: Path) -> None:
     """In a process of its own: see test_speculation.py."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        args = tiny_llama, NUM_REQUESTS, WHOLE + OF_ALL_HEADS, ALPHABET
+        args = tiny_llama, NUM_REQUESTS, WHOLE, ALPHABET
         asked, seconds = process.submit(served, *args, speculative_config=NGRAM).result()
-    check(asked, seconds, tiny_llama, takes_more=True)
+    check(asked, seconds, one_worker(tiny_llama), takes_more=True)
 
 
 @pytest.mark.more("test_parallel.py has some of the requests that fail")
@@ -360,26 +387,11 @@ def test_no_request_harms_another_on_two_workers(
     """Both import what a third party brings, and each has faults of its own."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.syspath_prepend(third_party.entry_point(tmp_path))
-    llm = LLM(
-        str(tiny_llama),
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        seed=0,
-        dtype="float32",
-        kv_cache_memory_bytes=32 << 20,
-        max_model_len=SETTINGS["max_model_len"],
-        max_num_batched_tokens=SETTINGS["max_num_batched_tokens"],
-        tensor_parallel_size=2,
-        **LITTLE_MEMORY,
-        **kv_eviction_args("snapkv", SETTINGS["budget"], **SETTINGS["fields"]),
-    )
-    try:
+    with two_workers(tiny_llama, **LITTLE_MEMORY) as llm:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         start = perf_counter()
         asked = run_at_random(llm, llm.llm_engine.step, SEED, NUM_REQUESTS, WHOLE + BOUNDED)
         seconds = perf_counter() - start
         assert not scheduler._lives and scheduler.kv_cache_manager.block_pool.get_usage() == 0
         assert scheduler._manager.in_use == CacheInUse()
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-    check(asked, seconds, tiny_llama)
+    check(asked, seconds, two_workers(tiny_llama, enable_prefix_caching=False))

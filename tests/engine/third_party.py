@@ -6,6 +6,7 @@ workers of a parallel engine import this module by an entry point, as they do wi
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -73,6 +74,7 @@ class Fault:
     lasts:  whether those after it fail as well
     error:  what is raised; None if something wrong is returned
     wrong:  which of the wrong things, any number
+    rank:   of the only one of two workers that it is wrong on; None: of both
     """
 
     method: str
@@ -80,9 +82,10 @@ class Fault:
     lasts: bool
     error: type[Exception] | None
     wrong: int
+    rank: int | None
     num_calls: int = 0
 
-    is_armed: ClassVar[bool] = True
+    is_armed: ClassVar[bool] = "KVEVICT_DISARMED" not in os.environ
 
     @classmethod
     def draw(cls, rng: random.Random, methods: list[str]) -> Fault:
@@ -90,11 +93,16 @@ class Fault:
         # properties are asked much more often
         call = rng.choice([0, 0, 1, 2, 3, 5, 8] if method in OF_POLICIES + OF_ALLOCATORS else [0, 0, 1, 4, 12, 30])
         error = rng.choice(ERRORS) if rng.random() < 0.75 else None
-        return cls(method, call, rng.random() < 0.5, error, rng.randrange(1000))
+        return cls(method, call, rng.random() < 0.5, error, rng.randrange(1000), rng.choice([None, 0, 1]))
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        has_peers = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        return has_peers and self.rank not in (None, torch.distributed.get_rank())
 
     def answer(self, method: str, right: Any) -> Any:
         """Return ``right``, or what is wrong instead."""
-        if method != self.method or not Fault.is_armed:
+        if method != self.method or not Fault.is_armed or self._is_elsewhere:
             return right
         number, self.num_calls = self.num_calls, self.num_calls + 1
         if number != self.call and not (self.lasts and number > self.call):
@@ -119,12 +127,13 @@ def _spoilt(right: Any, wrong: int) -> Any:
 
 @contextmanager
 def disarmed() -> Iterator[None]:
-    """Inside, nothing fails."""
-    Fault.is_armed = False
+    """Inside, nothing fails, nor in processes that are started inside."""
+    Fault.is_armed, os.environ["KVEVICT_DISARMED"] = False, "1"
     try:
         yield
     finally:
         Fault.is_armed = True
+        del os.environ["KVEVICT_DISARMED"]
 
 
 @dataclass(frozen=True)

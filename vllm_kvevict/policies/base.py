@@ -207,7 +207,8 @@ class StepInputs:
 class EvictionPolicy(ABC):
     """Ranks cached tokens. It does not decide how many stay, and it moves nothing.
 
-    Subclasses are frozen dataclasses: their fields are the options that a user may set.
+    Subclasses are frozen dataclasses: their fields are the options that a user may set. The engine reads their
+    properties once, when they are built (``vllm_kvevict.traits``).
 
     paper: what to cite, for the table of policies
     """
