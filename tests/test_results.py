@@ -37,6 +37,7 @@ def test_what_is_no_tensor_is_refused(result):
     ("result", "got"),
     [
         (torch.zeros(2, 4), "[2, 4] float32 on cpu"),
+        pytest.param(torch.zeros(2, 5).to_sparse(), "[2, 5] float32 on cpu, sparse_coo", id="sparse"),
         (torch.zeros(1, 5), "[1, 5] float32 on cpu"),
         (torch.zeros(5), "[5] float32 on cpu"),
         (torch.zeros(2, 5, dtype=torch.float64), "[2, 5] float64 on cpu"),

@@ -8,7 +8,7 @@ import torch
 
 
 def checked(source: str, result: object, shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Return ``result`` if it is a float32 tensor of this shape on this device; its values are not looked at.
+    """Return ``result`` if it is a dense float32 tensor of this shape on this device; its values are not looked at.
 
     source: who returned it, for the message
 
@@ -16,10 +16,12 @@ def checked(source: str, result: object, shape: Sequence[int], device: torch.dev
     """
     if not isinstance(result, torch.Tensor):
         raise TypeError(f"{source}: expected a tensor, got {type(result).__name__}")
-    if result.shape != torch.Size(shape) or result.dtype != torch.float32 or result.device != device:
+    is_fitting = result.shape == torch.Size(shape) and result.dtype == torch.float32 and result.device == device
+    if not is_fitting or result.layout != torch.strided:
+        layout = "" if result.layout == torch.strided else f", {str(result.layout).removeprefix('torch.')}"
         raise ValueError(
             f"{source}: expected {list(shape)} float32 on {device}, got {list(result.shape)} "
-            f"{str(result.dtype).removeprefix('torch.')} on {result.device}"
+            f"{str(result.dtype).removeprefix('torch.')} on {result.device}{layout}"
         )
     return result
 
