@@ -173,7 +173,12 @@ WAYS = {
 with_and_without_caching = pytest.mark.parametrize("caching", [True, False], ids=["caching", "no caching"])
 
 
-@pytest.mark.parametrize("way", WAYS)
+ON_V1 = pytest.mark.more_on_v2("on V1 engines of both runners run in every way, on V2 those that a GPU has")
+
+
+@pytest.mark.parametrize(
+    "way", [*(pytest.param(way, marks=() if "uses_v2_runner" in WAYS[way] else ON_V1) for way in WAYS)]
+)
 class TestOneRequestBlocksTheQueue:
     """Faults B1 to B4 of issue 21: the inputs with which they were found."""
 
