@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -16,10 +17,10 @@ def quoted(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
-def said(error: Exception) -> str:
-    """Return what an error says; its name if it fails to, as a third party's may."""
+def said(error: Exception, form: Callable[[Exception], str] = str) -> str:
+    """Return what an error says, or its ``repr``; its name if it fails to, as a third party's may."""
     try:
-        return str(error)
+        return form(error)
     except Exception:
         return type(error).__name__
 

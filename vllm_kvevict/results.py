@@ -14,8 +14,7 @@ def checked(source: str, result: object, shape: Sequence[int], device: torch.dev
 
     Raises TypeError if it is no tensor, ValueError if it is another one.
     """
-    if not isinstance(result, torch.Tensor):
-        raise TypeError(f"{source}: expected a tensor, got {type(result).__name__}")
+    result = _tensor(source, result)
     is_fitting = result.shape == torch.Size(shape) and result.dtype == torch.float32 and result.device == device
     if not is_fitting or result.layout != torch.strided:
         layout = "" if result.layout == torch.strided else f", {str(result.layout).removeprefix('torch.')}"
@@ -33,8 +32,7 @@ def checked_tokens(source: str, result: object, num_kv_heads: int, num_tokens: i
 
     Raises TypeError if it is no tensor, ValueError if it is another one.
     """
-    if not isinstance(result, torch.Tensor):
-        raise TypeError(f"{source}: expected a tensor, got {type(result).__name__}")
+    result = _tensor(source, result)
     is_fitting = result.ndim == 2 and len(result) == num_kv_heads and result.shape[1] and result.dtype == torch.int64
     if not is_fitting or int(result.min()) < 0 or int(result.max()) >= num_tokens:
         raise ValueError(
@@ -49,8 +47,7 @@ def checked_wish(source: str, result: object, shape: Sequence[int]) -> torch.Ten
 
     Raises TypeError if it is no tensor, ValueError if it is another one.
     """
-    if not isinstance(result, torch.Tensor):
-        raise TypeError(f"{source}: expected a tensor, got {type(result).__name__}")
+    result = _tensor(source, result)
     if result.shape != torch.Size(shape):
         raise ValueError(f"{source}: expected {list(shape)}, got {list(result.shape)}")
     wish = result.to("cpu", torch.float64)
@@ -58,3 +55,9 @@ def checked_wish(source: str, result: object, shape: Sequence[int]) -> torch.Ten
     if not torch.isfinite(wish).all() or (wish < 0).any() or not 0 < total < float("inf"):
         raise ValueError(f"{source}: expected finite numbers of at least 0, not all of them 0, got {wish.tolist()}")
     return wish
+
+
+def _tensor(source: str, result: object) -> torch.Tensor:
+    if not isinstance(result, torch.Tensor):
+        raise TypeError(f"{source}: expected a tensor, got {type(result).__name__}")
+    return result

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, replace
-from math import ceil
 from typing import TYPE_CHECKING
 
-from vllm_kvevict.cache.plan import EvictionPlan, cdiv
+from vllm_kvevict.cache.plan import EvictionPlan, budget_tokens, cdiv
 
 if TYPE_CHECKING:
     from vllm_kvevict.config import EvictionConfig
@@ -30,7 +29,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Prefill:
+class PrefillPlan:
     """How a request is evicted whose prefill begins.
 
     num_tokens:     tokens to be computed until it decodes: of its prompt, and of its answer if it was preempted
@@ -84,7 +83,7 @@ class EmptyCache:
     windows: tuple[Window, ...] = ()
     is_shared: bool = True
 
-    def plan(self, config: EvictionConfig, num_prompt: int, num_tokens: int) -> Prefill | None:
+    def plan(self, config: EvictionConfig, num_prompt: int, num_tokens: int) -> PrefillPlan | None:
         """Return how a prefill of ``num_tokens`` is evicted, None if the budget holds all of the request for ever.
 
         Only a request that evicts its answer treats that as prompt when it was preempted and starts again. Any other
@@ -92,17 +91,16 @@ class EmptyCache:
 
         num_prompt: tokens of its prompt, which the budget is a fraction of
         """
-        method, auto, schedule = config.method(), config.auto_budget(), config.method().schedule
+        method, auto = config.method(), config.auto_budget()
+        schedule = method.schedule
         whole = num_prompt + schedule.num_deferred
-        # rounded first: 0.07 * 1600 is a little more than 112
-        most = config.most_kept
-        budget = most if isinstance(most, int) else ceil(round(most * whole, 6))
+        budget = budget_tokens(whole, config.most_kept)
         sizes = (num_tokens if schedule.evicts_answer else num_prompt, budget, self.block_size, method.min_tokens)
         eviction = schedule.first_eviction(*sizes) if auto is None else auto.plan(whole, self.block_size)
         if eviction is None:
             return None
         # vLLM pads a step of one token with drafts, which would be evicted where that token ends the prefill
-        prefill = Prefill(num_tokens, eviction, schedule.evicts_answer, num_last=2 if self.num_drafts else 1)
+        prefill = PrefillPlan(num_tokens, eviction, schedule.evicts_answer, num_last=2 if self.num_drafts else 1)
         if schedule.between_chunks:
             prefill = replace(prefill, chunk=self.chunk, num_kept=schedule.blocks_between_chunks(*sizes))
         # fresh blocks are for the prefix cache's sake
@@ -117,14 +115,14 @@ class EmptyCache:
             return replace(prefill, chunk=min(num_free * self.block_size, self.chunk), num_kept=num_kept)
         return prefill
 
-    def num_needed(self, prefill: Prefill | None, num_tokens: int) -> int:
+    def num_needed(self, prefill: PrefillPlan | None, num_tokens: int) -> int:
         """Return the most blocks that a request holds until ``num_tokens`` of it are computed.
 
         prefill: how it is evicted; None: it is kept whole
         """
         return self.num_held(prefill, num_tokens) + self._num_in_windows(num_tokens)
 
-    def num_held(self, prefill: Prefill | None, num_tokens: int) -> int:
+    def num_held(self, prefill: PrefillPlan | None, num_tokens: int) -> int:
         """Return ``num_needed`` of layers that are evicted."""
         whole = self._num_blocks(num_tokens)
         if prefill is None:
@@ -145,11 +143,11 @@ class EmptyCache:
             return max(before, eviction.num_full_blocks + 2)
         return max(before, whole - eviction.num_blocks + max(eviction.num_kept_blocks, prefill.num_kept + 1))
 
-    def fits(self, prefill: Prefill | None, num_tokens: int) -> bool:
+    def fits(self, prefill: PrefillPlan | None, num_tokens: int) -> bool:
         """Return whether a request can hold what it needs until ``num_tokens`` of it are computed."""
         return self.num_needed(prefill, num_tokens) <= self.num_blocks
 
-    def longest(self, prefill: Prefill | None) -> int:
+    def longest(self, prefill: PrefillPlan | None) -> int:
         """Return the most tokens, up to ``max_tokens``, of which a request can hold what it needs."""
         return bisect_right(range(self.max_tokens), self.num_blocks, key=lambda n: self.num_needed(prefill, n + 1))
 

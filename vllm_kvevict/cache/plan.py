@@ -97,9 +97,14 @@ def plan_per_token(num_tokens: int, budget: int | float, block_size: int, min_to
 
 def budget_blocks(num_tokens: int, budget: int | float, block_size: int, min_tokens: int, during_decode: bool) -> int:
     """Return the blocks that a request of ``num_tokens`` may hold; the arguments are those of ``plan_eviction``."""
+    kept = cdiv(budget_tokens(num_tokens, budget), block_size)
+    return max(kept, min_kept_blocks(min_tokens, block_size, during_decode))
+
+
+def budget_tokens(num_tokens: int, budget: int | float) -> int:
+    """Return the tokens that ``budget`` is, of ``num_tokens`` if it is a fraction."""
     # rounded first: 0.07 * 1600 is a little more than 112
-    budget_tokens = budget if isinstance(budget, int) else math.ceil(round(budget * num_tokens, 6))
-    return max(cdiv(budget_tokens, block_size), min_kept_blocks(min_tokens, block_size, during_decode))
+    return budget if isinstance(budget, int) else math.ceil(round(budget * num_tokens, 6))
 
 
 def min_kept_blocks(min_tokens: int, block_size: int, during_decode: bool = False) -> int:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
+from vllm_kvevict.quoted import said
+
 logger = logging.getLogger("vllm.kvevict")
 
 _P = ParamSpec("_P")
@@ -50,7 +52,7 @@ class Failures:
         except Exception as error:  # and not what ends a process: vLLM's handler of signals raises SystemExit
             failed = list(req_ids)
             logger.exception("%s failed, and with it %s", doing, ", ".join(failed))
-            text = _text_of(error)  # the error itself would hold the tensors of its traceback
+            text = said(error, repr)  # the error itself would hold the tensors of its traceback
             for req_id in failed:
                 self.note(req_id, text)
 
@@ -76,10 +78,3 @@ class Failures:
         """A request has ended, or starts again."""
         self._raised.pop(req_id, None)
         self._settled.discard(req_id)
-
-
-def _text_of(error: Exception) -> str:
-    try:
-        return repr(error)
-    except Exception:  # it may be a third party's, too
-        return type(error).__name__

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from vllm_kvevict.cache.fit import Prefill
+from vllm_kvevict.cache.fit import PrefillPlan
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.config import AUTO, EvictionConfig
 from vllm_kvevict.engine.step import ChunkEnd, PrefillEnd, StepEvictions
@@ -84,7 +84,7 @@ class RequestLife:
 
     config: EvictionConfig
     method: Method
-    prefill: Prefill
+    prefill: PrefillPlan
     state: State = State.WAITING
     num_tokens: int = 0
     evictions: list[EvictionPlan] = field(default_factory=list)
@@ -127,16 +127,15 @@ class RequestLife:
     def max_cached_tokens(self) -> int:
         """Tokens that may come from the prefix cache: none that will be rewritten, and none that a policy looks at."""
         prefill, window = self.prefill, self.method.query_window
-        if (
-            Need.ALL_QUERIES in traits_of(self.method.policy).needs or self.config.budget == AUTO
-        ):  # all of the prompt is looked at
+        needs = traits_of(self.method.policy).needs
+        if Need.ALL_QUERIES in needs or self.config.budget == AUTO:  # all of the prompt is looked at
             return 0
         most = min(self.num_shared_tokens, prefill.eviction.num_tokens - max(window, prefill.num_last))
         if prefill.between_chunks:  # a longer hit would have to be held at once, and the first eviction may follow it
             most = min(most, prefill.num_kept * prefill.eviction.block_size - window)
         return max(most, 0)
 
-    def start(self, prefill: Prefill) -> None:
+    def start(self, prefill: PrefillPlan) -> None:
         """A prefill is about to begin: the first one, or once more after a preemption."""
         if self.state not in (State.WAITING, State.PREEMPTED):
             raise IllegalTransitionError(f"a request that is {self.state.value} cannot start a prefill")
@@ -175,7 +174,7 @@ class RequestLife:
         due, num_tokens = self.prefill.eviction, self.num_tokens
         if num_tokens > due.num_tokens:
             raise IllegalTransitionError(f"a step ends at {num_tokens} tokens, an eviction was due at {due.num_tokens}")
-        plan = due if num_tokens == due.num_tokens else self._chunk_plan(num_tokens)
+        plan = self._first_plan(num_tokens)
         if plan is not None:
             release = Release(plan.num_tokens, 0, plan.first_kept_block + len(self.fresh_blocks), self.fresh_blocks)
             self._evict(plan, release)
@@ -208,11 +207,14 @@ class RequestLife:
         self.num_pending += 1
         self._enter(State.EVICTING)
 
-    def _chunk_plan(self, num_tokens: int) -> EvictionPlan | None:
-        """Return the plan of a first eviction at the end of a chunk of the prompt, None if it needs none."""
+    def _first_plan(self, num_tokens: int) -> EvictionPlan | None:
+        """Return the plan of a first eviction in a step that ends at ``num_tokens``, None if it needs none."""
+        due = self.prefill.eviction
+        if num_tokens >= due.num_tokens:
+            return due
         if not self.prefill.between_chunks or num_tokens >= self.prefill.num_tokens:
             return None
-        block_size = self.prefill.eviction.block_size
+        block_size = due.block_size
         num_kept = self.prefill.num_kept + (num_tokens % block_size > 0)
         return EvictionPlan(num_tokens, num_kept, block_size) if num_kept < cdiv(num_tokens, block_size) else None
 
@@ -226,8 +228,7 @@ class RequestLife:
         """Return how many fresh blocks a step needs that computes the request up to ``num_tokens``."""
         if self.prefill.in_place or self.fresh_blocks or self.evictions:
             return 0
-        due = self.prefill.eviction
-        plan = due if num_tokens >= due.num_tokens else self._chunk_plan(num_tokens)
+        plan = self._first_plan(num_tokens)
         return 0 if plan is None else plan.num_full_blocks
 
     def reuses_last_block(self, num_tokens: int, num_blocks: int) -> bool:

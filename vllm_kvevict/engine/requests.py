@@ -11,7 +11,7 @@ from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from vllm_kvevict.cache.fit import EmptyCache, Prefill, Window
+from vllm_kvevict.cache.fit import EmptyCache, PrefillPlan, Window
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.flags import FIELD
 from vllm_kvevict.engine.lookahead import check_lookahead
@@ -198,7 +198,7 @@ def _check(vllm_config: VllmConfig, options: Mapping[str, Any], prompt: PromptFa
         raise VLLMValidationError(str(error)) from None
 
 
-def check_fits(cache: EmptyCache, prefill: Prefill | None, num_tokens: int) -> None:
+def check_fits(cache: EmptyCache, prefill: PrefillPlan | None, num_tokens: int) -> None:
     """Raise ValueError for a prompt of ``num_tokens`` that would wait for ever.
 
     prefill: how it is evicted; None: it is kept whole

@@ -135,12 +135,13 @@ class EvictionMixin(Scheduler):
         """
         prefill = None if life is None else life.prefill
         check_fits(self._cache, prefill, request.num_prompt_tokens)
-        most = self._cache.longest(prefill) + 1 - request.num_prompt_tokens  # the last token is never computed
-        if most < min(request.max_tokens, self.max_model_len - request.num_prompt_tokens):
-            request.max_tokens = most
-            self._capped.add(request.request_id)
-        else:
+        # the last token is never computed
+        wanted = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len) - 1
+        if self._cache.fits(prefill, wanted):
             self._capped.discard(request.request_id)
+        else:
+            request.max_tokens = self._cache.longest(prefill) + 1 - request.num_prompt_tokens
+            self._capped.add(request.request_id)
 
     def _update_request_as_session(self, session: Request, update: Any) -> None:
         super()._update_request_as_session(session, update)
