@@ -14,9 +14,10 @@ from vllm_kvevict.budgets import ALLOCATORS
 from vllm_kvevict.cache.plan import min_kept_blocks
 from vllm_kvevict.calibration.auto_budget import AutoBudget
 from vllm_kvevict.calibration.curve import Calibration
+from vllm_kvevict.errors import ends_process, said
 from vllm_kvevict.evictor import Method
 from vllm_kvevict.policies import POLICIES
-from vllm_kvevict.quoted import quoted, said
+from vllm_kvevict.quoted import quoted
 from vllm_kvevict.registry import Registry
 from vllm_kvevict.request_options import (
     ALL,
@@ -338,7 +339,9 @@ def _built(registry: Registry[Any], cls: Any, name: str, options_json: str, fiel
         return built
     except ValueError:
         raise
-    except Exception as error:  # any: the class may be another package's
+    except BaseException as error:  # any: the class may be another package's
+        if ends_process(error):
+            raise
         raise ValueError(f"{field_name}: {registry.kind} {name!r}: {said(error)}") from None
 
 

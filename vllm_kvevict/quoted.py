@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -15,14 +14,6 @@ def quoted(value: object) -> str:
     """Return ``repr(value)``, cut to 200 characters; costs no more for a value of any size."""
     text = _SHORT.repr(value)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
-
-
-def said(error: Exception, form: Callable[[Exception], str] = str) -> str:
-    """Return what an error says, or its ``repr``; its name if it fails to, as a third party's may."""
-    try:
-        return form(error)
-    except Exception:
-        return type(error).__name__
 
 
 class _Short(reprlib.Repr):

@@ -9,6 +9,7 @@ from functools import cached_property
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
+from vllm_kvevict.errors import ends_process
 from vllm_kvevict.quoted import LONGEST_NAME, quoted
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,9 @@ class Registry(Generic[Base]):
             try:
                 self._add(name, self._entry_points[name].load())
                 return self._classes[name]
-            except Exception as error:  # any: the package is not ours
+            except BaseException as error:  # any: the package is not ours
+                if ends_process(error):
+                    raise
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 self._broken[name] = f"{self.kind} {name!r} of another package cannot be used: {reason[:300]}"
         raise ValueError(self._broken[name])

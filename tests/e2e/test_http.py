@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 import pytest
 from openai import BadRequestError, OpenAI
 
-from tests.e2e.conftest import BUDGET, evictions_by_policy
+from tests.e2e.conftest import BUDGET, ENGINE, ENV, evictions_by_policy
 from tests.e2e.prompts import long_text
 from tools.server import Server, ServerError
 
@@ -273,6 +273,31 @@ def test_sixteen_requests_at_once_streamed_aborted_whole_and_evicted(server: Ser
     assert len(answers) == 16 and all(answers)
     wait_until_idle(server)
     assert server.is_healthy()
+
+
+@pytest.mark.more("a server of its own; tests/engine/test_what_fits.py draws such requests in the engine")
+def test_a_budget_beyond_the_cache_blocks_nobody(smollm2: Path, tmp_path: Path) -> None:
+    """25 blocks of 32 tokens: one client's wider budget is served alone, one that cannot be is a 400 that says why."""
+    flags = ["--kv-eviction", "snapkv", "--kv-budget", "256", "--kv-evict-during-prefill", "--max-model-len", "4096"]
+    flags += ["--max-num-batched-tokens", "256", "--num-gpu-blocks-override", "26"]
+    with Server(smollm2, tmp_path / "log", *flags, *ENGINE, env=ENV) as server:
+        client = OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0, timeout=60)
+
+        def ask(num_tokens: int, **options: int) -> str | None:
+            prompt = list(range(1000, 1000 + num_tokens))
+            answer = client.completions.create(
+                model="model", prompt=prompt, max_tokens=4, temperature=0, extra_body={"vllm_xargs": options}
+            )
+            return answer.choices[0].finish_reason
+
+        assert ask(3000) == "length"
+        with ThreadPoolExecutor(4) as pool:
+            wide = [pool.submit(ask, 1000, kv_budget=budget) for budget in (320, 384, 704)]
+            behind = pool.submit(ask, 50)
+        assert behind.result() == "length"
+        for answer in wide:
+            print(repr(answer.exception()) if answer.exception() else answer.result())
+        wait_until_idle(server)
 
 
 def test_a_server_with_wrong_flags_ends_with_one_clear_line(smollm2: Path, tmp_path: Path) -> None:

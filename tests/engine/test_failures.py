@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +93,12 @@ class _FailingUnprintably(_Failing):
 
 
 @dataclass(frozen=True)
+class _Quitting(_Failing):
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        sys.exit("this file is missing")
+
+
+@dataclass(frozen=True)
 class _Ahead(_Failing):
     """It looks ahead from tokens that the prompt does not have, or from another number of them in every layer."""
 
@@ -167,6 +174,7 @@ FAILURES = [
     {"kv_budget_allocator": "failing"},
     {"kv_budget_allocator": "wrong"},
     {"kv_eviction": "unprintable"},
+    {"kv_eviction": "quitting"},
     {"kv_eviction": "ahead"},
     {"kv_eviction": "too_far"},
     {"kv_eviction": "wrong_sums", "kv_evict_during_decode": 1},
@@ -180,6 +188,7 @@ POLICY_CLASSES = {
     "wrong_late": _WrongLate,
     "wrong_sums": _WrongSums,
     "unprintable": _FailingUnprintably,
+    "quitting": _Quitting,
     "ahead": _Ahead,
     "too_far": _TooFar,
     "moody": _Moody,

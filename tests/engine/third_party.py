@@ -33,6 +33,10 @@ class MuteError(Exception):
     __repr__ = __str__
 
 
+class Refusal(BaseException):
+    """It is no Exception: test frameworks and libraries for concurrency raise such."""
+
+
 ERRORS = [
     ZeroDivisionError,
     ValueError,
@@ -45,6 +49,9 @@ ERRORS = [
     MemoryError,
     torch.OutOfMemoryError,
     MuteError,
+    SystemExit,
+    GeneratorExit,
+    Refusal,
 ]
 WRONG_VALUES = [None, "8", -3, 2.5, float("nan"), 200, [], (1, 2), torch.zeros(2, 3)]
 NO_TENSORS = [None, "scores", 1.0, [[1.0]]]
@@ -80,7 +87,7 @@ class Fault:
     method: str
     call: int
     lasts: bool
-    error: type[Exception] | None
+    error: type[BaseException] | None
     wrong: int
     rank: int | None
     num_calls: int = 0

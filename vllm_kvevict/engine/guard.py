@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
-from vllm_kvevict.quoted import said
+from vllm_kvevict.errors import ends_process, said
 
 logger = logging.getLogger("vllm.kvevict")
 
@@ -49,7 +49,9 @@ class Failures:
         """
         try:
             yield
-        except Exception as error:  # and not what ends a process: vLLM's handler of signals raises SystemExit
+        except BaseException as error:
+            if ends_process(error):
+                raise
             failed = list(req_ids)
             logger.exception("%s failed, and with it %s", doing, ", ".join(failed))
             text = said(error, repr)  # the error itself would hold the tensors of its traceback

@@ -27,7 +27,7 @@ from vllm_kvevict.engine.metrics import EvictionRecord, Gauges, pack
 from vllm_kvevict.engine.requests import check_config, check_fits, check_prompt, empty_cache, request_config
 from vllm_kvevict.engine.spec import EvictionManager, PrivateBlocks, cache_hits_up_to
 from vllm_kvevict.engine.step import REPORTS, STEP, EvictionReport, PrefillEnd, StepEvictions
-from vllm_kvevict.quoted import said
+from vllm_kvevict.errors import ends_process, said
 
 logger = logging.getLogger("vllm.kvevict")
 
@@ -103,7 +103,9 @@ class EvictionMixin(Scheduler):
         try:
             life = self._life(request)
             self._limit_answer(request, life)
-        except Exception as error:  # of the options, or of a third party's policy that they name
+        except BaseException as error:  # of the options, or of a third party's policy that they name
+            if ends_process(error):
+                raise
             self._end_with_error(request.request_id, "kv_eviction_refused", said(error))
             return
         if life is not None:
