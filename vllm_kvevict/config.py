@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
+from inspect import isabstract
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -14,7 +15,6 @@ from vllm_kvevict.budgets import ALLOCATORS
 from vllm_kvevict.cache.plan import min_kept_blocks
 from vllm_kvevict.calibration.auto_budget import AutoBudget
 from vllm_kvevict.calibration.curve import Calibration
-from vllm_kvevict.errors import ends_process, said
 from vllm_kvevict.evictor import Method
 from vllm_kvevict.policies import POLICIES
 from vllm_kvevict.quoted import quoted
@@ -39,7 +39,8 @@ from vllm_kvevict.request_options import (
     checked_name,
 )
 from vllm_kvevict.schedule import DuringDecode, Schedule
-from vllm_kvevict.traits import settle, traits_of
+from vllm_kvevict.third_party import apart, ends_process, said
+from vllm_kvevict.traits import per_token_policies, settle, traits_of
 
 __all__ = ["AUTO", "EvictionConfig"]
 
@@ -196,8 +197,8 @@ class EvictionConfig(BaseModel):
             raise ValueError(
                 f"kv_budget: expected at least {smallest} tokens, since blocks hold {block_size} and {self.policy!r} "
                 f"needs {method.min_tokens} tokens in every head ({method.num_protected} protected, "
-                f"{method.query_window} observed){new_tokens}; got {self.budget}. Raise the budget, or lower "
-                f"num_sink, num_recent or the policy's window"
+                f"{method.query_window} observed){new_tokens}; got {self.budget}. Raise the budget, or start the "
+                f"server with a lower num_sink, num_recent or window of the policy"
             )
 
     def for_request(self, options: Mapping[str, Any] | None, block_size: int) -> EvictionConfig | None:
@@ -267,8 +268,8 @@ def _method(config: EvictionConfig) -> Method:
     if (evicts_answer or config.during_prefill) and not traits.supports_decode:
         option = REQUEST_DURING_DECODE if evicts_answer else REQUEST_DURING_PREFILL
         raise ValueError(
-            f"{option}: policy {config.policy!r} ranks the tokens of a whole prompt, once; leave the "
-            f"option out, or choose another policy"
+            f"{option}: policy {config.policy!r} ranks the tokens of a whole prompt, once; say {option} false, or "
+            f"choose another policy"
         )
     per_token = config.interval == 1
     if per_token and not evicts_answer:
@@ -277,10 +278,9 @@ def _method(config: EvictionConfig) -> Method:
             f"itself; say {REQUEST_DURING_DECODE} true, or leave the option out"
         )
     if per_token and not traits.supports_per_token:
-        able = ", ".join(name for name in POLICIES.names() if POLICIES.get(name).supports_per_token())
         raise ValueError(
             f"{REQUEST_INTERVAL}: policy {config.policy!r} evicts from an answer a block at a time; leave the option "
-            f"out, or choose one of {able}"
+            f"out, or choose one of {', '.join(per_token_policies())}"
         )
     if config.during_prefill and traits.num_deferred:
         raise ValueError(
@@ -324,25 +324,34 @@ def _build(registry: Registry[Any], name: str, options: Mapping[str, Any], field
 
 @cache
 def _built(registry: Registry[Any], cls: Any, name: str, options_json: str, field_name: str) -> Any:
+    what = f"{registry.kind} {name!r}"
+    named_by = REQUEST_POLICY if registry is POLICIES else REQUEST_ALLOCATOR
     if not (isinstance(cls, type) and is_dataclass(cls)):
-        raise ValueError(f"{field_name}: {registry.kind} {name!r} must be a dataclass, whose fields are its options")
-    options = json.loads(options_json)
-    allowed = [f.name for f in fields(cls)]
-    unknown = [option for option in options if option not in allowed]
-    if unknown:
+        raise ValueError(f"{named_by}: {what} must be a dataclass, whose fields are its options")
+    if isabstract(cls):
         raise ValueError(
-            f"{field_name}: {registry.kind} {name!r} takes {', '.join(allowed) or 'no options'}; got {unknown[0]!r}"
+            f"{named_by}: {what} has no {', '.join(sorted(cls.__abstractmethods__))}, which it must define"
         )
+    options = json.loads(options_json)
+    allowed = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls)}
+    for option in options:
+        if option not in allowed:
+            raise ValueError(f"{field_name}: {what} takes {', '.join(allowed) or 'no options'}; got {option!r}")
+    for option, is_required in allowed.items():
+        if is_required and option not in options:
+            where = f"{field_name} of --kv-eviction-config"
+            raise ValueError(f"{named_by}: {what} needs {option!r}, which is given when the server starts, in {where}")
     try:
-        built = cls(**options)
-        settle(built)
+        with apart:
+            built = cls(**options)
+            settle(built)
         return built
     except ValueError:
         raise
     except BaseException as error:  # any: the class may be another package's
-        if ends_process(error):
+        if ends_process():
             raise
-        raise ValueError(f"{field_name}: {registry.kind} {name!r}: {said(error)}") from None
+        raise ValueError(f"{field_name}: {what}: {said(error)}") from None
 
 
 _LIMITS = {ALL: RequestOptions(), NONE: RequestOptions(options=[])}

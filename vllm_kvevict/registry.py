@@ -9,8 +9,8 @@ from functools import cached_property
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from vllm_kvevict.errors import ends_process
 from vllm_kvevict.quoted import LONGEST_NAME, quoted
+from vllm_kvevict.third_party import ends_process, said
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +108,9 @@ class Registry(Generic[Base]):
                 self._add(name, self._entry_points[name].load())
                 return self._classes[name]
             except BaseException as error:  # any: the package is not ours
-                if ends_process(error):
+                if ends_process():
                     raise
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                reason = " ".join(f"{type(error).__name__}: {said(error)}".split())
                 self._broken[name] = f"{self.kind} {name!r} of another package cannot be used: {reason[:300]}"
         raise ValueError(self._broken[name])
 

@@ -4,12 +4,15 @@ raise, or say something else the next time, and the engine asks at places where 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_kvevict.budgets import BudgetAllocator
+from vllm_kvevict.policies import POLICIES
 from vllm_kvevict.policies.base import EvictionPolicy, Need
 from vllm_kvevict.quoted import quoted
+from vllm_kvevict.third_party import ends_process
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,17 @@ class AllocatorTraits:
     def of(cls, allocator: BudgetAllocator) -> AllocatorTraits:
         """Raises ValueError for a property that is none of its kind, and whatever the allocator raises."""
         return cls(_number(allocator, "query_window"))
+
+
+def per_token_policies() -> Iterator[str]:
+    """Yield the names of the policies that can evict token by token with their default options."""
+    for name in POLICIES.names():
+        try:
+            if POLICIES.get(name).supports_per_token():
+                yield name
+        except BaseException:  # a third party's: it cannot be imported, or does not say
+            if ends_process():
+                raise
 
 
 # by identity: an option of a third party's class may be a list, which has no hash

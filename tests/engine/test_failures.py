@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from vllm.v1.engine import EngineCoreOutput
@@ -155,6 +156,26 @@ class _Listing(_FailingLate):
 
 
 @dataclass(frozen=True)
+class _Seeding(_FailingLate):
+    """It raises nothing."""
+
+    seeds: ClassVar[bool] = False
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        return self._seeded(torch.zeros(inputs.num_kv_heads, inputs.kv_len))
+
+    def score_step(self, inputs: StepInputs) -> torch.Tensor:
+        return self._seeded(inputs.positions.float())
+
+    def _seeded(self, scores: torch.Tensor) -> torch.Tensor:
+        if _Seeding.seeds:
+            torch.manual_seed(0)
+            np.random.seed(0)
+            torch.set_default_device("meta")
+        return scores
+
+
+@dataclass(frozen=True)
 class _FailingAllocator(BudgetAllocator):
     def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
         raise ZeroDivisionError("a bug in somebody's allocator")
@@ -194,6 +215,7 @@ POLICY_CLASSES = {
     "moody": _Moody,
     "speechless": _Speechless,
     "listing": _Listing,
+    "seeding": _Seeding,
 }
 ALLOCATOR_CLASSES = {"failing": _FailingAllocator, "wrong": _WrongWish}
 CALIBRATION = {"snapkv": {"alpha": 10.0, "beta": -74.0}}
@@ -328,6 +350,23 @@ def test_a_policy_that_fails_token_by_token_ends_its_requests_at_once(running: E
     assert 5 <= len(outputs[failing].outputs[0].token_ids) <= 7
     assert list(outputs[other].outputs[0].token_ids) == expected
     running.check_all_free()
+
+
+def test_a_policy_that_seeds_changes_no_answer_of_others(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sampled(seeds: bool) -> list[list[int]]:
+        monkeypatch.setattr(_Seeding, "seeds", seeds)
+        torch.manual_seed(7)
+        np.random.seed(7)
+        running.add(random_prompt(300, seed=9), max_tokens=40, extra_args={"kv_eviction": "seeding", **BY_TOKEN})
+        running.step()
+        running.step()
+        names = [running.add(random_prompt(60, seed=each), max_tokens=20, temperature=2.0) for each in (1, 2)]
+        outputs = running.run()
+        return [list(outputs[name].outputs[0].token_ids) for name in names]
+
+    answers = sampled(seeds=False)
+    assert sampled(seeds=True) == answers
+    assert all(len(set(answer)) > 10 for answer in answers)
 
 
 @pytest.mark.parametrize(

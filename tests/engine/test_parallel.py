@@ -75,7 +75,9 @@ def check_only_they_end(llm: LLM, failing: dict[str, list[dict[str, int]]]) -> N
         {"kv_eviction": f"{where}_{when}", **each} for when, of in failing.items() for where in WHERE for each in of
     ]
     prompts = [{"prompt_token_ids": random_prompt(length, seed=length)} for length in (400, 60)]
-    prompts += [{"prompt_token_ids": random_prompt(700, seed=index)} for index in range(len(options) - 2)]
+    # several chunks only where something happens between them; both answers soon go beyond a block
+    lengths = [700 if "kv_evict_during_prefill" in each else 220 for each in options[2:]]
+    prompts += [{"prompt_token_ids": random_prompt(length, seed=index)} for index, length in enumerate(lengths)]
     settings = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "detokenize": False}
     params = [SamplingParams(**settings, extra_args=each) for each in options]
     alone = [llm.generate([prompts[index]], params[index], use_tqdm=False)[0].outputs[0] for index in (0, 1)]

@@ -215,7 +215,10 @@ class EvictionBridge:
             known_bytes = self.residents.num_bytes
             self.residents.settle(compaction, eviction.plan, eviction.block_ids, prefill.take_states())
             if self.residents.num_bytes > known_bytes:
-                logger.info("What the slots of answers hold is noted in %.1f MiB", self.residents.num_bytes / 2**20)
+                logger.info(
+                    "Eviction during decode notes the tokens of answers, in %.1f MiB beside the KV cache",
+                    self.residents.num_bytes / 2**20,
+                )
             if eviction.next_victims is not None:
                 self._go_token_by_token(req_id, eviction.plan, eviction.next_victims)
 
@@ -369,7 +372,10 @@ class EvictionBridge:
             is_first = self.ring.num_bytes == 0
             self.ring.write(layer, query, rows.remembered)
             if is_first:
-                logger.info("The last queries of answers take %.1f MiB", self.ring.num_bytes / 2**20)
+                logger.info(
+                    "Eviction during decode keeps the last queries of answers, in %.1f MiB beside the KV cache",
+                    self.ring.num_bytes / 2**20,
+                )
         self._replacing.choose(rows.replacements, layer, self._weights)
 
     def observe(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
-from vllm_kvevict.errors import ends_process, said
+from vllm_kvevict.third_party import apart, ends_process, said, with_traceback
 
 logger = logging.getLogger("vllm.kvevict")
 
@@ -48,12 +48,13 @@ class Failures:
         doing: what it is, for the log
         """
         try:
-            yield
+            with apart:
+                yield
         except BaseException as error:
-            if ends_process(error):
+            if ends_process():
                 raise
             failed = list(req_ids)
-            logger.exception("%s failed, and with it %s", doing, ", ".join(failed))
+            logger.error("%s failed, and with it %s:\n%s", doing, ", ".join(failed), with_traceback(error))
             text = said(error, repr)  # the error itself would hold the tensors of its traceback
             for req_id in failed:
                 self.note(req_id, text)

@@ -79,13 +79,16 @@ def _switch_on(config: EvictionConfig, vllm_config: VllmConfig) -> None:
     process_metrics().announce(config.policy, config.allocator_name)
     logger.info(
         "KV eviction is on: policy=%s, budget=%s, allocator=%s, num_sink=%d, num_recent=%d, during_decode=%s, "
-        "block_size=%d",
+        "during_prefill=%s, interval=%s, request_options=%s, block_size=%d",
         method.policy,
         config.budget,
         method.allocator,
         method.num_sink,
         method.num_recent,
         method.schedule.evicts_answer,
+        method.schedule.between_chunks,
+        config.interval or vllm_config.cache_config.block_size,
+        config.request_options,
         vllm_config.cache_config.block_size,
     )
     if not current_platform.is_cpu():

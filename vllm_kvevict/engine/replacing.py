@@ -8,8 +8,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.engine.guard import Failures
 from vllm_kvevict.engine.model import ModelWeights
-from vllm_kvevict.errors import ends_process
 from vllm_kvevict.evictor import Method
+from vllm_kvevict.third_party import ends_process
 from vllm_kvevict.token_evictor import Peers, Replacement, TokenEvictor
 from vllm_kvevict.traits import traits_of
 
@@ -84,7 +84,7 @@ class Replacing:
 def _are_equal(one: Method, other: Method) -> bool:
     try:
         return one is other or one == other
-    except BaseException as error:  # a third party's options may be tensors, whose equality is no truth value
-        if ends_process(error):
+    except BaseException:  # a third party's options may be tensors, whose equality is no truth value
+        if ends_process():
             raise
         return False

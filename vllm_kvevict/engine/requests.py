@@ -19,6 +19,7 @@ from vllm_kvevict.engine.metrics import UNKNOWN_OPTION, process_metrics
 from vllm_kvevict.engine.model import check_needs, evicted_models, windows_of
 from vllm_kvevict.request_options import (
     AUTO,
+    NONE,
     REQUEST_BUDGET,
     REQUEST_DURING_DECODE,
     REQUEST_DURING_PREFILL,
@@ -154,6 +155,7 @@ def with_checked_body(check_model: Callable[..., Any]) -> Callable[..., Any]:
     async def wrapper(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         error = await check_model(self, request, *args, **kwargs)
         if error is None:
+            _check_place(getattr(request, "model_extra", None) or {})
             _check(self.engine_client.vllm_config, getattr(request, "vllm_xargs", None) or {})
         return error
 
@@ -171,6 +173,16 @@ def _facts(prompt: Any) -> PromptFacts:
     embeds = prompt.get("prompt_embeds")
     num_tokens = len(prompt.get("prompt_token_ids") or (() if embeds is None else embeds))
     return PromptFacts(num_tokens, embeds is not None, any((prompt.get("mm_placeholders") or {}).values()))
+
+
+def _check_place(unread: Mapping[str, Any]) -> None:
+    """Raise what vLLM answers with a 400 if one of our options is among what it does not read of a request's body."""
+    for option in REQUEST_OPTIONS:
+        if option in unread:
+            process_metrics().refusals.labels(option).inc()
+            raise VLLMValidationError(
+                f"{option}: expected in {VLLM_FIELD}, got it beside; say {VLLM_FIELD} = {{{option!r}: ...}}"
+            )
 
 
 def _check(vllm_config: VllmConfig, options: Mapping[str, Any], prompt: PromptFacts = PromptFacts()) -> None:
@@ -192,27 +204,35 @@ def _check(vllm_config: VllmConfig, options: Mapping[str, Any], prompt: PromptFa
             check_prompt(config, prompt.has_embeds, prompt.has_images)
         if cache is not None:
             prefill = None if config is None else cache.plan(config, prompt.num_tokens, prompt.num_tokens)
-            check_fits(cache, prefill, prompt.num_tokens)
+            check_fits(cache, prefill, prompt.num_tokens, by_request=config is None)
     except ValueError as error:
         process_metrics().refusals.labels(_option_named_in(str(error))).inc()
         raise VLLMValidationError(str(error)) from None
 
 
-def check_fits(cache: EmptyCache, prefill: PrefillPlan | None, num_tokens: int) -> None:
+def says_none(params: SamplingParams | None) -> bool:
+    """Whether a request asks for no eviction."""
+    return _options(params).get(REQUEST_POLICY) == NONE
+
+
+def check_fits(cache: EmptyCache, prefill: PrefillPlan | None, num_tokens: int, by_request: bool) -> None:
     """Raise ValueError for a prompt of ``num_tokens`` that would wait for ever.
 
-    prefill: how it is evicted; None: it is kept whole
+    prefill:    how it is evicted; None: it is kept whole
+    by_request: whether that is what the request has asked for
 
     vLLM itself makes sure that the longest one fits, unless the server's own requests need no more than a part of it.
     """
     num_needed = cache.num_needed(prefill, num_tokens)
     if num_needed > cache.num_blocks:
-        option, remedy = REQUEST_DURING_PREFILL, f"let it be evicted, with {REQUEST_DURING_PREFILL}"
-        if prefill is not None and prefill.between_chunks:
-            option, remedy = REQUEST_BUDGET, "lower kv_budget"
+        option, remedy = REQUEST_BUDGET, f"lower {REQUEST_BUDGET}"
+        if by_request:
+            option, remedy = REQUEST_POLICY, f"leave {REQUEST_POLICY} out"
+        elif prefill is not None and not prefill.between_chunks:
+            option, remedy = REQUEST_DURING_PREFILL, f"let it be evicted between its chunks: {REQUEST_DURING_PREFILL}"
         raise ValueError(
             f"{option}: a prompt of {num_tokens} tokens needs {num_needed} blocks with these options, and the KV cache "
-            f"has {cache.num_blocks}; {remedy}"
+            f"has {cache.num_blocks}, beside one that vLLM keeps; {remedy}"
         )
 
 

@@ -24,10 +24,10 @@ from vllm_kvevict.engine.draft import split_draft_layers
 from vllm_kvevict.engine.install import eviction_config
 from vllm_kvevict.engine.life import RequestLife, State
 from vllm_kvevict.engine.metrics import EvictionRecord, Gauges, pack
-from vllm_kvevict.engine.requests import check_config, check_fits, check_prompt, empty_cache, request_config
+from vllm_kvevict.engine.requests import check_config, check_fits, check_prompt, empty_cache, request_config, says_none
 from vllm_kvevict.engine.spec import EvictionManager, PrivateBlocks, cache_hits_up_to
 from vllm_kvevict.engine.step import REPORTS, STEP, EvictionReport, PrefillEnd, StepEvictions
-from vllm_kvevict.errors import ends_process, said
+from vllm_kvevict.third_party import ends_process, said
 
 logger = logging.getLogger("vllm.kvevict")
 
@@ -104,7 +104,7 @@ class EvictionMixin(Scheduler):
             life = self._life(request)
             self._limit_answer(request, life)
         except BaseException as error:  # of the options, or of a third party's policy that they name
-            if ends_process(error):
+            if ends_process():
                 raise
             self._end_with_error(request.request_id, "kv_eviction_refused", said(error))
             return
@@ -136,7 +136,7 @@ class EvictionMixin(Scheduler):
         Raises ValueError if it cannot hold the prompt.
         """
         prefill = None if life is None else life.prefill
-        check_fits(self._cache, prefill, request.num_prompt_tokens)
+        check_fits(self._cache, prefill, request.num_prompt_tokens, says_none(request.sampling_params))
         # the last token is never computed
         wanted = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len) - 1
         if self._cache.fits(prefill, wanted):
@@ -206,7 +206,8 @@ class EvictionMixin(Scheduler):
             if request.num_output_tokens >= request.max_tokens:
                 self._num_cut_short += 1
                 logger.warning(
-                    "request %s: its answer ends after %d tokens, the KV cache can hold no more of it",
+                    "request %s: its answer ends after %d tokens, the KV cache can hold no more of it; within its "
+                    "budget an answer goes on with --kv-evict-during-decode",
                     request.request_id,
                     request.num_output_tokens,
                 )

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 
+import numpy as np
 import pytest
+import torch
 
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.guard import Failures
-from vllm_kvevict.errors import ends_process, said
 from vllm_kvevict.policies import POLICIES, EvictionPolicy
+from vllm_kvevict.third_party import ends_process, said
 
 
 def quit_process(number: int, frame: FrameType | None = None) -> None:
@@ -72,7 +74,10 @@ def test_a_function_that_is_no_handler_now_is_a_failure(handler):
 def test_handlers_without_code_are_none_of_the_raised():
     before = signal.signal(signal.SIGTERM, partial(print, "signal"))
     try:
-        assert not ends_process(ValueError("no"))
+        try:
+            raise ValueError("no")
+        except ValueError:
+            assert not ends_process()
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -82,8 +87,59 @@ class Mute(Exception):
         sys.exit("nothing to say")
 
 
+class Liar(Exception):
+    @property
+    def __traceback__(self):
+        raise ZeroDivisionError
+
+    @property
+    def __class__(self):
+        raise ZeroDivisionError
+
+
 def test_an_error_that_quits_when_it_is_asked_is_named():
     assert said(Mute()) == "Mute"
+
+
+def test_an_error_that_lies_about_itself_is_a_failure():
+    failures = Failures()
+    with failures.of(["a"], "scoring"):
+        raise Liar
+    assert failures.get("a") == "Liar()"
+
+
+def test_what_an_error_says_can_be_sent():
+    assert said(ValueError("cannot read weights-\udcff.pt")) == "cannot read weights-?.pt"
+    assert said(ValueError("x" * 10**6)) == "x" * 1000
+
+
+def outside() -> list:
+    """What code of a third party must not change, as far as an engine depends on it."""
+    drawn = [torch.random.get_rng_state().tolist(), np.random.get_state()[1].tolist(), np.random.get_state()[2]]
+    return [*drawn, torch.get_default_dtype(), torch.get_default_device()]
+
+
+def draw() -> tuple[float, float]:
+    return torch.rand(()).item(), np.random.rand()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_third_parties_draw_and_set_defaults_for_themselves(fails):
+    before, failures, drawn = outside(), Failures(), []
+    for _ in range(3):
+        with failures.of(["a"], "scoring"):
+            drawn.append(draw())
+            torch.set_default_dtype(torch.float64)
+            torch.set_default_device("meta")
+            if fails:
+                raise ValueError
+    assert outside() == before
+    assert len({*drawn, draw()}) == 4, "a sequence of their own, which goes on"
+    before = outside()
+    with failures.of(["a"], "scoring"), failures.of(["a"], "within"):
+        torch.manual_seed(0)
+        np.random.seed(0)
+    assert outside() == before
 
 
 def test_a_policy_that_quits_when_it_is_built_is_refused(monkeypatch):
