@@ -1,6 +1,7 @@
 """What a user may set, and that every refusal names the field, what was given and what is allowed."""
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from vllm_kvevict.budgets import ALLOCATORS
 from vllm_kvevict.budgets.uniform import Uniform
 from vllm_kvevict.cache.plan import plan_eviction
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.policies import POLICIES
+from vllm_kvevict.policies import POLICIES, EvictionPolicy
 from vllm_kvevict.policies.snapkv import SnapKV
 from vllm_kvevict.request_options import REQUEST_OPTIONS
 
@@ -248,6 +249,35 @@ def test_missing_fields_name_the_flags(missing):
 def test_unknown_options_of_a_policy():
     message = refusal(policy_options={"windows": 64})
     assert message == ("policy_options: eviction policy 'snapkv' takes window, pool_kernel, pool, group; got 'windows'")
+
+
+def test_options_that_must_be_given():
+    expected = "kv_budget_allocator: budget allocator 'fixed' needs 'file', which is given when the server starts, in"
+    with pytest.raises(ValueError, match=expected):
+        EvictionConfig.parse({"policy": "snapkv", "budget": 64, "allocator": "fixed"})
+
+
+def test_a_class_that_lacks_a_method_is_named_with_it(monkeypatch):
+    @dataclass(frozen=True)
+    class Unfinished(EvictionPolicy):
+        def score(self, inputs):
+            return inputs.query
+
+    monkeypatch.setitem(POLICIES._classes, "unfinished", Unfinished)
+    with pytest.raises(ValueError, match="kv_eviction: eviction policy 'unfinished' has no scratch_bytes"):
+        EvictionConfig.parse({"policy": "unfinished", "budget": 64})
+
+
+def test_a_broken_package_spoils_no_refusal_of_others(monkeypatch):
+    class Broken:
+        def load(self):
+            sys.exit("a dependency is missing")
+
+    monkeypatch.setattr(POLICIES, "_entry_points", {"broken": Broken()})
+    monkeypatch.setattr(POLICIES, "_broken", {})
+    message = "choose one of h2o, morphkv, streaming_llm, tova"
+    with pytest.raises(ValueError, match=message):
+        EvictionConfig.parse({"policy": "snapkv", "budget": 64, "during_decode": True, "interval": 1})
 
 
 def test_unknown_options_of_an_allocator():

@@ -223,9 +223,12 @@ def test_every_endpoint_refuses_a_wrong_option_before_it_answers(server: Server,
     for options, expected in (({"kv_eviction": "snapvk"}, 400), ({"kv_budget": 64}, 200)):
         answers = [post(server, path, {**each, "vllm_xargs": options}) for path, each in bodies]
         assert [status for status, _ in answers] == [expected] * len(bodies), answers
+        misplaced = [post(server, path, {**each, **options}) for path, each in bodies]
+        place = f"{next(iter(options))}: expected in vllm_xargs"
+        assert all(status == 400 and place in text for status, text in misplaced), misplaced
         said = "kv_eviction: unknown eviction policy 'snapvk'. Did you mean 'snapkv'?"
         assert all((said in text) == (expected == 400) for _, text in answers), answers
-    assert server.metrics()["kvevict:refused_requests_total"] == before + len(bodies)
+    assert server.metrics()["kvevict:refused_requests_total"] == before + 3 * len(bodies)
 
 
 def post(server: Server, path: str, body: dict[str, Any]) -> tuple[int, str]:
@@ -283,7 +286,7 @@ def test_a_budget_beyond_the_cache_blocks_nobody(smollm2: Path, tmp_path: Path) 
     with Server(smollm2, tmp_path / "log", *flags, *ENGINE, env=ENV) as server:
         client = OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0, timeout=60)
 
-        def ask(num_tokens: int, **options: int) -> str | None:
+        def ask(num_tokens: int, **options: int | str) -> str | None:
             prompt = list(range(1000, 1000 + num_tokens))
             answer = client.completions.create(
                 model="model", prompt=prompt, max_tokens=4, temperature=0, extra_body={"vllm_xargs": options}
@@ -299,6 +302,8 @@ def test_a_budget_beyond_the_cache_blocks_nobody(smollm2: Path, tmp_path: Path) 
         expected = "kv_budget: a prompt of 1000 tokens needs 30 blocks with these options, and the KV cache has 25"
         with pytest.raises(BadRequestError, match=expected):
             wide[1].result()
+        with pytest.raises(BadRequestError, match=r"kv_eviction: a prompt of 1000 .* 25, .*; leave kv_eviction out"):
+            ask(1000, kv_eviction="none")
         wait_until_idle(server)
 
 
