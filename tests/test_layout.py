@@ -17,7 +17,7 @@ from tools.feature_table import with_table
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vllm_kvevict"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-NO_KERNELS = ("__init__", "native", "operators", "optional_triton", "optional_xformers", "window_batch")
+NO_KERNELS = ("__init__", "native", "operators", "rotary", "optional_triton", "optional_xformers", "window_batch")
 KERNELS = [path.stem for path in MODULES if path.parent.name == "kernels" and path.stem not in NO_KERNELS]
 MAX_LINES = 400
 MAX_README_LINES = 270  # a row for every policy, and one for every feature that works

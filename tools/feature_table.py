@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_kvevict.policies.table import with_text_between
+from vllm_kvevict.commands.policies import with_text_between
 
 ROOT = Path(__file__).resolve().parents[1]
 START = "<!-- features: python -m tools.feature_table --write README.md -->"

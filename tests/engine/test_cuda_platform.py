@@ -201,8 +201,8 @@ def test_worker_and_scheduler_are_ours_and_the_runner_is_v2_without_full_graphs(
     """A full graph would go on with stock attention for rows that are evicted later."""
     result = configured(results, name)
     assert result["platform"] == "cuda"
-    assert result["worker"] == "vllm_kvevict.engine.gpu_worker.EvictionGPUWorker"
-    assert result["scheduler"] == "vllm_kvevict.engine.scheduler.AsyncEvictionScheduler"
+    assert result["worker"] == "vllm_kvevict.engine.worker.gpu_worker.EvictionGPUWorker"
+    assert result["scheduler"] == "vllm_kvevict.engine.scheduler.scheduler.AsyncEvictionScheduler"
     assert result["is_v2"]
     assert result["block_size"] == 16
     assert result["graphs"] == {"asked": "FULL_AND_PIECEWISE", "V1": "PIECEWISE", "V2": "PIECEWISE"}

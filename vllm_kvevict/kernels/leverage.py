@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from vllm_kvevict.kernels.native import FLOAT, INT32, INT64, POINTER, function
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
+from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.kernels.window_batch import DTYPE_CODES, QUERY_DTYPES
-from vllm_kvevict.rotary import Rotary
 
 REFERENCE_TOKENS = 1024
 # Of the Triton kernels: programs that share the tokens in the first pass, its rows of moments, tokens and columns.
