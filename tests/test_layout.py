@@ -6,6 +6,7 @@ import ast
 import re
 import shutil
 import subprocess
+from graphlib import TopologicalSorter
 from pathlib import Path
 from textwrap import dedent
 
@@ -20,6 +21,18 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 NO_KERNELS = ("__init__", "native", "operators", "rotary", "optional_triton", "optional_xformers", "window_batch")
 KERNELS = [path.stem for path in MODULES if path.parent.name == "kernels" and path.stem not in NO_KERNELS]
 MAX_LINES = 400
+_LOW = ("foreign", "registry", "kernels", "cache", "policies", "options", "budgets", "eviction", "config")
+_ENGINE = (*_LOW, "engine")
+# room, or module without one -> those it may import; the package itself and its __main__ may import all
+MAY_IMPORT = {
+    **{room: _LOW[:floor] for floor, room in enumerate(_LOW)},
+    "engine": _LOW,  # what the processes share
+    "engine.scheduler": _ENGINE,
+    "engine.worker": (*_ENGINE, "engine.scheduler"),  # a worker's cache specs name the scheduler's managers
+    "engine.frontend": _ENGINE,
+    "engine.offline": (*_ENGINE, "engine.frontend", "engine.worker"),
+    "commands": (*_ENGINE, "engine.frontend", "engine.offline"),
+}
 MAX_README_LINES = 270  # a row for every policy, and one for every feature that works
 # In pieces, so that this file does not name them either.
 REGISTRY_HOSTS = [
@@ -65,6 +78,44 @@ def tracked_files() -> list[Path]:
 def test_only_the_engine_folder_imports_vllm(path: Path) -> None:
     if PACKAGE / "engine" not in path.parents:
         assert "vllm" not in imported_roots(path)
+
+
+def module_of(path: Path) -> str:
+    """Return the dotted name of a module within the package, empty for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    return ".".join(parts[:2]) if ".".join(parts[:2]) in MAY_IMPORT else parts[0]
+
+
+def ours_imported_by(path: Path) -> set[str]:
+    """Our modules that a file imports anywhere, also inside functions."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    found = set()
+    for node in nodes:
+        package, _, module = (node.module or "").partition(".")
+        if package == PACKAGE.name:
+            names = [".".join(filter(None, (module, alias.name))) for alias in node.names]
+            found |= {name if name in IN_PACKAGE else module for name in names}
+    return found
+
+
+IN_PACKAGE = {module_of(path) for path in MODULES}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_module_imports_from_the_rooms_below_only(path: Path) -> None:
+    room = room_of(module_of(path))
+    if room not in ("", "__main__"):
+        above = {other for other in map(room_of, ours_imported_by(path)) if other != room} - set(MAY_IMPORT[room])
+        assert not above
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    TopologicalSorter({module_of(path): ours_imported_by(path) for path in MODULES}).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

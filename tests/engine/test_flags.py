@@ -21,7 +21,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from tools import newest_vllm
 from vllm_kvevict import kv_eviction_args
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.engine.frontend.requests import check_config
+from vllm_kvevict.engine.checks import check_config
 from vllm_kvevict.engine.worker.backends.cpu import EvictionCPUImpl
 
 # AsyncEngineArgs does this by itself before it makes its parser

@@ -15,8 +15,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs.engine import embeds_input, mm_input, tokens_input
 
 from vllm_kvevict import kv_eviction_args
+from vllm_kvevict.engine.checks import check_prompt
 from vllm_kvevict.engine.frontend.requests import (
-    check_prompt,
     with_checked_body,
     with_checked_options,
     with_early_check,

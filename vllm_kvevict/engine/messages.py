@@ -1,14 +1,16 @@
-"""What scheduler and workers tell each other in every step, as attributes on vLLM's own messages."""
+"""What scheduler and workers tell each other in every step, on vLLM's own messages, and what front ends hear."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.config import EvictionConfig
 
 STEP = "kv_eviction_step"
 REPORTS = "kv_eviction_reports"
+PAYLOAD = "kv_eviction"
 
 
 @dataclass(frozen=True)
@@ -67,3 +69,44 @@ class EvictionReport:
     plan: EvictionPlan | None
     seconds: float
     failure: str | None = None
+
+
+@dataclass
+class EvictionRecord:
+    """What one eviction did; plain JSON so that it fits into vLLM's stats.
+
+    during_decode:  whether a block of the answer was evicted, and not a prompt: only its tokens are counted
+
+    evicted_tokens: tokens dropped, averaged over layers and KV heads
+    freed_blocks:   blocks given back to vLLM's pool
+    kept_fraction:  tokens kept / tokens of the prompt
+    seconds:        score + allocate + select + compact, in the worker; None for a record of freed blocks
+    """
+
+    policy: str
+    allocator: str
+    evicted_tokens: int = 0
+    freed_blocks: int = 0
+    kept_fraction: float = 0.0
+    seconds: float | None = None
+    during_decode: bool = False
+
+
+@dataclass
+class Gauges:
+    """What all evicted requests together hold of their prompts.
+
+    kept_tokens: tokens per KV head and layer
+    kept_pages:  pages of one worker
+    """
+
+    kept_tokens: int = 0
+    kept_pages: int = 0
+
+
+def pack(records: list[EvictionRecord], gauges: Gauges, num_cut_short: int = 0) -> dict[str, Any]:
+    """Return the payload in which records travel from the engine to the front end.
+
+    num_cut_short: answers that ended since the cache could hold no more of them
+    """
+    return {PAYLOAD: [asdict(record) for record in records], "gauges": asdict(gauges), "cut_short": num_cut_short}

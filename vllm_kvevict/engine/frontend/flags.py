@@ -13,10 +13,10 @@ import yaml
 
 from vllm_kvevict.budgets import ALLOCATORS
 from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.engine.settings import FIELD
 from vllm_kvevict.options.limits import ALL, AUTO, NONE
 from vllm_kvevict.policies import POLICIES
 
-FIELD = "kv_eviction"
 _DESTINATIONS = {
     "policy": "kv_eviction",
     "budget": "kv_budget",

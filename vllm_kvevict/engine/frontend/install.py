@@ -11,19 +11,20 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.engine.frontend.flags import FIELD, with_config, with_flags
+from vllm_kvevict.engine.cache_dtype import FLOAT8_DTYPES
+from vllm_kvevict.engine.checks import check_config
+from vllm_kvevict.engine.frontend.flags import with_config, with_flags
 from vllm_kvevict.engine.frontend.metrics import process_metrics, with_eviction_metrics
 from vllm_kvevict.engine.frontend.patches import Patch, apply_patches
 from vllm_kvevict.engine.frontend.requests import (
-    check_config,
     with_checked_body,
     with_checked_options,
     with_early_check,
     with_early_check_of_responses,
 )
+from vllm_kvevict.engine.models import evicted_models
+from vllm_kvevict.engine.settings import FIELD
 from vllm_kvevict.engine.versions import check_version
-from vllm_kvevict.engine.worker.cache_dtype import FLOAT8_DTYPES
-from vllm_kvevict.engine.worker.model import evicted_models
 
 logger = logging.getLogger("vllm.kvevict")
 
@@ -39,13 +40,6 @@ _DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 def install_flags() -> None:
     """Wrap the methods of ``EngineArgs`` that read the command line and make the configuration."""
     apply_patches(_FLAG_PATCHES)
-
-
-def eviction_config(vllm_config: VllmConfig) -> EvictionConfig | None:
-    """Return the eviction config that travels in ``vllm_config``, None if eviction is off."""
-    additional = vllm_config.additional_config
-    values = additional.get(FIELD) if isinstance(additional, dict) else None
-    return None if values is None else EvictionConfig.parse(values)
 
 
 def with_eviction(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,51 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from vllm_kvevict.engine.messages import PAYLOAD, EvictionRecord, Gauges
 from vllm_kvevict.options.limits import REQUEST_OPTIONS
 
-PAYLOAD = "kv_eviction"
 UNKNOWN_OPTION = "unknown"  # a client must not choose labels
 _LABELS = ("policy", "allocator")
 _FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-
-
-@dataclass
-class EvictionRecord:
-    """What one eviction did; plain JSON so that it fits into vLLM's stats.
-
-    during_decode:  whether a block of the answer was evicted, and not a prompt: only its tokens are counted
-
-    evicted_tokens: tokens dropped, averaged over layers and KV heads
-    freed_blocks:   blocks given back to vLLM's pool
-    kept_fraction:  tokens kept / tokens of the prompt
-    seconds:        score + allocate + select + compact, in the worker; None for a record of freed blocks
-    """
-
-    policy: str
-    allocator: str
-    evicted_tokens: int = 0
-    freed_blocks: int = 0
-    kept_fraction: float = 0.0
-    seconds: float | None = None
-    during_decode: bool = False
-
-
-@dataclass
-class Gauges:
-    """What all evicted requests together hold of their prompts.
-
-    kept_tokens: tokens per KV head and layer
-    kept_pages:  pages of one worker
-    """
-
-    kept_tokens: int = 0
-    kept_pages: int = 0
 
 
 @dataclass
@@ -121,14 +88,6 @@ class EvictionMetrics:
 def process_metrics() -> EvictionMetrics:
     """Return the collectors of this process's /metrics."""
     return EvictionMetrics()
-
-
-def pack(records: list[EvictionRecord], gauges: Gauges, num_cut_short: int = 0) -> dict[str, Any]:
-    """Return the payload in which records travel from the engine to the front end.
-
-    num_cut_short: answers that ended since the cache could hold no more of them
-    """
-    return {PAYLOAD: [asdict(record) for record in records], "gauges": asdict(gauges), "cut_short": num_cut_short}
 
 
 def with_eviction_metrics(record: Callable[..., Any]) -> Callable[..., Any]:

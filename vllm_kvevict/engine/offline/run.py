@@ -6,9 +6,9 @@ from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_kvevict import register
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.engine.frontend.flags import FIELD
+from vllm_kvevict.engine.frontend.install import install_flags
+from vllm_kvevict.engine.settings import FIELD
 
 
 def engine_args(model: str, skip_tokenizer: bool, config: EvictionConfig, engine_flags: list[str]) -> EngineArgs:
@@ -16,7 +16,7 @@ def engine_args(model: str, skip_tokenizer: bool, config: EvictionConfig, engine
 
     engine_flags: further command-line flags of vLLM's engine
     """
-    register()  # also where the package runs from a checkout, without its entry point
+    install_flags()  # also where the package runs from a checkout, without its entry point
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vLLM", exit_on_error=False))
     args = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *engine_flags]))
     args.additional_config = {**(args.additional_config or {}), FIELD: config.model_dump(exclude_unset=True)}

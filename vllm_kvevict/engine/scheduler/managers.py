@@ -21,10 +21,10 @@ from vllm.v1.request import Request
 
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.engine.checks import empty_cache
 from vllm_kvevict.engine.fit import EmptyCache
-from vllm_kvevict.engine.frontend.install import eviction_config
-from vllm_kvevict.engine.frontend.requests import empty_cache
 from vllm_kvevict.engine.scheduler.life import Release, RequestLife
+from vllm_kvevict.engine.settings import eviction_config
 
 _hit_limit: ContextVar[int | None] = ContextVar("kvevict_hit_limit", default=None)
 

@@ -19,21 +19,22 @@ from vllm.v1.request import Request
 
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.config import AUTO, EvictionConfig
+from vllm_kvevict.engine.checks import check_config, check_fits, check_prompt, empty_cache, request_config, says_none
 from vllm_kvevict.engine.fit import Window
-from vllm_kvevict.engine.frontend.install import eviction_config
-from vllm_kvevict.engine.frontend.metrics import EvictionRecord, Gauges, pack
-from vllm_kvevict.engine.frontend.requests import (
-    check_config,
-    check_fits,
-    check_prompt,
-    empty_cache,
-    request_config,
-    says_none,
+from vllm_kvevict.engine.messages import (
+    REPORTS,
+    STEP,
+    EvictionRecord,
+    EvictionReport,
+    Gauges,
+    PrefillEnd,
+    StepEvictions,
+    pack,
 )
-from vllm_kvevict.engine.messages import REPORTS, STEP, EvictionReport, PrefillEnd, StepEvictions
+from vllm_kvevict.engine.models import split_draft_layers
 from vllm_kvevict.engine.scheduler.life import RequestLife, State
 from vllm_kvevict.engine.scheduler.managers import EvictionManager, PrivateBlocks, cache_hits_up_to
-from vllm_kvevict.engine.worker.draft import split_draft_layers
+from vllm_kvevict.engine.settings import eviction_config
 from vllm_kvevict.foreign.code import ends_process, said
 
 logger = logging.getLogger("vllm.kvevict")

@@ -16,7 +16,7 @@ from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.query_ring import QueryRing
 from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.engine.frontend.requests import ring_depth
+from vllm_kvevict.engine.checks import ring_depth
 from vllm_kvevict.engine.messages import STEP, EvictionReport, PrefillEnd, StepEvictions
 from vllm_kvevict.engine.worker.agreement import Workers
 from vllm_kvevict.engine.worker.auto_budgets import AutoBudgets

@@ -21,14 +21,6 @@ from vllm_kvevict.eviction.prompt import Eviction
 
 logger = logging.getLogger("vllm.kvevict")
 
-_PREFIX = "draft_model."
-
-
-def split_draft_layers(layer_names: list[str]) -> tuple[list[str], list[str]]:
-    """Return the layers of the model itself, and those of the draft model that vLLM loaded beside it."""
-    draft = [name for name in layer_names if name.startswith(_PREFIX)]
-    return [name for name in layer_names if name not in draft], draft
-
 
 class DraftBridge(EvictionBridge):
     """Evicts what a draft model has cached of a prompt, by scores of its own, into the same blocks as the target's.

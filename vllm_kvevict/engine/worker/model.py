@@ -2,73 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import ModelConfig, VllmConfig
 
-from vllm_kvevict.cache.plan import cdiv
-from vllm_kvevict.engine.fit import Window
-from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.kernels.rotary import Rotary
-from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, Need
-
-# models whose attention modules hold `rotary_emb` and `o_proj` and rotate every layer
-_KNOWN_ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "MixtralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
-
-
-def check_needs(name: str, policy: EvictionPolicy, models: Sequence[ModelConfig]) -> None:
-    """Raise ValueError if the policy ``name`` asks for something of one of these models that we cannot hand to it."""
-    asked = [need for need in (Need.ROTARY, Need.OUTPUT_PROJECTION) if need in traits_of(policy).needs]
-    if asked:
-        for model_config in models:
-            _check_needs(name, asked, model_config)
-
-
-def evicted_models(vllm_config: VllmConfig) -> list[ModelConfig]:
-    """Return the model and its draft model, if it has one."""
-    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
-    return [vllm_config.model_config] if draft is None else [vllm_config.model_config, draft]
-
-
-def windows_of(vllm_config: VllmConfig) -> tuple[Window, ...]:
-    """Return the groups that vLLM makes of the layers with a sliding window, as far as the configuration tells.
-
-    A front end has no more than that. The engine counts the groups that there are, and ends what does not fit.
-    """
-    text_config, block_size = vllm_config.model_config.hf_text_config, vllm_config.cache_config.block_size
-    kinds = list(getattr(text_config, "layer_types", None) or ())
-    num_full, num_sliding = kinds.count("full_attention"), kinds.count("sliding_attention")
-    if not (num_full and num_sliding) or vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-        return ()
-    least, most = sorted((num_full, num_sliding))
-    num_groups = cdiv(num_sliding, most if most < 1.5 * least else least)
-    window = Window(text_config.sliding_window - 1 + vllm_config.max_in_flight_tokens, block_size)
-    return (window,) * num_groups
-
-
-def _check_needs(name: str, asked: Sequence[Need], model_config: ModelConfig) -> None:
-    text_config = model_config.hf_text_config
-    if not set(model_config.architectures) & set(_KNOWN_ARCHITECTURES):
-        found = ", ".join(model_config.architectures)
-    elif model_config.uses_mrope:
-        found = "a model with multimodal rotary embeddings"
-    elif getattr(text_config, "dual_chunk_attention_config", None) is not None:
-        found = "a model with dual chunk attention"
-    else:
-        return
-    raise ValueError(
-        f"kv_eviction: policy {name!r} needs {' and '.join(need.value for need in asked)}, which is known for "
-        f"{', '.join(_KNOWN_ARCHITECTURES)}; got {found}. Choose a policy that does not need it"
-    )
+from vllm_kvevict.policies.base import LayerWeights, Need
 
 
 class ModelWeights:

@@ -16,37 +16,6 @@ from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.engine.worker.prefill import PrefillRow
 from vllm_kvevict.eviction.pseudo_tokens import PseudoDecode
-from vllm_kvevict.eviction.traits import traits_of
-from vllm_kvevict.policies.base import EvictionPolicy
-
-
-def check_lookahead(name: str, policy: EvictionPolicy, vllm_config: VllmConfig) -> None:
-    """Raise ValueError if the policy ``name`` looks ahead and the model or the engine cannot."""
-    if not traits_of(policy).num_pseudo_tokens:
-        return
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    unsupported = {
-        "speculative decoding, whose draft model has no part in it": vllm_config.speculative_config is not None,
-        "LoRA adapters": vllm_config.lora_config is not None,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "data parallelism of a mixture of experts": parallel.data_parallel_size > 1 and model.is_moe,
-        "multimodal models": model.is_multimodal_model or model.uses_mrope,
-        "layers that see a part of the context only": not _sees_everything(model),
-    }
-    for feature, is_on in unsupported.items():
-        if is_on:
-            raise ValueError(
-                f"kv_eviction: policy {name!r} generates pseudo tokens, which does not work with {feature}; "
-                f"choose another policy, 'laq_deferred' looks at the real answer"
-            )
-
-
-def _sees_everything(model: ModelConfig) -> bool:
-    config = model.hf_text_config
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None:
-        return set(layer_types) <= {"attention", "full_attention"}
-    return getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True)
 
 
 @dataclass(frozen=True)

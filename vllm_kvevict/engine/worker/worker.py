@@ -18,13 +18,14 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvevict.cache.pages import PagePool
-from vllm_kvevict.engine.frontend.install import eviction_config
+from vllm_kvevict.engine.cache_dtype import cache_of
 from vllm_kvevict.engine.messages import REPORTS, EvictionReport
+from vllm_kvevict.engine.models import split_draft_layers
 from vllm_kvevict.engine.scheduler.managers import EvictionSpec, PrivateSlidingWindowSpec
+from vllm_kvevict.engine.settings import eviction_config
 from vllm_kvevict.engine.worker.backends.base import EvictionMetadataBuilder
 from vllm_kvevict.engine.worker.bridge import EvictionBridge
-from vllm_kvevict.engine.worker.cache_dtype import cache_of
-from vllm_kvevict.engine.worker.draft import DraftBridge, split_draft_layers
+from vllm_kvevict.engine.worker.draft import DraftBridge
 from vllm_kvevict.engine.worker.whole_rows import check_fields
 
 

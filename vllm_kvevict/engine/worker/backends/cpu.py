@@ -18,6 +18,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_kvevict.cache.pages import Packing, PagePool
+from vllm_kvevict.engine.cache_dtype import FLOAT8_DTYPES
 from vllm_kvevict.engine.scheduler.managers import EvictionSpec
 from vllm_kvevict.engine.worker.backends.base import (
     EvictionBackend,
@@ -25,7 +26,6 @@ from vllm_kvevict.engine.worker.backends.base import (
     EvictionMetadataBuilder,
     backend_in_place_of,
 )
-from vllm_kvevict.engine.worker.cache_dtype import FLOAT8_DTYPES
 from vllm_kvevict.engine.worker.rows import FoldedQueries, StepRows
 
 # how pages are packed under the instruction sets of vLLM's kernel that we know; "vec" runs on every machine

@@ -18,9 +18,9 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_kvevict.cache.pages import Packing, PagePool
+from vllm_kvevict.engine.cache_dtype import FLOAT8_DTYPES, cache_dtypes
+from vllm_kvevict.engine.models import evicted_models
 from vllm_kvevict.engine.worker.backends.base import EvictionBackend, EvictionImpl, EvictionMetadataBuilder
-from vllm_kvevict.engine.worker.cache_dtype import FLOAT8_DTYPES, cache_dtypes
-from vllm_kvevict.engine.worker.model import evicted_models
 from vllm_kvevict.engine.worker.rows import FoldedQueries
 
 _VERSIONS = (2, 3)
