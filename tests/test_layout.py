@@ -18,9 +18,19 @@ from tools.feature_table import with_table
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vllm_kvevict"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-NO_KERNELS = ("__init__", "native", "operators", "rotary", "optional_triton", "optional_xformers", "window_batch")
+NO_KERNELS = (
+    "__init__",
+    "interface",
+    "native",
+    "operators",
+    "rotary",
+    "optional_triton",
+    "optional_xformers",
+    "window_batch",
+)
 KERNELS = [path.stem for path in MODULES if path.parent.name == "kernels" and path.stem not in NO_KERNELS]
-MAX_LINES = 400
+# a ratchet: the most lines of any file, class and function today; lower a number when its holder becomes shorter
+MOST_LINES = {"file": 398, "class": 354, "function": 73}
 _LOW = ("foreign", "registry", "kernels", "cache", "policies", "options", "budgets", "eviction", "config")
 _ENGINE = (*_LOW, "engine")
 # room, or module without one -> those it may import; the package itself and its __main__ may import all
@@ -119,8 +129,14 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_files_stay_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= MAX_LINES
+def test_files_classes_and_functions_stay_short(path: Path) -> None:
+    text = path.read_text()
+    lines = {"file": [len(text.splitlines())], "class": [0], "function": [0]}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            kind = "class" if isinstance(node, ast.ClassDef) else "function"
+            lines[kind].append((node.end_lineno or 0) - node.lineno + 1)
+    assert {kind: max(lines[kind]) for kind in lines if max(lines[kind]) > MOST_LINES[kind]} == {}
 
 
 def test_no_file_is_called_utils() -> None:
