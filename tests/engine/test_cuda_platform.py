@@ -230,16 +230,16 @@ def test_no_class_of_ours_replaces_the_streams_and_events_of_torch(results: dict
     """As vLLM's CPU worker does when it is imported, for the whole process."""
     assert not {name: replaced for name, replaced in results["replaced"].items() if replaced}
     assert {
-        "gpu_worker.EvictionGPUWorker",
-        "scheduler.AsyncEvictionScheduler",
-        "flash_backend.EvictionFlashBackend",
-        "flash_backend.EvictionFlashImpl",
-        "flash_backend.EvictionFlashMetadataBuilder",
-        "triton_backend.EvictionTritonBackend",
-        "triton_backend.EvictionTritonImpl",
-        "triton_backend.EvictionTritonMetadataBuilder",
-        "spec.EvictionSpec",
-        "spec.EvictionManager",
-        "spec.PrivateSlidingWindowSpec",
-        "spec.PrivateSlidingWindowManager",
+        "worker.gpu_worker.EvictionGPUWorker",
+        "scheduler.scheduler.AsyncEvictionScheduler",
+        "worker.backends.flash.EvictionFlashBackend",
+        "worker.backends.flash.EvictionFlashImpl",
+        "worker.backends.flash.EvictionFlashMetadataBuilder",
+        "worker.backends.triton.EvictionTritonBackend",
+        "worker.backends.triton.EvictionTritonImpl",
+        "worker.backends.triton.EvictionTritonMetadataBuilder",
+        "scheduler.managers.EvictionSpec",
+        "scheduler.managers.EvictionManager",
+        "scheduler.managers.PrivateSlidingWindowSpec",
+        "scheduler.managers.PrivateSlidingWindowManager",
     } <= {name.removeprefix("vllm_kvevict.engine.") for name in results["replaced"]}

@@ -21,8 +21,8 @@ SYNC_LOG = """\
 (EngineCore pid=7) /a/vllm_kvevict/engine/worker/rows.py:12: UserWarning: called a synchronizing CUDA operation (...)
   table.item()
 /scratch/site/vllm/v1/worker/a.py:3: UserWarning: Tensor.to: a copy ... Implicit GPU<->CPU sync detected
-/checkout/vllm_kvevict/engine/worker/rows.py:12: UserWarning: called a synchronizing CUDA operation (...)
-/checkout/vllm_kvevict/engine/worker/rows.py:90: UserWarning: something else"""
+/a/vllm_kvevict/engine/worker/rows.py:12: UserWarning: called a synchronizing CUDA operation (...)
+/a/vllm_kvevict/engine/worker/rows.py:90: UserWarning: something else"""
 JIT_LOG = "WARNING Triton kernel JIT compilation during inference: fold. This causes a latency spike; consider ..."
 
 
