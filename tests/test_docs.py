@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.test_layout import MAY_IMPORT
 from tools.picture import PICTURE, picture
 from vllm_kvevict.budgets import ALLOCATORS
 from vllm_kvevict.commands.main import main
@@ -248,6 +249,15 @@ def test_quoted_files_exist(page: Path) -> None:
 
 def test_the_picture_is_that_of_its_script() -> None:
     assert PICTURE.read_text(encoding="utf-8") == picture(), "run `python -m tools.picture`"
+
+
+def test_the_page_of_architecture_names_every_room_from_the_lowest_to_the_highest() -> None:
+    section = (ROOT / "docs" / "architecture.md").read_text().partition("\n## Rooms of the package\n")[2]
+    rooms = [row[3:].partition("`")[0] for row in section.splitlines() if row.startswith("| `")]
+    named = [room.rstrip("/").removesuffix(".py").replace("/", ".") for room in rooms]
+    assert sorted(named) == sorted(MAY_IMPORT)
+    for place, room in enumerate(named):
+        assert not set(MAY_IMPORT[room]) - set(named[:place])
 
 
 def test_the_page_of_configuration_is_one_table_of_all_options(flags_of_ours: Callable[[str], set[str]]) -> None:
