@@ -1,4 +1,4 @@
-"""The table of policies: complete, in step with the README, and written by one command."""
+"""The table of policies: complete, in step with its page, and written by one command."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from vllm_kvevict.commands.policies import END, NOTHING, START, readme_table, ro
 from vllm_kvevict.policies import POLICIES, EvictionPolicy, ScoreInputs
 
 
-def test_the_readme_is_in_step() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert with_table(text) == text, "run python -m vllm_kvevict policies --write README.md"
+def test_the_page_of_policies_is_in_step() -> None:
+    text = (ROOT / "docs" / "policies.md").read_text()
+    assert with_table(text) == text, "run python -m vllm_kvevict policies --write docs/policies.md"
 
 
 def test_a_row_says_what_the_policy_says() -> None:
@@ -70,7 +70,7 @@ def test_the_command_prints_every_policy(capsys: pytest.CaptureFixture[str]) -> 
     assert len({line.count("|") for line in lines[: 2 + len(POLICIES.names())]}) == 1
 
 
-def test_the_readme_s_table_has_every_policy_of_this_package_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_s_table_has_every_policy_of_this_package_once(monkeypatch: pytest.MonkeyPatch) -> None:
     names = re.findall(r"`([^`]+)`", readme_table())
     assert sorted(names) == POLICIES.names()
     stranger = type("Stranger", (POLICIES.get("knorm"),), {"__module__": __name__})
@@ -78,7 +78,7 @@ def test_the_readme_s_table_has_every_policy_of_this_package_once(monkeypatch: p
     assert "stranger" in POLICIES.names() and "stranger" not in readme_table()
 
 
-def test_the_command_writes_the_readme_s_table(tmp_path: Path) -> None:
+def test_the_command_writes_the_page_s_table(tmp_path: Path) -> None:
     file = tmp_path / "page.md"
     file.write_text(f"before\n{START}\nold\n{END}\nafter\n")
     main(["policies", "--write", str(file)])
