@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 from vllm_kvevict.commands.main import main
-from vllm_kvevict.commands.policies import END, NOTHING, START, readme_table, row_of, with_table
+from vllm_kvevict.commands.policies import END, NOTHING, START, row_of, short_table, with_table
 from vllm_kvevict.policies import POLICIES, EvictionPolicy, ScoreInputs
 
 
@@ -71,18 +71,18 @@ def test_the_command_prints_every_policy(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_page_s_table_has_every_policy_of_this_package_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = re.findall(r"`([^`]+)`", readme_table())
+    names = re.findall(r"`([^`]+)`", short_table())
     assert sorted(names) == POLICIES.names()
     stranger = type("Stranger", (POLICIES.get("knorm"),), {"__module__": __name__})
     monkeypatch.setitem(POLICIES._classes, "stranger", stranger)
-    assert "stranger" in POLICIES.names() and "stranger" not in readme_table()
+    assert "stranger" in POLICIES.names() and "stranger" not in short_table()
 
 
 def test_the_command_writes_the_page_s_table(tmp_path: Path) -> None:
     file = tmp_path / "page.md"
     file.write_text(f"before\n{START}\nold\n{END}\nafter\n")
     main(["policies", "--write", str(file)])
-    assert file.read_text() == f"before\n{START}\n{readme_table()}\n{END}\nafter\n"
+    assert file.read_text() == f"before\n{START}\n{short_table()}\n{END}\nafter\n"
 
 
 @pytest.mark.parametrize("text", ["", START, f"{END}\n{START}", f"{START}\n{END}\n{START}\n{END}"])

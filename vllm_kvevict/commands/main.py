@@ -44,7 +44,7 @@ def _add_policies(commands: Any) -> argparse.ArgumentParser:
     form = policies.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="Print it in Markdown.")
     form.add_argument(
-        "--write", metavar="FILE", type=Path, help="Put its short form between the markers in FILE, the README."
+        "--write", metavar="FILE", type=Path, help="Put its short form between the markers in FILE, docs/policies.md."
     )
     policies.set_defaults(run=_policies)
     return policies

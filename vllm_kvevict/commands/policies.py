@@ -1,4 +1,4 @@
-"""The table of policies, for the command line and for the README: nothing in it is written by hand."""
+"""The table of policies, for the command line and for docs/policies.md: nothing in it is written by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need
 
-START = "<!-- policies: python -m vllm_kvevict policies --write README.md -->"
+START = "<!-- policies: python -m vllm_kvevict policies --write docs/policies.md -->"
 END = "<!-- end of policies -->"
 NOTHING = "\N{EN DASH}"
 # Of which the table states the memory: a layer of Llama-3.1-8B.
@@ -50,8 +50,8 @@ def markdown_table() -> str:
     return "\n".join([*map(_markdown_row, rows), "", MEMORY_NOTE])
 
 
-def readme_table() -> str:
-    """Return this package's own policies in Markdown for the README; those that share idea and source share a row."""
+def short_table() -> str:
+    """Return this package's own policies in Markdown; those that share idea and source share a row."""
     shared: dict[tuple[str, ...], list[str]] = {}
     for name in POLICIES.names():
         cls, row = POLICIES.get(name), row_of(name)
@@ -63,11 +63,11 @@ def readme_table() -> str:
 
 
 def with_table(document: str) -> str:
-    """Return ``document`` with what stands between its two markers replaced by the README's table.
+    """Return ``document`` with what stands between its two markers replaced by that table.
 
     Raises ValueError if the markers are not there, once each and in order.
     """
-    return with_text_between(document, START, END, readme_table())
+    return with_text_between(document, START, END, short_table())
 
 
 def with_text_between(document: str, start: str, end: str, text: str) -> str:
