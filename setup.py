@@ -2,18 +2,30 @@
 
 import shutil
 from glob import glob
+from pathlib import Path
+from runpy import run_path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+CSRC = Path(__file__).parent / "csrc"
 NVCC = shutil.which("nvcc")
 # machine code for two generations, and PTX for those that come later
 CUDA_TARGETS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]")
+
+
+def interface(folder: str) -> tuple[str, str]:
+    """Return the macro that says from which declarations a library was built."""
+    declared = run_path(str(CSRC / "declarations.py"))["declarations"](CSRC / folder)
+    digest = run_path("vllm_kvevict/kernels/interface.py")["digest"](declared)
+    return "KVEVICT_INTERFACE", f'"{digest}"'
+
 
 cpu = Extension(
     "vllm_kvevict._cpu",
     sources=sorted(glob("csrc/cpu/*.cpp")),
     depends=sorted(glob("csrc/cpu/*.hpp")),
+    define_macros=[interface("cpu")],
     # -Wno-psabi: vectors wider than the baseline are never passed between translation units
     extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"],
     extra_link_args=["-fopenmp"],
@@ -24,6 +36,7 @@ cuda = Extension(
     "vllm_kvevict._cuda",
     sources=sorted(glob("csrc/cuda/*.cu")),
     depends=sorted(glob("csrc/cuda/*.cuh")),
+    define_macros=[interface("cuda")],
     extra_compile_args=[f"-gencode={target}" for target in CUDA_TARGETS],
     optional=True,
 )
@@ -38,6 +51,7 @@ class BuildKernels(build_ext):
         target = self.get_ext_fullpath(ext.name)
         self.mkpath(target.rpartition("/")[0])
         options = ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", *ext.extra_compile_args]
+        options += [f"-D{name}={value}" for name, value in ext.define_macros]
         self.spawn([NVCC, *options, "-o", target, *ext.sources])
 
 

@@ -78,14 +78,14 @@ def gemma3() -> Path:
 @pytest.fixture
 def kept_masks(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Collects what every eviction kept, [num_layers, num_kv_heads, num_tokens] bool, in order."""
-    from vllm_kvevict import evictor
+    from vllm_kvevict.eviction import prompt
 
     masks: list[torch.Tensor] = []
-    select = evictor.select
+    select = prompt.select
 
     def spy(scores: torch.Tensor, num_kept: torch.Tensor, *protection: int) -> torch.Tensor:
         masks.append(select(scores, num_kept, *protection))
         return masks[-1]
 
-    monkeypatch.setattr(evictor, "select", spy)
+    monkeypatch.setattr(prompt, "select", spy)
     return masks

@@ -10,10 +10,10 @@ import torch
 
 from tests.paged import PagedCache, make_pool, scrambled_blocks
 from tests.tiny_llama import tiny_llama_config
-from vllm_kvevict.cache.selection import protect, select
+from vllm_kvevict.eviction.selection import protect, select
+from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies import EvictionPolicy, Need, ScoreInputs
 from vllm_kvevict.policies.base import LayerWeights
-from vllm_kvevict.rotary import Rotary
 
 BLOCK_SIZE = 32
 

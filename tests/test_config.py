@@ -14,9 +14,9 @@ from vllm_kvevict.budgets import ALLOCATORS
 from vllm_kvevict.budgets.uniform import Uniform
 from vllm_kvevict.cache.plan import plan_eviction
 from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.options.limits import REQUEST_OPTIONS
 from vllm_kvevict.policies import POLICIES, EvictionPolicy
 from vllm_kvevict.policies.snapkv import SnapKV
-from vllm_kvevict.request_options import REQUEST_OPTIONS
 
 
 @dataclass(frozen=True)

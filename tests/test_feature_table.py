@@ -1,4 +1,4 @@
-"""The README's table of features says V2 only of what a test runs on V2."""
+"""The table of features says V2 only of what a test runs on V2."""
 
 from __future__ import annotations
 

@@ -14,12 +14,12 @@ from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import plan_eviction
 from vllm_kvevict.cache.query_ring import QueryRing
 from vllm_kvevict.cache.residents import Residents
-from vllm_kvevict.evictor import Eviction, Method
+from vllm_kvevict.eviction.per_token import TokenEvictor
+from vllm_kvevict.eviction.prompt import Eviction, Method
+from vllm_kvevict.eviction.resident import ResidentEviction
+from vllm_kvevict.eviction.schedule import DuringDecode, Schedule
 from vllm_kvevict.policies import POLICIES
 from vllm_kvevict.policies.base import LayerWeights
-from vllm_kvevict.resident_evictor import ResidentEviction
-from vllm_kvevict.schedule import DuringDecode, Schedule
-from vllm_kvevict.token_evictor import TokenEvictor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")]
 

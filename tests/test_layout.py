@@ -6,6 +6,7 @@ import ast
 import re
 import shutil
 import subprocess
+from graphlib import TopologicalSorter
 from pathlib import Path
 from textwrap import dedent
 
@@ -17,10 +18,31 @@ from tools.feature_table import with_table
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vllm_kvevict"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-NO_KERNELS = ("__init__", "native", "operators", "optional_triton", "optional_xformers", "window_batch")
+NO_KERNELS = (
+    "__init__",
+    "interface",
+    "native",
+    "operators",
+    "rotary",
+    "optional_triton",
+    "optional_xformers",
+    "window_batch",
+)
 KERNELS = [path.stem for path in MODULES if path.parent.name == "kernels" and path.stem not in NO_KERNELS]
-MAX_LINES = 400
-MAX_README_LINES = 270  # a row for every policy, and one for every feature that works
+# a ratchet: the most lines of any file, class and function today; lower a number when its holder becomes shorter
+MOST_LINES = {"file": 398, "class": 354, "function": 73}
+_LOW = ("foreign", "registry", "kernels", "cache", "policies", "options", "budgets", "eviction", "config")
+_ENGINE = (*_LOW, "engine")
+# room, or module without one -> those it may import; the package itself and its __main__ may import all
+MAY_IMPORT = {
+    **{room: _LOW[:floor] for floor, room in enumerate(_LOW)},
+    "engine": _LOW,  # what the processes share
+    "engine.scheduler": _ENGINE,
+    "engine.worker": (*_ENGINE, "engine.scheduler"),  # a worker's cache specs name the scheduler's managers
+    "engine.frontend": _ENGINE,
+    "engine.offline": (*_ENGINE, "engine.frontend", "engine.worker"),
+    "commands": (*_ENGINE, "engine.frontend", "engine.offline"),
+}
 # In pieces, so that this file does not name them either.
 REGISTRY_HOSTS = [
     "pypi" + ".org",
@@ -67,9 +89,53 @@ def test_only_the_engine_folder_imports_vllm(path: Path) -> None:
         assert "vllm" not in imported_roots(path)
 
 
+def module_of(path: Path) -> str:
+    """Return the dotted name of a module within the package, empty for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    return ".".join(parts[:2]) if ".".join(parts[:2]) in MAY_IMPORT else parts[0]
+
+
+def ours_imported_by(path: Path) -> set[str]:
+    """Our modules that a file imports anywhere, also inside functions."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    found = set()
+    for node in nodes:
+        package, _, module = (node.module or "").partition(".")
+        if package == PACKAGE.name:
+            names = [".".join(filter(None, (module, alias.name))) for alias in node.names]
+            found |= {name if name in IN_PACKAGE else module for name in names}
+    return found
+
+
+IN_PACKAGE = {module_of(path) for path in MODULES}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_files_stay_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= MAX_LINES
+def test_a_module_imports_from_the_rooms_below_only(path: Path) -> None:
+    room = room_of(module_of(path))
+    if room not in ("", "__main__"):
+        above = {other for other in map(room_of, ours_imported_by(path)) if other != room} - set(MAY_IMPORT[room])
+        assert not above
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    TopologicalSorter({module_of(path): ours_imported_by(path) for path in MODULES}).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_files_classes_and_functions_stay_short(path: Path) -> None:
+    text = path.read_text()
+    lines = {"file": [len(text.splitlines())], "class": [0], "function": [0]}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            kind = "class" if isinstance(node, ast.ClassDef) else "function"
+            lines[kind].append((node.end_lineno or 0) - node.lineno + 1)
+    assert {kind: max(lines[kind]) for kind in lines if max(lines[kind]) > MOST_LINES[kind]} == {}
 
 
 def test_no_file_is_called_utils() -> None:
@@ -92,9 +158,9 @@ def test_no_file_holds_a_path_of_somebodys_machine(tracked_files: list[Path]) ->
     assert not found
 
 
-def test_the_readme_s_table_of_features_is_that_of_the_tests() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert text == with_table(text), "run `python -m tools.feature_table --write README.md`"
+def test_the_table_of_features_is_that_of_the_tests() -> None:
+    text = (ROOT / "docs" / "compatibility.md").read_text()
+    assert text == with_table(text), "run `python -m tools.feature_table --write docs/compatibility.md`"
 
 
 def test_the_list_of_the_second_tier_is_that_of_the_tests() -> None:
@@ -124,13 +190,3 @@ def test_the_list_of_the_second_tier_names_tests_and_cases(tmp_path: Path) -> No
         "| `test_some.py`, `test_one` | V2 | a |",
         "| `test_whole.py` | both | c |",
     ]
-
-
-def test_readme_is_short_and_names_every_policy_and_allocator() -> None:
-    from vllm_kvevict.budgets import ALLOCATORS
-    from vllm_kvevict.policies import POLICIES
-
-    text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) < MAX_README_LINES
-    for name in (*POLICIES.names(), *ALLOCATORS.names()):
-        assert f"`{name}`" in text

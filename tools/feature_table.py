@@ -1,6 +1,6 @@
-"""The README's table of what works with eviction on, from the markers of the tests: ``feature`` and ``refused``.
+"""The table of what works with eviction on, from the markers of the tests: ``feature`` and ``refused``.
 
-python -m tools.feature_table --write README.md
+python -m tools.feature_table --write docs/compatibility.md
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_kvevict.policies.table import with_text_between
+from vllm_kvevict.commands.policies import with_text_between
 
 ROOT = Path(__file__).resolve().parents[1]
-START = "<!-- features: python -m tools.feature_table --write README.md -->"
+START = "<!-- features: python -m tools.feature_table --write docs/compatibility.md -->"
 END = "<!-- end of features -->"
 
 
@@ -76,7 +76,7 @@ def marker_calls(tree: ast.AST, *kinds: str) -> Iterator[tuple[str, ast.Call]]:
 
 
 def table(tests: Path = ROOT / "tests") -> str:
-    """Return the README's text: a row for every feature that works, and a sentence with all that is refused."""
+    """Return the page's text: a row for every feature that works, and a sentence with all that is refused."""
     found = markers(tests)
     works: dict[str, list[Marker]] = {}
     for marker in found:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tools.feature_table import ROOT, marker_calls, print_or_write
-from vllm_kvevict.policies.table import with_text_between
+from vllm_kvevict.commands.policies import with_text_between
 
 START = "<!-- second tier: python -m tools.second_tier --write CONTRIBUTING.md -->"
 END = "<!-- end of second tier -->"

@@ -14,7 +14,7 @@ def register() -> None:
 
     Without ``--kv-eviction`` nothing else of vLLM changes.
     """
-    from vllm_kvevict.engine.install import install_flags
+    from vllm_kvevict.engine.frontend.install import install_flags
 
     install_flags()
 

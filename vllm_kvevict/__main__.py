@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_kvevict.command import main
+from vllm_kvevict.commands.main import main
 
 if __name__ == "__main__":
     main()

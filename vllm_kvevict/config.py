@@ -12,14 +12,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_kvevict.budgets import ALLOCATORS
+from vllm_kvevict.budgets.auto import AutoBudget
+from vllm_kvevict.budgets.curve import Calibration
 from vllm_kvevict.cache.plan import min_kept_blocks
-from vllm_kvevict.calibration.auto_budget import AutoBudget
-from vllm_kvevict.calibration.curve import Calibration
-from vllm_kvevict.evictor import Method
-from vllm_kvevict.policies import POLICIES
-from vllm_kvevict.quoted import quoted
-from vllm_kvevict.registry import Registry
-from vllm_kvevict.request_options import (
+from vllm_kvevict.eviction.prompt import Method
+from vllm_kvevict.eviction.schedule import DuringDecode, Schedule
+from vllm_kvevict.eviction.traits import per_token_policies, settle, traits_of
+from vllm_kvevict.foreign.code import apart, ends_process, said
+from vllm_kvevict.foreign.values import quoted
+from vllm_kvevict.options.limits import (
     ALL,
     AUTO,
     NONE,
@@ -38,9 +39,8 @@ from vllm_kvevict.request_options import (
     check_names,
     checked_name,
 )
-from vllm_kvevict.schedule import DuringDecode, Schedule
-from vllm_kvevict.third_party import apart, ends_process, said
-from vllm_kvevict.traits import per_token_policies, settle, traits_of
+from vllm_kvevict.policies import POLICIES
+from vllm_kvevict.registry import Registry
 
 __all__ = ["AUTO", "EvictionConfig"]
 

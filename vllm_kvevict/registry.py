@@ -9,8 +9,8 @@ from functools import cached_property
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from vllm_kvevict.quoted import LONGEST_NAME, quoted
-from vllm_kvevict.third_party import ends_process, said
+from vllm_kvevict.foreign.code import ends_process, said
+from vllm_kvevict.foreign.values import LONGEST_NAME, quoted
 
 logger = logging.getLogger(__name__)
 

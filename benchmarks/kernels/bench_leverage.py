@@ -10,8 +10,8 @@ from benchmarks.limits import copy_bandwidth, matrix_rate
 from benchmarks.timing import append_row, measure
 from vllm_kvevict.kernels.leverage import leverage, leverage_reference
 from vllm_kvevict.kernels.native import library
+from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies.compactor import gaussian_sketch
-from vllm_kvevict.rotary import Rotary
 
 Inputs = tuple[torch.Tensor, torch.Tensor, int, int, Rotary, torch.Tensor, float]
 

@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from benchmarks.serving.engine import MODEL, engine
 from benchmarks.timing import RESULTS, provenance
-from vllm_kvevict.calibration.tasks import make_example
+from vllm_kvevict.engine.offline.tasks import make_example
 
 from vllm import LLM  # isort: skip  (after the environment is set)
-from vllm_kvevict.engine.grading import ForceAnswer, Grade, grade  # isort: skip
+from vllm_kvevict.engine.offline.grading import ForceAnswer, Grade, grade  # isort: skip
 
 METRICS = tuple(field.name for field in fields(Grade))
 NUM_RESAMPLES = 2000

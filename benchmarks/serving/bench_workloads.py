@@ -30,7 +30,7 @@ from benchmarks.serving.workloads import BLOCK_SIZE, WORKLOADS, Workload, text_t
 from benchmarks.timing import write_row
 from tools.build_model import SMOLLM2
 from tools.server import Server, cpu_environment
-from vllm_kvevict.arguments import positive
+from vllm_kvevict.commands.arguments import positive
 
 STOCK = "stock vLLM"
 ARMS = (STOCK, "eviction off", "budget")

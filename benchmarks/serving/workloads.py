@@ -14,7 +14,7 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
-from vllm_kvevict.calibration.tasks import NOISE, Example, make_example
+from vllm_kvevict.engine.offline.tasks import NOISE, Example, make_example
 
 BLOCK_SIZE = 32
 TASKS = ("needle_noise", "passkey")  # those that SmolLM2-135M answers at these lengths when it has the full KV

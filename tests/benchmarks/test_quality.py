@@ -14,7 +14,7 @@ import torch
 from benchmarks.quality import study
 from benchmarks.quality.study import Arm, Cell, compare, interval, run, summarise
 from tests.conftest import USES_V2_RUNNER
-from vllm_kvevict.calibration.tasks import TASKS, make_example
+from vllm_kvevict.engine.offline.tasks import TASKS, make_example
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def model(smollm2: Path) -> Any:
 def test_grades_are_those_of_a_forward_pass_of_transformers(
     llm: Any, model: Any, smollm2: Path, task: str, outside: bool
 ) -> None:
-    from vllm_kvevict.engine.grading import grade
+    from vllm_kvevict.engine.offline.grading import grade
 
     example = make_example(smollm2, task, 700, 1)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.paged import LAYOUTS, NULL_BLOCK, PACKINGS, PagedCache, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.cache.compaction import Compaction, plan_compaction
 from vllm_kvevict.cache.plan import EvictionPlan
-from vllm_kvevict.cache.selection import select
+from vllm_kvevict.eviction.selection import select
 
 HEAD_SIZE = 16
 properties = settings(max_examples=120, deadline=None, derandomize=True)

@@ -15,7 +15,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from tests.conftest import ROOT
 from tests.e2e.prompts import long_text
 from tools.server import Server
-from vllm_kvevict.command import main
+from vllm_kvevict.commands.main import main
 
 ENGINE = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20))
 

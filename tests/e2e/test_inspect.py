@@ -18,7 +18,7 @@ from PIL import Image
 from tests.conftest import ROOT
 from tests.e2e.prompts import long_text
 from tests.tiny_llama import random_prompt
-from vllm_kvevict.command import main
+from vllm_kvevict.commands.main import main
 
 CHROMIUM = Path("/usr/bin/chromium")
 NUM_TOKENS, BUDGET = 700, 128

@@ -16,7 +16,7 @@ from vllm.outputs import RequestOutput
 from vllm.platforms.cpu import CpuPlatform
 
 from vllm_kvevict import kv_eviction_args
-from vllm_kvevict.engine.spec import CacheInUse
+from vllm_kvevict.engine.scheduler.managers import CacheInUse
 
 
 class Engine:

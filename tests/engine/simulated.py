@@ -32,11 +32,12 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_kvevict import kv_eviction_args, register
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.config import AUTO, EvictionConfig
-from vllm_kvevict.engine.flags import FIELD
-from vllm_kvevict.engine.install import refuse_unsupported
-from vllm_kvevict.engine.requests import check_config, with_checked_options
-from vllm_kvevict.engine.spec import EvictionSpec, with_eviction_managers
-from vllm_kvevict.engine.step import REPORTS, STEP, EvictionReport, PrefillEnd, StepEvictions
+from vllm_kvevict.engine.checks import check_config
+from vllm_kvevict.engine.frontend.install import refuse_unsupported
+from vllm_kvevict.engine.frontend.requests import with_checked_options
+from vllm_kvevict.engine.messages import REPORTS, STEP, EvictionReport, PrefillEnd, StepEvictions
+from vllm_kvevict.engine.scheduler.managers import EvictionSpec, with_eviction_managers
+from vllm_kvevict.engine.settings import FIELD
 
 BLOCK = 32
 WINDOW = 48
@@ -122,7 +123,7 @@ def make_config(model: Path, setting: Setting) -> VllmConfig:
     eviction.check_block_size(BLOCK)
     check_config(eviction, config)
     kind = "AsyncEvictionScheduler" if setting.async_scheduling else "EvictionScheduler"
-    scheduler.scheduler_cls = f"vllm_kvevict.engine.scheduler.{kind}"
+    scheduler.scheduler_cls = f"vllm_kvevict.engine.scheduler.scheduler.{kind}"
     return config
 
 

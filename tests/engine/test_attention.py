@@ -16,12 +16,12 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
-from vllm_kvevict.engine.attention import EvictionMetadata
 from vllm_kvevict.engine.cache_dtype import cache_dtypes, cache_of
-from vllm_kvevict.engine.cpu_backend import EvictionCPUImpl
-from vllm_kvevict.engine.flash_backend import EvictionFlashImpl, EvictionFlashMetadataBuilder
-from vllm_kvevict.engine.triton_backend import EvictionTritonImpl, EvictionTritonMetadataBuilder
-from vllm_kvevict.engine.xformers_backend import EvictionXformersImpl
+from vllm_kvevict.engine.worker.backends.base import EvictionMetadata
+from vllm_kvevict.engine.worker.backends.cpu import EvictionCPUImpl
+from vllm_kvevict.engine.worker.backends.flash import EvictionFlashImpl, EvictionFlashMetadataBuilder
+from vllm_kvevict.engine.worker.backends.triton import EvictionTritonImpl, EvictionTritonMetadataBuilder
+from vllm_kvevict.engine.worker.backends.xformers import EvictionXformersImpl
 
 IMPLS = [EvictionCPUImpl, EvictionFlashImpl, EvictionTritonImpl, EvictionXformersImpl]
 

@@ -9,9 +9,9 @@ import pytest
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
 
-from vllm_kvevict.engine import cuda_backends
-from vllm_kvevict.engine.cuda_backends import InPlaceOfFlashAttention, InPlaceOfFlashInfer, check_backends
-from vllm_kvevict.engine.flash_backend import EvictionFlashBackend
+from vllm_kvevict.engine.worker.backends import cuda
+from vllm_kvevict.engine.worker.backends.cuda import InPlaceOfFlashAttention, InPlaceOfFlashInfer, check_backends
+from vllm_kvevict.engine.worker.backends.flash import EvictionFlashBackend
 
 
 def layers_with(*backends: type) -> list[Any]:
@@ -22,7 +22,7 @@ def layers_with(*backends: type) -> list[Any]:
 @pytest.fixture
 def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
-    monkeypatch.setattr(cuda_backends.logger, "warning", lambda text, *args: found.append(text % args))
+    monkeypatch.setattr(cuda.logger, "warning", lambda text, *args: found.append(text % args))
     return found
 
 
@@ -53,6 +53,6 @@ def test_what_is_replaced_is_said_in_one_sentence(
 
 
 def test_one_of_several_workers_says_it(warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_backends, "is_global_first_rank", lambda: False)
+    monkeypatch.setattr(cuda, "is_global_first_rank", lambda: False)
     check_backends(layers_with(InPlaceOfFlashInfer))
     assert not warnings

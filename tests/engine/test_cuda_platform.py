@@ -201,8 +201,8 @@ def test_worker_and_scheduler_are_ours_and_the_runner_is_v2_without_full_graphs(
     """A full graph would go on with stock attention for rows that are evicted later."""
     result = configured(results, name)
     assert result["platform"] == "cuda"
-    assert result["worker"] == "vllm_kvevict.engine.gpu_worker.EvictionGPUWorker"
-    assert result["scheduler"] == "vllm_kvevict.engine.scheduler.AsyncEvictionScheduler"
+    assert result["worker"] == "vllm_kvevict.engine.worker.gpu_worker.EvictionGPUWorker"
+    assert result["scheduler"] == "vllm_kvevict.engine.scheduler.scheduler.AsyncEvictionScheduler"
     assert result["is_v2"]
     assert result["block_size"] == 16
     assert result["graphs"] == {"asked": "FULL_AND_PIECEWISE", "V1": "PIECEWISE", "V2": "PIECEWISE"}
@@ -230,16 +230,16 @@ def test_no_class_of_ours_replaces_the_streams_and_events_of_torch(results: dict
     """As vLLM's CPU worker does when it is imported, for the whole process."""
     assert not {name: replaced for name, replaced in results["replaced"].items() if replaced}
     assert {
-        "gpu_worker.EvictionGPUWorker",
-        "scheduler.AsyncEvictionScheduler",
-        "flash_backend.EvictionFlashBackend",
-        "flash_backend.EvictionFlashImpl",
-        "flash_backend.EvictionFlashMetadataBuilder",
-        "triton_backend.EvictionTritonBackend",
-        "triton_backend.EvictionTritonImpl",
-        "triton_backend.EvictionTritonMetadataBuilder",
-        "spec.EvictionSpec",
-        "spec.EvictionManager",
-        "spec.PrivateSlidingWindowSpec",
-        "spec.PrivateSlidingWindowManager",
+        "worker.gpu_worker.EvictionGPUWorker",
+        "scheduler.scheduler.AsyncEvictionScheduler",
+        "worker.backends.flash.EvictionFlashBackend",
+        "worker.backends.flash.EvictionFlashImpl",
+        "worker.backends.flash.EvictionFlashMetadataBuilder",
+        "worker.backends.triton.EvictionTritonBackend",
+        "worker.backends.triton.EvictionTritonImpl",
+        "worker.backends.triton.EvictionTritonMetadataBuilder",
+        "scheduler.managers.EvictionSpec",
+        "scheduler.managers.EvictionManager",
+        "scheduler.managers.PrivateSlidingWindowSpec",
+        "scheduler.managers.PrivateSlidingWindowManager",
     } <= {name.removeprefix("vllm_kvevict.engine.") for name in results["replaced"]}

@@ -12,7 +12,7 @@ from tests.conftest import USES_V2_RUNNER
 from tests.engine.harness import Engine, engine
 from tests.engine.test_speculation import counted_drafts
 from tests.tiny_llama import random_prompt, tiny_llama_config
-from vllm_kvevict.engine.draft import DraftBridge
+from vllm_kvevict.engine.worker.draft import DraftBridge
 
 BUDGET = 96
 PROMPTS = [random_prompt(length, seed=length) for length in (40, 383, 450, 512, 700)]

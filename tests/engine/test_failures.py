@@ -16,12 +16,12 @@ from vllm.v1.engine import EngineCoreOutput
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
-from vllm_kvevict.calibration.auto_budget import AutoBudget
+from vllm_kvevict.budgets.auto import AutoBudget
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.engine.likelihood import PromptLikelihood
-from vllm_kvevict.evictor import Method
+from vllm_kvevict.engine.worker.likelihood import PromptLikelihood
+from vllm_kvevict.eviction.per_token import Peers, TokenEvictor
+from vllm_kvevict.eviction.prompt import Method
 from vllm_kvevict.policies import POLICIES, EvictionPolicy, Need, ScoreInputs, StepInputs
-from vllm_kvevict.token_evictor import Peers, TokenEvictor
 
 
 @dataclass(frozen=True)

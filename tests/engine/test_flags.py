@@ -21,8 +21,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from tools import newest_vllm
 from vllm_kvevict import kv_eviction_args
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.engine.cpu_backend import EvictionCPUImpl
-from vllm_kvevict.engine.requests import check_config
+from vllm_kvevict.engine.checks import check_config
+from vllm_kvevict.engine.worker.backends.cpu import EvictionCPUImpl
 
 # AsyncEngineArgs does this by itself before it makes its parser
 load_general_plugins()
@@ -179,8 +179,8 @@ def created(model: Path, **kwargs: Any) -> Any:
 def test_offline_arguments_name_our_classes(tiny_llama: Path) -> None:
     config = created(tiny_llama)
     assert config.cache_config.block_size == 32
-    assert config.scheduler_config.scheduler_cls == "vllm_kvevict.engine.scheduler.EvictionScheduler"
-    assert config.parallel_config.worker_cls == "vllm_kvevict.engine.cpu_worker.EvictionCPUWorker"
+    assert config.scheduler_config.scheduler_cls == "vllm_kvevict.engine.scheduler.scheduler.EvictionScheduler"
+    assert config.parallel_config.worker_cls == "vllm_kvevict.engine.worker.cpu_worker.EvictionCPUWorker"
     assert created(tiny_llama, block_size=64).cache_config.block_size == 64
 
 

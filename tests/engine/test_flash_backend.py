@@ -16,13 +16,13 @@ from tests import flash_attention
 from tests.conftest import USES_V2_RUNNER
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
-from vllm_kvevict.engine import cpu_worker
-from vllm_kvevict.engine import cuda_backends as cuda_backends_module
-from vllm_kvevict.engine.attention import backend_in_place_of
-from vllm_kvevict.engine.cpu_worker import EvictionCPUWorker
-from vllm_kvevict.engine.cuda_backends import InPlaceOfFlashAttention, check_backends, cuda_backends
-from vllm_kvevict.engine.flash_backend import EvictionFlashBackend, EvictionFlashImpl
-from vllm_kvevict.engine.triton_backend import EvictionTritonImpl
+from vllm_kvevict.engine.worker import cpu_worker
+from vllm_kvevict.engine.worker.backends import cuda
+from vllm_kvevict.engine.worker.backends.base import backend_in_place_of
+from vllm_kvevict.engine.worker.backends.cuda import InPlaceOfFlashAttention, check_backends, cuda_backends
+from vllm_kvevict.engine.worker.backends.flash import EvictionFlashBackend, EvictionFlashImpl
+from vllm_kvevict.engine.worker.backends.triton import EvictionTritonImpl
+from vllm_kvevict.engine.worker.cpu_worker import EvictionCPUWorker
 
 PROMPTS = [random_prompt(length, seed=length) for length in (40, 383, 450, 512)]
 ALLOCATORS = ("uniform", "lava")
@@ -120,7 +120,7 @@ def test_triton_takes_the_place_of_flash_attention_4_beside_sliding_windows(
         check_backends(get_layers_from_vllm_config(worker.vllm_config, Attention).values())
 
     warnings: list[str] = []
-    monkeypatch.setattr(cuda_backends_module.logger, "warning", lambda text, *args: warnings.append(text % args))
+    monkeypatch.setattr(cuda.logger, "warning", lambda text, *args: warnings.append(text % args))
     monkeypatch.setattr(EvictionCPUWorker, "load_model", load_as_on_cuda)
     monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **_: 4)
     # vLLM asks for it before it launches the kernel that writes keys and values

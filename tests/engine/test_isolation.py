@@ -30,7 +30,7 @@ from tests.engine.harness import async_on_cpu, engine
 from tests.engine.test_speculation import ALPHABET, NGRAM
 from tests.tiny_llama import random_prompt
 from vllm_kvevict import kv_eviction_args
-from vllm_kvevict.engine.spec import CacheInUse
+from vllm_kvevict.engine.scheduler.managers import CacheInUse
 
 NUM_REQUESTS = int(os.environ.get("KVEVICT_ISOLATION_REQUESTS", 40 if USES_V2_RUNNER else 60))
 SEED = int(os.environ.get("KVEVICT_ISOLATION_SEED", 0))

@@ -11,12 +11,12 @@ import pytest
 import torch
 from vllm.v1.core.block_pool import BlockPool
 
-from vllm_kvevict.cache.fit import EmptyCache
 from vllm_kvevict.cache.plan import cdiv
 from vllm_kvevict.config import AUTO, EvictionConfig
-from vllm_kvevict.engine.life import IllegalTransitionError, RequestLife, State
-from vllm_kvevict.engine.spec import EvictionManager, EvictionSpec
-from vllm_kvevict.engine.step import StepEvictions
+from vllm_kvevict.engine.fit import EmptyCache
+from vllm_kvevict.engine.messages import StepEvictions
+from vllm_kvevict.engine.scheduler.life import IllegalTransitionError, RequestLife, State
+from vllm_kvevict.engine.scheduler.managers import EvictionManager, EvictionSpec
 
 BLOCK = 4
 NUM_BLOCKS = 40

@@ -11,11 +11,13 @@ from types import SimpleNamespace
 from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from vllm_kvevict.engine.metrics import Gauges, pack, process_metrics, with_eviction_metrics
+from vllm_kvevict.engine.frontend.metrics import process_metrics, with_eviction_metrics
+from vllm_kvevict.engine.messages import Gauges, pack
 
 PROCESS = """
 from prometheus_client import CollectorRegistry
-from vllm_kvevict.engine.metrics import EvictionMetrics, Gauges
+from vllm_kvevict.engine.frontend.metrics import EvictionMetrics
+from vllm_kvevict.engine.messages import Gauges
 metrics = EvictionMetrics(CollectorRegistry())
 metrics.announce("snapkv", "uniform")
 """

@@ -15,7 +15,7 @@ from vllm.config import ModelConfig
 
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt, tiny_llama_config
-from vllm_kvevict.engine.model import check_needs
+from vllm_kvevict.engine.models import check_needs
 from vllm_kvevict.policies import Need
 from vllm_kvevict.policies.base import LayerWeights
 from vllm_kvevict.policies.compactor import Compactor

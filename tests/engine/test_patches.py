@@ -10,8 +10,8 @@ from textwrap import dedent
 
 import pytest
 
-from vllm_kvevict.engine.install import _FLAG_PATCHES, _REQUEST_PATCHES
-from vllm_kvevict.engine.patches import Patch, apply_patches, find
+from vllm_kvevict.engine.frontend.install import _FLAG_PATCHES, _REQUEST_PATCHES
+from vllm_kvevict.engine.frontend.patches import Patch, apply_patches, find
 from vllm_kvevict.engine.versions import SUPPORTED_VLLM, UnsupportedVLLMError
 
 ALL = [*_FLAG_PATCHES, *_REQUEST_PATCHES]

@@ -15,8 +15,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs.engine import embeds_input, mm_input, tokens_input
 
 from vllm_kvevict import kv_eviction_args
-from vllm_kvevict.engine.requests import (
-    check_prompt,
+from vllm_kvevict.engine.checks import check_prompt
+from vllm_kvevict.engine.frontend.requests import (
     with_checked_body,
     with_checked_options,
     with_early_check,
@@ -116,7 +116,7 @@ def test_the_body_of_a_request_is_checked_where_nothing_is_handed_on(auto: Any) 
 
 def test_facts_about_a_prompt_decide(auto: Any) -> None:
     """The scheduler asks the same, of requests that no front end of ours has seen."""
-    from vllm_kvevict.engine.install import eviction_config
+    from vllm_kvevict.engine.settings import eviction_config
 
     config = eviction_config(auto)
     assert config is not None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_kvevict.engine.rows import BatchFolder
+from vllm_kvevict.engine.worker.rows import BatchFolder
 
 HEADS = 3
 

@@ -11,8 +11,8 @@ import pytest
 
 from tests.engine.simulated import Setting, SimulatedEngine
 from tests.tiny_llama import random_prompt
-from vllm_kvevict.engine.spec import EvictionManager
-from vllm_kvevict.engine.step import STEP
+from vllm_kvevict.engine.messages import STEP
+from vllm_kvevict.engine.scheduler.managers import EvictionManager
 
 pytestmark = pytest.mark.more_on_v2("messages of both runners look alike in a simulated engine")
 

@@ -13,10 +13,11 @@ from vllm.v1.attention.ops import triton_reshape_and_cache_flash
 from tests.conftest import USES_V2_RUNNER
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
-from vllm_kvevict.engine import cpu_worker, triton_backend, xformers_backend
-from vllm_kvevict.engine.attention import backend_in_place_of
-from vllm_kvevict.engine.triton_backend import EvictionTritonBackend
-from vllm_kvevict.engine.xformers_backend import EvictionXformersBackend
+from vllm_kvevict.engine.worker import cpu_worker
+from vllm_kvevict.engine.worker.backends import triton, xformers
+from vllm_kvevict.engine.worker.backends.base import backend_in_place_of
+from vllm_kvevict.engine.worker.backends.triton import EvictionTritonBackend
+from vllm_kvevict.engine.worker.backends.xformers import EvictionXformersBackend
 from vllm_kvevict.kernels import optional_xformers, paged_attention
 
 pytestmark = pytest.mark.skipif(not USES_V2_RUNNER, reason="the kernels run only through Triton's interpreter")
@@ -62,13 +63,13 @@ def check_answers(
 def test_answers_are_those_of_cpu_attention(
     tiny_llama: Path, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attend, splits = triton_backend.unified_attention, []
+    attend, splits = triton.unified_attention, []
 
     def spy(**arguments: Any) -> None:
         splits.append(len(arguments["seqused_k"]) <= arguments["seq_threshold_3D"] and arguments["max_seqlen_q"] == 1)
         attend(**arguments)
 
-    monkeypatch.setattr(triton_backend, "unified_attention", spy)
+    monkeypatch.setattr(triton, "unified_attention", spy)
     check_answers(tiny_llama, plain, EvictionTritonBackend, monkeypatch)
     assert any(splits)  # few sequences are split among programs, as those of vLLM are
 
@@ -99,14 +100,14 @@ def test_xformers_answers_as_cpu_attention_does(
     tiny_llama: Path, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # float32, which the interpreter can multiply, so that the answers are the same to the last token
-    monkeypatch.setattr(xformers_backend, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(xformers, "DTYPES", (torch.float32,))
     monkeypatch.setattr(paged_attention, "DTYPES", (torch.float32,))
-    attend, calls = xformers_backend.paged_attention, []
+    attend, calls = xformers.paged_attention, []
 
     def spy(*arguments: Any) -> torch.Tensor:
         calls.append(len(arguments[0]))
         return attend(*arguments)
 
-    monkeypatch.setattr(xformers_backend, "paged_attention", spy)
+    monkeypatch.setattr(xformers, "paged_attention", spy)
     check_answers(tiny_llama, plain, EvictionXformersBackend, monkeypatch)
     assert calls

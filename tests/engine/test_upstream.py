@@ -24,8 +24,8 @@ from tools.upstream.sources import Source, Sources, installed_vllm, our_sources,
 from tools.upstream.values import Class, Instance
 from vllm_kvevict import kv_eviction_args
 from vllm_kvevict.engine import versions
-from vllm_kvevict.engine.install import install_flags
-from vllm_kvevict.request_options import is_ours
+from vllm_kvevict.engine.frontend.install import install_flags
+from vllm_kvevict.options.limits import is_ours
 
 NEWEST = os.environ.get("KVEVICT_NEWEST", newest_vllm.NEWEST)
 VERSIONS = sorted({installed_vllm(), NEWEST})

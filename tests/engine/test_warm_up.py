@@ -18,7 +18,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from tests.conftest import USES_V2_RUNNER
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
-from vllm_kvevict.engine.step import STEP, StepEvictions
+from vllm_kvevict.engine.messages import STEP, StepEvictions
 
 PROMPTS = [random_prompt(length, seed=length) for length in (40, 333)]
 

@@ -21,7 +21,7 @@ from tests.conftest import USES_V2_RUNNER
 from tests.engine.simulated import BLOCK, WINDOW, Setting, SimulatedEngine
 from tests.tiny_llama import random_prompt
 from vllm_kvevict.cache.plan import cdiv
-from vllm_kvevict.engine import scheduler
+from vllm_kvevict.engine.scheduler import scheduler
 
 
 @pytest.fixture(scope="module", autouse=True)

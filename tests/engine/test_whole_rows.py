@@ -10,9 +10,9 @@ import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_kvevict.engine import whole_rows as module
 from vllm_kvevict.engine.versions import UnsupportedVLLMError
-from vllm_kvevict.engine.whole_rows import CLASSIFIED, check_fields, whole_rows
+from vllm_kvevict.engine.worker import whole_rows as module
+from vllm_kvevict.engine.worker.whole_rows import CLASSIFIED, check_fields, whole_rows
 
 QUERY_LENS = [1, 4, 2, 1, 3]
 WHOLE = [1, 3, 4]

@@ -9,10 +9,11 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.engine.harness import engine
-from vllm_kvevict.engine import cpu_worker, xformers_backend
-from vllm_kvevict.engine.attention import backend_in_place_of
-from vllm_kvevict.engine.cuda_backends import XFORMERS, cuda_backends
-from vllm_kvevict.engine.xformers_backend import EvictionXformersBackend
+from vllm_kvevict.engine.worker import cpu_worker
+from vllm_kvevict.engine.worker.backends import xformers
+from vllm_kvevict.engine.worker.backends.base import backend_in_place_of
+from vllm_kvevict.engine.worker.backends.cuda import XFORMERS, cuda_backends
+from vllm_kvevict.engine.worker.backends.xformers import EvictionXformersBackend
 
 
 def test_it_is_what_custom_means_unless_somebody_has_a_backend_of_that_name(tiny_llama: Path) -> None:
@@ -38,7 +39,7 @@ def test_it_is_what_custom_means_unless_somebody_has_a_backend_of_that_name(tiny
 def test_what_it_cannot_serve_is_refused_at_start_up(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, is_installed: bool, message: str
 ) -> None:
-    monkeypatch.setattr(xformers_backend, "HAS_XFORMERS", is_installed)
+    monkeypatch.setattr(xformers, "HAS_XFORMERS", is_installed)
     ours = lambda: backend_in_place_of(AttentionBackendEnum.CPU_ATTN, EvictionXformersBackend)  # noqa: E731
     monkeypatch.setattr(cpu_worker, "cpu_backend", ours)
     with pytest.raises(ValueError, match=message), engine(tiny_llama, budget=64):

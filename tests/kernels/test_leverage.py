@@ -9,7 +9,7 @@ from tests.implementations import IMPLEMENTATIONS, scrambled_keys
 from tests.implementations import implementation as one_of
 from vllm_kvevict.kernels import leverage as module
 from vllm_kvevict.kernels.leverage import leverage, leverage_reference
-from vllm_kvevict.rotary import Rotary
+from vllm_kvevict.kernels.rotary import Rotary
 
 # start, end, block_size, num_kv_heads, head_size, rotary_dim, rank; the last has a sketch of more columns than rows
 CASES = [

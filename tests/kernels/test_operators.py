@@ -11,11 +11,11 @@ from vllm_kvevict.kernels.chunk_attention import chunk_attention
 from vllm_kvevict.kernels.leverage import leverage
 from vllm_kvevict.kernels.move_tokens import move_tokens
 from vllm_kvevict.kernels.page_table_update import BatchBlocks, page_table_update
+from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.kernels.select import count_best, select
 from vllm_kvevict.kernels.streaming_sums import streaming_sums
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.kernels.window_scores import window_scores
-from vllm_kvevict.rotary import Rotary
 
 HEADS, HEAD_SIZE, BLOCK_SIZE, TOKENS = 2, 16, 16, 70
 

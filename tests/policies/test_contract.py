@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 from tests.gpu import HAS_GPU, on_gpu
 from tests.paged import LAYOUTS, PACKINGS, make_pool, random_kv, scrambled_blocks
+from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies import POLICIES, Need, ScoreInputs
 from vllm_kvevict.policies.base import LayerWeights
-from vllm_kvevict.rotary import Rotary
 
 KV_HEADS, GROUP, HEAD_SIZE, LAYER = 2, 3, 16, 1
 LENGTHS = [100, 160, 257]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.llama_layer import make_llama_layer
-from vllm_kvevict.cache.selection import protect, select
+from vllm_kvevict.eviction.selection import protect, select
 from vllm_kvevict.policies.curdkv import CurDKV
 
 PAPER = {"measure": "leverage", "projection_rank": 20, "local_window": 0}

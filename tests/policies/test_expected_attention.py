@@ -12,11 +12,11 @@ from tests.llama_layer import BLOCK_SIZE, make_llama_layer
 from tests.tiny_llama import tiny_llama_config
 from vllm_kvevict.budgets.uniform import Uniform
 from vllm_kvevict.cache.plan import plan_eviction
-from vllm_kvevict.cache.selection import protect, select
-from vllm_kvevict.evictor import Eviction, Method
+from vllm_kvevict.eviction.prompt import Eviction, Method
+from vllm_kvevict.eviction.selection import protect, select
+from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies.base import LayerWeights
 from vllm_kvevict.policies.expected_attention import ExpectedAttention
-from vllm_kvevict.rotary import Rotary
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 8, 2, 32
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.llama_layer import LlamaLayer, make_llama_layer
-from vllm_kvevict.cache.selection import protect, select
+from vllm_kvevict.eviction.selection import protect, select
 from vllm_kvevict.policies import POLICIES, ScoreInputs
 from vllm_kvevict.policies.laq import LookaheadQCache, LookaheadQCachePlus
 from vllm_kvevict.policies.snapkv import SnapKV

@@ -18,11 +18,11 @@ from tools.gpu.runs import DECODE, EVICTED, RUNS, TINY, Run, Work, on_cpu
 from tools.gpu.session import LOGS, Session, compiled_kernels, digest_of_sources, environment_of, synced_places
 
 SYNC_LOG = """\
-(EngineCore pid=7) /checkout/vllm_kvevict/engine/rows.py:12: UserWarning: called a synchronizing CUDA operation (...)
+(EngineCore pid=7) /a/vllm_kvevict/engine/worker/rows.py:12: UserWarning: called a synchronizing CUDA operation (...)
   table.item()
 /scratch/site/vllm/v1/worker/a.py:3: UserWarning: Tensor.to: a copy ... Implicit GPU<->CPU sync detected
-/checkout/vllm_kvevict/engine/rows.py:12: UserWarning: called a synchronizing CUDA operation (...)
-/checkout/vllm_kvevict/engine/rows.py:90: UserWarning: something else"""
+/a/vllm_kvevict/engine/worker/rows.py:12: UserWarning: called a synchronizing CUDA operation (...)
+/a/vllm_kvevict/engine/worker/rows.py:90: UserWarning: something else"""
 JIT_LOG = "WARNING Triton kernel JIT compilation during inference: fold. This causes a latency spike; consider ..."
 
 
@@ -89,7 +89,7 @@ def test_a_process_past_its_limit_says_where_it_was_and_is_ended(tmp_path: Path)
 
 
 def test_waits_are_counted_by_place() -> None:
-    expected = {"vllm_kvevict/engine/rows.py:12": 2, "vllm/v1/worker/a.py:3": 1}
+    expected = {"vllm_kvevict/engine/worker/rows.py:12": 2, "vllm/v1/worker/a.py:3": 1}
     assert synced_places(SYNC_LOG.splitlines()) == expected
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from vllm_kvevict.kernels.native import FLOAT, INT32, INT64, POINTER, function
+from vllm_kvevict.kernels.native import function
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
 from vllm_kvevict.kernels.streaming_sums import (
@@ -24,13 +24,6 @@ from vllm_kvevict.kernels.streaming_sums import triton_signatures as attention_s
 from vllm_kvevict.kernels.window_batch import DTYPE_CODES
 
 _COLUMN_ROWS = 32  # rows of a tile in the pass over the columns; twice as many spill registers on sm_80
-_ARGTYPES = (
-    *(POINTER, INT64, INT64),  # query: data, strides
-    *(POINTER, INT64, INT64, INT64),  # keys: data, strides
-    *(POINTER, INT64),  # page_table: data, stride of a head
-    POINTER,  # received
-    *(INT32, INT32, INT64, INT64, INT64, INT64, INT64, INT64, FLOAT, INT32),  # dtypes, sizes, scale, take_max
-)
 
 
 @operator(
@@ -72,7 +65,7 @@ def chunk_attention(
         raise ValueError(f"`reduction`: expected 'mean' or 'max', got {reduction!r}.")
     if query.device.type == "cuda":
         return _launch(query, keys, page_table, start, scale, reduction)
-    kernel = function("kvevict_chunk_attention", *_ARGTYPES) if query.device.type == "cpu" else None
+    kernel = function("kvevict_chunk_attention") if query.device.type == "cpu" else None
     if kernel is None:
         return chunk_attention_reference(query, keys, page_table, start, scale, reduction)
     chunk, num_heads, head_size = query.shape

@@ -7,23 +7,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vllm_kvevict.kernels.native import FLOAT, INT32, INT64, POINTER, function
+from vllm_kvevict.kernels.native import function
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
+from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.kernels.window_batch import DTYPE_CODES, QUERY_DTYPES
-from vllm_kvevict.rotary import Rotary
 
 REFERENCE_TOKENS = 1024
 # Of the Triton kernels: programs that share the tokens in the first pass, its rows of moments, tokens and columns.
 MOST_PARTS, BLOCK_DIMS, BLOCK_TOKENS, BLOCK_RANK, NUM_WARPS = 128, 16, 64, 32, 8
-_KEYS = (
-    *(POINTER, INT64, INT64, INT64),  # keys: data, strides
-    *(POINTER, INT64),  # page_table: data, stride of a head
-    *(INT32, INT64, INT64, INT64, INT64, INT64, FLOAT),  # dtype, sizes, key_scale
-    *(POINTER, INT64, INT32, INT64, INT32),  # cos_sin: data, stride, dtype, rotary_dim; is_neox_style
-)
-_MOMENTS_ARGTYPES = (*_KEYS, POINTER, POINTER)  # total, moment
-_NORMS_ARGTYPES = (*_KEYS, POINTER, POINTER, INT64, POINTER)  # mean, map, columns, norms
 
 
 @operator(
@@ -70,8 +62,8 @@ def leverage(
     if keys.device.type == "cuda":
         return _launch(keys, page_table, start, end, rotary, sketch, ridge, key_scale)
     moments, norms = (
-        function("kvevict_key_moments", *_MOMENTS_ARGTYPES),
-        function("kvevict_mapped_norms", *_NORMS_ARGTYPES),
+        function("kvevict_key_moments"),
+        function("kvevict_mapped_norms"),
     )
     if keys.device.type != "cpu" or moments is None or norms is None:
         return leverage_reference(keys, page_table, start, end, rotary, sketch, ridge, key_scale)

@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 
-from vllm_kvevict.kernels.native import INT64, POINTER, cuda_function, cuda_library, function
+from vllm_kvevict.kernels.native import cuda_function, cuda_library, function
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
 
 ELEMENT_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-_POOL = (POINTER, INT64, INT64, INT64, INT64)  # data, strides, head_size
-_ARGTYPES = (*_POOL, *_POOL, POINTER, POINTER, INT64, INT64, INT64)
 _TOKENS, _DIMS, _NUM_WARPS = 32, 32, 4  # a program copies 32 elements of 32 tokens at once
 
 
@@ -40,7 +38,7 @@ def move_tokens(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, 
     if keys.device.type == "cuda":
         launch = move_tokens_triton if cuda_library() is None else move_tokens_cuda
         return launch(keys, values, source, destination)
-    kernel = function("kvevict_move_tokens", *_ARGTYPES) if keys.device.type == "cpu" else None
+    kernel = function("kvevict_move_tokens") if keys.device.type == "cpu" else None
     if kernel is None:
         return move_tokens_reference(keys, values, source, destination)
     kernel(*_flat(keys, values, source, destination))
@@ -96,7 +94,7 @@ def move_tokens_triton(
 
 def move_tokens_cuda(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, destination: torch.Tensor) -> None:
     """In place: launch csrc/cuda/move_tokens.cu, which must have been built; same arguments."""
-    kernel = cuda_function("kvevict_cuda_move_tokens", *_ARGTYPES)
+    kernel = cuda_function("kvevict_cuda_move_tokens")
     with torch.cuda.device(keys.device):
         kernel(*_flat(keys, values, source, destination))
 

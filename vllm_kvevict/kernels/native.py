@@ -11,10 +11,12 @@ from typing import Any, cast
 # torch must come first: it loads the OpenMP runtime that the kernels then share, threads and all
 import torch
 
+from vllm_kvevict.kernels.interface import CUDA_SIGNATURES, INT32, SIGNATURES, declarations, digest
+
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parents[1]
-POINTER, INT32, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+Signatures = dict[str, tuple[Any, ...]]
 
 
 @functools.cache
@@ -23,9 +25,9 @@ def library() -> ctypes.CDLL | None:
 
     Every function takes raw pointers and reads memory unchecked: call the launchers of this folder instead.
 
-    Raises OSError if the library is there but cannot be loaded.
+    Raises OSError if the library is there but cannot be loaded, RuntimeError if it was built from other declarations.
     """
-    found = _find("_cpu")
+    found = _find("_cpu", SIGNATURES)
     if found is None:
         logger.warning(
             "CPU kernels are not built: using their slower torch references. To build them, install a C++ compiler "
@@ -37,33 +39,46 @@ def library() -> ctypes.CDLL | None:
 @functools.cache
 def cuda_library() -> ctypes.CDLL | None:
     """Return the compiled CUDA kernels as ``library`` does those of the CPU; without them Triton's run, unlogged."""
-    return _find("_cuda")
+    return _find("_cuda", CUDA_SIGNATURES)
 
 
-def _find(module: str) -> ctypes.CDLL | None:
+def _find(module: str, signatures: Signatures) -> ctypes.CDLL | None:
     # not importlib.util.find_spec: with an editable installation it also finds the library of another checkout
     spec = PathFinder.find_spec(module, [str(PACKAGE)])
-    return None if spec is None or spec.origin is None else ctypes.CDLL(spec.origin)
+    return None if spec is None or spec.origin is None else load(spec.origin, signatures)
+
+
+def load(path: str, signatures: Signatures) -> ctypes.CDLL:
+    """Return a library whose functions take the arguments that ``signatures`` say.
+
+    Raises RuntimeError if it was built from other declarations.
+    """
+    found, expected = ctypes.CDLL(path), digest(declarations(signatures))
+    built = "no digest"
+    if hasattr(found, "kvevict_interface"):
+        found.kvevict_interface.restype = ctypes.c_char_p
+        built = found.kvevict_interface().decode()
+    if built != expected:
+        raise RuntimeError(
+            f"{path}: expected a library of interface {expected}, got {built}: it was built from other sources. "
+            f"Build it again with `python setup.py build_ext --inplace`, or reinstall the package"
+        )
+    return found
 
 
 @functools.cache
-def function(name: str, *argtypes: Any) -> Callable[..., int] | None:
-    """Return the compiled function ``name``, whose status 0 means success; None where the kernels were not built.
-
-    argtypes: of its arguments, ``POINTER`` for the data of a tensor
-
-    Raises AttributeError if the library was built before the function was written; build it again then.
-    """
+def function(name: str) -> Callable[..., int] | None:
+    """Return the compiled function ``name``, whose status 0 means success; None where the kernels were not built."""
     kernels = library()
     if kernels is None:
         return None
     found: Any = getattr(kernels, name)
-    found.argtypes, found.restype = argtypes, INT32
+    found.argtypes, found.restype = SIGNATURES[name], INT32
     return cast("Callable[..., int]", found)
 
 
 @functools.cache
-def cuda_function(name: str, *argtypes: Any) -> Callable[..., None]:
+def cuda_function(name: str) -> Callable[..., None]:
     """Return a function that launches ``name`` on the current stream of the current device.
 
     It raises RuntimeError if the launch fails. Raises RuntimeError itself where the CUDA kernels were not built.
@@ -72,7 +87,7 @@ def cuda_function(name: str, *argtypes: Any) -> Callable[..., None]:
     if kernels is None:
         raise RuntimeError(f"{name}: the CUDA kernels are not built; that needs nvcc.")
     found: Any = getattr(kernels, name)
-    found.argtypes, found.restype = (*argtypes, POINTER), INT32
+    found.argtypes, found.restype = CUDA_SIGNATURES[name], INT32
 
     def launch(*arguments: Any) -> None:
         status = found(*arguments, torch.cuda.current_stream().cuda_stream)

@@ -6,17 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_kvevict.kernels.native import INT64, POINTER, function
+from vllm_kvevict.kernels.native import function
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
 
-_ARGTYPES = (
-    *[POINTER] * 4,  # pages, num_pages, kv_lens, layer_offset
-    *[POINTER] * 6,  # the batch, as BatchBlocks has it
-    *(INT64, INT64),  # block_table: stride of a request, blocks of a request
-    *(POINTER, POINTER),  # what is returned
-    *[INT64] * 7,  # num_layers, max_num_reqs, num_kv_heads, max_pages, num_reqs, block_stride, num_columns
-)
 # what a warp of the Triton kernel handles at a time: 16 bytes of page ids per thread
 _COLUMNS, _NUM_WARPS = 128, 1
 
@@ -84,7 +77,7 @@ def page_table_update(
     check_arguments(pages, num_pages, kv_lens, layer_offset, batch, num_columns)
     if pages.device.type == "cuda":
         return page_table_update_triton(pages, num_pages, kv_lens, layer_offset, block_stride, batch, num_columns)
-    kernel = function("kvevict_page_table_update", *_ARGTYPES)
+    kernel = function("kvevict_page_table_update")
     if kernel is None:
         return page_table_update_reference(pages, num_pages, kv_lens, layer_offset, block_stride, batch, num_columns)
     rows, lens = _empty_rows(pages, batch, num_columns)

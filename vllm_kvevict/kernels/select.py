@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 
-from vllm_kvevict.kernels.native import INT64, POINTER, cuda_function, cuda_library, function
+from vllm_kvevict.kernels.native import cuda_function, cuda_library, function
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
 
-_SELECT_ARGTYPES = (POINTER, POINTER, POINTER, INT64, INT64, INT64, INT64)
-_COUNT_ARGTYPES = (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT64)
 _TILE, _COUNT_TILE, _NUM_WARPS = 2048, 1024, 8  # scores that a program looks at at once; more spill on sm_80
 
 
@@ -43,7 +41,7 @@ def select(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int = 0, num_
     if scores.device.type == "cuda":
         launch = select_triton if cuda_library() is None else select_cuda
         return launch(scores, num_kept, num_sink, num_recent)
-    kernel = function("kvevict_select", *_SELECT_ARGTYPES) if scores.device.type == "cpu" else None
+    kernel = function("kvevict_select") if scores.device.type == "cpu" else None
     if kernel is None:
         return select_reference(scores, num_kept, num_sink, num_recent)
     scores, num_kept = scores.contiguous(), num_kept.contiguous()
@@ -82,7 +80,7 @@ def count_best(scores: torch.Tensor, totals: torch.Tensor) -> tuple[torch.Tensor
     _check_groups(scores, totals)
     if scores.device.type == "cuda":
         return count_best_triton(scores, totals)
-    kernel = function("kvevict_count_best", *_COUNT_ARGTYPES) if scores.device.type == "cpu" else None
+    kernel = function("kvevict_count_best") if scores.device.type == "cpu" else None
     if kernel is None:
         return count_best_reference(scores, totals)
     scores, totals = scores.contiguous(), totals.contiguous()
@@ -141,7 +139,7 @@ def select_triton(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int, n
 
 def select_cuda(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int, num_recent: int) -> torch.Tensor:
     """Launch csrc/cuda/select.cu, which must have been built, one block for each head; as ``select_triton``."""
-    kernel = cuda_function("kvevict_cuda_select", *_SELECT_ARGTYPES)
+    kernel = cuda_function("kvevict_cuda_select")
     scores, num_kept = scores.contiguous(), num_kept.contiguous()
     kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     kv_len = scores.shape[-1]

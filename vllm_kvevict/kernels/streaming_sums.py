@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_kvevict.kernels.native import FLOAT, INT32, INT64, POINTER, function
+from vllm_kvevict.kernels.native import function
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
 from vllm_kvevict.kernels.window_batch import DTYPE_CODES, FLOAT8_DTYPES, QUERY_DTYPES
@@ -18,13 +18,6 @@ LEAST_PARTS = 16
 # Of the Triton kernels: rows of queries and keys of a tile.
 BLOCK_ROWS, BLOCK_TOKENS, NUM_WARPS = 64, 64, 8
 LOG2_E = 1.4426950408889634  # logits in units of log 2 make the exponential a power of two
-_ARGTYPES = (
-    *(POINTER, INT64, INT64),  # query: data, strides
-    *(POINTER, INT64, INT64, INT64),  # keys: data, strides
-    *(POINTER, INT64),  # page_table: data, stride of a head
-    *(POINTER, INT64, POINTER, INT64),  # sums: data, stride of a head; columns, parts_per_head
-    *(INT32, INT32, INT64, INT64, INT64, INT64, INT64, INT64, FLOAT),  # dtypes, sizes, scale
-)
 
 
 @operator(
@@ -64,7 +57,7 @@ def streaming_sums(
         )
     if query.device.type == "cuda":
         return _launch(query, keys, page_table, kv_len, scale, sums)
-    kernel = function("kvevict_streaming_sums", *_ARGTYPES) if query.device.type == "cpu" else None
+    kernel = function("kvevict_streaming_sums") if query.device.type == "cpu" else None
     if kernel is None:
         return streaming_sums_reference(query, keys, page_table, kv_len, scale, sums)
     num_queries, num_heads, head_size = query.shape

@@ -10,13 +10,10 @@ from __future__ import annotations
 import torch
 
 from vllm_kvevict.kernels.move_tokens import ELEMENT_VIEWS
-from vllm_kvevict.kernels.native import INT64, POINTER, function
+from vllm_kvevict.kernels.native import function
 from vllm_kvevict.kernels.operators import operator
 
 TILE = 16
-_PAGES = (POINTER, POINTER, INT64, INT64, INT64)  # keys, values, stride_page, block_size, head_size
-_GATHER_ARGTYPES = (*_PAGES, POINTER, POINTER, POINTER, INT64, INT64)
-_MOVE_ARGTYPES = (*_PAGES, POINTER, POINTER, INT64, INT64)
 
 
 @operator(
@@ -41,7 +38,7 @@ def gather_tiled_tokens(
     Raises ValueError for a wrong shape, dtype or stride, or a slot outside the pool.
     """
     check_arguments(keys, values, slots)
-    kernel = function("kvevict_gather_tiled_tokens", *_GATHER_ARGTYPES) if keys.device.type == "cpu" else None
+    kernel = function("kvevict_gather_tiled_tokens") if keys.device.type == "cpu" else None
     if kernel is None:
         return gather_tiled_tokens_reference(keys, values, slots)
     slots = slots.contiguous()
@@ -70,7 +67,7 @@ def move_tiled_tokens(
     check_arguments(keys, values, destination)
     if source.shape != destination.shape:
         raise ValueError(f"`destination`: expected slots {tuple(source.shape)}, got {tuple(destination.shape)}.")
-    kernel = function("kvevict_move_tiled_tokens", *_MOVE_ARGTYPES) if keys.device.type == "cpu" else None
+    kernel = function("kvevict_move_tiled_tokens") if keys.device.type == "cpu" else None
     if kernel is None:
         return move_tiled_tokens_reference(keys, values, source, destination)
     source, destination = source.contiguous(), destination.contiguous()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vllm_kvevict.kernels.native import FLOAT, INT32, INT64, POINTER, function
+from vllm_kvevict.kernels.native import function
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
 from vllm_kvevict.kernels.window_batch import (
@@ -26,15 +26,6 @@ MAX_SPLITS = 32  # partial softmaxes of a row
 TILE = 64  # tokens of a Triton program
 MAX_ROWS, MAX_ROW_BYTES = 128, 2**15  # query rows of one of its products, and what they take of shared memory
 NUM_WARPS = 8  # 4 are faster on an H100 in the pass over the columns, but spill registers on sm_100
-_ARGTYPES = (
-    *(POINTER, INT64, INT64, INT64),  # query: data, strides
-    *(POINTER, INT64, INT64, INT64) * 2,  # keys, values
-    *(POINTER, INT64, INT64),  # page_table: data, strides
-    *(POINTER, POINTER),  # kv_lens, scores
-    *(INT32, INT32, *(INT64,) * 9),  # dtypes, sizes
-    *(FLOAT, FLOAT, FLOAT),  # scale, query_weight, value_scale
-    *(INT32, INT32, INT32, INT64),  # codes of the reduction, pool_kernel
-)
 
 
 @operator(
@@ -62,7 +53,7 @@ def window_scores(batch: WindowBatch, reduction: Reduction) -> torch.Tensor:
     if batch.query.device.type != "cpu":
         return window_scores_triton(batch, reduction)
     check_lengths(batch)
-    kernel = function("kvevict_window_scores", *_ARGTYPES)
+    kernel = function("kvevict_window_scores")
     if kernel is None:
         return window_scores_reference(batch, reduction)
     num_reqs, window, num_heads, head_size = batch.query.shape

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.kernels.window_scores import window_scores
 from vllm_kvevict.registry import Registry
-from vllm_kvevict.rotary import Rotary
 
 
 class Need(Enum):
@@ -208,7 +208,7 @@ class EvictionPolicy(ABC):
     """Ranks cached tokens. It does not decide how many stay, and it moves nothing.
 
     Subclasses are frozen dataclasses: their fields are the options that a user may set. The engine reads their
-    properties once, when they are built (``vllm_kvevict.traits``).
+    properties once, when they are built (``vllm_kvevict.eviction.traits``).
 
     paper: what to cite, for the table of policies
     """

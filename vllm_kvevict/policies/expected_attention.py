@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import torch
 
+from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
-from vllm_kvevict.rotary import Rotary
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,132 @@
+"""Whether a config goes with the model and the engine, and a prompt with the cache; the same in all processes."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
+
+from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.engine.fit import EmptyCache, PrefillPlan, Window
+from vllm_kvevict.engine.models import check_lookahead, check_needs, evicted_models
+from vllm_kvevict.engine.settings import FIELD
+from vllm_kvevict.options.limits import (
+    AUTO,
+    NONE,
+    REQUEST_BUDGET,
+    REQUEST_DURING_DECODE,
+    REQUEST_DURING_PREFILL,
+    REQUEST_INTERVAL,
+    REQUEST_POLICY,
+)
+
+
+def request_config(config: EvictionConfig, params: SamplingParams | None, block_size: int) -> EvictionConfig | None:
+    """Return how a request is evicted, None if it is not: the server's config with the request's options on top.
+
+    Raises ValueError for a wrong option.
+    """
+    return None if params is None else config.for_request(params.extra_args, block_size)
+
+
+def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
+    """Raise ValueError if a config, the server's or that of a request, does not go with the model or the engine."""
+    method = config.method()
+    check_needs(config.policy, method.policy, evicted_models(vllm_config))
+    check_lookahead(config.policy, method.policy, vllm_config)
+    if config.budget == AUTO and vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(
+            f"{REQUEST_BUDGET}: 'auto' reads the logits of a prompt, which only the last pipeline stage has; give a "
+            f"number, or drop --pipeline-parallel-size"
+        )
+    if method.schedule.between_chunks and vllm_config.model_config.is_mm_prefix_lm:
+        raise ValueError(
+            f"{REQUEST_DURING_PREFILL}: does not work with a model whose images see all of themselves, since a chunk "
+            f"behind the first eviction sees only what came before; say {REQUEST_DURING_PREFILL} false"
+        )
+    if method.schedule.per_token and method.query_window > ring_depth(vllm_config):
+        raise ValueError(
+            f"{REQUEST_INTERVAL}: policy {config.policy!r} looks at the last {method.query_window} queries, and this "
+            f"server remembers {ring_depth(vllm_config)}; start it with that policy, or lower the policy's window"
+        )
+    if vllm_config.speculative_config is None:
+        return
+    if method.schedule.num_deferred:
+        raise ValueError(
+            f"{REQUEST_POLICY}: policy {config.policy!r} counts the tokens of the answer, and does not work with "
+            f"speculative decoding; drop --speculative-config, or choose another policy"
+        )
+    if method.schedule.is_bounded:
+        option = REQUEST_DURING_DECODE if method.schedule.evicts_answer else REQUEST_DURING_PREFILL
+        raise ValueError(
+            f"{option}: does not work with speculative decoding, whose drafts may be rejected when what they displaced "
+            f"is gone; drop --speculative-config, or say {option} false"
+        )
+
+
+def check_prompt(config: EvictionConfig, has_embeds: bool, has_images: bool) -> None:
+    """Raise ValueError if the budget of a request, whose config this is, cannot be chosen by its prompt."""
+    if config.budget == AUTO and (has_embeds or has_images):
+        what = "embeddings" if has_embeds else "images, audio or video"
+        raise ValueError(
+            f"{REQUEST_BUDGET}: 'auto' is chosen by the likelihood of a prompt's tokens, and a prompt with {what} has "
+            f"places without one; give a number of tokens, or a fraction, as {REQUEST_BUDGET}"
+        )
+
+
+def ring_depth(vllm_config: VllmConfig) -> int:
+    """Return how many of an answer's last queries the workers remember: a block of them, or what the server's own
+    policy looks at.
+    """
+    values = (vllm_config.additional_config or {})[FIELD]
+    return max(vllm_config.cache_config.block_size, EvictionConfig.parse(values).method().query_window)
+
+
+def says_none(params: SamplingParams | None) -> bool:
+    """Whether a request asks for no eviction."""
+    return params is not None and (params.extra_args or {}).get(REQUEST_POLICY) == NONE
+
+
+def check_fits(cache: EmptyCache, prefill: PrefillPlan | None, num_tokens: int, by_request: bool) -> None:
+    """Raise ValueError for a prompt of ``num_tokens`` that would wait for ever.
+
+    prefill:    how it is evicted; None: it is kept whole
+    by_request: whether that is what the request has asked for
+
+    vLLM itself makes sure that the longest one fits, unless the server's own requests need no more than a part of it.
+    """
+    num_needed = cache.num_needed(prefill, num_tokens)
+    if num_needed > cache.num_blocks:
+        option, remedy = REQUEST_BUDGET, f"lower {REQUEST_BUDGET}"
+        if by_request:
+            option, remedy = REQUEST_POLICY, f"leave {REQUEST_POLICY} out"
+        elif prefill is not None and not prefill.between_chunks:
+            option, remedy = REQUEST_DURING_PREFILL, f"let it be evicted between its chunks: {REQUEST_DURING_PREFILL}"
+        raise ValueError(
+            f"{option}: a prompt of {num_tokens} tokens needs {num_needed} blocks with these options, and the KV cache "
+            f"has {cache.num_blocks}, beside one that vLLM keeps; {remedy}"
+        )
+
+
+def empty_cache(
+    vllm_config: VllmConfig, num_blocks: int, windows: tuple[Window, ...], is_shared: bool | None = None
+) -> EmptyCache:
+    """Return the cache that a request finds which is alone in an engine.
+
+    num_blocks: that can be allocated
+    windows:    groups of layers that are not evicted
+    is_shared:  whether there is a prefix cache; None: what the engine's settings say
+    """
+    scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    chunk = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    return EmptyCache(
+        num_blocks,
+        cache.block_size,
+        vllm_config.model_config.max_model_len,
+        # vLLM lets a request that is alone have longer chunks; one that is evicted between them is held to these
+        min(chunk, scheduler.long_prefill_token_threshold or chunk),
+        # what is verified in a step, and what a draft model writes behind it
+        num_drafts=2 * vllm_config.num_speculative_tokens,
+        num_late=vllm_config.max_concurrent_batches - 1,
+        windows=windows,
+        is_shared=cache.enable_prefix_caching if is_shared is None else is_shared,
+    )

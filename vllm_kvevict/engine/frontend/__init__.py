@@ -1,0 +1,1 @@
+"""What runs in the API server, or in the process of ``LLM``."""

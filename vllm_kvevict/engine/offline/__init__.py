@@ -1,0 +1,1 @@
+"""Engines that our commands run."""

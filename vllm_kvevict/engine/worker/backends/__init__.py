@@ -1,0 +1,1 @@
+"""Attention over evicted rows, a module for each backend of vLLM."""

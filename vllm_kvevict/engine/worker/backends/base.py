@@ -1,0 +1,219 @@
+"""What every attention backend with eviction shares: whole rows run as they are, evicted ones folded.
+
+Folded, each KV head of a request is a sequence of its own, with its own page table and length, so that the platform's
+kernel reads a different number of tokens in every head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention import selector
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_kvevict.cache.page_table import FoldedBatch
+from vllm_kvevict.cache.pages import Packing, PagePool
+from vllm_kvevict.engine.scheduler.managers import with_eviction_managers
+from vllm_kvevict.engine.worker.bridge import EvictionBridge
+from vllm_kvevict.engine.worker.pseudo_passes import LookaheadMetadata
+from vllm_kvevict.engine.worker.rows import FoldedQueries, StepRows
+from vllm_kvevict.engine.worker.whole_rows import whole_rows
+
+
+@contextmanager
+def backend_in_place_of(name: AttentionBackendEnum, backend: type[AttentionBackend] | str) -> Iterator[None]:
+    """Layers built inside this context use ``backend`` where the platform asks for ``name``.
+
+    backend: a class, or its full name if it is to be imported only when it is asked for
+
+    Scoped, so that an engine without eviction in the same process gets vLLM's.
+    """
+    register_backend(name, backend if isinstance(backend, str) else f"{backend.__module__}.{backend.__name__}")
+    selector._cached_get_attn_backend.cache_clear()
+    try:
+        yield
+    finally:
+        name.clear_override()
+        selector._cached_get_attn_backend.cache_clear()
+
+
+class EvictionBackend(AttentionBackend):
+    """A backend whose full-attention layers can be evicted; other layers are served as before.
+
+    packing: how its kernels lay out a page, unless ``packing_of`` a layer says otherwise
+    """
+
+    packing: ClassVar[Packing]
+
+    @classmethod
+    def packing_of(cls, layer: Any) -> Packing:
+        """Return how the pages of one of its layers are laid out, once its metadata builder exists."""
+        return cls.packing
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return with_eviction_managers(super().customize_spec(spec))
+
+
+@dataclass
+class EvictionMetadata:
+    """A batch in which at least one row is evicted or to be scored.
+
+    whole:  stock metadata of the rows whose cache is complete, None if there are none
+    launch: what the backend's kernel needs to know of the folded rows beside ``rows``
+    """
+
+    rows: StepRows
+    bridge: EvictionBridge
+    whole: Any
+    launch: Any
+
+
+class EvictionMetadataBuilder(AttentionMetadataBuilder[Any]):
+    """Splits a batch into whole and evicted rows. ``bridge`` is set by the worker once the cache exists."""
+
+    bridge: EvictionBridge | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # vLLM's builders may say so of theirs; ours holds page tables and lengths that are made anew for every pass
+        self.supports_draft_decode_metadata_update = False
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
+        # a full graph would replay stock attention for rows that have been evicted since it was captured
+        return AttentionCGSupport.NEVER
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
+        rows = None if self.bridge is None else self.bridge.rows(common_attn_metadata)
+        if self.bridge is None or rows is None:
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        whole, split = None, rows.split
+        if len(split.whole):
+            common = whole_rows(common_attn_metadata, split.whole, split.whole_tokens)
+            whole = super().build(common_prefix_len, common, fast_build)
+        return EvictionMetadata(rows, self.bridge, whole, self._launch(rows))
+
+    def _launch(self, rows: StepRows) -> Any:
+        return None
+
+
+class EvictionImpl(AttentionImpl[Any]):
+    """Attention of one layer: the stock kernel over whole rows, the same kernel over folded ones, then the policies."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.attn_type == AttentionType.DECODER and self.sliding_window in (None, -1, (-1, -1)):
+            self._refuse_unsupported()
+
+    def _refuse_unsupported(self) -> None:
+        unsupported = {
+            "ALiBi": self.alibi_slopes is not None,
+            "attention sinks in the model": self.sinks is not None,
+            "logits soft-capping": bool(self.logits_soft_cap),
+            "KV sharing between layers": self.kv_sharing_target_layer_name is not None,
+        }
+        for name, is_on in unsupported.items():
+            if is_on:
+                raise ValueError(f"--kv-eviction does not work with {name}; leave --kv-eviction out for this model")
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        # evicted rows are written in the model's dtype, beside whole ones in the same tensor
+        return False
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if not isinstance(attn_metadata, LookaheadMetadata | EvictionMetadata):
+            scales = output_scale, output_block_scale
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("attention with eviction does not quantize its output")
+        if isinstance(attn_metadata, LookaheadMetadata):
+            output.copy_(attn_metadata.attend(query, key, value, self.scale))
+            return output
+        rows, tokens = attn_metadata.rows, attn_metadata.rows.split.whole_tokens
+        index = attn_metadata.bridge.layer_index[layer.layer_name]
+        attn_metadata.bridge.land(rows, index)
+        if attn_metadata.whole is not None and tokens is None:
+            super().forward(layer, query, key, value, kv_cache, attn_metadata.whole, output)
+        elif attn_metadata.whole is not None:
+            part_query = query[tokens]
+            part = output.new_empty(len(part_query), *output.shape[1:])
+            output[tokens] = super().forward(layer, part_query, key, value, kv_cache, attn_metadata.whole, part)
+        if rows.folded is not None and rows.queries is not None:
+            self._forward_folded(layer, rows.folded, rows.queries, index, query, attn_metadata, output)
+        attn_metadata.bridge.remember(rows, index, query)
+        for prefill in rows.prefills:
+            attn_metadata.bridge.observe(prefill, index, query, output, self.scale)
+        return output
+
+    def _forward_folded(
+        self,
+        layer: Any,
+        folded: FoldedBatch,
+        queries: FoldedQueries,
+        index: int,
+        query: torch.Tensor,
+        metadata: EvictionMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """query, output: [num_tokens, num_heads, head_size]; heads of one KV head are neighbours."""
+        by_head = (-1, self.num_queries_per_kv, self.head_size)  # [num_tokens * num_kv_heads, group, head_size]
+        page_table, kv_lens = folded.page_table[index], folded.kv_lens[index]
+        if queries.index is None:  # one query for each sequence; behind them there may be padding
+            folded_query = query.reshape(by_head)[: len(kv_lens)].contiguous()
+            folded_output = output.view(by_head)[: len(kv_lens)]
+        else:
+            folded_query = query.reshape(by_head).index_select(0, queries.index)
+            folded_output = torch.empty_like(folded_query)
+        self.attend_folded(
+            layer, folded_query, metadata.bridge.pool, page_table, kv_lens, queries, metadata.launch, folded_output
+        )
+        if queries.index is not None:
+            output.view(by_head)[queries.index] = folded_output
+
+    def attend_folded(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        pool: PagePool,
+        page_table: torch.Tensor,
+        kv_lens: torch.Tensor,
+        queries: FoldedQueries,
+        launch: Any,
+        output: torch.Tensor,
+    ) -> None:
+        """Run the backend's kernel over sequences of one KV head each; the last query sees the whole sequence.
+
+        query, output: [num_queries, group, head_size]; ``queries.query_start_loc`` says which are whose
+        page_table:    [num_sequences, max_pages] int32 into ``pool``
+        kv_lens:       [num_sequences] int32
+        launch:        what the metadata builder prepared
+        """
+        raise NotImplementedError

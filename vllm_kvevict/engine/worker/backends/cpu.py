@@ -1,0 +1,145 @@
+"""vLLM's CPU attention for whole rows, and the same kernel over folded page tables for evicted ones."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_kvevict.cache.pages import Packing, PagePool
+from vllm_kvevict.engine.cache_dtype import FLOAT8_DTYPES
+from vllm_kvevict.engine.scheduler.managers import EvictionSpec
+from vllm_kvevict.engine.worker.backends.base import (
+    EvictionBackend,
+    EvictionImpl,
+    EvictionMetadataBuilder,
+    backend_in_place_of,
+)
+from vllm_kvevict.engine.worker.rows import FoldedQueries, StepRows
+
+# how pages are packed under the instruction sets of vLLM's kernel that we know; "vec" runs on every machine
+_PACKINGS: dict[str, Packing] = {"vec": "transposed", "amx": "tiled"}
+
+
+def cpu_backend() -> AbstractContextManager[None]:
+    """Layers built inside this context use our backend, which the CPU platform finds under vLLM's own name."""
+    return backend_in_place_of(AttentionBackendEnum.CPU_ATTN, EvictionCPUBackend)
+
+
+class EvictionCPUBackend(EvictionBackend, CPUAttentionBackend):
+    """vLLM's CPU attention with eviction."""
+
+    packing: ClassVar[Packing] = "transposed"
+
+    @classmethod
+    def packing_of(cls, layer: Any) -> Packing:
+        return _PACKINGS[layer.isa]
+
+    @staticmethod
+    def get_impl_cls() -> type[EvictionCPUImpl]:
+        return EvictionCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[EvictionCPUMetadataBuilder]:
+        return EvictionCPUMetadataBuilder
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """The kernel's division of labour over the folded rows of each layer.
+
+    shared: the one that serves every layer, where all have the same lengths; None if a layer makes its own
+    """
+
+    builder: EvictionCPUMetadataBuilder
+    shared: torch.Tensor | None
+
+    def of(self, kv_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
+        """Return the schedule of the layer whose folded rows have these lengths, [num_sequences] int32."""
+        return self.builder.schedule(kv_lens, query_start_loc) if self.shared is None else self.shared
+
+
+class EvictionCPUMetadataBuilder(EvictionMetadataBuilder, CPUAttentionMetadataBuilder):
+    """Makes the kernel's schedules of the folded rows."""
+
+    isa: str
+
+    def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], *args: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, *args, **kwargs)
+        # the packing of 8-bit floats for AMX is another one
+        if isinstance(kv_cache_spec, EvictionSpec) and (self.isa != "amx" or self.kv_cache_dtype in FLOAT8_DTYPES):
+            self.isa = "vec"
+            self._set_isa_to_layers(layer_names)
+
+    def _launch(self, rows: StepRows) -> Schedules | None:
+        """Uniform budgets: one schedule serves every layer. Ragged ones: a layer makes its own when it runs."""
+        if rows.folded is None or rows.queries is None:
+            return None
+        first, kv_lens = rows.folded.kv_lens[0], rows.folded.kv_lens
+        is_uniform = torch.equal(kv_lens, first.expand_as(kv_lens))
+        return Schedules(self, self.schedule(first, rows.queries.query_start_loc) if is_uniform else None)
+
+    def schedule(self, kv_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
+        return ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(kv_lens),
+            num_heads=self.num_heads // self.num_kv_heads,
+            num_kv_heads=1,
+            head_dim=self.head_dim,
+            seq_lens=kv_lens,
+            dtype=self.dtype,
+            query_start_loc=query_start_loc,
+            causal=True,
+            sliding_window_size=-1,
+            isa=self.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+
+
+class EvictionCPUImpl(EvictionImpl, CPUAttentionBackendImpl):
+    """vLLM's C++ kernel."""
+
+    def attend_folded(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        pool: PagePool,
+        page_table: torch.Tensor,
+        kv_lens: torch.Tensor,
+        queries: FoldedQueries,
+        launch: Schedules,
+        output: torch.Tensor,
+    ) -> None:
+        # the dtype that vLLM allocated, which for an fp8 cache is uint8
+        pages = pool.pages.view(layer.kv_cache.dtype).view(-1, 1, 2 * pool.block_size, self.head_size)
+        key_cache, value_cache = pages.chunk(2, dim=2)
+        ops.cpu_attention_with_kv_cache(
+            query=query,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            output=output,
+            query_start_loc=queries.query_start_loc,
+            seq_lens=kv_lens,
+            scale=self.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=page_table,
+            softcap=0,
+            scheduler_metadata=launch.of(kv_lens, queries.query_start_loc),
+            s_aux=None,
+            k_scale=layer._k_scale_float,
+            v_scale=layer._v_scale_float,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )

@@ -1,0 +1,107 @@
+"""vLLM's FlashAttention (2 and 3) for whole rows, and the same kernel over folded page tables for evicted ones.
+
+Checked in a real engine on CPU against a reference of the kernel's signature; not run on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.v1.attention.backends import flash_attn
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from vllm_kvevict.cache.pages import Packing, PagePool
+from vllm_kvevict.engine.cache_dtype import FLOAT8_DTYPES, cache_dtypes
+from vllm_kvevict.engine.models import evicted_models
+from vllm_kvevict.engine.worker.backends.base import EvictionBackend, EvictionImpl, EvictionMetadataBuilder
+from vllm_kvevict.engine.worker.rows import FoldedQueries
+
+_VERSIONS = (2, 3)
+
+
+def flash_attention_fits(vllm_config: VllmConfig) -> bool:
+    """Return whether FlashAttention can attend over evicted rows, in the version that vLLM would take for each layer.
+
+    It needs version 2 or 3, and no cache in fp8, with which its queries are fp8 as well, and policies read them.
+    """
+    if any(dtype in FLOAT8_DTYPES for dtype in cache_dtypes(vllm_config)):
+        return False
+    archs = [model.model_arch_config for model in evicted_models(vllm_config)]
+    head_sizes = {arch[layer].head_size for arch in archs for layer in range(arch.total_num_hidden_layers)}
+    with set_current_vllm_config(vllm_config):
+        # as the layers themselves ask; what else would change the answer is refused
+        versions = {flash_attn.get_flash_attn_version(head_size=x, supports_fa4_hd256=True) for x in head_sizes}
+    return versions <= set(_VERSIONS)
+
+
+class EvictionFlashBackend(EvictionBackend, FlashAttentionBackend):
+    """vLLM's FlashAttention with eviction."""
+
+    packing: ClassVar[Packing] = "interleaved"
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # the tokens of one KV head must lie together: they are a page
+        return (KVCacheLayout.LBHNC,)
+
+    @staticmethod
+    def get_impl_cls() -> type[EvictionFlashImpl]:
+        return EvictionFlashImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[EvictionFlashMetadataBuilder]:
+        return EvictionFlashMetadataBuilder
+
+
+class EvictionFlashMetadataBuilder(EvictionMetadataBuilder, FlashAttentionMetadataBuilder):
+    """Needs nothing of the folded rows: without a schedule made ahead, the kernel divides its labour by itself."""
+
+
+class EvictionFlashImpl(EvictionImpl, FlashAttentionImpl):
+    """vLLM's FlashAttention kernel."""
+
+    def _refuse_unsupported(self) -> None:
+        """As every backend's, and what ``flash_attention_fits`` could not foresee."""
+        super()._refuse_unsupported()
+        remedy = "use --attention-backend TRITON_ATTN or leave --kv-eviction out"
+        if self.vllm_flash_attn_version not in _VERSIONS:
+            raise ValueError(
+                f"--kv-eviction does not work with FlashAttention {self.vllm_flash_attn_version}; {remedy}"
+            )
+        if self.kv_cache_dtype in FLOAT8_DTYPES:
+            raise ValueError(f"--kv-eviction does not work with a KV cache in fp8 on FlashAttention; {remedy}")
+
+    def attend_folded(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        pool: PagePool,
+        page_table: torch.Tensor,
+        kv_lens: torch.Tensor,
+        queries: FoldedQueries,
+        launch: None,
+        output: torch.Tensor,
+    ) -> None:
+        flash_attn.flash_attn_varlen_func(
+            q=query,
+            k=pool.keys.unsqueeze(2),  # [num_pages, block_size, 1, head_size]
+            v=pool.values.unsqueeze(2),
+            out=output,
+            cu_seqlens_q=queries.query_start_loc,
+            max_seqlen_q=queries.max_query_len,
+            seqused_k=kv_lens,
+            max_seqlen_k=page_table.shape[1] * pool.block_size,
+            softmax_scale=self.scale,
+            causal=True,
+            window_size=[-1, -1],
+            block_table=page_table,
+            softcap=0.0,
+            fa_version=self.vllm_flash_attn_version,
+        )

@@ -1,0 +1,109 @@
+"""vLLM's Triton attention for whole rows, and xformers' paged attention for evicted ones.
+
+Taken by ``--attention-backend CUSTOM``. Checked through Triton's interpreter, in a real engine on CPU; on a GPU the
+kernel was run over such tables, no engine: untested on hardware.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.v1.kv_cache_interface import KVQuantMode
+
+from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.engine.worker.backends.triton import (
+    EvictionTritonBackend,
+    EvictionTritonImpl,
+    EvictionTritonMetadataBuilder,
+)
+from vllm_kvevict.engine.worker.rows import FoldedQueries, StepRows
+from vllm_kvevict.kernels.optional_xformers import HAS_XFORMERS
+from vllm_kvevict.kernels.paged_attention import DTYPES, HEAD_SIZES, PagedRows, paged_attention
+
+
+class EvictionXformersBackend(EvictionTritonBackend):
+    """Triton attention with eviction, whose evicted rows xformers reads."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[EvictionXformersImpl]:
+        return EvictionXformersImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[EvictionXformersMetadataBuilder]:
+        return EvictionXformersMetadataBuilder
+
+
+@dataclass(frozen=True)
+class QueryRows:
+    """A row of pages for each query of the folded sequences, since the kernel wants one query in each.
+
+    owner:  [num_queries] int64, the sequence of each query; None if each sequence has one
+    behind: [num_queries] int32, how many tokens of its sequence come after it, which it does not see
+    """
+
+    paged: PagedRows
+    owner: torch.Tensor | None
+    behind: torch.Tensor | None
+
+
+class EvictionXformersMetadataBuilder(EvictionTritonMetadataBuilder):
+    """Prepares the rows of queries once for all layers, and again only when their number or width changes."""
+
+    _known: tuple[tuple[int, int], PagedRows] | None = None
+
+    def _launch(self, rows: StepRows) -> QueryRows | None:  # type: ignore[override]
+        if rows.folded is None or rows.queries is None:
+            return None
+        starts, index = rows.queries.query_start_loc, rows.queries.index
+        owner = behind = None
+        num_queries = len(starts) - 1
+        if index is not None:
+            num_queries = len(index)
+            every = torch.arange(len(starts) - 1, device=starts.device)
+            owner = torch.repeat_interleave(every, starts.diff().long(), output_size=num_queries)
+            behind = starts[1:][owner] - 1 - torch.arange(num_queries, dtype=torch.int32, device=starts.device)
+        size = num_queries, rows.folded.page_table.shape[2]
+        if self._known is None or self._known[0] != size:
+            self._known = size, PagedRows.of(*size, self.kv_cache_spec.block_size, starts.device)
+        return QueryRows(self._known[1], owner, behind)
+
+
+class EvictionXformersImpl(EvictionTritonImpl):
+    """vLLM's unified attention kernel, and xformers' for evicted rows."""
+
+    def _refuse_unsupported(self) -> None:
+        super()._refuse_unsupported()
+        dtype, remedy = get_current_vllm_config().model_config.dtype, "use --attention-backend TRITON_ATTN"
+        if not HAS_XFORMERS:
+            raise ValueError(
+                "--attention-backend CUSTOM: with --kv-eviction it is xformers, which is not installed; run "
+                f"`pip install vllm-kvevict[xformers]` or {remedy}"
+            )
+        if dtype not in DTYPES or self._kv_quant_mode != KVQuantMode.NONE or self.head_size not in HEAD_SIZES:
+            raise ValueError(
+                f"--attention-backend CUSTOM: xformers takes float16 or bfloat16, of the KV cache as well, and head "
+                f"sizes {', '.join(map(str, HEAD_SIZES))}, got {dtype}, a cache in {self.kv_cache_dtype} and "
+                f"{self.head_size}; {remedy}"
+            )
+
+    def attend_folded(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        pool: PagePool,
+        page_table: torch.Tensor,
+        kv_lens: torch.Tensor,
+        queries: FoldedQueries,
+        launch: QueryRows,  # type: ignore[override]
+        output: torch.Tensor,
+    ) -> None:
+        if launch.owner is not None and launch.behind is not None:
+            page_table, kv_lens = page_table[launch.owner], kv_lens[launch.owner] - launch.behind
+        output.copy_(paged_attention(query, pool.keys, pool.values, page_table, kv_lens, self.scale, launch.paged))

@@ -1,0 +1,18 @@
+"""vLLM's CPU worker with eviction. Not to be imported where torch.cuda is to be used: vLLM's own module replaces it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_kvevict.engine.worker.backends.cpu import cpu_backend
+from vllm_kvevict.engine.worker.worker import EvictionMixin
+
+
+class EvictionCPUWorker(EvictionMixin, CPUWorker):
+    """Eviction on vLLM's CPU worker, with model runner V1 or V2."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        with cpu_backend():
+            super().load_model(*args, **kwargs)

@@ -1,0 +1,83 @@
+"""The one guard around code that may be a third party's: what a policy, an allocator or a budget raises ends its
+request, and neither the engine nor anybody else's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Set
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+from vllm_kvevict.foreign.code import apart, ends_process, said, with_traceback
+
+logger = logging.getLogger("vllm.kvevict")
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class Failures:
+    """What such code raised first for each request, from then on until the request ends.
+
+    The scheduler hears of it after the step, and may have sent the next one by then. Several workers may share a
+    request: its failure is *settled* when all of those that run the same batches know of it. Until then each goes on as
+    if it had not failed, but asks nothing more about it.
+    """
+
+    def __init__(self) -> None:
+        self._raised: dict[str, str] = {}
+        self._settled: set[str] = set()
+
+    def __contains__(self, req_id: object) -> bool:
+        return req_id in self._raised
+
+    def get(self, req_id: str) -> str | None:
+        """Return what was raised for a request, None if nothing was."""
+        return self._raised.get(req_id)
+
+    @property
+    def settled(self) -> Set[str]:
+        """The failed requests that all workers know of."""
+        return self._settled
+
+    @contextmanager
+    def of(self, req_ids: Iterable[str], doing: str) -> Iterator[None]:
+        """Inside this context something is done for all of ``req_ids``, which fail if it raises.
+
+        doing: what it is, for the log
+        """
+        try:
+            with apart:
+                yield
+        except BaseException as error:
+            if ends_process():
+                raise
+            failed = list(req_ids)
+            logger.error("%s failed, and with it %s:\n%s", doing, ", ".join(failed), with_traceback(error))
+            text = said(error, repr)  # the error itself would hold the tensors of its traceback
+            for req_id in failed:
+                self.note(req_id, text)
+
+    def ask(
+        self, req_id: str, doing: str, question: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs
+    ) -> _T | None:
+        """Return what ``question`` returns; None if it raises, or is not asked since its request has failed before."""
+        if req_id not in self._raised:
+            with self.of([req_id], doing):
+                return question(*args, **kwargs)
+        return None
+
+    def note(self, req_id: str, what: str) -> None:
+        """A request has failed, if it has not before."""
+        self._raised.setdefault(req_id, what)
+
+    def settle(self, req_ids: Iterable[str] | None = None) -> None:
+        """All workers know by now which of these have failed; None: which requests of any."""
+        if self._raised:
+            self._settled |= self._raised.keys() if req_ids is None else self._raised.keys() & set(req_ids)
+
+    def forget(self, req_id: str) -> None:
+        """A request has ended, or starts again."""
+        self._raised.pop(req_id, None)
+        self._settled.discard(req_id)

@@ -1,0 +1,60 @@
+"""What scoring must know of the model itself: the scales of an fp8 cache, how keys are rotated, and W_O."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_kvevict.kernels.rotary import Rotary
+from vllm_kvevict.policies.base import LayerWeights, Need
+
+
+class ModelWeights:
+    """The modules around the attention layers of a loaded model; what is asked for is found once and kept."""
+
+    def __init__(self, model: nn.Module, layer_names: list[str]) -> None:
+        self._model = model
+        self._layer_names = layer_names
+        self._attention_modules: list[tuple[Any, Any]] = []
+        self._projections: dict[int, torch.Tensor] = {}
+
+    def of(self, layer: int, needs: frozenset[Need]) -> LayerWeights:
+        """Return what ``needs`` name of one layer, and the scales of its cache.
+
+        W_O is a copy in the model's dtype, as large as the weight itself: vLLM's own may be packed or quantised. Of
+        several tensor-parallel workers each has the columns of its own heads.
+        """
+        rotary = self._rotary(layer) if Need.ROTARY in needs else None
+        projection = self._output_projection(layer) if Need.OUTPUT_PROJECTION in needs else None
+        _, attention = self._modules(layer)
+        return LayerWeights(rotary, projection, attention._k_scale_float, attention._v_scale_float)
+
+    def scale(self, layer: int) -> float:
+        """Return the softmax scale of one layer."""
+        return float(self._modules(layer)[1].impl.scale)
+
+    def _modules(self, layer: int) -> tuple[Any, Any]:
+        """Return the module around an attention layer, and the attention layer itself."""
+        if not self._attention_modules:
+            found = {
+                str(child.layer_name): (module, child)
+                for module in self._model.modules()
+                for child in module.children()
+                if hasattr(child, "layer_name")
+            }
+            self._attention_modules = [found[name] for name in self._layer_names]
+        return self._attention_modules[layer]
+
+    def _rotary(self, layer: int) -> Rotary:
+        embedding = self._modules(layer)[0].rotary_emb
+        return Rotary(embedding.cos_sin_cache, embedding.is_neox_style)
+
+    def _output_projection(self, layer: int) -> torch.Tensor:
+        if layer not in self._projections:
+            linear = self._modules(layer)[0].o_proj
+            dtype = next(self._model.parameters()).dtype
+            identity = torch.eye(linear.input_size_per_partition, dtype=dtype, device=linear.weight.device)
+            self._projections[layer] = linear.quant_method.apply(linear, identity).t()
+        return self._projections[layer]

@@ -1,0 +1,132 @@
+"""The passes of the model over pseudo tokens, for policies that look ahead: inside the worker, as a drafter's are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from time import perf_counter
+from typing import Any
+
+import torch
+from vllm.config import ModelConfig, VllmConfig
+from vllm.forward_context import set_forward_context
+
+from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.engine.worker.guard import Failures
+from vllm_kvevict.engine.worker.model import ModelWeights
+from vllm_kvevict.engine.worker.prefill import PrefillRow
+from vllm_kvevict.eviction.pseudo_tokens import PseudoDecode
+
+
+@dataclass(frozen=True)
+class LookaheadMetadata:
+    """Takes the place of attention metadata in a pass over pseudo tokens."""
+
+    decode: PseudoDecode
+    layer: int
+    weights: ModelWeights
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return [num_reqs, num_heads, head_size]; the arguments are those of ``PseudoDecode.attend``."""
+        weights = self.weights.of(self.layer, frozenset())
+        return self.decode.attend(self.layer, query, key, value, scale, weights)
+
+
+class Lookahead:
+    """Generates the pseudo tokens of all requests whose prefill ends in a step, in as many passes as one of them needs.
+
+    runner: vLLM's model runner, between ``execute_model`` and ``sample_tokens``
+    """
+
+    def __init__(self, runner: Any, pool: PagePool, layer_names: list[str], failures: Failures) -> None:
+        self._runner = runner
+        self._failures = failures
+        self._pool = pool
+        self._layer_names = layer_names
+        self._vllm_config: VllmConfig = runner.vllm_config
+
+    @cached_property
+    def _end_tokens(self) -> torch.Tensor:
+        # read where a policy looks ahead only: the generation config is a file
+        return _end_tokens(self._vllm_config.model_config)
+
+    def score(self, rows: list[PrefillRow], weights: ModelWeights) -> None:
+        """Score what the pseudo tokens of these prompts attend to.
+
+        All workers run the same passes, whatever a policy has raised on one of them.
+        """
+        with self._failures.of([row.prefill.req_id for row in rows], "looking ahead"):
+            for row, pseudo_queries in zip(rows, self.run(rows, weights), strict=True):
+                self._failures.ask(row.prefill.req_id, "scoring ahead", _score_ahead, row, pseudo_queries, weights)
+
+    def run(self, rows: list[PrefillRow], weights: ModelWeights) -> list[list[torch.Tensor]]:
+        """Return per row and layer the queries of its pseudo tokens, [num_tokens, num_heads, head_size].
+
+        As many tokens as its policy asks for; fewer, but at least one, where the answer or the context ends.
+        """
+        start = perf_counter()
+        device = self._pool.pages.device
+        kv_lens = torch.tensor([row.kv_len for row in rows], device=device)
+        wanted = torch.tensor([row.prefill.num_pseudo_tokens for row in rows], device=device)
+        last_position = self._vllm_config.model_config.max_model_len - 1
+        wanted = torch.minimum(wanted, last_position + 1 - kv_lens)
+        decode = self._decode(rows)
+        count, goes_on = torch.zeros_like(wanted), torch.ones_like(wanted, dtype=torch.bool)
+        hidden = self._runner.execute_model_state.hidden_states[[row.end - 1 for row in rows]]
+        for number in range(int(wanted.max())):
+            tokens = self._runner.model.compute_logits(hidden).argmax(dim=-1)
+            if number:  # a single one is looked at even if it ends the answer
+                goes_on &= ~torch.isin(tokens, self._end_tokens.to(device))
+            count += goes_on & (number < wanted)
+            hidden = self._pass(tokens, (kv_lens + number).clamp(max=last_position), decode, weights)
+        for row in rows:
+            row.prefill.seconds += (perf_counter() - start) / len(rows)
+        return [
+            [decode.queries(layer, index, num_tokens) for layer in range(self._pool.num_layers)]
+            for index, num_tokens in enumerate(count.tolist())
+        ]
+
+    def _decode(self, rows: list[PrefillRow]) -> PseudoDecode:
+        device = self._pool.pages.device
+        selected = [self._selected(row) for row in rows]
+        counts = torch.tensor([slots.shape[2] for slots in selected], device=device)
+        most = int(counts.max())
+        # where a prompt has fewer tokens selected than another one, a masked one of its own stands in
+        padded = [torch.cat([slots, slots[..., :1].expand(-1, -1, most - slots.shape[2])], dim=2) for slots in selected]
+        is_visible = torch.arange(most, device=device) < counts[:, None]
+        return PseudoDecode(self._pool, torch.stack(padded, dim=1), is_visible)
+
+    def _selected(self, row: PrefillRow) -> torch.Tensor:
+        """Return [num_layers, num_kv_heads, num_selected]; the first token if the policy has failed.
+
+        Such a request will end, but every worker must run the same batch.
+        """
+        if row.prefill.req_id not in self._failures:
+            return torch.stack(row.selected)
+        return self._pool.page_ids(row.block_ids[:1]) * self._pool.block_size
+
+    def _pass(
+        self, tokens: torch.Tensor, positions: torch.Tensor, decode: PseudoDecode, weights: ModelWeights
+    ) -> torch.Tensor:
+        """Return [num_reqs, hidden_size]. Without slot mappings nothing is written to the cache."""
+        metadata = {name: LookaheadMetadata(decode, layer, weights) for layer, name in enumerate(self._layer_names)}
+        with set_forward_context(metadata, self._vllm_config, num_tokens=len(tokens), slot_mapping={}):
+            hidden: torch.Tensor = self._runner.model(
+                input_ids=tokens.to(torch.int32), positions=positions, intermediate_tensors=None, inputs_embeds=None
+            )
+        return hidden
+
+
+def _score_ahead(row: PrefillRow, pseudo_queries: list[torch.Tensor], weights: ModelWeights) -> None:
+    for layer, pseudo_query in enumerate(pseudo_queries):
+        row.score_ahead(layer, weights.scale(layer), weights.of(layer, row.prefill.needs), pseudo_query)
+
+
+def _end_tokens(model: ModelConfig) -> torch.Tensor:
+    """Return the tokens [*] that end an answer, by the model's own configuration."""
+    found: set[int] = set()
+    for ids in (getattr(model.hf_text_config, "eos_token_id", None), model.try_get_generation_config()):
+        value = ids.get("eos_token_id") if isinstance(ids, dict) else ids
+        if value is not None:
+            found |= set(value) if isinstance(value, list) else {value}
+    return torch.tensor(sorted(found), dtype=torch.int64)

@@ -1,0 +1,90 @@
+"""Requests of a batch whose new tokens replace others, one by one."""
+
+from __future__ import annotations
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_kvevict.cache.page_table import PageTable
+from vllm_kvevict.engine.worker.guard import Failures
+from vllm_kvevict.engine.worker.model import ModelWeights
+from vllm_kvevict.eviction.per_token import Peers, Replacement, TokenEvictor
+from vllm_kvevict.eviction.prompt import Method
+from vllm_kvevict.eviction.traits import traits_of
+from vllm_kvevict.foreign.code import ends_process
+
+
+class Replacing:
+    """Finds them in each batch, by method, and runs the ``TokenEvictor`` over all that share one."""
+
+    def __init__(self, tokens: TokenEvictor, page_table: PageTable, failures: Failures) -> None:
+        self._tokens = tokens
+        self._page_table = page_table
+        self._failures = failures
+        self._methods: dict[str, Method] = {}
+        self._known: tuple[list[str], int, list[tuple[Peers, torch.Tensor]]] = ([], -1, [])
+
+    def begin(self, req_id: str, method: Method, victims: torch.Tensor) -> None:
+        """From its next token on a request replaces what it holds; victims: as ``TokenEvictor.begin`` takes them."""
+        shared = (known for known in self._methods.values() if _are_equal(known, method))
+        self._methods[req_id] = next(shared, method)
+        self._tokens.begin(req_id, victims)
+
+    def end(self, req_id: str) -> None:
+        """A request has ended, has failed, or starts again."""
+        if self._methods.pop(req_id, None) is not None:
+            self._known = ([], -1, [])
+
+    def rows(self, req_ids: list[str], common: CommonAttentionMetadata) -> list[Replacement]:
+        """Prepare such requests of a batch. Who they are is looked up only when something has changed."""
+        known_ids, generation, groups = self._known
+        if generation != self._page_table.generation or known_ids != req_ids:
+            rows: dict[int, list[int]] = {}
+            for row, req_id in enumerate(req_ids if self._methods else []):
+                if req_id in self._methods:
+                    # by identity: options of a third party's policy may be lists, which have no hash
+                    rows.setdefault(id(self._methods[req_id]), []).append(row)
+            groups = [
+                (
+                    self._tokens.peers(self._methods[req_ids[those[0]]], [req_ids[row] for row in those]),
+                    common.seq_lens.new_tensor(those),
+                )
+                for those in rows.values()
+            ]
+            self._known = (req_ids, self._page_table.generation, groups)
+        replacements = []
+        for peers, those in groups:
+            with self._failures.of(peers.req_ids, "the policy of a step"):
+                replacements.append(self._replacement(peers, those, common))
+        return replacements
+
+    def _replacement(self, peers: Peers, rows: torch.Tensor, common: CommonAttentionMetadata) -> Replacement:
+        """rows: [num_reqs] of the batch."""
+        num_tokens = common.seq_lens[rows].to(torch.int64)
+        last = (num_tokens - 1) // self._tokens.block_size
+        blocks = common.block_table_tensor[rows].gather(1, last[:, None])[:, 0]
+        return self._tokens.plan(peers, num_tokens, common.max_seq_len, blocks)
+
+    def land(self, replacements: list[Replacement], layer: int) -> None:
+        """Move the new tokens of one layer into their holes."""
+        for replacement in replacements:
+            self._tokens.land(layer, replacement)
+
+    def choose(self, replacements: list[Replacement], layer: int, weights: ModelWeights) -> None:
+        """Choose which tokens of one layer the next ones replace; a policy that fails ends its requests."""
+        for replacement in replacements:
+            req_ids = replacement.peers.req_ids
+            if req_ids[0] in self._failures:  # all of them fail together
+                continue
+            with self._failures.of(req_ids, f"choosing what the next tokens replace in layer {layer}"):
+                of_layer = weights.of(layer, traits_of(replacement.peers.method.policy).needs)
+                self._tokens.choose(layer, replacement, weights.scale(layer), of_layer)
+
+
+def _are_equal(one: Method, other: Method) -> bool:
+    try:
+        return one is other or one == other
+    except BaseException:  # a third party's options may be tensors, whose equality is no truth value
+        if ends_process():
+            raise
+        return False

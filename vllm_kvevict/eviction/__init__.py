@@ -1,0 +1,1 @@
+"""How one prompt is evicted: what is kept, in which order, by whom."""

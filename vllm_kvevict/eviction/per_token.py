@@ -1,0 +1,155 @@
+"""The same verbs token by token: while an answer grows, each new token takes the slot of the one that goes.
+
+A request that is evicted like this holds full pages whose number never changes. vLLM writes a new token to the block
+behind them; layer by layer it moves from there, in every head into the hole that the step before has chosen, before
+attention reads it. When all heads have attended, the scores of what they hold name the next holes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_kvevict.cache.page_table import PageTable
+from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.cache.query_ring import QueryRing
+from vllm_kvevict.cache.residents import Residents
+from vllm_kvevict.eviction.prompt import Method
+from vllm_kvevict.eviction.results import checked
+from vllm_kvevict.eviction.traits import traits_of
+from vllm_kvevict.policies.base import LayerWeights, Need, StepInputs
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Requests that one method evicts from together.
+
+    slots:      [num_reqs] int64, their rows of the page table
+    ring_slots: [num_reqs] int64, where their last queries are; -1 if the policy looks at none
+    max_pages:  most pages that a head of a layer holds
+    """
+
+    method: Method
+    req_ids: list[str]
+    slots: torch.Tensor
+    ring_slots: torch.Tensor
+    max_pages: int
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One step of some peers, each of which has one new token.
+
+    num_tokens: [num_reqs] int64, the new token included
+    max_tokens: the most of these, or more
+    landed:     [num_layers, num_kv_heads, num_reqs] int64 slots of the pool that vLLM writes the new tokens to
+    holes:      likewise, where they go from there
+    """
+
+    peers: Peers
+    num_tokens: torch.Tensor
+    max_tokens: int
+    landed: torch.Tensor
+    holes: torch.Tensor
+
+
+class TokenEvictor:
+    """Knows the next hole of every head of every request that is evicted token by token.
+
+    Memory: 8 bytes for each layer, head and request that the engine may run at once.
+    """
+
+    def __init__(
+        self, pool: PagePool, page_table: PageTable, residents: Residents, ring: QueryRing, max_num_reqs: int
+    ) -> None:
+        self._pool, self._page_table, self._residents, self._ring = pool, page_table, residents, ring
+        shape = (pool.num_layers, max_num_reqs, pool.num_kv_heads)
+        self._holes = torch.zeros(shape, dtype=torch.int64, device=pool.pages.device)
+
+    @property
+    def block_size(self) -> int:
+        return self._pool.block_size
+
+    def begin(self, req_id: str, victims: torch.Tensor) -> None:
+        """The first eviction of a request is done, and its residents are settled.
+
+        victims: [num_layers, num_kv_heads] int64, positions of the tokens that go first
+        """
+        slot = torch.tensor([self._page_table.slots[req_id]], device=victims.device)
+        max_pages = self._page_table.most_pages(slot)
+        for layer in range(self._pool.num_layers):
+            _, slots, positions = self._held(layer, slot, max_pages)
+            is_victim = positions[0] == victims[layer][:, None]
+            self._holes[layer, slot[0]] = slots[0].gather(1, is_victim.int().argmax(dim=1, keepdim=True))[:, 0]
+
+    def peers(self, method: Method, req_ids: list[str]) -> Peers:
+        """Return what does not change from step to step of these requests."""
+        device = self._holes.device
+        slots = torch.tensor([self._page_table.slots[req_id] for req_id in req_ids], device=device)
+        ring_slots = [self._ring.slots.get(req_id) for req_id in req_ids]
+        max_pages = self._page_table.most_pages(slots)
+        return Peers(method, req_ids, slots, torch.tensor(ring_slots, device=device), max_pages)
+
+    def plan(self, peers: Peers, num_tokens: torch.Tensor, max_tokens: int, blocks: torch.Tensor) -> Replacement:
+        """Return a step, and note which tokens the holes will hold.
+
+        num_tokens, max_tokens: as in ``Replacement``
+        blocks:                 [num_reqs] int64, the last block of each request
+        """
+        block_size = self.block_size
+        landed = self._pool.page_ids(blocks) * block_size + (num_tokens - 1) % block_size
+        holes = self._holes[:, peers.slots].transpose(1, 2).contiguous()
+        self._residents.positions[holes] = (num_tokens - 1).to(torch.int32)
+        if Need.ALL_QUERIES in traits_of(peers.method.policy).needs:
+            self._residents.sums[holes] = 0.0
+        return Replacement(peers, num_tokens, max_tokens, landed, holes)
+
+    def land(self, layer: int, step: Replacement) -> None:
+        """Move the new tokens of one layer, which vLLM has written, into the holes. The pool's pages change."""
+        source, destination = step.landed[layer].flatten(), step.holes[layer].flatten()
+        self._pool.move(source, destination)
+
+    def choose(self, layer: int, step: Replacement, scale: float, weights: LayerWeights) -> None:
+        """Score what the heads of one layer hold, and choose the next holes. The newest query is in the ring."""
+        peers, method, policy = step.peers, step.peers.method, step.peers.method.policy
+        page_ids, slots, positions = self._held(layer, peers.slots, peers.max_pages)
+        keys, _, page_table = self._pool.readable(page_ids)
+        traits = traits_of(policy)
+        observes = Need.ALL_QUERIES in traits.needs
+        num_queries = max(traits.query_window, int(observes))
+        inputs = StepInputs(
+            self._ring.last_of(layer, peers.ring_slots, step.num_tokens, num_queries),
+            keys,
+            page_table,
+            positions,
+            step.num_tokens,
+            step.max_tokens,
+            scale,
+            weights,
+            self._residents.sums[slots] if observes else None,
+        )
+        source = f"{type(policy).__name__}.score_step"
+        scores = checked(source, policy.score_step(inputs), positions.shape, positions.device)
+        if observes:
+            held = inputs.is_held
+            self._residents.sums[slots[held]] = scores[held]
+        recent = (step.num_tokens - method.num_recent)[:, None, None]
+        stays = (positions < method.num_sink) | (positions >= recent)
+        # what is not held has position -1, and is no candidate either
+        candidates = torch.nan_to_num(scores, nan=-torch.inf).masked_fill(stays | ~inputs.is_held, torch.inf)
+        victims = candidates.argmin(dim=2, keepdim=True)
+        self._holes[layer, peers.slots] = slots.gather(2, victims)[..., 0]
+
+    def _held(self, layer: int, rows: torch.Tensor, max_pages: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the pages [num_reqs, num_kv_heads, max_pages] int64 of one layer, and of each of their slots the place
+        in the pool and the position of its token [num_reqs, num_kv_heads, num_slots] int64.
+
+        rows: [num_reqs] int64 of the page table. Positions are -1 behind the pages of a head that has fewer.
+        """
+        block_size = self._pool.block_size
+        pages, num_pages = self._page_table.layer_rows(layer, rows, max_pages)
+        lane = torch.arange(block_size, device=pages.device)
+        slots = (pages[..., None] * block_size + lane).flatten(2)
+        is_held = torch.arange(slots.shape[2], device=slots.device) < num_pages[..., None] * block_size
+        return pages, slots, self._residents.positions[slots].to(torch.int64).masked_fill(~is_held, -1)
