@@ -1,1 +1,1 @@
-"""The eviction of one request: at the end of its prompt, between chunks or while its answer grows, or token by token."""
+"""The eviction of one request: at the end of its prompt, between chunks, while its answer grows, token by token."""
