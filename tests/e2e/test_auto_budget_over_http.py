@@ -20,7 +20,7 @@ from vllm_kvevict.commands.main import main
 ENGINE = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20))
 
 
-@pytest.mark.more("calibration/ tests what it fits; servers of the first tier read such a file")
+@pytest.mark.more("budgets/test_curve.py tests what it fits; servers of the first tier read such a file")
 @pytest.mark.feature("a budget chosen for each prompt")
 def test_calibrate_writes_a_file_for_servers_of_its_model(
     smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -223,12 +223,13 @@ def test_every_endpoint_refuses_a_wrong_option_before_it_answers(server: Server,
     for options, expected in (({"kv_eviction": "snapvk"}, 400), ({"kv_budget": 64}, 200)):
         answers = [post(server, path, {**each, "vllm_xargs": options}) for path, each in bodies]
         assert [status for status, _ in answers] == [expected] * len(bodies), answers
-        misplaced = [post(server, path, {**each, **options}) for path, each in bodies]
+        # what vLLM does not know of /v1/messages it drops before anybody can look at it
+        misplaced = [post(server, path, {**each, **options}) for path, each in bodies if path != "messages"]
         place = f"{next(iter(options))}: expected in vllm_xargs"
-        assert all(status == 400 and place in text for status, text in misplaced), misplaced
+        assert [status == 400 and place in text for status, text in misplaced] == [True] * 4, misplaced
         said = "kv_eviction: unknown eviction policy 'snapvk'. Did you mean 'snapkv'?"
         assert all((said in text) == (expected == 400) for _, text in answers), answers
-    assert server.metrics()["kvevict:refused_requests_total"] == before + 3 * len(bodies)
+    assert server.metrics()["kvevict:refused_requests_total"] == before + len(bodies) + 2 * 4
 
 
 def post(server: Server, path: str, body: dict[str, Any]) -> tuple[int, str]:

@@ -1,1 +1,1 @@
-"""Where kept tokens live: plans, pages, page tables, selection and compaction. Pure tensors, no vLLM."""
+"""Where kept tokens live: plans, pages, page tables and compaction. Pure tensors, no vLLM."""

@@ -1,1 +1,1 @@
-"""The only folder that imports vLLM: flags, spec and manager, scheduler, worker, attention backends, metrics."""
+"""The only folder that imports vLLM: a room for each process, and beside them the modules that they share."""

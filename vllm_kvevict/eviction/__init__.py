@@ -1,1 +1,1 @@
-"""How one prompt is evicted: what is kept, in which order, by whom."""
+"""The eviction of one request: at the end of its prompt, between chunks, while its answer grows, token by token."""

@@ -1,1 +1,1 @@
-"""What a user may choose."""
+"""The options of requests, and the limits that an operator sets on them."""

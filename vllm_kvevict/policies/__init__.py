@@ -1,6 +1,6 @@
 """How tokens rank: one file per published method. Importing this package registers them."""
 
-from vllm_kvevict.policies import (
+from vllm_kvevict.policies import (  # noqa: F401  # they register themselves
     chunkkv,
     compactor,
     criticalkv,
@@ -21,31 +21,6 @@ from vllm_kvevict.policies import (
     tova,
     vatp,
 )
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs, StepInputs
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, LayerWeights, Need, ScoreInputs, StepInputs
 
-__all__ = [
-    "POLICIES",
-    "EvictionPolicy",
-    "Need",
-    "ScoreInputs",
-    "StepInputs",
-    "chunkkv",
-    "compactor",
-    "criticalkv",
-    "curdkv",
-    "expected_attention",
-    "h2o",
-    "keydiff",
-    "knorm",
-    "kvpress_adapter",
-    "laq",
-    "laq_deferred",
-    "lava",
-    "morphkv",
-    "obcache",
-    "random_",
-    "snapkv",
-    "streaming_llm",
-    "tova",
-    "vatp",
-]
+__all__ = ["POLICIES", "EvictionPolicy", "LayerWeights", "Need", "ScoreInputs", "StepInputs"]

@@ -1,1 +1,1 @@
-"""Engines that our commands run."""
+"""Engines in the process of one of our commands."""
