@@ -1,5 +1,7 @@
 """What a third party's code raises never ends a process, what ends one passes."""
 
+import io
+import logging
 import os
 import signal
 import sys
@@ -101,11 +103,16 @@ def test_an_error_that_quits_when_it_is_asked_is_named():
     assert said(Mute()) == "Mute"
 
 
-def test_an_error_that_lies_about_itself_is_a_failure():
-    failures = Failures()
+@pytest.mark.parametrize("can_log", [True, False])
+def test_an_error_that_lies_about_itself_is_a_failure(can_log, monkeypatch):
+    failures, stream = Failures(), io.StringIO()
+    monkeypatch.setattr(logging.getLogger("vllm.kvevict"), "handlers", [logging.StreamHandler(stream)])
+    if not can_log:
+        stream.close()  # as a pipe to a collector of logs may be
     with failures.of(["a"], "scoring"):
         raise Liar
     assert failures.get("a") == "Liar()"
+    assert not can_log or "scoring failed, and with it a:\nLiar" in stream.getvalue()
 
 
 def test_what_an_error_says_can_be_sent():

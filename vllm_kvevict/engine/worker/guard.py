@@ -54,7 +54,7 @@ class Failures:
             if ends_process():
                 raise
             failed = list(req_ids)
-            logger.error("%s failed, and with it %s:\n%s", doing, ", ".join(failed), with_traceback(error))
+            _log(f"{doing} failed, and with it {', '.join(failed)}:\n{with_traceback(error)}")
             text = said(error, repr)  # the error itself would hold the tensors of its traceback
             for req_id in failed:
                 self.note(req_id, text)
@@ -81,3 +81,14 @@ class Failures:
         """A request has ended, or starts again."""
         self._raised.pop(req_id, None)
         self._settled.discard(req_id)
+
+
+def _log(text: str) -> None:
+    """Write an error to the log. A handler that cannot write prints the errors that are being handled, one of which may
+    raise when it is asked.
+    """
+    try:
+        logger.error("%s", text)
+    except BaseException:
+        if ends_process():
+            raise
