@@ -34,7 +34,7 @@ cpu = Extension(
 )
 cuda = Extension(
     "vllm_kvevict._cuda",
-    sources=sorted(glob("csrc/cuda/*.cu")),
+    sources=[*sorted(glob("csrc/cuda/*.cu")), "csrc/cuda/interface.cpp"],
     depends=sorted(glob("csrc/cuda/*.cuh")),
     define_macros=[interface("cuda")],
     extra_compile_args=[f"-gencode={target}" for target in CUDA_TARGETS],

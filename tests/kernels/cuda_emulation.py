@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from vllm_kvevict.kernels import move_tokens as moving
 from vllm_kvevict.kernels import select as selecting
+from vllm_kvevict.kernels.interface import SIGNATURES
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -28,7 +28,7 @@ def select(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int = 0, num_
     scores, num_kept, kv_len = scores.contiguous(), num_kept.contiguous(), scores.shape[-1]
     kept = torch.empty(scores.shape, dtype=torch.bool)
     function = emulation().emulated_select
-    function.argtypes, function.restype = selecting._SELECT_ARGTYPES, None
+    function.argtypes, function.restype = SIGNATURES["kvevict_select"], None
     protection = selecting._clamp_protection(kv_len, num_sink, num_recent)
     function(scores.data_ptr(), num_kept.data_ptr(), kept.data_ptr(), num_kept.numel(), kv_len, *protection)
     return kept
@@ -36,7 +36,7 @@ def select(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int = 0, num_
 
 def move_tokens(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, destination: torch.Tensor) -> None:
     function = emulation().emulated_move_tokens
-    function.argtypes, function.restype = moving._ARGTYPES, None
+    function.argtypes, function.restype = SIGNATURES["kvevict_move_tokens"], None
     function(
         keys.data_ptr(), *keys.stride(), keys.shape[2],
         values.data_ptr(), *values.stride(), values.shape[2],
