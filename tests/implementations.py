@@ -73,3 +73,15 @@ def scrambled_keys(
     for index, token in enumerate(tokens):
         keys[page_table[:, token // block_size], token % block_size] = dense[:, index]
     return keys, page_table, dense
+
+
+def rounding_of_probabilities(query: torch.Tensor, keys: torch.Tensor, scale: float) -> float:
+    """Return how far a row of probabilities may be from 1, relatively: a few float32 roundings, and that of a logit.
+
+    Kernels compute a logit twice, in tiles of other shapes, and a matrix product may round otherwise there.
+
+    query: [..., head_size]
+    keys:  [..., head_size], numbers only
+    """
+    most = float(query.norm(dim=-1).max() * keys.norm(dim=-1).max()) * scale
+    return 1e-5 + torch.finfo(torch.float32).eps * most
