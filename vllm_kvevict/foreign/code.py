@@ -13,8 +13,6 @@ import torch
 from numpy.random import MT19937
 from numpy.random.mtrand import get_bit_generator, set_bit_generator
 
-_LONGEST = 1000
-
 
 def ends_process() -> bool:
     """Return whether the error that is being handled has to pass, and is no fault of the code that was called.
@@ -27,13 +25,13 @@ def ends_process() -> bool:
     return kind is not None and (issubclass(kind, KeyboardInterrupt) or not _handlers().isdisjoint(_raised_in(place)))
 
 
-def said(error: BaseException, form: Callable[[BaseException], str] = str) -> str:
+def said(error: BaseException, form: Callable[[BaseException], str] = str, longest: int | None = 1000) -> str:
     """Return what an error says, or its ``repr``; its name if it fails to, as a third party's may.
 
-    It is a text that can be sent, of 1,000 characters at most.
+    longest: characters of the text at most, which can be sent; None: all of them
     """
     try:
-        return _sendable(form(error)[:_LONGEST])
+        return form(error)[:longest].encode("utf-8", "replace").decode()
     except BaseException:
         if ends_process():
             raise
@@ -42,17 +40,7 @@ def said(error: BaseException, form: Callable[[BaseException], str] = str) -> st
 
 def with_traceback(error: BaseException) -> str:
     """Return what an error that is being handled says, and where it was raised."""
-    try:
-        text = "".join(format_exception(error))
-    except BaseException:
-        if ends_process():
-            raise
-        text = type(error).__name__
-    return _sendable(text)
-
-
-def _sendable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
+    return said(error, lambda raised: "".join(format_exception(raised)), longest=None)
 
 
 class _Apart:

@@ -112,10 +112,7 @@ def _check_place(unread: Mapping[str, Any]) -> None:
     """Raise what vLLM answers with a 400 if one of our options is among what it does not read of a request's body."""
     for option in REQUEST_OPTIONS:
         if option in unread:
-            process_metrics().refusals.labels(option).inc()
-            raise VLLMValidationError(
-                f"{option}: expected in {VLLM_FIELD}, got it beside; say {VLLM_FIELD} = {{{option!r}: ...}}"
-            )
+            raise _refusal(f"{option}: expected in {VLLM_FIELD}, got it beside; say {VLLM_FIELD} = {{{option!r}: ...}}")
 
 
 def _check(vllm_config: VllmConfig, options: Mapping[str, Any], prompt: PromptFacts = PromptFacts()) -> None:
@@ -139,8 +136,7 @@ def _check(vllm_config: VllmConfig, options: Mapping[str, Any], prompt: PromptFa
             prefill = None if config is None else cache.plan(config, prompt.num_tokens, prompt.num_tokens)
             check_fits(cache, prefill, prompt.num_tokens, by_request=config is None)
     except ValueError as error:
-        process_metrics().refusals.labels(_option_named_in(str(error))).inc()
-        raise VLLMValidationError(str(error)) from None
+        raise _refusal(str(error)) from None
 
 
 def _known_cache(vllm_config: VllmConfig) -> EmptyCache | None:
@@ -151,6 +147,12 @@ def _known_cache(vllm_config: VllmConfig) -> EmptyCache | None:
     if not num_blocks:
         return None
     return empty_cache(vllm_config, num_blocks - 1, windows_of(vllm_config))  # without vLLM's null block
+
+
+def _refusal(message: str) -> VLLMValidationError:
+    """Count a refused request by the option that the message is about; return what vLLM answers with a 400."""
+    process_metrics().refusals.labels(_option_named_in(message)).inc()
+    return VLLMValidationError(message)
 
 
 def _option_named_in(message: str) -> str:
