@@ -13,6 +13,8 @@ from tests.gpu import HAS_GPU, on_gpu
 from vllm_kvevict.kernels.native import library
 from vllm_kvevict.kernels.optional_triton import tl
 
+ROUNDING = 1e-5
+"""How far a row of probabilities may be from 1, relatively: a few float32 roundings."""
 IMPLEMENTATIONS = ["reference", "native-16", "native-8", "native-4", "triton"]
 
 
@@ -75,13 +77,15 @@ def scrambled_keys(
     return keys, page_table, dense
 
 
-def rounding_of_probabilities(query: torch.Tensor, keys: torch.Tensor, scale: float) -> float:
-    """Return how far a row of probabilities may be from 1, relatively: a few float32 roundings, and that of a logit.
+def rounding_of_interpreter(query: torch.Tensor, keys: torch.Tensor, scale: float) -> float:
+    """Return how far a row of probabilities may be from 1, relatively, in Triton's interpreter: as anywhere, a few
+    float32 roundings, and that of a logit.
 
-    Kernels compute a logit twice, in tiles of other shapes, and a matrix product may round otherwise there.
+    A kernel computes a logit twice, in tiles of other shapes. There these are products of NumPy, which rounds them as
+    the machine's BLAS does for a shape.
 
     query: [..., head_size]
     keys:  [..., head_size], numbers only
     """
     most = float(query.norm(dim=-1).max() * keys.norm(dim=-1).max()) * scale
-    return 1e-5 + torch.finfo(torch.float32).eps * most
+    return ROUNDING + torch.finfo(torch.float32).eps * most
