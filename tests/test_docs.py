@@ -18,7 +18,7 @@ from tools.picture import PICTURE, picture
 from vllm_kvevict.budgets import ALLOCATORS
 from vllm_kvevict.commands.main import main
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.options.limits import REQUEST_OPTIONS
+from vllm_kvevict.options.table import options_of_requests
 from vllm_kvevict.policies import POLICIES
 
 PACKAGE = ROOT / "vllm_kvevict"
@@ -264,7 +264,7 @@ def test_the_page_of_architecture_names_every_room_from_the_lowest_to_the_highes
 def test_the_page_of_configuration_is_one_table_of_all_options(flags_of_ours: Callable[[str], set[str]]) -> None:
     text = (ROOT / "docs" / "configuration.md").read_text()
     ours = {flag for flag in flags_of_ours("inspect") if flag.startswith("--kv-")}
-    names = {*ours, *REQUEST_OPTIONS, *EvictionConfig.model_fields}
+    names = {*ours, *options_of_requests(EvictionConfig), *EvictionConfig.model_fields}
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert not [name for name in sorted(names) if not re.search(rf"`{name}\b", "\n".join(rows))]
     assert sum(set(row) <= set("|- ") for row in rows) == 1

@@ -12,7 +12,7 @@ from textwrap import dedent
 
 import pytest
 
-from tools import second_tier
+from tools import option_table, second_tier
 from tools.feature_table import with_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,6 +161,11 @@ def test_no_file_holds_a_path_of_somebodys_machine(tracked_files: list[Path]) ->
 def test_the_table_of_features_is_that_of_the_tests() -> None:
     text = (ROOT / "docs" / "compatibility.md").read_text()
     assert text == with_table(text), "run `python -m tools.feature_table --write docs/compatibility.md`"
+
+
+def test_the_table_of_options_is_that_of_the_configuration() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    assert text == option_table.with_table(text), "run `python -m tools.option_table --write docs/configuration.md`"
 
 
 def test_the_list_of_the_second_tier_is_that_of_the_tests() -> None:

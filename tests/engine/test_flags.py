@@ -121,7 +121,7 @@ def test_help_has_a_group_with_the_policies() -> None:
     flags = [option for action in group._group_actions for option in action.option_strings]
     names = ["kv-eviction", "kv-budget", "kv-budget-calibration", "kv-budget-allocator", "kv-evict-during-decode"]
     names += ["no-kv-evict-during-decode", "kv-evict-during-prefill", "kv-evict-interval"]
-    names += ["kv-eviction-config", "kv-eviction-log-requests", "kv-request-options"]
+    names += ["kv-eviction-log-requests", "kv-request-options", "kv-eviction-config"]
     assert flags == [f"--{name}" for name in names]
     assert "snapkv" in group._group_actions[0].help
     assert "uniform" in group._group_actions[3].help

@@ -25,7 +25,7 @@ from tools.upstream.values import Class, Instance
 from vllm_kvevict import kv_eviction_args
 from vllm_kvevict.engine import versions
 from vllm_kvevict.engine.frontend.install import install_flags
-from vllm_kvevict.options.limits import is_ours
+from vllm_kvevict.options.names import is_ours
 
 NEWEST = os.environ.get("KVEVICT_NEWEST", newest_vllm.NEWEST)
 VERSIONS = sorted({installed_vllm(), NEWEST})

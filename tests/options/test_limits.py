@@ -7,8 +7,12 @@ import pytest
 
 from vllm_kvevict.budgets import ALLOCATORS
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.options.limits import REQUEST_OPTIONS, RequestOptions, check_names, is_ours
+from vllm_kvevict.options.limits import RequestOptions
+from vllm_kvevict.options.names import is_ours
+from vllm_kvevict.options.table import check_names, options_of_requests
 from vllm_kvevict.policies import POLICIES
+
+OPTIONS = options_of_requests(EvictionConfig)
 
 BLOCK = 16
 
@@ -41,7 +45,7 @@ def test_by_default_everything_is_allowed():
     assert config.for_request(ANY, BLOCK).policy == "lava"
 
 
-@pytest.mark.parametrize("option", REQUEST_OPTIONS)
+@pytest.mark.parametrize("option", OPTIONS)
 def test_none_may_be_chosen(option):
     message = refusal(server("none"), **{option: 1})
     assert message == (
@@ -168,7 +172,7 @@ def test_limits_travel_as_json():
     for exclude_unset in (True, False):
         dumped = json.loads(json.dumps(config.model_dump(exclude_unset=exclude_unset)))
         assert EvictionConfig.parse(dumped) == config
-    assert config.request_options == RequestOptions.parse(limits)
+    assert config.request_options == RequestOptions.parse(limits, OPTIONS)
     assert config.for_request({"kv_budget": 64}, BLOCK).request_options == config.request_options
 
 
@@ -189,12 +193,12 @@ def test_unknown_options_get_a_suggestion(name, meant):
     message = refusal(server("none" if meant is None else "all"), **{name: 1})
     hint = f" Did you mean {meant!r}?" if meant else ""
     assert message.startswith("vllm_xargs: unknown option 'kv" if name.islower() else "vllm_xargs: unknown option 'KV")
-    assert message.endswith(f".{hint} Available: {', '.join(REQUEST_OPTIONS)}")
+    assert message.endswith(f".{hint} Available: {', '.join(OPTIONS)}")
 
 
 def test_names_of_others_are_left_alone():
     """What vLLM itself, its models and other plugins read of the same dictionary."""
     others = ["kv_transfer_params", "kv_cache_report_mode", "ec_transfer_params", "session_id", "ngram_size", "kv", 5]
-    check_names(dict.fromkeys(others, 1))
+    check_names(dict.fromkeys(others, 1), OPTIONS)
     assert not any(is_ours(name) for name in others)
     assert server("none").for_request(dict.fromkeys(others, 1), BLOCK) == server("none")

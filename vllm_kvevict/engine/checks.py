@@ -8,24 +8,8 @@ from vllm.sampling_params import SamplingParams
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.fit import EmptyCache, PrefillPlan, Window
 from vllm_kvevict.engine.models import check_lookahead, check_needs, evicted_models
-from vllm_kvevict.engine.settings import FIELD
-from vllm_kvevict.options.limits import (
-    AUTO,
-    NONE,
-    REQUEST_BUDGET,
-    REQUEST_DURING_DECODE,
-    REQUEST_DURING_PREFILL,
-    REQUEST_INTERVAL,
-    REQUEST_POLICY,
-)
-
-
-def request_config(config: EvictionConfig, params: SamplingParams | None, block_size: int) -> EvictionConfig | None:
-    """Return how a request is evicted, None if it is not: the server's config with the request's options on top.
-
-    Raises ValueError for a wrong option.
-    """
-    return None if params is None else config.for_request(params.extra_args, block_size)
+from vllm_kvevict.engine.settings import eviction_config
+from vllm_kvevict.options.names import AUTO, BUDGET, DURING_DECODE, DURING_PREFILL, INTERVAL, NONE, POLICY
 
 
 def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
@@ -35,28 +19,28 @@ def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
     check_lookahead(config.policy, method.policy, vllm_config)
     if config.budget == AUTO and vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ValueError(
-            f"{REQUEST_BUDGET}: 'auto' reads the logits of a prompt, which only the last pipeline stage has; give a "
+            f"{BUDGET}: 'auto' reads the logits of a prompt, which only the last pipeline stage has; give a "
             f"number, or drop --pipeline-parallel-size"
         )
     if method.schedule.between_chunks and vllm_config.model_config.is_mm_prefix_lm:
         raise ValueError(
-            f"{REQUEST_DURING_PREFILL}: does not work with a model whose images see all of themselves, since a chunk "
-            f"behind the first eviction sees only what came before; say {REQUEST_DURING_PREFILL} false"
+            f"{DURING_PREFILL}: does not work with a model whose images see all of themselves, since a chunk "
+            f"behind the first eviction sees only what came before; say {DURING_PREFILL} false"
         )
     if method.schedule.per_token and method.query_window > ring_depth(vllm_config):
         raise ValueError(
-            f"{REQUEST_INTERVAL}: policy {config.policy!r} looks at the last {method.query_window} queries, and this "
+            f"{INTERVAL}: policy {config.policy!r} looks at the last {method.query_window} queries, and this "
             f"server remembers {ring_depth(vllm_config)}; start it with that policy, or lower the policy's window"
         )
     if vllm_config.speculative_config is None:
         return
     if method.schedule.num_deferred:
         raise ValueError(
-            f"{REQUEST_POLICY}: policy {config.policy!r} counts the tokens of the answer, and does not work with "
+            f"{POLICY}: policy {config.policy!r} counts the tokens of the answer, and does not work with "
             f"speculative decoding; drop --speculative-config, or choose another policy"
         )
     if method.schedule.is_bounded:
-        option = REQUEST_DURING_DECODE if method.schedule.evicts_answer else REQUEST_DURING_PREFILL
+        option = DURING_DECODE if method.schedule.evicts_answer else DURING_PREFILL
         raise ValueError(
             f"{option}: does not work with speculative decoding, whose drafts may be rejected when what they displaced "
             f"is gone; drop --speculative-config, or say {option} false"
@@ -68,8 +52,8 @@ def check_prompt(config: EvictionConfig, has_embeds: bool, has_images: bool) -> 
     if config.budget == AUTO and (has_embeds or has_images):
         what = "embeddings" if has_embeds else "images, audio or video"
         raise ValueError(
-            f"{REQUEST_BUDGET}: 'auto' is chosen by the likelihood of a prompt's tokens, and a prompt with {what} has "
-            f"places without one; give a number of tokens, or a fraction, as {REQUEST_BUDGET}"
+            f"{BUDGET}: 'auto' is chosen by the likelihood of a prompt's tokens, and a prompt with {what} has "
+            f"places without one; give a number of tokens, or a fraction, as {BUDGET}"
         )
 
 
@@ -77,13 +61,13 @@ def ring_depth(vllm_config: VllmConfig) -> int:
     """Return how many of an answer's last queries the workers remember: a block of them, or what the server's own
     policy looks at.
     """
-    values = (vllm_config.additional_config or {})[FIELD]
-    return max(vllm_config.cache_config.block_size, EvictionConfig.parse(values).method().query_window)
+    config, block_size = eviction_config(vllm_config), vllm_config.cache_config.block_size
+    return block_size if config is None else max(block_size, config.method().query_window)
 
 
 def says_none(params: SamplingParams | None) -> bool:
     """Whether a request asks for no eviction."""
-    return params is not None and (params.extra_args or {}).get(REQUEST_POLICY) == NONE
+    return params is not None and (params.extra_args or {}).get(POLICY) == NONE
 
 
 def check_fits(cache: EmptyCache, prefill: PrefillPlan | None, num_tokens: int, by_request: bool) -> None:
@@ -96,11 +80,11 @@ def check_fits(cache: EmptyCache, prefill: PrefillPlan | None, num_tokens: int, 
     """
     num_needed = cache.num_needed(prefill, num_tokens)
     if num_needed > cache.num_blocks:
-        option, remedy = REQUEST_BUDGET, f"lower {REQUEST_BUDGET}"
+        option, remedy = BUDGET, f"lower {BUDGET}"
         if by_request:
-            option, remedy = REQUEST_POLICY, f"leave {REQUEST_POLICY} out"
+            option, remedy = POLICY, f"leave {POLICY} out"
         elif prefill is not None and not prefill.between_chunks:
-            option, remedy = REQUEST_DURING_PREFILL, f"let it be evicted between its chunks: {REQUEST_DURING_PREFILL}"
+            option, remedy = DURING_PREFILL, f"let it be evicted between its chunks: {DURING_PREFILL}"
         raise ValueError(
             f"{option}: a prompt of {num_tokens} tokens needs {num_needed} blocks with these options, and the KV cache "
             f"has {cache.num_blocks}, beside one that vLLM keeps; {remedy}"

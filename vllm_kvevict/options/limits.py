@@ -1,53 +1,21 @@
-"""What requests may choose: the names of their options, and how the operator of a server limits them."""
+"""How the operator of a server limits what its requests may choose."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from vllm_kvevict.foreign.values import LONGEST_NAME, quoted
+from vllm_kvevict.foreign.values import quoted
+from vllm_kvevict.options.names import ALL, LIMITS, NONE, POLICY, flag_of
+from vllm_kvevict.options.table import Row, unknown_option
 from vllm_kvevict.policies import POLICIES
-
-REQUEST_POLICY = "kv_eviction"
-REQUEST_BUDGET = "kv_budget"
-REQUEST_ALLOCATOR = "kv_budget_allocator"
-REQUEST_DURING_DECODE = "kv_evict_during_decode"
-REQUEST_DURING_PREFILL = "kv_evict_during_prefill"
-REQUEST_INTERVAL = "kv_evict_interval"
-REQUEST_BUDGET_MIN = "kv_budget_min"
-REQUEST_BUDGET_MAX = "kv_budget_max"
-REQUEST_OPTIONS = (
-    REQUEST_POLICY,
-    REQUEST_BUDGET,
-    REQUEST_ALLOCATOR,
-    REQUEST_DURING_DECODE,
-    REQUEST_DURING_PREFILL,
-    REQUEST_INTERVAL,
-    REQUEST_BUDGET_MIN,
-    REQUEST_BUDGET_MAX,
-)
-VLLM_FIELD = "vllm_xargs"  # where a request gives them over HTTP
-NONE = "none"
-AUTO = "auto"
-ALL = "all"
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Budget = Annotated[int, Field(ge=1)] | Fraction
 
-# vLLM itself reads these of a request's ``extra_args``, where ``vllm_xargs`` arrive (v1/request.py)
-_VLLM_OPTIONS = ("kv_transfer_params", "kv_cache_report_mode")
-# a server's fields, as a request might call them
-_MEANT = {option: option for option in REQUEST_OPTIONS} | {
-    "kv_policy": REQUEST_POLICY,
-    "kv_allocator": REQUEST_ALLOCATOR,
-    "kv_interval": REQUEST_INTERVAL,
-    "kv_during_decode": REQUEST_DURING_DECODE,
-    "kv_during_prefill": REQUEST_DURING_PREFILL,
-}
-_WHO = "the operator of this server (--kv-request-options)"
+_WHO = f"the operator of this server ({flag_of(LIMITS)})"
 
 
 class RequestOptions(BaseModel):
@@ -71,10 +39,11 @@ class RequestOptions(BaseModel):
 
     @field_validator("options")
     @classmethod
-    def _known_options(cls, names: list[str] | None) -> list[str] | None:
+    def _known_options(cls, names: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        options: Mapping[str, Row] = (info.context or {}).get("options", {})
         for name in names or ():
-            if name not in REQUEST_OPTIONS:
-                raise ValueError(_unknown(name))
+            if name not in options:
+                raise ValueError(unknown_option(name, options))
         return names
 
     @field_validator("policies")
@@ -86,13 +55,15 @@ class RequestOptions(BaseModel):
         return names
 
     @classmethod
-    def parse(cls, values: Mapping[str, Any]) -> RequestOptions:
+    def parse(cls, values: Mapping[str, Any], options: Mapping[str, Row]) -> RequestOptions:
         """Return the limits in ``values`` (plain JSON).
+
+        options: the options of requests, by name
 
         Raises ValueError, one sentence that names the field, what was given and what is allowed.
         """
         try:
-            limits = cls.model_validate(dict(values))
+            limits = cls.model_validate(dict(values), context={"options": options})
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0])
@@ -139,16 +110,14 @@ class RequestOptions(BaseModel):
             return
         if policy == NONE and self.policies is None:
             raise ValueError(
-                f"{REQUEST_POLICY}: 'none' keeps a whole prompt, and {_WHO} allows {self._budgets()}; leave it out"
+                f"{POLICY}: 'none' keeps a whole prompt, and {_WHO} allows {self._budgets()}; leave it out"
             )
         if policy == NONE or ALL not in allowed:
             names = ", ".join(dict.fromkeys((own, *allowed)))
-            raise ValueError(
-                f"{REQUEST_POLICY}: {_WHO} lets requests choose {names}; got {quoted(policy)}; name one of them"
-            )
+            raise ValueError(f"{POLICY}: {_WHO} lets requests choose {names}; got {quoted(policy)}; name one of them")
         if ":" in policy:  # a client must not choose what the server imports
             raise ValueError(
-                f"{REQUEST_POLICY}: a request may name a press only if the server was started with it; got "
+                f"{POLICY}: a request may name a press only if the server was started with it; got "
                 f"{quoted(policy)}. Give it to --kv-eviction, or to the policies of --kv-request-options"
             )
 
@@ -169,36 +138,3 @@ class RequestOptions(BaseModel):
         bounds = {"at least": self.least_budget, "at most": self.most_budget}
         unit = "fractions of" if any(type(bound) is float for bound in bounds.values()) else "budgets, in tokens, of"
         return f"{unit} {' and '.join(f'{word} {bound}' for word, bound in bounds.items() if bound is not None)}"
-
-
-def check_names(options: Mapping[str, Any]) -> None:
-    """Raise ValueError, with the nearest name, for an option that looks like one of ours and is none.
-
-    options: the request's ``vllm_xargs``, where vLLM puts names of its own as well
-    """
-    for name in options:
-        if is_ours(name) and name not in REQUEST_OPTIONS:
-            raise ValueError(f"{VLLM_FIELD}: {_unknown(name)}")
-
-
-def is_ours(name: object) -> bool:
-    """Whether an option is meant for us: its name begins as ours do, and vLLM has none of that name."""
-    return isinstance(name, str) and name[:3].lower() in ("kv_", "kv-") and name not in _VLLM_OPTIONS
-
-
-def checked_name(option: str, name: object, expected: str) -> str:
-    """Return the name that a request gave.
-
-    Raises ValueError if it is no text, or longer than any name, before it is compared with others.
-    """
-    if not isinstance(name, str):
-        raise ValueError(f"{option}: expected {expected}, got {quoted(name)}")
-    if len(name) > LONGEST_NAME:
-        raise ValueError(f"{option}: expected {expected}, got a text of {len(name)} characters")
-    return name
-
-
-def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name[:LONGEST_NAME].lower().replace("-", "_"), _MEANT, n=1)
-    hint = f" Did you mean {_MEANT[close[0]]!r}?" if close else ""
-    return f"unknown option {quoted(name)}.{hint} Available: {', '.join(REQUEST_OPTIONS)}"

@@ -9,8 +9,9 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.messages import PAYLOAD, EvictionRecord, Gauges
-from vllm_kvevict.options.limits import REQUEST_OPTIONS
+from vllm_kvevict.options.table import options_of_requests
 
 UNKNOWN_OPTION = "unknown"  # a client must not choose labels
 _LABELS = ("policy", "allocator")
@@ -61,7 +62,7 @@ class EvictionMetrics:
         counters = (self.evictions, self.decode_evictions, self.evicted_tokens, self.freed_blocks)
         for collector in (*counters, self.kept_fraction, self.seconds):
             collector.labels(policy, allocator)
-        for option in (*REQUEST_OPTIONS, UNKNOWN_OPTION):
+        for option in (*options_of_requests(EvictionConfig), UNKNOWN_OPTION):
             self.refusals.labels(option)
         for gauge in (self.kept_tokens, self.kept_pages):
             # never set: an API server that starts late would be the most recent, and hide what the others have set

@@ -15,14 +15,9 @@ from vllm_kvevict.engine.checks import check_config, check_fits, check_prompt, e
 from vllm_kvevict.engine.fit import EmptyCache
 from vllm_kvevict.engine.frontend.metrics import UNKNOWN_OPTION, process_metrics
 from vllm_kvevict.engine.models import windows_of
-from vllm_kvevict.engine.settings import FIELD
-from vllm_kvevict.options.limits import (
-    AUTO,
-    REQUEST_OPTIONS,
-    REQUEST_POLICY,
-    VLLM_FIELD,
-    is_ours,
-)
+from vllm_kvevict.engine.settings import eviction_config, request_config
+from vllm_kvevict.options.names import AUTO, POLICY, VLLM_FIELD, is_ours
+from vllm_kvevict.options.table import options_of_requests
 
 
 @dataclass(frozen=True)
@@ -110,25 +105,24 @@ def _facts(prompt: Any) -> PromptFacts:
 
 def _check_place(unread: Mapping[str, Any]) -> None:
     """Raise what vLLM answers with a 400 if one of our options is among what it does not read of a request's body."""
-    for option in REQUEST_OPTIONS:
+    for option in options_of_requests(EvictionConfig):
         if option in unread:
             raise _refusal(f"{option}: expected in {VLLM_FIELD}, got it beside; say {VLLM_FIELD} = {{{option!r}: ...}}")
 
 
 def _check(vllm_config: VllmConfig, options: Mapping[str, Any], prompt: PromptFacts = PromptFacts()) -> None:
     """Raise what vLLM answers with a 400 if a request cannot be served as it wishes."""
-    values = (vllm_config.additional_config or {}).get(FIELD)
-    if values is None:
+    server = eviction_config(vllm_config)
+    if server is None:
         if any(is_ours(option) for option in options):
-            raise VLLMValidationError(f"{REQUEST_POLICY}: this engine was started without --kv-eviction")
+            raise VLLMValidationError(f"{POLICY}: this engine was started without --kv-eviction")
         return
     cache = _known_cache(vllm_config) if prompt.num_tokens else None
     fits = cache is None or cache.fits(None, prompt.num_tokens)
-    if not options and not values.get("during_prefill") and values["budget"] != AUTO and fits:
+    if not options and not server.during_prefill and server.budget != AUTO and fits:
         return
-    server = EvictionConfig.parse(values)
     try:
-        config = server.for_request(options, vllm_config.cache_config.block_size)
+        config = request_config(server, options, vllm_config.cache_config.block_size)
         if config is not None:
             check_config(config, vllm_config)
             check_prompt(config, prompt.has_embeds, prompt.has_images)
@@ -160,4 +154,4 @@ def _option_named_in(message: str) -> str:
     option = message.partition(":")[0]
     if option == VLLM_FIELD:
         return UNKNOWN_OPTION
-    return option if option in REQUEST_OPTIONS else REQUEST_POLICY
+    return option if option in options_of_requests(EvictionConfig) else POLICY

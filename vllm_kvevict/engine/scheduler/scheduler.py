@@ -19,7 +19,7 @@ from vllm.v1.request import Request
 
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.config import AUTO, EvictionConfig
-from vllm_kvevict.engine.checks import check_config, check_fits, check_prompt, empty_cache, request_config, says_none
+from vllm_kvevict.engine.checks import check_config, check_fits, check_prompt, empty_cache, says_none
 from vllm_kvevict.engine.fit import Window
 from vllm_kvevict.engine.messages import (
     REPORTS,
@@ -34,7 +34,7 @@ from vllm_kvevict.engine.messages import (
 from vllm_kvevict.engine.models import split_draft_layers
 from vllm_kvevict.engine.scheduler.life import RequestLife, State
 from vllm_kvevict.engine.scheduler.managers import EvictionManager, PrivateBlocks, cache_hits_up_to
-from vllm_kvevict.engine.settings import eviction_config
+from vllm_kvevict.engine.settings import eviction_config, request_config
 from vllm_kvevict.foreign.code import ends_process, said
 
 logger = logging.getLogger("vllm.kvevict")
@@ -125,7 +125,10 @@ class EvictionMixin(Scheduler):
 
         Raises ValueError for a wrong option, and whatever a policy raises.
         """
-        config = request_config(self._eviction_config, request.sampling_params, self._manager.block_size)
+        if request.sampling_params is None:
+            return None
+        options = request.sampling_params.extra_args or {}
+        config = request_config(self._eviction_config, options, self._manager.block_size)
         num_tokens = request.num_prompt_tokens
         is_unread = request.max_tokens <= NUM_UNREAD and self._cache.fits(None, num_tokens)
         if config is None or request.resumable or is_unread:
