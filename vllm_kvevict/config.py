@@ -328,13 +328,13 @@ class EvictionConfig(BaseModel):
         Raises ValueError that names the field and what is allowed, as well for what the operator does not let requests
         choose and for options that look like ours and are none.
         """
-        allowed = options_of_requests(type(self))
-        check_names(options or {}, allowed)
-        given = {option: value for option in allowed if (value := (options or {}).get(option)) is not None}
+        known = options_of_requests(type(self))
+        check_names(options or {}, known, [option for option in known if self.limits.allows(option)])
+        given = {option: value for option in known if (value := (options or {}).get(option)) is not None}
         self.limits.check_options(given)
         changes: dict[str, Any] = {}
         for option, value in given.items():
-            row = allowed[option]
+            row = known[option]
             if row.is_switch:
                 value = checked_switch(option, value)
             elif row.option.registry is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,19 @@ def test_the_command_prints_every_policy(capsys: pytest.CaptureFixture[str]) -> 
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("`")[1] for line in lines[2 : 2 + len(POLICIES.names())]] == POLICIES.names()
     assert len({line.count("|") for line in lines[: 2 + len(POLICIES.names())]}) == 1
+
+
+@pytest.mark.parametrize("form", [[], ["--markdown"]])
+def test_a_package_that_is_broken_spoils_no_other_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: list[str]
+) -> None:
+    entry = EntryPoint("broken", "no_such_package_of_policies:Policy", POLICIES.entry_group)
+    monkeypatch.setitem(POLICIES._entry_points, "broken", entry)
+    main(["policies", *form])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(any(name in line for line in lines) for name in POLICIES.names() if name != "broken")
+    assert lines[-1].startswith("eviction policy 'broken' of another package cannot be used: ModuleNotFoundError")
+    assert short_table()
 
 
 def test_the_page_s_table_has_every_policy_of_this_package_once(monkeypatch: pytest.MonkeyPatch) -> None:

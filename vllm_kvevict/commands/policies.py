@@ -33,27 +33,31 @@ MEMORY_NOTE = (
 
 
 def text_table() -> str:
-    """Return the table of all policies, those of other packages included, as aligned text."""
+    """Return the table of all policies, those of other packages included, as aligned text; a sentence about each that
+    its package does not bring.
+    """
     columns = [column for column in COLUMNS if column != "idea"]  # the one that makes lines long
+    names, broken = _usable()
     rows = [[COLUMNS[column] for column in columns]]
-    rows += [[row[column] for column in columns] for row in map(row_of, POLICIES.names())]
+    rows += [[row[column] for column in columns] for row in map(row_of, names)]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", MEMORY_NOTE])
+    return "\n".join([*lines, "", MEMORY_NOTE, *broken])
 
 
 def markdown_table() -> str:
     """Return the same table in Markdown."""
     rows = [list(COLUMNS.values()), ["---"] * len(COLUMNS)]
-    for row in map(row_of, POLICIES.names()):
+    names, broken = _usable()
+    for row in map(row_of, names):
         rows.append([f"`{row['name']}`" if column == "name" else row[column] for column in COLUMNS])
-    return "\n".join([*map(_markdown_row, rows), "", MEMORY_NOTE])
+    return "\n".join([*map(_markdown_row, rows), "", MEMORY_NOTE, *broken])
 
 
 def short_table() -> str:
     """Return this package's own policies in Markdown; those that share idea and source share a row."""
     shared: dict[tuple[str, ...], list[str]] = {}
-    for name in POLICIES.names():
+    for name in _usable()[0]:
         cls, row = POLICIES.get(name), row_of(name)
         if cls.__module__.startswith("vllm_kvevict."):
             shared.setdefault((row["idea"], READS[_reads(cls())], row["paper"]), []).append(f"`{name}`")
@@ -80,6 +84,18 @@ def with_text_between(document: str, start: str, end: str, text: str) -> str:
     if not (found_start and found_end) or start in after or end in after:
         raise ValueError(f"expected a document that holds {start!r} and after it {end!r}, once each")
     return f"{before}{start}\n{text}\n{end}{after}"
+
+
+def _usable() -> tuple[list[str], list[str]]:
+    """Return the names of policies that can be had, and a sentence about each of the others."""
+    names, broken = [], []
+    for name in POLICIES.names():
+        try:
+            POLICIES.get(name)
+            names.append(name)
+        except ValueError as error:
+            broken.append(str(error))
+    return names, broken
 
 
 def row_of(name: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ of errors, ``--help`` and docs/configuration.md are read from there.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, get_args
@@ -98,20 +98,22 @@ def options_of_requests(config: type[BaseModel]) -> dict[str, Row]:
     return {str(row.option.name): row for row in table_of(config).values() if row.option.in_request}
 
 
-def check_names(options: Mapping[str, Any], allowed: Mapping[str, Row]) -> None:
+def check_names(options: Mapping[str, Any], known: Mapping[str, Row], allowed: Collection[str]) -> None:
     """Raise ValueError, with the nearest name, for an option that looks like one of ours and is none.
 
     options: the request's ``vllm_xargs``, where vLLM puts names of its own as well
-    allowed: the options of requests, by name
+    known:   the options of requests, by name
+    allowed: those that the operator lets requests give
     """
     for name in options:
-        if is_ours(name) and name not in allowed:
-            raise ValueError(f"{VLLM_FIELD}: {unknown_option(name, allowed)}")
+        if is_ours(name) and name not in known:
+            rows = {option: known[option] for option in known if option in allowed}
+            raise ValueError(f"{VLLM_FIELD}: {unknown_option(name, rows)}")
 
 
-def unknown_option(name: str, allowed: Mapping[str, Row]) -> str:
-    """Return a sentence about a request's option that is none of ``allowed``, with the nearest of them."""
-    meant = {option: option for option in allowed} | {f"kv_{row.field}": option for option, row in allowed.items()}
+def unknown_option(name: str, known: Mapping[str, Row]) -> str:
+    """Return a sentence about a request's option that is none of ``known``, with the nearest of them."""
+    meant = {option: option for option in known} | {f"kv_{row.field}": option for option, row in known.items()}
     close = difflib.get_close_matches(name[:LONGEST_NAME].lower().replace("-", "_"), meant, n=1)
     hint = f" Did you mean {meant[close[0]]!r}?" if close else ""
-    return f"unknown option {quoted(name)}.{hint} Available: {', '.join(allowed)}"
+    return f"unknown option {quoted(name)}.{hint} Available: {', '.join(known) or 'none'}"
