@@ -20,7 +20,7 @@ NEWEST := PYTHONPATH=$(CURDIR)/.cache/vllm-0.33$(addprefix :,$(PYTHONPATH)) KVEV
 	VLLM_CACHE_ROOT=$(CURDIR)/.cache/vllm-0.33-cache
 V2 := VLLM_USE_V2_MODEL_RUNNER=1
 # what `make test` leaves to `make test-more`: CONTRIBUTING.md has the list
-MORE_ON_V1 := more or more_on_v1
+NOT_ON_V1 := more or not_on_v1
 MORE_ON_V2 := more or more_on_v2
 SMOKE := smoke and not ($(MORE_ON_V2))
 export TORCH_INDEX KVEVICT_MODELS
@@ -31,21 +31,18 @@ export TORCH_INDEX KVEVICT_MODELS
 demo: model ## serve a real model with eviction and ask it about a long text
 	$(VENV_PYTHON) -m tools.demo
 
-# $(call run_tests,markers on V1,markers on V2): servers, then everything else, then engines on the newest vLLM with V2
-define run_tests
-	$(PYTEST) -m "$(1)" $(SERVER_TESTS) $(PYTEST_ARGS)
-	$(PYTEST) -m "$(1)" $(PARALLEL) $(addprefix --ignore=,$(SERVER_TESTS)) $(PYTEST_ARGS)
-	$(NEWEST) $(V2) $(PYTEST) -m "$(2)" $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
-endef
-
 test: lint models newest ## lint, types and the tests that guard every change
-	$(call run_tests,not ($(MORE_ON_V1)),not ($(MORE_ON_V2)))
+	$(PYTEST) -m "not ($(NOT_ON_V1))" $(SERVER_TESTS) $(PYTEST_ARGS)
+	$(PYTEST) -m "not ($(NOT_ON_V1))" $(PARALLEL) $(addprefix --ignore=,$(SERVER_TESTS)) $(PYTEST_ARGS)
+	$(NEWEST) $(V2) $(PYTEST) -m "not ($(MORE_ON_V2))" $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
 	$(NEWEST) $(V2) $(PYTEST) tests/e2e/test_data_parallel.py $(PYTEST_ARGS)
 	$(V2) $(PYTEST) -m "$(SMOKE)" $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
 	$(NEWEST) $(PYTEST) -m "$(SMOKE)" $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
 
-test-more: models newest ## the tests that `make test` leaves out
-	$(call run_tests,$(MORE_ON_V1),$(MORE_ON_V2))
+test-more: models newest ## the tests that `make test` leaves out; those of engines on the newest vLLM with V2 only
+	$(PYTEST) -m more $(SERVER_TESTS) $(PYTEST_ARGS)
+	$(PYTEST) -m more $(PARALLEL) --ignore=tests/engine $(addprefix --ignore=,$(SERVER_TESTS)) $(PYTEST_ARGS)
+	$(NEWEST) $(V2) $(PYTEST) -m "$(MORE_ON_V2)" $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
 
 lint: setup ## ruff and mypy
 	$(VENV_PYTHON) -m ruff check .

@@ -188,10 +188,11 @@ def test_the_list_of_the_second_tier_names_tests_and_cases(tmp_path: Path) -> No
         @pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.more("b")), 2])
         def test_two(): ...
     """
-    (tmp_path / "test_some.py").write_text(dedent(some))
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "test_some.py").write_text(dedent(some))
     (tmp_path / "test_whole.py").write_text('pytestmark = [pytest.mark.more("c")]\n')
     assert second_tier.table(tmp_path).splitlines()[2:] == [
-        "| `test_some.py`, some cases, cases of `test_two` | both | b |",
-        "| `test_some.py`, `test_one` | V2 | a |",
-        "| `test_whole.py` | both | c |",
+        "| `engine/test_some.py`, some cases, cases of `test_two` | never | `make test-more` | b |",
+        "| `engine/test_some.py`, `test_one` | `make test` | `make test-more` | a |",
+        "| `test_whole.py` | `make test-more` | never | c |",
     ]

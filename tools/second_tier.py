@@ -1,5 +1,5 @@
-"""The list of tests that only ``make test-more`` runs, and why, from the markers ``more``, ``more_on_v1``
-and ``more_on_v2``.
+"""The list of tests that ``make test`` leaves out on one runner or both, and why, from the markers ``more``,
+``not_on_v1`` and ``more_on_v2``.
 
 python -m tools.second_tier --write CONTRIBUTING.md
 """
@@ -16,7 +16,9 @@ from vllm_kvevict.commands.policies import with_text_between
 
 START = "<!-- second tier: python -m tools.second_tier --write CONTRIBUTING.md -->"
 END = "<!-- end of second tier -->"
-RUNNERS = {"more": "both", "more_on_v1": "V1", "more_on_v2": "V2"}
+LATER = "`make test-more`"
+# marker -> when a test runs on V1 and on V2; tests that are not of tests/engine run on V1 only
+RUNNERS = {"more": ("never", LATER), "not_on_v1": ("never", "`make test`"), "more_on_v2": ("`make test`", LATER)}
 
 
 def table(tests: Path = ROOT / "tests") -> str:
@@ -26,10 +28,12 @@ def table(tests: Path = ROOT / "tests") -> str:
         for name, kind, reason in _markers_in(file):
             names = rows.setdefault((str(file.relative_to(tests)), kind, reason), [])
             names += [name] * (name not in names)
-    lines = ["| only in `make test-more`, of `tests/` | runner | why |", "| --- | --- | --- |"]
+    lines = ["| of `tests/` | on V1 | on V2 | why |", "| --- | --- | --- | --- |"]
     for (file_name, kind, reason), names in rows.items():
         what = ", ".join([f"`{file_name}`", *filter(None, names)])
-        lines.append(f"| {what} | {RUNNERS[kind]} | {reason} |")
+        is_once = kind == "more" and not file_name.startswith("engine/")
+        on_v1, on_v2 = (LATER, "never") if is_once else RUNNERS[kind]
+        lines.append(f"| {what} | {on_v1} | {on_v2} | {reason} |")
     return "\n".join(lines)
 
 

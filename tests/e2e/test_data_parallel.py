@@ -45,7 +45,7 @@ def client(server: Server) -> OpenAI:
     return OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0)
 
 
-@pytest.mark.more_on_v1("the newest vLLM with V2 runs it in `make test`")
+@pytest.mark.not_on_v1("the newest vLLM with V2 runs it in `make test`")
 @pytest.mark.feature("data parallelism", runners=("V1", "V2"))
 def test_two_engines_behind_one_server(server: Server, client: OpenAI) -> None:
     def held() -> dict[str, float]:
@@ -92,7 +92,7 @@ def test_two_engines_behind_one_server(server: Server, client: OpenAI) -> None:
     assert server.metrics()["kvevict:evictions_total"] == before + 2
 
 
-@pytest.mark.more_on_v1("the newest vLLM with V2 runs it in `make test`")
+@pytest.mark.not_on_v1("the newest vLLM with V2 runs it in `make test`")
 @pytest.mark.feature("several API server processes", runners=("V1", "V2"))
 def test_both_api_processes_check_options_and_add_up_metrics(server: Server) -> None:
     before = server.metrics()

@@ -16,7 +16,7 @@ PROMPTS = [random_prompt(length, seed=length) for length in (40, 333, 512, 700)]
 NO_WARM_UP = {"enable_jit_warmup": False}
 
 
-@pytest.mark.more_on_v1("the newest vLLM with V2 runs it in `make test`")
+@pytest.mark.not_on_v1("the newest vLLM with V2 runs it in `make test`")
 @pytest.mark.feature("torch.compile")
 def test_a_compiled_model_answers_as_an_eager_one(tiny_llama: Path) -> None:
     answers = []

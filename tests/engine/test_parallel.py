@@ -101,7 +101,7 @@ def one(tiny_llama: Path) -> dict[str, list[list[int]]]:
     return answers(tiny_llama, CASES)
 
 
-@pytest.mark.more_on_v1("the newest vLLM with V2 runs it in `make test`")
+@pytest.mark.not_on_v1("the newest vLLM with V2 runs it in `make test`")
 @pytest.mark.feature("tensor parallelism")
 def test_two_workers_answer_as_one(
     tiny_llama: Path, one: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -116,7 +116,7 @@ def test_two_workers_answer_as_one(
     assert [len(answer) for answer in two["lava"]] == [24] * len(LENGTHS)
 
 
-@pytest.mark.more_on_v1("the newest vLLM with V2 runs it in `make test`")
+@pytest.mark.not_on_v1("the newest vLLM with V2 runs it in `make test`")
 @pytest.mark.feature("pipeline parallelism")
 def test_two_stages_answer_as_one(
     tiny_llama: Path, one: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -4,3 +4,7 @@ On CPU, vLLM uses Triton only if that lists a backend named "cpu". This one comp
 every kernel runs in Python. Triton finds it by the entry point beside this package, as it finds its own, in every
 process that has the folder of both on its path: tests/conftest.py puts it there.
 """
+
+from interpreter_backend.speed import hurry_when_imported
+
+hurry_when_imported()
