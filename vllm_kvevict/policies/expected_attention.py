@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
+from vllm_kvevict.policies.options import at_least
 
 
 @dataclass(frozen=True)
@@ -42,31 +42,20 @@ class ExpectedAttention(EvictionPolicy):
 
     n_future_positions: positions after the prompt over which RoPE is averaged, >= 1
     n_sink:             tokens at the start that are protected and take no part in the statistics, >= 0
-    use_covariance:     whether the term with C counts
-    use_vnorm:          whether the attention, plus ``epsilon``, is multiplied by the l2 norm of the value
-    epsilon:            >= 0; the more, the more the norm of a value decides
+    use_covariance:       whether the term with C counts
+    use_vnorm:            whether the attention, plus ``epsilon``, is multiplied by the l2 norm of the value
+    epsilon:              >= 0; the more, the more the norm of a value decides
 
     Raises ValueError for a value outside those ranges.
     """
 
-    n_future_positions: int = 512
-    n_sink: int = 4
+    n_future_positions: Annotated[int, at_least(1)] = 512
+    n_sink: Annotated[int, at_least(0)] = 4
     use_covariance: bool = True
     use_vnorm: bool = True
-    epsilon: float = 0.0
+    epsilon: Annotated[float, at_least(0)] = 0.0
     name: ClassVar[str] = "expected_attention"
     paper: ClassVar[str] = "Expected Attention, arXiv:2510.00636"
-
-    def __post_init__(self) -> None:
-        for field, least in (("n_future_positions", 1), ("n_sink", 0)):
-            value = getattr(self, field)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{self.name}.{field}: expected a whole number of at least {least}, got {value!r}")
-        for field in ("use_covariance", "use_vnorm"):
-            if type(getattr(self, field)) is not bool:
-                raise ValueError(f"{self.name}.{field}: expected True or False, got {getattr(self, field)!r}")
-        if type(self.epsilon) not in (int, float) or not math.isfinite(self.epsilon) or self.epsilon < 0:
-            raise ValueError(f"{self.name}.epsilon: expected a number of at least 0, got {self.epsilon!r}")
 
     @property
     def needs(self) -> frozenset[Need]:
