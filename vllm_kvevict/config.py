@@ -39,6 +39,7 @@ from vllm_kvevict.options.limits import (
     check_names,
     checked_name,
 )
+from vllm_kvevict.options.renamed import PolicyOptions
 from vllm_kvevict.policies import POLICIES
 from vllm_kvevict.registry import Registry
 
@@ -84,7 +85,7 @@ class EvictionConfig(BaseModel):
     allocator: str | None = None
     num_sink: Annotated[int, Field(ge=0)] | None = None
     num_recent: Annotated[int, Field(ge=0)] | None = None
-    policy_options: dict[str, Any] = {}
+    policy_options: PolicyOptions = {}
     allocator_options: dict[str, Any] = {}
     during_decode: bool | None = None
     during_prefill: bool = False
@@ -334,9 +335,8 @@ def _built(registry: Registry[Any], cls: Any, name: str, options_json: str, fiel
         )
     options = json.loads(options_json)
     allowed = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls)}
-    for option in options:
-        if option not in allowed:
-            raise ValueError(f"{field_name}: {what} takes {', '.join(allowed) or 'no options'}; got {option!r}")
+    if unknown := [option for option in options if option not in allowed]:
+        raise ValueError(f"{field_name}: {what} takes {', '.join(allowed) or 'no options'}; got {unknown[0]!r}")
     for option, is_required in allowed.items():
         if is_required and option not in options:
             where = f"{field_name} of --kv-eviction-config"

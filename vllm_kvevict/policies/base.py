@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -212,12 +212,14 @@ class EvictionPolicy(ABC):
     says which values it may have (``vllm_kvevict.policies.options``). The engine reads their properties once, when they
     are built (``vllm_kvevict.eviction.traits``).
 
-    name:  the policy's in messages about its options; one that has none is called by the name of its class
-    paper: what to cite, for the table of policies
+    name:      the policy's in messages about its options; one that has none is called by the name of its class
+    paper:     what to cite, for the table of policies
+    old_names: options that had another name, old -> new: configurations may use it until 0.2
     """
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
+    old_names: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         """Raise ValueError for an option that its annotation does not allow; subclasses may check more."""

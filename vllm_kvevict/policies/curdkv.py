@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -41,7 +41,7 @@ class CurDKV(EvictionPolicy):
     local_window:    tokens of a neighbourhood, inside which shares sum to 1, >= 0; 0: shares are not taken
     projection_rank: columns of the Gaussian matrix that keys and values are multiplied by first, >= 0; 0: none
     seed:            of the Gaussian matrix, at least 0
-    n_sink:          tokens at the start that always stay, >= 0
+    num_sink:        tokens at the start that always stay, >= 0
 
     Raises ValueError for another value.
     """
@@ -51,13 +51,10 @@ class CurDKV(EvictionPolicy):
     local_window: Annotated[int, at_least(0)] = 16
     projection_rank: Annotated[int, at_least(0)] = 0
     seed: Annotated[int, at_least(0)] = 0
-    n_sink: Annotated[int, at_least(0)] = 4
+    num_sink: Annotated[int, at_least(0)] = 4
     name: ClassVar[str] = "curdkv"
     paper: ClassVar[str] = "CurDKV, arXiv:2509.15038"
-
-    @property
-    def num_sink(self) -> int:
-        return self.n_sink
+    old_names: ClassVar[Mapping[str, str]] = {"n_sink": "num_sink"}
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         if self.combine == "key":

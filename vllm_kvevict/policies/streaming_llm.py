@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -21,18 +22,15 @@ class StreamingLLM(EvictionPolicy):
     paper counts positions inside the cache anew; and the window grows with the answer unless eviction is asked to go on
     during decode.
 
-    n_sink: tokens at the start that always stay, >= 0
+    num_sink: tokens at the start that always stay, >= 0
 
     Raises ValueError for another value.
     """
 
-    n_sink: Annotated[int, at_least(0)] = 4
+    num_sink: Annotated[int, at_least(0)] = 4
     name: ClassVar[str] = "streaming_llm"
     paper: ClassVar[str] = "StreamingLLM, arXiv:2309.17453"
-
-    @property
-    def num_sink(self) -> int:
-        return self.n_sink
+    old_names: ClassVar[Mapping[str, str]] = {"n_sink": "num_sink"}
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         # exact in float32 up to 16,777,216 tokens
