@@ -289,9 +289,9 @@ def test_unknown_options_of_an_allocator():
 @pytest.mark.parametrize(
     "option, value, allowed",
     [
-        ("window", 0, "at least 1 token"),
-        ("window", "64", "at least 1 token"),
-        ("window", 64.5, "at least 1 token"),
+        ("window", 0, "a whole number of at least 1"),
+        ("window", "64", "a whole number of at least 1"),
+        ("window", 64.5, "a whole number of at least 1"),
         ("pool_kernel", 4, "odd number"),
         ("pool_kernel", None, "odd number"),
         ("pool", "mode", "'max' or 'avg'"),

@@ -35,6 +35,7 @@ from vllm_kvevict.options.names import (
     checked_name,
     checked_switch,
 )
+from vllm_kvevict.options.renamed import PolicyOptions
 from vllm_kvevict.options.table import Option, check_names, options_of_requests, table_of
 from vllm_kvevict.policies import POLICIES
 
@@ -133,7 +134,7 @@ class EvictionConfig(BaseModel):
         Option("Last tokens of the prompt that always stay.", _TOKENS, default="the policy's own"),
     ] = None
     policy_options: Annotated[
-        dict[str, Any], Option("Parameters of the policy, such as window.", "a mapping of names to values")
+        PolicyOptions, Option("Parameters of the policy, such as window.", "a mapping of names to values")
     ] = {}
     allocator_options: Annotated[
         dict[str, Any], Option("Parameters of the allocator, such as alpha.", "a mapping of names to values")

@@ -1,11 +1,11 @@
 """Fading norm: keep the tokens whose keys are short, the more so the nearer they are to the end of the prompt."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
-from vllm_kvevict.policies import EvictionPolicy, ScoreInputs
+from vllm_kvevict.policies import EvictionPolicy, ScoreInputs, above
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,9 @@ class FadingNorm(EvictionPolicy):
     Raises ValueError for another value.
     """
 
-    half_life: float = 1024.0
+    half_life: Annotated[float, above(0)] = 1024.0
+    name: ClassVar[str] = "fading_norm"
     paper: ClassVar[str] = "an example"
-
-    def __post_init__(self) -> None:
-        if not self.half_life > 0:
-            raise ValueError(f"fading_norm.half_life: expected a number above 0, got {self.half_life!r}")
 
     @property
     def num_sink(self) -> int:

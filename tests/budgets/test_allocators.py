@@ -348,7 +348,7 @@ def test_fixed_refuses_another_model_s_weights(weights):
         (lambda: Global(layer_floor=True), "global.layer_floor"),
         (lambda: Cake(tau1=0), "cake.tau1: expected a number above 0, got 0"),
         (lambda: Cake(tau2=True), "cake.tau2: expected a number above 0, got True"),
-        (lambda: Cake(window=1), "cake.window: expected at least 2 tokens, got 1"),
+        (lambda: Cake(window=1), "cake.window: expected a whole number of at least 2, got 1"),
         (lambda: Pyramid(beta=0.5), "pyramid.beta: expected a number of at least 1, got 0.5"),
     ],
 )

@@ -157,7 +157,10 @@ def test_the_parser_refuses(
         (["--kv-eviction", "snapkv", "--kv-budget", "1.5"], "or 'auto', got 1.5"),
         ([*FLAGS, "--kv-eviction-config", '{"sink": 4}'], "unknown field 'sink'. Available: policy, budget"),
         ([*FLAGS, "--kv-eviction-config", '{"policy_options": {"windw": 4}}'], "takes window, pool"),
-        ([*FLAGS, "--kv-eviction-config", '{"policy_options": {"window": 0}}'], "snapkv.window: expected at least 1"),
+        (
+            [*FLAGS, "--kv-eviction-config", '{"policy_options": {"window": 0}}'],
+            "snapkv.window: expected a whole number of at least 1",
+        ),
         ([*FLAGS, "--additional-config", '{"kv_eviction": {}}'], "exclude each other"),
         (
             [*FLAGS, "--kv-request-options", '{"options": ["kv_budgt"]}'],

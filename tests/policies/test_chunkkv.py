@@ -232,15 +232,15 @@ def test_prompts_shorter_than_a_chunk_are_kvpress_s_too(kvpress):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"chunk_length": 0}, r"chunkkv\.chunk_length: expected at least 1 token, got 0"),
-        ({"chunk_length": 20.0}, r"chunkkv\.chunk_length: expected at least 1 token, got 20\.0"),
-        ({"chunk_length": True}, r"chunkkv\.chunk_length: expected at least 1 token, got True"),
+        ({"chunk_length": 0}, r"chunkkv\.chunk_length: expected a whole number of at least 1, got 0"),
+        ({"chunk_length": 20.0}, r"chunkkv\.chunk_length: expected a whole number of at least 1, got 20\.0"),
+        ({"chunk_length": True}, r"chunkkv\.chunk_length: expected a whole number of at least 1, got True"),
         ({"policy": "chunkkv"}, r"chunkkv\.policy: expected the name of another policy, got 'chunkkv'"),
         ({"policy": None}, r"chunkkv\.policy: expected the name of another policy, got None"),
         ({"policy": "snapk"}, r"unknown eviction policy 'snapk'\. Did you mean 'snapkv'\? Available: "),
         ({"policy_options": [1]}, r"chunkkv\.policy_options: expected options by name, got \[1\]"),
         ({"policy_options": {"windw": 3}}, r"chunkkv\.policy_options: expected window, .* of 'snapkv', got 'windw'"),
-        ({"policy_options": {"window": 0}}, r"snapkv\.window: expected at least 1 token, got 0"),
+        ({"policy_options": {"window": 0}}, r"snapkv\.window: expected a whole number of at least 1, got 0"),
         ({"policy": "knorm", "policy_options": {"a": 1}}, r"policy_options: expected no options of 'knorm', got 'a'"),
     ],
 )

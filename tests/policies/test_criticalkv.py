@@ -156,7 +156,7 @@ def test_options_come_from_the_command_line():
         ({"policy": None}, r"criticalkv\.policy: expected the name of another policy, got None"),
         ({"policy": "snapkvv"}, r"unknown eviction policy 'snapkvv'\. Did you mean 'snapkv'\?"),
         ({"policy_options": {"windw": 3}}, r"criticalkv\.policy_options: expected window, .* of 'snapkv', got 'windw'"),
-        ({"policy_options": {"window": 0}}, r"snapkv\.window: expected at least 1 token, got 0"),
+        ({"policy_options": {"window": 0}}, r"snapkv\.window: expected a whole number of at least 1, got 0"),
         ({"policy_options": [64]}, r"criticalkv\.policy_options: expected options by name, got \[64\]"),
         ({"first_stage_ratio": 1.5}, r"criticalkv\.first_stage_ratio: expected a number from 0 to 1, got 1\.5"),
         ({"first_stage_ratio": True}, r"criticalkv\.first_stage_ratio: expected a number from 0 to 1, got True"),

@@ -235,7 +235,7 @@ def test_wrong_options_are_refused(options, message):
         CurDKV(**options)
 
 
-@pytest.mark.parametrize("option", ["local_window", "projection_rank", "seed", "n_sink"])
+@pytest.mark.parametrize("option", ["local_window", "projection_rank", "seed", "num_sink"])
 @pytest.mark.parametrize("value", [-1, 16.0, "16", True, None])
 def test_wrong_numbers_are_refused(option, value):
     with pytest.raises(ValueError, match=rf"curdkv\.{option}: expected a whole number of at least 0, got {value!r}"):
@@ -245,5 +245,5 @@ def test_wrong_numbers_are_refused(option, value):
 def test_what_it_asks_the_engine_for():
     policy = CurDKV()
     assert (policy.query_window, policy.num_sink, policy.num_recent, policy.needs) == (0, 4, 0, frozenset())
-    assert CurDKV(n_sink=9).num_sink == 9
+    assert CurDKV(num_sink=9).num_sink == 9
     assert not policy.query_aware

@@ -22,6 +22,7 @@ NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 8, 2, 32
 
 # Logits of up to some 50 are off by 1e-6 of that in float32, which the softmax makes relative.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-8}
+THEIR_NAMES = {"num_sink": "n_sink", "num_future_positions": "n_future_positions"}
 
 
 def long_rotary(num_positions=2048):
@@ -44,10 +45,10 @@ def rotation(position, base=10000.0):
 
 @torch.no_grad()
 def formula(policy, layer, num_future=None):
-    """[num_kv_heads, num_tokens - n_sink] float64, one query head after the other."""
-    num_tokens, sink = layer.num_tokens, policy.n_sink
+    """[num_kv_heads, num_tokens - num_sink] float64, one query head after the other."""
+    num_tokens, sink = layer.num_tokens, policy.num_sink
     queries = layer.module.q_proj(layer.hidden_states)[0].unflatten(1, (-1, HEAD_SIZE)).double()[sink:]
-    positions = range(num_tokens, num_tokens + (num_future or policy.n_future_positions))
+    positions = range(num_tokens, num_tokens + (num_future or policy.num_future_positions))
     turn = torch.stack([rotation(position) for position in positions]).mean(0)
     keys, values = layer.keys[:, sink:].double(), layer.values[:, sink:].double()
     scores = torch.zeros(NUM_KV_HEADS, num_tokens - sink, dtype=torch.float64)
@@ -69,8 +70,8 @@ def formula(policy, layer, num_future=None):
         {"use_covariance": False},
         {"use_vnorm": False},
         {"epsilon": 0.02},
-        {"n_sink": 0, "n_future_positions": 1},
-        {"n_future_positions": 37},
+        {"num_sink": 0, "num_future_positions": 1},
+        {"num_future_positions": 37},
     ],
     ids=str,
 )
@@ -79,8 +80,8 @@ def test_equals_the_formula(options, num_tokens):
     layer = make_llama_layer(num_tokens, seed=0)
     scores = policy.score(make_inputs(layer, policy, chunks=[64]))
     expected = formula(policy, layer).float()
-    torch.testing.assert_close(scores[:, policy.n_sink :], expected, **TOLERANCE)
-    assert (scores[:, : policy.n_sink] == scores[:, policy.n_sink :].amax()).all()
+    torch.testing.assert_close(scores[:, policy.num_sink :], expected, **TOLERANCE)
+    assert (scores[:, : policy.num_sink] == scores[:, policy.num_sink :].amax()).all()
 
 
 @pytest.mark.parametrize("num_left, num_future", [(100, 100), (1, 1), (512, 512), (513, 512)])
@@ -91,7 +92,7 @@ def test_positions_past_the_table_do_not_count(num_left, num_future):
 
 
 def test_a_prompt_that_fills_the_table_is_judged_by_its_last_position():
-    policy = ExpectedAttention(n_future_positions=3)
+    policy = ExpectedAttention(num_future_positions=3)
     layer = make_llama_layer(200, seed=0)
     inputs = make_inputs(layer, policy, num_positions=200)
     rotary = inputs.weights.rotary
@@ -103,7 +104,7 @@ def test_a_prompt_that_fills_the_table_is_judged_by_its_last_position():
 @pytest.mark.parametrize("neox", [True, False])
 def test_partial_rotary_with_magnitude_and_either_pairing(neox):
     """Against rotations as matrices, of 6 dimensions out of 32, for queries that were rotated so themselves."""
-    policy, layer = ExpectedAttention(n_future_positions=5), make_llama_layer(130, seed=0)
+    policy, layer = ExpectedAttention(num_future_positions=5), make_llama_layer(130, seed=0)
     angles = torch.arange(140)[:, None] * torch.tensor([1.0, 0.1, 0.01])
     rotary = Rotary(1.3 * torch.cat([angles.cos(), angles.sin()], dim=1), is_neox_style=neox)
     raw = layer.query.transpose(0, 1)
@@ -138,7 +139,7 @@ def test_chunks_of_the_prefill_do_not_matter(num_tokens):
 
 def test_a_large_mean_does_not_drown_the_covariance():
     """Biases of 300 times the spread, as in Qwen2: squares of them are subtracted."""
-    policy, layer = ExpectedAttention(n_sink=0), make_llama_layer(500, seed=0)
+    policy, layer = ExpectedAttention(num_sink=0), make_llama_layer(500, seed=0)
     rotary = long_rotary()
     raw = torch.randn(NUM_HEADS, 500, HEAD_SIZE) + 300
     query = rotary.rotate(raw, torch.arange(500)).transpose(0, 1)
@@ -172,12 +173,12 @@ def test_tiny_prompts(num_tokens):
 @pytest.mark.parametrize(
     "option, value, expected",
     [
-        ("n_future_positions", 0, "a whole number of at least 1"),
-        ("n_future_positions", 512.0, "a whole number of at least 1"),
-        ("n_sink", -1, "a whole number of at least 0"),
-        ("n_sink", True, "a whole number of at least 0"),
-        ("use_covariance", 1, "True or False"),
-        ("use_vnorm", None, "True or False"),
+        ("num_future_positions", 0, "a whole number of at least 1"),
+        ("num_future_positions", 512.0, "a whole number of at least 1"),
+        ("num_sink", -1, "a whole number of at least 0"),
+        ("num_sink", True, "a whole number of at least 0"),
+        ("use_covariance", 1, "true or false"),
+        ("use_vnorm", None, "true or false"),
         ("epsilon", -0.1, "a number of at least 0"),
         ("epsilon", float("inf"), "a number of at least 0"),
         ("epsilon", "0", "a number of at least 0"),
@@ -189,7 +190,7 @@ def test_wrong_options_are_refused(option, value, expected):
 
 
 def test_what_it_asks_the_engine_for():
-    policy = ExpectedAttention(n_sink=9)
+    policy = ExpectedAttention(num_sink=9)
     assert (policy.num_sink, policy.num_recent, policy.query_window) == (9, 0, 0)
     assert not policy.query_aware
 
@@ -204,15 +205,21 @@ class TestAgainstKvpress:
 
     @pytest.mark.parametrize(
         "options",
-        [{}, {"use_covariance": False}, {"use_vnorm": False}, {"epsilon": 0.02, "n_sink": 7, "n_future_positions": 99}],
+        [
+            {},
+            {"use_covariance": False},
+            {"use_vnorm": False},
+            {"epsilon": 0.02, "num_sink": 7, "num_future_positions": 99},
+        ],
         ids=str,
     )
     @torch.no_grad()
     def test_scores(self, kvpress, num_tokens, seed, options):
         policy, layer = ExpectedAttention(**options), self.layer(num_tokens, seed)
-        theirs = kvpress.ExpectedAttentionPress(**options).score(*layer.press_arguments())[0]
+        press = kvpress.ExpectedAttentionPress(**{THEIR_NAMES.get(name, name): options[name] for name in options})
+        theirs = press.score(*layer.press_arguments())[0]
         scores = policy.score(make_inputs(layer, policy, chunks=[64]))
-        torch.testing.assert_close(scores[:, policy.n_sink :], theirs[:, policy.n_sink :], **TOLERANCE)
+        torch.testing.assert_close(scores[:, policy.num_sink :], theirs[:, policy.num_sink :], **TOLERANCE)
 
     @pytest.mark.parametrize("budget", [66, 96, 0.5, 0.75])
     @torch.no_grad()

@@ -99,9 +99,9 @@ def test_what_it_asks_the_engine_for():
     [
         ({"normalize": 1}, r"h2o\.normalize: expected true or false, got 1"),
         ({"normalize": "yes"}, r"h2o\.normalize: expected true or false, got 'yes'"),
-        ({"num_recent": -1}, r"h2o\.num_recent: expected at least 0 tokens, got -1"),
-        ({"num_recent": 32.0}, r"h2o\.num_recent: expected at least 0 tokens, got 32\.0"),
-        ({"num_recent": True}, r"h2o\.num_recent: expected at least 0 tokens, got True"),
+        ({"num_recent": -1}, r"h2o\.num_recent: expected a whole number of at least 0, got -1"),
+        ({"num_recent": 32.0}, r"h2o\.num_recent: expected a whole number of at least 0, got 32\.0"),
+        ({"num_recent": True}, r"h2o\.num_recent: expected a whole number of at least 0, got True"),
     ],
 )
 def test_wrong_options_are_refused(options, message):

@@ -104,9 +104,9 @@ def test_what_they_ask_the_engine_for() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": -1}, "laq.window: expected at least 0 tokens, got -1"),
-        ({"num_lookahead": 0}, "laq.num_lookahead: expected at least 1 tokens with a window of 0, got 0"),
-        ({"first_window": 0}, "laq.first_window: expected at least 1 token, got 0"),
+        ({"window": -1}, "laq.window: expected a whole number of at least 0, got -1"),
+        ({"num_lookahead": 0}, "laq.num_lookahead: expected a whole number of at least 1 with a window of 0, got 0"),
+        ({"first_window": 0}, "laq.first_window: expected a whole number of at least 1, got 0"),
         ({"capacity": 16}, "laq.capacity: expected at least 32 tokens (first_window), got 16"),
         ({"misplaced_mask": 1}, "laq.misplaced_mask: expected true or false, got 1"),
         ({"pool_kernel": 2}, "laq.pool_kernel: expected an odd number of at least 1, got 2"),

@@ -58,8 +58,8 @@ def test_what_it_asks_the_engine_for():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": -1}, "laq_deferred.window: expected at least 0 tokens, got -1"),
-        ({"num_lookahead": 0}, "laq_deferred.num_lookahead: expected at least 1 token, got 0"),
+        ({"window": -1}, "laq_deferred.window: expected a whole number of at least 0, got -1"),
+        ({"num_lookahead": 0}, "laq_deferred.num_lookahead: expected a whole number of at least 1, got 0"),
         ({"pool_kernel": 2}, "laq_deferred.pool_kernel: expected an odd number of at least 1, got 2"),
     ],
 )

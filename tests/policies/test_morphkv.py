@@ -78,11 +78,11 @@ def test_what_it_asks_the_engine_for():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 0}, "morphkv.window: expected at least 1 token, got 0"),
-        ({"window": 2.5}, "morphkv.window: expected at least 1 token, got 2.5"),
+        ({"window": 0}, "morphkv.window: expected a whole number of at least 1, got 0"),
+        ({"window": 2.5}, "morphkv.window: expected a whole number of at least 1, got 2.5"),
         ({"fusion": "mean"}, "morphkv.fusion: expected 'sum' or 'max', got 'mean'"),
         ({"variant": "both"}, "morphkv.variant: expected 'probabilities' or 'logits', got 'both'"),
-        ({"group": "sum"}, "morphkv.group: expected 'max' or 'mean' or 'layer', got 'sum'"),
+        ({"group": "sum"}, "morphkv.group: expected 'max', 'mean' or 'layer', got 'sum'"),
         ({"denominator": "none"}, "morphkv.denominator: expected 'older' or 'all', got 'none'"),
     ],
 )

@@ -210,8 +210,8 @@ def test_missing_outputs_are_named(kind):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"window": 0}, r"\.window: expected at least 1 token, got 0"),
-        ({"window": 16.0}, r"\.window: expected at least 1 token, got 16\.0"),
+        ({"window": 0}, r"\.window: expected a whole number of at least 1, got 0"),
+        ({"window": 16.0}, r"\.window: expected a whole number of at least 1, got 16\.0"),
         ({"pool_kernel": 4}, r"\.pool_kernel: expected an odd number of at least 1, got 4"),
         ({"pool": "min"}, r"\.pool: expected 'max' or 'avg', got 'min'"),
         ({"group": "post"}, r"\.group: expected 'sum', 'mean', 'max' or 'pre', got 'post'"),

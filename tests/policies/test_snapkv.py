@@ -129,8 +129,8 @@ def test_the_window_lends_nothing_to_its_neighbours():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"window": 0}, r"snapkv\.window: expected at least 1 token, got 0"),
-        ({"window": -3}, r"snapkv\.window: expected at least 1 token, got -3"),
+        ({"window": 0}, r"snapkv\.window: expected a whole number of at least 1, got 0"),
+        ({"window": -3}, r"snapkv\.window: expected a whole number of at least 1, got -3"),
         ({"pool_kernel": 0}, r"snapkv\.pool_kernel: expected an odd number of at least 1, got 0"),
         ({"pool_kernel": 4}, r"snapkv\.pool_kernel: expected an odd number of at least 1, got 4"),
         ({"pool_kernel": -3}, r"snapkv\.pool_kernel: expected an odd number of at least 1, got -3"),

@@ -9,11 +9,11 @@ from tests.llama_layer import kept_by, kept_by_press, make_llama_layer
 from vllm_kvevict.policies.streaming_llm import StreamingLLM
 
 
-@pytest.mark.parametrize("n_sink", [0, 1, 4, 33])
+@pytest.mark.parametrize("num_sink", [0, 1, 4, 33])
 @pytest.mark.parametrize("num_kept", [40, 64, 129])
-def test_keeps_the_sinks_and_the_most_recent(n_sink, num_kept):
-    kept = kept_by(StreamingLLM(n_sink), make_llama_layer(130, 0), num_kept)
-    expected = [*range(n_sink), *range(130 - (num_kept - n_sink), 130)]
+def test_keeps_the_sinks_and_the_most_recent(num_sink, num_kept):
+    kept = kept_by(StreamingLLM(num_sink), make_llama_layer(130, 0), num_kept)
+    expected = [*range(num_sink), *range(130 - (num_kept - num_sink), 130)]
     assert kept.tolist() == [expected, expected]
 
 
@@ -37,23 +37,25 @@ def test_positions_of_a_million_tokens_are_told_apart():
 
 
 @pytest.mark.parametrize("num_tokens", [130, 333, 1000])
-@pytest.mark.parametrize("n_sink", [0, 4, 16])
+@pytest.mark.parametrize("num_sink", [0, 4, 16])
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.8])
 @torch.no_grad()
-def test_keeps_what_kvpress_keeps(kvpress, num_tokens, n_sink, ratio):
+def test_keeps_what_kvpress_keeps(kvpress, num_tokens, num_sink, ratio):
     layer = make_llama_layer(num_tokens, 0)
-    theirs = kept_by_press(kvpress.StreamingLLMPress(ratio, n_sink=n_sink), layer)
-    assert kept_by(StreamingLLM(n_sink), layer, theirs.shape[1]).equal(theirs)
+    theirs = kept_by_press(kvpress.StreamingLLMPress(ratio, n_sink=num_sink), layer)
+    assert kept_by(StreamingLLM(num_sink), layer, theirs.shape[1]).equal(theirs)
 
 
 @pytest.mark.parametrize("value", [-1, 4.0, "4", True, None])
 def test_wrong_options_are_refused(value):
-    with pytest.raises(ValueError, match=rf"streaming_llm\.n_sink: expected at least 0 tokens, got {value!r}"):
-        StreamingLLM(n_sink=value)
+    with pytest.raises(
+        ValueError, match=rf"streaming_llm\.num_sink: expected a whole number of at least 0, got {value!r}"
+    ):
+        StreamingLLM(num_sink=value)
 
 
 def test_what_it_asks_the_engine_for():
     policy = StreamingLLM()
     assert (policy.query_window, policy.num_sink, policy.num_recent, policy.needs) == (0, 4, 0, frozenset())
-    assert StreamingLLM(n_sink=7).num_sink == 7
+    assert StreamingLLM(num_sink=7).num_sink == 7
     assert not policy.query_aware

@@ -73,11 +73,11 @@ def test_what_it_asks_the_engine_for():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"window": 0}, r"vatp\.window: expected at least 1 token, got 0"),
+        ({"window": 0}, r"vatp\.window: expected a whole number of at least 1, got 0"),
         ({"pool_kernel": 4}, r"vatp\.pool_kernel: expected an odd number of at least 1, got 4"),
         ({"pool": "min"}, r"vatp\.pool: expected 'max' or 'avg', got 'min'"),
-        ({"num_sink": -1}, r"vatp\.num_sink: expected at least 0 tokens, got -1"),
-        ({"num_sink": True}, r"vatp\.num_sink: expected at least 0 tokens, got True"),
+        ({"num_sink": -1}, r"vatp\.num_sink: expected a whole number of at least 0, got -1"),
+        ({"num_sink": True}, r"vatp\.num_sink: expected a whole number of at least 0, got True"),
     ],
 )
 def test_wrong_options_are_refused(options, message):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 
-from vllm_kvevict.budgets.base import ALLOCATORS, BudgetAllocator, check_fraction, joint_counts
+from vllm_kvevict.budgets.base import ALLOCATORS, BudgetAllocator, joint_counts
 from vllm_kvevict.kernels.select import select
+from vllm_kvevict.policies.options import between
 
 
 @ALLOCATORS.register("adakv")
@@ -23,10 +25,8 @@ class AdaKV(BudgetAllocator):
     Raises ValueError for a value outside that range.
     """
 
-    alpha: float = 0.2
-
-    def __post_init__(self) -> None:
-        check_fraction("adakv.alpha", self.alpha)
+    alpha: Annotated[float, between(0, 1)] = 0.2
+    name: ClassVar[str] = "adakv"
 
     def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
         sure = int(num_tokens * self.alpha)

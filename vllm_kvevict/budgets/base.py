@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 
 from vllm_kvevict.kernels.select import count_best
 from vllm_kvevict.policies.base import ScoreInputs
+from vllm_kvevict.policies.options import check_options
 from vllm_kvevict.registry import Registry
 
 
 class BudgetAllocator(ABC):
     """Says how a request's pages are shared among layers and KV heads.
 
-    Subclasses are frozen dataclasses: their fields are the options that a user may set.
+    Subclasses are frozen dataclasses: their fields are the options that a user may set, and the annotation of a field
+    says which values it may have (``vllm_kvevict.policies.options``).
+
+    name: the allocator's in messages about its options; one that has none is called by the name of its class
     """
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an option that its annotation does not allow; subclasses may check more."""
+        check_options(self)
 
     @property
     def query_window(self) -> int:
@@ -113,9 +124,3 @@ def joint_counts(scores: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
 def num_protected(scores: torch.Tensor) -> int:
     """Return how many tokens of every head are protected. scores: [num_layers, num_kv_heads, kv_len]"""
     return int(torch.isposinf(scores[0, 0]).sum())
-
-
-def check_fraction(name: str, value: object) -> None:
-    """Raise ValueError unless ``value`` is a number from 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")

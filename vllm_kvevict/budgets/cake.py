@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 
 from vllm_kvevict.budgets.base import ALLOCATORS, BudgetAllocator, num_protected
 from vllm_kvevict.policies.attention import attention_tiles
 from vllm_kvevict.policies.base import ScoreInputs
+from vllm_kvevict.policies.options import above, at_least
 
 
 @ALLOCATORS.register("cake")
@@ -27,17 +29,10 @@ class Cake(BudgetAllocator):
     Raises ValueError for a value outside those ranges.
     """
 
-    tau1: float = 1.0
-    tau2: float = 1.0
-    window: int = 32
-
-    def __post_init__(self) -> None:
-        for name in ("tau1", "tau2"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise ValueError(f"cake.{name}: expected a number above 0, got {value!r}")
-        if type(self.window) is not int or self.window < 2:
-            raise ValueError(f"cake.window: expected at least 2 tokens, got {self.window!r}")
+    tau1: Annotated[float, above(0)] = 1.0
+    tau2: Annotated[float, above(0)] = 1.0
+    window: Annotated[int, at_least(2)] = 32
+    name: ClassVar[str] = "cake"
 
     @property
     def query_window(self) -> int:

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -23,6 +24,7 @@ class Fixed(BudgetAllocator):
     """
 
     file: str
+    name: ClassVar[str] = "fixed"
 
     def __post_init__(self) -> None:
         _ = self._weights  # read now, so that it is checked now

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 
-from vllm_kvevict.budgets.base import ALLOCATORS, BudgetAllocator, check_fraction, joint_counts
+from vllm_kvevict.budgets.base import ALLOCATORS, BudgetAllocator, joint_counts
 from vllm_kvevict.kernels.select import select
+from vllm_kvevict.policies.options import between
 
 
 @ALLOCATORS.register("global")
@@ -24,12 +26,9 @@ class Global(BudgetAllocator):
     Raises ValueError for a value outside those ranges.
     """
 
-    head_floor: float = 0.0
-    layer_floor: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_fraction("global.head_floor", self.head_floor)
-        check_fraction("global.layer_floor", self.layer_floor)
+    head_floor: Annotated[float, between(0, 1)] = 0.0
+    layer_floor: Annotated[float, between(0, 1)] = 0.0
+    name: ClassVar[str] = "global"
 
     def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
         num_layers, num_heads, _ = scores.shape

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 
-from vllm_kvevict.budgets.base import ALLOCATORS, BudgetAllocator, check_fraction, joint_counts, num_protected
+from vllm_kvevict.budgets.base import ALLOCATORS, BudgetAllocator, joint_counts, num_protected
+from vllm_kvevict.policies.options import between
 
 
 @ALLOCATORS.register("lava")
@@ -24,10 +26,8 @@ class Lava(BudgetAllocator):
     Raises ValueError for a value outside that range.
     """
 
-    floor_alpha: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_fraction("lava.floor_alpha", self.floor_alpha)
+    floor_alpha: Annotated[float, between(0, 1)] = 0.0
+    name: ClassVar[str] = "lava"
 
     def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
         protected = num_protected(scores)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 
 from vllm_kvevict.budgets.base import ALLOCATORS, BudgetAllocator, num_protected
+from vllm_kvevict.policies.options import at_least
 
 
 @ALLOCATORS.register("pyramid")
@@ -23,11 +25,8 @@ class Pyramid(BudgetAllocator):
     Raises ValueError for a value outside that range.
     """
 
-    beta: float = 20
-
-    def __post_init__(self) -> None:
-        if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or self.beta < 1:
-            raise ValueError(f"pyramid.beta: expected a number of at least 1, got {self.beta!r}")
+    beta: Annotated[float, at_least(1)] = 20
+    name: ClassVar[str] = "pyramid"
 
     def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
         num_layers, num_heads, kv_len = scores.shape

@@ -114,9 +114,8 @@ def _made(registry: Registry[Any], cls: Any, name: str, options_json: str, field
         )
     options = json.loads(options_json)
     allowed = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls)}
-    for option in options:
-        if option not in allowed:
-            raise ValueError(f"{field_name}: {what} takes {', '.join(allowed) or 'no options'}; got {option!r}")
+    if unknown := [option for option in options if option not in allowed]:
+        raise ValueError(f"{field_name}: {what} takes {', '.join(allowed) or 'no options'}; got {unknown[0]!r}")
     for option, is_required in allowed.items():
         if is_required and option not in options:
             where = f"{field_name} of --kv-eviction-config"

@@ -1,1 +1,1 @@
-"""The options of requests, and the limits that an operator sets on them."""
+"""The options of requests, and the limits that an operator sets on them; old names of a policy's options."""

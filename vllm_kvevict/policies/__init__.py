@@ -22,5 +22,17 @@ from vllm_kvevict.policies import (  # noqa: F401  # they register themselves
     vatp,
 )
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, LayerWeights, Need, ScoreInputs, StepInputs
+from vllm_kvevict.policies.options import ODD, above, at_least, between
 
-__all__ = ["POLICIES", "EvictionPolicy", "LayerWeights", "Need", "ScoreInputs", "StepInputs"]
+__all__ = [
+    "ODD",
+    "POLICIES",
+    "EvictionPolicy",
+    "LayerWeights",
+    "Need",
+    "ScoreInputs",
+    "StepInputs",
+    "above",
+    "at_least",
+    "between",
+]

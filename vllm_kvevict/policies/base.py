@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ import torch
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.kernels.window_scores import window_scores
+from vllm_kvevict.policies.options import check_options
 from vllm_kvevict.registry import Registry
 
 
@@ -207,13 +208,22 @@ class StepInputs:
 class EvictionPolicy(ABC):
     """Ranks cached tokens. It does not decide how many stay, and it moves nothing.
 
-    Subclasses are frozen dataclasses: their fields are the options that a user may set. The engine reads their
-    properties once, when they are built (``vllm_kvevict.eviction.traits``).
+    Subclasses are frozen dataclasses: their fields are the options that a user may set, and the annotation of a field
+    says which values it may have (``vllm_kvevict.policies.options``). The engine reads their properties once, when they
+    are built (``vllm_kvevict.eviction.traits``).
 
-    paper: what to cite, for the table of policies
+    name:      the policy's in messages about its options; one that has none is called by the name of its class
+    paper:     what to cite, for the table of policies
+    old_names: options that had another name, old -> new: configurations may use it until 0.2
     """
 
+    name: ClassVar[str]
     paper: ClassVar[str] = ""
+    old_names: ClassVar[Mapping[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an option that its annotation does not allow; subclasses may check more."""
+        check_options(self)
 
     @property
     def query_window(self) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from vllm_kvevict.policies.base import POLICIES, ScoreInputs
+from vllm_kvevict.policies.options import at_least
 from vllm_kvevict.policies.wrapper import WrapperPolicy
 
 
@@ -34,14 +35,9 @@ class ChunkKV(WrapperPolicy):
     Raises ValueError for another value, and for options that the policy does not take.
     """
 
-    chunk_length: int = 20
+    chunk_length: Annotated[int, at_least(1)] = 20
     name: ClassVar[str] = "chunkkv"
     paper: ClassVar[str] = "ChunkKV, arXiv:2502.00299"
-
-    def __post_init__(self) -> None:
-        if type(self.chunk_length) is not int or self.chunk_length < 1:
-            raise ValueError(f"chunkkv.chunk_length: expected at least 1 token, got {self.chunk_length!r}")
-        super().__post_init__()
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         # either the other policy's own, or its scores and their sum, or what all KV heads share: three rows and a bit

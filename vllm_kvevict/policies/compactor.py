@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from vllm_kvevict.kernels.chunk_attention import chunk_attention
 from vllm_kvevict.kernels.leverage import leverage
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
+from vllm_kvevict.policies.options import ODD, at_least
 
 _NO_BUDGET_WEIGHT = 0.35  # kvpress's weight where it knows no compression ratio
 
@@ -80,46 +81,22 @@ class Compactor(EvictionPolicy):
     Raises ValueError for a value outside those ranges.
     """
 
-    leverage_weight: float | None = 0.3
-    sketch_rank: int = 48
-    chunk: int = 256
-    leverage_block: int | None = None
-    ridge: float = 0.0
+    leverage_weight: Annotated[float, at_least(0)] | None = 0.3
+    sketch_rank: Annotated[int, at_least(1)] = 48
+    chunk: Annotated[int, at_least(1)] = 256
+    leverage_block: Annotated[int, at_least(2)] | None = None
+    ridge: Annotated[float, at_least(0)] = 0.0
     z_scope: Literal["layer", "block", "head"] = "layer"
     scale_logits: bool = False
     value_norm: bool = False
-    pool_kernel: int = 3
+    pool_kernel: Annotated[int, ODD, at_least(1)] = 3
     group: Literal["mean", "max"] = "mean"
-    num_sink: int = 16
-    num_recent: int = 64
+    num_sink: Annotated[int, at_least(0)] = 16
+    num_recent: Annotated[int, at_least(0)] = 64
     exclude_protected: bool = False
-    seed: int = 0
+    seed: Annotated[int, at_least(0)] = 0
     name: ClassVar[str] = "compactor"
     paper: ClassVar[str] = "Compactor, arXiv:2507.08143"
-
-    def __post_init__(self) -> None:
-        for field, least in (("sketch_rank", 1), ("chunk", 1), ("num_sink", 0), ("num_recent", 0), ("seed", 0)):
-            value = getattr(self, field)
-            if type(value) is not int or value < least:
-                raise ValueError(f"compactor.{field}: expected a whole number of at least {least}, got {value!r}")
-        block = self.leverage_block
-        if block is not None and (type(block) is not int or block < 2):
-            raise ValueError(f"compactor.leverage_block: expected None or at least 2 tokens, got {block!r}")
-        if type(self.pool_kernel) is not int or self.pool_kernel < 1 or self.pool_kernel % 2 == 0:
-            raise ValueError(f"compactor.pool_kernel: expected an odd number of at least 1, got {self.pool_kernel!r}")
-        if self.leverage_weight is not None and not _is_weight(self.leverage_weight):
-            raise ValueError(
-                f"compactor.leverage_weight: expected None or a number of at least 0, got {self.leverage_weight!r}"
-            )
-        if not _is_weight(self.ridge):
-            raise ValueError(f"compactor.ridge: expected a number of at least 0, got {self.ridge!r}")
-        for field in ("scale_logits", "value_norm", "exclude_protected"):
-            if type(getattr(self, field)) is not bool:
-                raise ValueError(f"compactor.{field}: expected True or False, got {getattr(self, field)!r}")
-        if self.z_scope not in ("layer", "block", "head"):
-            raise ValueError(f"compactor.z_scope: expected 'layer', 'block' or 'head', got {self.z_scope!r}")
-        if self.group not in ("mean", "max"):
-            raise ValueError(f"compactor.group: expected 'mean' or 'max', got {self.group!r}")
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -237,7 +214,3 @@ def gaussian_sketch(head_size: int, rank: int, seed: int) -> torch.Tensor:
     """Return [head_size, rank] float64, independent entries of variance 1 / rank, the same on every machine."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(head_size, rank, generator=generator, dtype=torch.float64) / math.sqrt(rank)
-
-
-def _is_weight(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0

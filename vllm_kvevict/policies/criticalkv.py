@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from vllm_kvevict.policies.base import POLICIES, Need, ScoreInputs
+from vllm_kvevict.policies.options import at_least, between
 from vllm_kvevict.policies.wrapper import WrapperPolicy
 
 
@@ -34,19 +34,10 @@ class CriticalKV(WrapperPolicy):
     Raises ValueError for a value outside those ranges.
     """
 
-    first_stage_ratio: float = 0.5
-    epsilon: float = 1e-4
+    first_stage_ratio: Annotated[float, between(0, 1)] = 0.5
+    epsilon: Annotated[float, at_least(0)] = 1e-4
     name: ClassVar[str] = "criticalkv"
     paper: ClassVar[str] = "CriticalKV, arXiv:2502.03805"
-
-    def __post_init__(self) -> None:
-        if type(self.first_stage_ratio) not in (int, float) or not 0 <= self.first_stage_ratio <= 1:
-            raise ValueError(
-                f"criticalkv.first_stage_ratio: expected a number from 0 to 1, got {self.first_stage_ratio!r}"
-            )
-        if type(self.epsilon) not in (int, float) or not math.isfinite(self.epsilon) or self.epsilon < 0:
-            raise ValueError(f"criticalkv.epsilon: expected a number of at least 0, got {self.epsilon!r}")
-        super().__post_init__()
 
     @property
     def needs(self) -> frozenset[Need]:

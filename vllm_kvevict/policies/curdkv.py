@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
+from vllm_kvevict.policies.options import at_least
 
 Gather = Callable[[int, int], torch.Tensor]  # ScoreInputs.gather_keys or gather_values
 
@@ -29,9 +30,9 @@ class CurDKV(EvictionPolicy):
     ``CurDKV(measure="leverage", projection_rank=20, local_window=0)`` is what the paper derives: leverage scores of
     K and V through a Gaussian projection.
 
-    Departs from both: the sinks stay because selection protects them, not because of their scores (a ``num_sink`` set
-    by the user goes before ``n_sink``), and the projection is the same in every call. Departs from the released code,
-    as kvpress does: neighbourhoods are counted from the start of the prompt, so that the last one may be short and its
+    Departs from both: the sinks stay because selection protects them, not because of their scores (the server's own
+    ``num_sink`` goes before this one), and the projection is the same in every call. Departs from the released code, as
+    kvpress does: neighbourhoods are counted from the start of the prompt, so that the last one may be short and its
     tokens get larger shares. Keys are post-RoPE, as there; the most recent tokens are not protected, as there.
 
     measure:         of one token's key or value, before shares: "norm", its squared length; "leverage", its leverage
@@ -40,33 +41,20 @@ class CurDKV(EvictionPolicy):
     local_window:    tokens of a neighbourhood, inside which shares sum to 1, >= 0; 0: shares are not taken
     projection_rank: columns of the Gaussian matrix that keys and values are multiplied by first, >= 0; 0: none
     seed:            of the Gaussian matrix, at least 0
-    n_sink:          tokens at the start that always stay, >= 0
+    num_sink:        tokens at the start that always stay, >= 0
 
     Raises ValueError for another value.
     """
 
     measure: Literal["norm", "leverage"] = "norm"
     combine: Literal["product", "mean", "key", "value"] = "product"
-    local_window: int = 16
-    projection_rank: int = 0
-    seed: int = 0
-    n_sink: int = 4
+    local_window: Annotated[int, at_least(0)] = 16
+    projection_rank: Annotated[int, at_least(0)] = 0
+    seed: Annotated[int, at_least(0)] = 0
+    num_sink: Annotated[int, at_least(0)] = 4
     name: ClassVar[str] = "curdkv"
     paper: ClassVar[str] = "CurDKV, arXiv:2509.15038"
-
-    def __post_init__(self) -> None:
-        if self.measure not in ("norm", "leverage"):
-            raise ValueError(f"curdkv.measure: expected 'norm' or 'leverage', got {self.measure!r}")
-        if self.combine not in ("product", "mean", "key", "value"):
-            raise ValueError(f"curdkv.combine: expected 'product', 'mean', 'key' or 'value', got {self.combine!r}")
-        for option in ("local_window", "projection_rank", "seed", "n_sink"):
-            value = getattr(self, option)
-            if type(value) is not int or not 0 <= value < 2**63:
-                raise ValueError(f"curdkv.{option}: expected a whole number of at least 0, got {value!r}")
-
-    @property
-    def num_sink(self) -> int:
-        return self.n_sink
+    old_names: ClassVar[Mapping[str, str]] = {"n_sink": "num_sink"}
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         if self.combine == "key":

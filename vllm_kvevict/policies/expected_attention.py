@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
+from vllm_kvevict.policies.options import at_least
 
 
 @dataclass(frozen=True)
@@ -40,41 +41,27 @@ class ExpectedAttention(EvictionPolicy):
     last position. s is the model's own scale, which is 1 / sqrt(head_size) in kvpress. Sinks get the highest score of
     the layer, not one more than that. The allocator is "uniform", as in the class of kvpress.
 
-    n_future_positions: positions after the prompt over which RoPE is averaged, >= 1
-    n_sink:             tokens at the start that are protected and take no part in the statistics, >= 0
-    use_covariance:     whether the term with C counts
-    use_vnorm:          whether the attention, plus ``epsilon``, is multiplied by the l2 norm of the value
-    epsilon:            >= 0; the more, the more the norm of a value decides
+    num_future_positions: positions after the prompt over which RoPE is averaged, >= 1
+    num_sink:             tokens at the start that are protected and take no part in the statistics, >= 0
+    use_covariance:       whether the term with C counts
+    use_vnorm:            whether the attention, plus ``epsilon``, is multiplied by the l2 norm of the value
+    epsilon:              >= 0; the more, the more the norm of a value decides
 
     Raises ValueError for a value outside those ranges.
     """
 
-    n_future_positions: int = 512
-    n_sink: int = 4
+    num_future_positions: Annotated[int, at_least(1)] = 512
+    num_sink: Annotated[int, at_least(0)] = 4
     use_covariance: bool = True
     use_vnorm: bool = True
-    epsilon: float = 0.0
+    epsilon: Annotated[float, at_least(0)] = 0.0
     name: ClassVar[str] = "expected_attention"
     paper: ClassVar[str] = "Expected Attention, arXiv:2510.00636"
-
-    def __post_init__(self) -> None:
-        for field, least in (("n_future_positions", 1), ("n_sink", 0)):
-            value = getattr(self, field)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{self.name}.{field}: expected a whole number of at least {least}, got {value!r}")
-        for field in ("use_covariance", "use_vnorm"):
-            if type(getattr(self, field)) is not bool:
-                raise ValueError(f"{self.name}.{field}: expected True or False, got {getattr(self, field)!r}")
-        if type(self.epsilon) not in (int, float) or not math.isfinite(self.epsilon) or self.epsilon < 0:
-            raise ValueError(f"{self.name}.epsilon: expected a number of at least 0, got {self.epsilon!r}")
+    old_names: ClassVar[Mapping[str, str]] = {"n_future_positions": "num_future_positions", "n_sink": "num_sink"}
 
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({Need.ALL_QUERIES, Need.ROTARY})
-
-    @property
-    def num_sink(self) -> int:
-        return self.n_sink
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         # the logits, their softmax, its mean over groups, and the scores with the sinks
@@ -90,7 +77,7 @@ class ExpectedAttention(EvictionPolicy):
             inputs.query.new_zeros(num_heads, 1, head_size, dtype=torch.float64),
             inputs.query.new_zeros(num_heads, head_size, head_size, dtype=torch.float64),
         )
-        for first, last in inputs.tiles(max(start, self.n_sink)):
+        for first, last in inputs.tiles(max(start, self.num_sink)):
             positions = torch.arange(first, last, device=inputs.query.device)
             rows = inputs.query[first - start : last - start].transpose(0, 1).float()
             rows = rotary.unrotate(rows, positions).double()
@@ -100,20 +87,20 @@ class ExpectedAttention(EvictionPolicy):
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         num_kv_heads, kv_len = inputs.num_kv_heads, inputs.kv_len
-        if kv_len <= self.n_sink:
+        if kv_len <= self.num_sink:
             return inputs.query.new_zeros(num_kv_heads, kv_len, dtype=torch.float32)
         scores = self._logits(inputs).softmax(dim=-1).mean(dim=1)
         if self.use_vnorm:
-            for start, end in inputs.tiles(self.n_sink):
-                part = scores[:, start - self.n_sink : end - self.n_sink]
+            for start, end in inputs.tiles(self.num_sink):
+                part = scores[:, start - self.num_sink : end - self.num_sink]
                 part += self.epsilon
                 part *= inputs.gather_values(start, end).norm(dim=-1)
-        return torch.cat([scores.amax().expand(num_kv_heads, self.n_sink), scores], dim=1)
+        return torch.cat([scores.amax().expand(num_kv_heads, self.num_sink), scores], dim=1)
 
     def _logits(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return [num_kv_heads, group, num_tokens] float32, of the tokens after the sinks."""
         mean, covariance = self._future_queries(inputs)
-        first = self.n_sink
+        first = self.num_sink
         logits = mean.new_empty(*mean.shape[:2], inputs.kv_len - first)
         for start, end in inputs.tiles(first):
             keys = inputs.gather_keys(start, end)[:, None]  # [num_kv_heads, 1, tile, head_size]
@@ -128,7 +115,7 @@ class ExpectedAttention(EvictionPolicy):
         sums: _QuerySums = inputs.state
         mean = sums.total / sums.count
         covariance = sums.moment / sums.count - mean.mT @ mean
-        turn = _average_rotation(_rotary(inputs), inputs.kv_len, self.n_future_positions)
+        turn = _average_rotation(_rotary(inputs), inputs.kv_len, self.num_future_positions)
         row = torch.zeros(mean.shape[-1], dtype=torch.int64, device=mean.device)
         covariance = turn.rotate(turn.rotate(covariance, row).mT, row)
         by_kv_head = (inputs.num_kv_heads, -1)

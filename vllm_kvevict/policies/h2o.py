@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 from vllm_kvevict.kernels.streaming_sums import streaming_sums
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs, StepInputs
+from vllm_kvevict.policies.options import at_least
 
 
 @POLICIES.register("h2o")
@@ -30,15 +31,9 @@ class H2O(EvictionPolicy):
     """
 
     normalize: bool = False
-    num_recent: int = 32
+    num_recent: Annotated[int, at_least(0)] = 32
     name: ClassVar[str] = "h2o"
     paper: ClassVar[str] = "H2O, arXiv:2306.14048"
-
-    def __post_init__(self) -> None:
-        if type(self.normalize) is not bool:
-            raise ValueError(f"h2o.normalize: expected true or false, got {self.normalize!r}")
-        if type(self.num_recent) is not int or self.num_recent < 0:
-            raise ValueError(f"h2o.num_recent: expected at least 0 tokens, got {self.num_recent!r}")
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -60,7 +60,6 @@ class PressPolicy(EvictionPolicy):
     """
 
     press_class: ClassVar[Any]
-    name: ClassVar[str]
 
     def __post_init__(self) -> None:
         options = {option.name: getattr(self, option.name) for option in fields(self)}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from vllm_kvevict.policies.base import POLICIES, ScoreInputs
 from vllm_kvevict.policies.lookahead import Lookahead
+from vllm_kvevict.policies.options import at_least
 from vllm_kvevict.policies.snapkv import SnapKV
 
 
@@ -34,29 +35,23 @@ class LookaheadQCache(Lookahead):
     Raises ValueError for another value.
     """
 
-    first_window: int = 32
-    capacity: int | None = None
+    first_window: Annotated[int, at_least(1)] = 32
+    capacity: Annotated[int, at_least(1)] | None = None
     misplaced_mask: bool = False
     name: ClassVar[str] = "laq"
     paper: ClassVar[str] = "Lookahead Q-Cache, arXiv:2505.20334"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = int(self.window == 0)
-        if type(self.num_lookahead) is not int or self.num_lookahead < least:
+        if self.num_lookahead == self.window == 0:
             raise ValueError(
-                f"{self.name}.num_lookahead: expected at least {least} tokens with a window of {self.window}, "
-                f"got {self.num_lookahead!r}"
+                f"{self.name}.num_lookahead: expected a whole number of at least 1 with a window of 0, got 0"
             )
-        if type(self.first_window) is not int or self.first_window < 1:
-            raise ValueError(f"{self.name}.first_window: expected at least 1 token, got {self.first_window!r}")
-        if self.capacity is not None and (type(self.capacity) is not int or self.capacity < self.first_window):
+        if self.capacity is not None and self.capacity < self.first_window:
             raise ValueError(
                 f"{self.name}.capacity: expected at least {self.first_window} tokens (first_window), "
-                f"got {self.capacity!r}"
+                f"got {self.capacity}"
             )
-        if type(self.misplaced_mask) is not bool:
-            raise ValueError(f"{self.name}.misplaced_mask: expected true or false, got {self.misplaced_mask!r}")
 
     @property
     def query_window(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from vllm_kvevict.policies.base import POLICIES, ScoreInputs
 from vllm_kvevict.policies.lookahead import Lookahead
+from vllm_kvevict.policies.options import at_least
 
 
 @POLICIES.register("laq_deferred")
@@ -27,13 +28,9 @@ class LookaheadDeferred(Lookahead):
     Raises ValueError for another value.
     """
 
+    num_lookahead: Annotated[int, at_least(1)] = 8
     name: ClassVar[str] = "laq_deferred"
     paper: ClassVar[str] = "Lookahead Q-Cache, arXiv:2505.20334"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if type(self.num_lookahead) is not int or self.num_lookahead < 1:
-            raise ValueError(f"laq_deferred.num_lookahead: expected at least 1 token, got {self.num_lookahead!r}")
 
     @property
     def query_window(self) -> int:

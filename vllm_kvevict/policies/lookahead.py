@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
 from vllm_kvevict.policies.attention import attention_tiles
 from vllm_kvevict.policies.base import ScoreInputs
+from vllm_kvevict.policies.options import at_least
 from vllm_kvevict.policies.window import ObservationWindow
 
 
@@ -25,13 +27,8 @@ class Lookahead(ObservationWindow):
     Raises ValueError for a wrong value.
     """
 
-    window: int = 0
-    num_lookahead: int = 8
-
-    def __post_init__(self) -> None:
-        if type(self.window) is not int or self.window < 0:
-            raise ValueError(f"{self.name}.window: expected at least 0 tokens, got {self.window!r}")
-        self.check_pool_kernel()
+    window: Annotated[int, at_least(0)] = 0
+    num_lookahead: Annotated[int, at_least(0)] = 8
 
     def rank(self, inputs: ScoreInputs, num_keys: int) -> torch.Tensor:
         """Return [num_kv_heads, kv_len] float32, the pooled attention that ``inputs.query`` pays to each token.

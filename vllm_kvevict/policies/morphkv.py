@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
 from vllm_kvevict.policies.attention import attention_tiles, grouped_query
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs, StepInputs
+from vllm_kvevict.policies.options import at_least
 
 # Products of queries with keys that are held at once while a step is scored.
 _MAX_PRODUCTS = 1 << 22
@@ -35,26 +36,13 @@ class MorphKV(EvictionPolicy):
     Raises ValueError for another value.
     """
 
-    window: int = 32
+    window: Annotated[int, at_least(1)] = 32
     fusion: Literal["sum", "max"] = "sum"
     variant: Literal["probabilities", "logits"] = "probabilities"
     group: Literal["max", "mean", "layer"] = "max"
     denominator: Literal["older", "all"] = "older"
     name: ClassVar[str] = "morphkv"
     paper: ClassVar[str] = "MorphKV, arXiv:2503.00979"
-
-    def __post_init__(self) -> None:
-        if type(self.window) is not int or self.window < 1:
-            raise ValueError(f"morphkv.window: expected at least 1 token, got {self.window!r}")
-        for option, allowed in (
-            ("fusion", ("sum", "max")),
-            ("variant", ("probabilities", "logits")),
-            ("group", ("max", "mean", "layer")),
-            ("denominator", ("older", "all")),
-        ):
-            if getattr(self, option) not in allowed:
-                expected = " or ".join(map(repr, allowed))
-                raise ValueError(f"morphkv.{option}: expected {expected}, got {getattr(self, option)!r}")
 
     @property
     def query_window(self) -> int:

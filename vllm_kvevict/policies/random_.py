@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
+from vllm_kvevict.policies.options import between
 
 _LAYER_STRIDE = 1_000_003  # so that neighbouring seeds do not share layers
 
@@ -26,12 +27,8 @@ class Random(EvictionPolicy):
     Raises ValueError for another value.
     """
 
-    seed: int = 0
+    seed: Annotated[int, between(0, 2**63 - 1)] = 0
     name: ClassVar[str] = "random"
-
-    def __post_init__(self) -> None:
-        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
-            raise ValueError(f"random.seed: expected a whole number from 0 to 2**63 - 1, got {self.seed!r}")
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         generator = torch.Generator().manual_seed((self.seed + inputs.layer * _LAYER_STRIDE) % 2**63)

@@ -31,12 +31,6 @@ class SnapKV(WindowPolicy):
     name: ClassVar[str] = "snapkv"
     paper: ClassVar[str] = "SnapKV, arXiv:2404.14469"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_pool(self.pool)
-        if self.group not in ("mean", "max", "sum"):
-            raise ValueError(f"snapkv.group: expected 'mean', 'max' or 'sum', got {self.group!r}")
-
     @property
     def reduction(self) -> Reduction:
         return Reduction(self.group, self.pool, self.pool_kernel)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs, StepInputs
+from vllm_kvevict.policies.options import at_least
 
 
 @POLICIES.register("streaming_llm")
@@ -15,27 +17,20 @@ from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs, St
 class StreamingLLM(EvictionPolicy):
     """Score a token by its position: the most recent stay, beside the attention sinks at the start.
 
-    Paper: Xiao et al. 2023 (StreamingLLM), arXiv:2309.17453. The sinks stay because selection protects them: a
-    ``num_sink`` set by the user goes before ``n_sink``. Departs from the paper: kept tokens keep their positions, where
-    the paper counts positions inside the cache anew; and the window grows with the answer unless eviction is asked to
-    go on during decode.
+    Paper: Xiao et al. 2023 (StreamingLLM), arXiv:2309.17453. The sinks stay because selection protects them: the
+    server's own ``num_sink`` goes before this one. Departs from the paper: kept tokens keep their positions, where the
+    paper counts positions inside the cache anew; and the window grows with the answer unless eviction is asked to go on
+    during decode.
 
-    n_sink: tokens at the start that always stay, >= 0
+    num_sink: tokens at the start that always stay, >= 0
 
     Raises ValueError for another value.
     """
 
-    n_sink: int = 4
+    num_sink: Annotated[int, at_least(0)] = 4
     name: ClassVar[str] = "streaming_llm"
     paper: ClassVar[str] = "StreamingLLM, arXiv:2309.17453"
-
-    def __post_init__(self) -> None:
-        if type(self.n_sink) is not int or self.n_sink < 0:
-            raise ValueError(f"streaming_llm.n_sink: expected at least 0 tokens, got {self.n_sink!r}")
-
-    @property
-    def num_sink(self) -> int:
-        return self.n_sink
+    old_names: ClassVar[Mapping[str, str]] = {"n_sink": "num_sink"}
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         # exact in float32 up to 16,777,216 tokens

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from vllm_kvevict.kernels.window_batch import Reduction
 from vllm_kvevict.policies.base import POLICIES
+from vllm_kvevict.policies.options import at_least
 from vllm_kvevict.policies.window import WindowPolicy
 
 
@@ -28,15 +29,9 @@ class Vatp(WindowPolicy):
     """
 
     pool: Literal["max", "avg"] = "max"
-    num_sink: int = 20
+    num_sink: Annotated[int, at_least(0)] = 20
     name: ClassVar[str] = "vatp"
     paper: ClassVar[str] = "VATP, arXiv:2406.12335"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_pool(self.pool)
-        if type(self.num_sink) is not int or self.num_sink < 0:
-            raise ValueError(f"vatp.num_sink: expected at least 0 tokens, got {self.num_sink!r}")
 
     @property
     def reduction(self) -> Reduction:

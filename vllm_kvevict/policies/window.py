@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 
 from vllm_kvevict.kernels.window_batch import Reduction
 from vllm_kvevict.policies.base import EvictionPolicy, ScoreInputs
+from vllm_kvevict.policies.options import ODD, at_least
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,8 @@ class ObservationWindow(EvictionPolicy):
     Raises ValueError for a value outside those ranges.
     """
 
-    window: int = 32
-    pool_kernel: int = 7
-    name: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        if type(self.window) is not int or self.window < 1:
-            raise ValueError(f"{self.name}.window: expected at least 1 token, got {self.window!r}")
-        self.check_pool_kernel()
-
-    def check_pool_kernel(self) -> None:
-        """Raise ValueError unless ``pool_kernel`` is a width that it may have."""
-        if type(self.pool_kernel) is not int or self.pool_kernel < 1 or self.pool_kernel % 2 == 0:
-            raise ValueError(f"{self.name}.pool_kernel: expected an odd number of at least 1, got {self.pool_kernel!r}")
+    window: Annotated[int, at_least(1)] = 32
+    pool_kernel: Annotated[int, ODD, at_least(1)] = 7
 
     @property
     def query_window(self) -> int:
@@ -45,11 +35,6 @@ class ObservationWindow(EvictionPolicy):
     @property
     def num_recent(self) -> int:
         return self.window
-
-    def check_pool(self, pool: str) -> None:
-        """Raise ValueError unless ``pool`` is one that ``pooled`` knows."""
-        if pool not in ("max", "avg"):
-            raise ValueError(f"{self.name}.pool: expected 'max' or 'avg', got {pool!r}")
 
     def pooled(self, scores: torch.Tensor, pool: str) -> torch.Tensor:
         """Return ``scores`` [num_kv_heads, num_tokens], each the maximum or the mean of its neighbourhood.

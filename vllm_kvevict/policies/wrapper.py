@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
 
@@ -22,13 +22,13 @@ class WrapperPolicy(EvictionPolicy):
 
     policy: str = "snapkv"
     policy_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    name: ClassVar[str]
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, str) or self.policy == self.name:
             raise ValueError(f"{self.name}.policy: expected the name of another policy, got {self.policy!r}")
         if not isinstance(self.policy_options, Mapping):
             raise ValueError(f"{self.name}.policy_options: expected options by name, got {self.policy_options!r}")
+        super().__post_init__()
         _ = self.wrapped  # an unknown policy or option is refused now
 
     @cached_property
