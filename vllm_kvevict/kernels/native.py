@@ -67,9 +67,12 @@ def load(path: str, signatures: Signatures) -> ctypes.CDLL:
 
 
 @functools.cache
-def function(name: str) -> Callable[..., int] | None:
-    """Return the compiled function ``name``, whose status 0 means success; None where the kernels were not built."""
-    kernels = library()
+def function(name: str, device: torch.device) -> Callable[..., int] | None:
+    """Return the compiled function ``name`` for tensors on ``device``, whose status 0 means success.
+
+    None where that is no CPU, or the kernels were not built.
+    """
+    kernels = library() if device.type == "cpu" else None
     if kernels is None:
         return None
     found: Any = getattr(kernels, name)
