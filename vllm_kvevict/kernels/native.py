@@ -13,10 +13,21 @@ import torch
 
 from vllm_kvevict.kernels.interface import CUDA_SIGNATURES, INT32, SIGNATURES, declarations, digest
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.kvevict")  # a child of vLLM's, which shows what it logs
 
 PACKAGE = Path(__file__).parents[1]
 Signatures = dict[str, tuple[Any, ...]]
+
+
+def check(device: torch.device) -> None:
+    """Load the compiled kernels for tensors on ``device``, for a worker to hear at its start what is wrong with them.
+
+    Logs and raises as ``library`` and ``cuda_library`` do.
+    """
+    if device.type == "cuda":
+        cuda_library()
+    else:
+        library()
 
 
 @functools.cache
