@@ -9,6 +9,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).parent / "csrc"
+INTERFACE = "csrc/interface.cpp"  # in both libraries
 NVCC = shutil.which("nvcc")
 # machine code for two generations, and PTX for those that come later
 CUDA_TARGETS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]")
@@ -23,7 +24,7 @@ def interface(folder: str) -> tuple[str, str]:
 
 cpu = Extension(
     "vllm_kvevict._cpu",
-    sources=sorted(glob("csrc/cpu/*.cpp")),
+    sources=[*sorted(glob("csrc/cpu/*.cpp")), INTERFACE],
     depends=sorted(glob("csrc/cpu/*.hpp")),
     define_macros=[interface("cpu")],
     # -Wno-psabi: vectors wider than the baseline are never passed between translation units
@@ -34,7 +35,7 @@ cpu = Extension(
 )
 cuda = Extension(
     "vllm_kvevict._cuda",
-    sources=[*sorted(glob("csrc/cuda/*.cu")), "csrc/cuda/interface.cpp"],
+    sources=[*sorted(glob("csrc/cuda/*.cu")), INTERFACE],
     depends=sorted(glob("csrc/cuda/*.cuh")),
     define_macros=[interface("cuda")],
     extra_compile_args=[f"-gencode={target}" for target in CUDA_TARGETS],

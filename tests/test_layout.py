@@ -23,6 +23,7 @@ NO_KERNELS = (
     "interface",
     "native",
     "operators",
+    "paged",
     "rotary",
     "optional_triton",
     "optional_xformers",

@@ -11,38 +11,17 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <memory>
-#include <new>
 
 #include "element.hpp"
+#include "pages.hpp"
 #include "vector.hpp"
 
 namespace kvevict {
 
 constexpr int64_t BLOCK_ROWS = 64;
-constexpr int64_t TILE_TOKENS = 64;
 // 64 rows of 8,192 tokens: 2 MiB; half as many tiles are as fast where they suffice, and slower past them.
 constexpr int64_t KEPT_TILES = 128;
 constexpr int64_t TILE_LOGITS = TILE_TOKENS * BLOCK_ROWS;
-
-// K of a pool of pages, and the pages of each KV head. Strides count elements.
-struct PagedKeys {
-  const void* data;
-  int64_t stride_page, stride_token, stride_dim;
-  const int64_t* page_table;
-  int64_t page_table_stride_head;
-  int32_t dtype;
-  int64_t block_size, head_size;
-
-  bool transposed() const { return stride_dim != 1; }
-};
-
-// Up to TILE_TOKENS consecutive keys of one KV head as float32, in the order they are stored in.
-struct KeyTile {
-  const float* data;
-  int64_t token_stride, dim_stride;
-  int64_t first, count;  // cache indices first .. first + count - 1
-};
 
 // Which query a row is, and the last key that it sees; `offset` counts elements.
 struct Rows {
@@ -51,16 +30,6 @@ struct Rows {
   alignas(64) int32_t last_seen[BLOCK_ROWS];
   alignas(64) float max[BLOCK_ROWS], sum[BLOCK_ROWS];
 };
-
-struct AlignedDelete {
-  void operator()(float* data) const { ::operator delete[](data, std::align_val_t(64)); }
-};
-using Buffer = std::unique_ptr<float[], AlignedDelete>;
-
-inline Buffer allocate(int64_t count) {
-  void* data = ::operator new[](static_cast<size_t>(count) * sizeof(float), std::align_val_t(64), std::nothrow);
-  return Buffer(static_cast<float*>(data));
-}
 
 // Scratch of one thread.
 struct BlockScratch {
@@ -95,51 +64,17 @@ KVEVICT_INLINE void pack_rows_of(const void* query, const Rows& rows, int64_t he
   }
 }
 
-// Logits in units of log 2 make the exponential a power of two.
 KVEVICT_INLINE void pack_rows(const void* query, int32_t dtype, const Rows& rows, int64_t head_size, float scale,
                               float* packed) {
-  scale *= 1.4426950408889634f;
-  if (dtype == BFLOAT16) return pack_rows_of<BFloat16>(query, rows, head_size, scale, packed);
-  if (dtype == FLOAT16) return pack_rows_of<Float16>(query, rows, head_size, scale, packed);
-  return pack_rows_of<float>(query, rows, head_size, scale, packed);
+  scale *= LOG2_E;
+  with_model_type(dtype, [&](auto element) KVEVICT_INLINE_LAMBDA {
+    pack_rows_of<decltype(element)>(query, rows, head_size, scale, packed);
+  });
 }
 
-template <typename Element>
-KVEVICT_INLINE KeyTile load_tile_of(const PagedKeys& keys, int64_t kv_head, int64_t first, int64_t count, float* data) {
-  const bool transposed = keys.transposed();
-  // Micro-tiles reach past `count`: what they read there must not be slow to multiply.
-  if (count < TILE_TOKENS) std::fill(data, data + TILE_TOKENS * keys.head_size, 0.0f);
-  const int64_t* pages = keys.page_table + kv_head * keys.page_table_stride_head;
-  for (int64_t done = 0; done < count;) {
-    const int64_t offset = (first + done) % keys.block_size;
-    const int64_t length = std::min(keys.block_size - offset, count - done);
-    const Element* source = static_cast<const Element*>(keys.data) +
-                            pages[(first + done) / keys.block_size] * keys.stride_page + offset * keys.stride_token;
-    if (transposed) {
-      for (int64_t dim = 0; dim < keys.head_size; ++dim)
-        for (int64_t token = 0; token < length; ++token)
-          data[dim * TILE_TOKENS + done + token] = to_float(source[dim * keys.stride_dim + token]);
-    } else {
-      for (int64_t token = 0; token < length; ++token)
-        for (int64_t dim = 0; dim < keys.head_size; ++dim)
-          data[(done + token) * keys.head_size + dim] = to_float(source[token * keys.stride_token + dim]);
-    }
-    done += length;
-  }
-  return {data, transposed ? 1 : keys.head_size, transposed ? TILE_TOKENS : 1, first, count};
-}
-
-KVEVICT_INLINE KeyTile load_tile(const PagedKeys& keys, int64_t kv_head, int64_t first, int64_t count, float* data) {
-  if (keys.dtype == BFLOAT16) return load_tile_of<BFloat16>(keys, kv_head, first, count, data);
-  if (keys.dtype == FLOAT16) return load_tile_of<Float16>(keys, kv_head, first, count, data);
-  if (keys.dtype == FLOAT8_E4M3) return load_tile_of<Float8E4M3>(keys, kv_head, first, count, data);
-  if (keys.dtype == FLOAT8_E5M2) return load_tile_of<Float8E5M2>(keys, kv_head, first, count, data);
-  return load_tile_of<float>(keys, kv_head, first, count, data);
-}
-
-// TOKENS * 2 accumulators and 2 vectors of queries must fit in the registers.
-template <int LANES, int TOKENS>
+template <int LANES>
 KVEVICT_INLINE void compute_logits(const float* query, int64_t head_size, const KeyTile& tile, float* logits) {
+  constexpr int TOKENS = LANES == 16 ? 8 : 4;  // twice as many accumulators and 2 vectors must fit in the registers
   for (int64_t row = 0; row < BLOCK_ROWS; row += 2 * LANES) {
     for (int64_t token = 0; token < tile.count; token += TOKENS) {
       Float<LANES> sums[TOKENS][2] = {};
@@ -166,12 +101,11 @@ KVEVICT_INLINE void compute_logits(const float* query, int64_t head_size, const 
 // Keys that a row does not see get the lowest logit.
 template <int LANES>
 KVEVICT_INLINE void hide_unseen(const Rows& rows, const KeyTile& tile, float* logits) {
-  using Int = typename VectorTypes<LANES>::Int;
   const Float<LANES> hidden = broadcast<LANES>(-std::numeric_limits<float>::infinity());
   for (int64_t token = 0; token < tile.count; ++token) {
     const int32_t index = static_cast<int32_t>(tile.first + token);
     for (int64_t row = 0; row < BLOCK_ROWS; row += LANES) {
-      Int last_seen;
+      Int<LANES> last_seen;
       std::memcpy(&last_seen, rows.last_seen + row, sizeof(last_seen));
       float* at = logits + token * BLOCK_ROWS + row;
       store<LANES>(at, last_seen >= index ? load<LANES>(at) : hidden);
@@ -219,7 +153,7 @@ KVEVICT_INLINE void add_columns(const Rows& rows, const float* maxima, const flo
 
 // Adds to columns[i] what the rows pay to token begin + i, times `weight`. The softmax of a row runs over the tokens
 // from `begin` to the last that it sees; every row sees the first.
-template <int LANES, int TOKENS>
+template <int LANES>
 KVEVICT_INLINE void attend(const PagedKeys& keys, int64_t kv_head, int64_t begin, Rows& rows, float weight,
                            const BlockScratch& scratch, float* columns) {
   const auto [first_hidden, last] = std::minmax_element(rows.last_seen, rows.last_seen + rows.count);
@@ -229,11 +163,11 @@ KVEVICT_INLINE void attend(const PagedKeys& keys, int64_t kv_head, int64_t begin
   std::fill(rows.sum, rows.sum + BLOCK_ROWS, 0.0f);
 
   const auto place = [](int64_t tile) { return std::min(tile, KEPT_TILES); };
-  const auto visit = [&](int64_t tile) __attribute__((always_inline)) {
+  const auto visit = [&](int64_t tile) KVEVICT_INLINE_LAMBDA {
     const int64_t first = begin + tile * TILE_TOKENS;
     const KeyTile loaded = load_tile(keys, kv_head, first, std::min(TILE_TOKENS, end - first), scratch.keys);
     float* logits = scratch.exponentials + place(tile) * TILE_LOGITS;
-    compute_logits<LANES, TOKENS>(scratch.query, keys.head_size, loaded, logits);
+    compute_logits<LANES>(scratch.query, keys.head_size, loaded, logits);
     if (first + loaded.count - 1 > *first_hidden) hide_unseen<LANES>(rows, loaded, logits);
   };
   const int64_t num_tiles = (end - begin + TILE_TOKENS - 1) / TILE_TOKENS;

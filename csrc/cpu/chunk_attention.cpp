@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include "attention_block.hpp"
+#include "buffer.hpp"
 #include "isa.hpp"
 
 namespace kvevict {
@@ -25,41 +26,23 @@ struct Job {
   int64_t parts_per_head() const { return std::min(MOST_PARTS, num_blocks()); }
 };
 
-template <int LANES, int TOKENS>
-KVEVICT_INLINE void run_part(const Job& job, int64_t part, const BlockScratch& scratch, float* columns) {
-  const int64_t head = part / job.parts_per_head();
-  std::fill(columns, columns + job.chunk, 0.0f);
-  Rows rows;
-  for (int64_t block = part % job.parts_per_head(); block < job.num_blocks(); block += job.parts_per_head()) {
-    rows.count = std::min(BLOCK_ROWS, job.chunk - block * BLOCK_ROWS);
-    for (int64_t row = 0; row < rows.count; ++row) {
-      rows.offset[row] = (block * BLOCK_ROWS + row) * job.query_stride_token + head * job.query_stride_head;
-      rows.last_seen[row] = static_cast<int32_t>(job.start + job.chunk - 1);
+struct RunPart {
+  template <int LANES>
+  KVEVICT_INLINE static void run(const Job& job, int64_t part, const BlockScratch& scratch, float* columns) {
+    const int64_t head = part / job.parts_per_head();
+    std::fill(columns, columns + job.chunk, 0.0f);
+    Rows rows;
+    for (int64_t block = part % job.parts_per_head(); block < job.num_blocks(); block += job.parts_per_head()) {
+      rows.count = std::min(BLOCK_ROWS, job.chunk - block * BLOCK_ROWS);
+      for (int64_t row = 0; row < rows.count; ++row) {
+        rows.offset[row] = (block * BLOCK_ROWS + row) * job.query_stride_token + head * job.query_stride_head;
+        rows.last_seen[row] = static_cast<int32_t>(job.start + job.chunk - 1);
+      }
+      pack_rows(job.query, job.query_dtype, rows, job.keys.head_size, job.scale, scratch.query);
+      attend<LANES>(job.keys, head / job.group(), job.start, rows, 1.0f, scratch, columns);
     }
-    pack_rows(job.query, job.query_dtype, rows, job.keys.head_size, job.scale, scratch.query);
-    attend<LANES, TOKENS>(job.keys, head / job.group(), job.start, rows, 1.0f, scratch, columns);
   }
-}
-
-using RunPart = void (*)(const Job&, int64_t, const BlockScratch&, float*);
-
-void run_part_baseline(const Job& job, int64_t part, const BlockScratch& scratch, float* columns) {
-  run_part<4, 4>(job, part, scratch, columns);
-}
-#if defined(__x86_64__)
-KVEVICT_TARGET_V4 void run_part_v4(const Job& job, int64_t part, const BlockScratch& scratch, float* columns) {
-  run_part<16, 8>(job, part, scratch, columns);
-}
-KVEVICT_TARGET_V3 void run_part_v3(const Job& job, int64_t part, const BlockScratch& scratch, float* columns) {
-  run_part<8, 4>(job, part, scratch, columns);
-}
-RunPart choose(int32_t lanes) { return lanes == 16 ? run_part_v4 : lanes == 8 ? run_part_v3 : run_part_baseline; }
-#else
-RunPart choose(int32_t) { return run_part_baseline; }
-#endif
-
-// NaN wins, as it does in torch.
-inline float larger_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+};
 
 void reduce_group(const Job& job, const float* columns, int64_t kv_head, bool take_max, float* received) {
   const int64_t parts = job.parts_per_head();
@@ -87,14 +70,15 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_chunk_attentio
     int32_t query_dtype, int32_t key_dtype, int64_t chunk, int64_t num_heads, int64_t num_kv_heads,
     int64_t head_size, int64_t block_size, int64_t start, float scale, int32_t take_max) {
   using namespace kvevict;
-  const PagedKeys paged{keys, key_stride_page, key_stride_token, key_stride_dim,
+  const PagedKeys paged{{keys, key_stride_page, key_stride_token, key_stride_dim},
                         page_table, page_table_stride_head, key_dtype, block_size, head_size};
   const Job job{query, query_stride_token, query_stride_head, paged, query_dtype,
                 chunk, num_heads, num_kv_heads, start, scale};
-  const RunPart run = choose(usable_lanes());
+  const auto run = function_for<RunPart>();
   const int64_t num_parts = num_heads * job.parts_per_head();
   const int64_t thread_floats = BlockScratch::size(head_size, chunk);
-  const Buffer columns = allocate(num_parts * chunk), scratch = allocate(omp_get_max_threads() * thread_floats);
+  const Buffer<float> columns = allocate<float>(num_parts * chunk);
+  const Buffer<float> scratch = allocate<float>(omp_get_max_threads() * thread_floats);
   if (!columns || !scratch) return 1;
 #pragma omp parallel
   {

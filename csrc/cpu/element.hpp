@@ -1,4 +1,4 @@
-// Conversion of stored elements to float, written so that loops over it vectorise.
+// The types of stored elements and their conversion to float, written so that loops over it vectorise.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace kvevict {
 
-// The numbers are shared with DTYPE_CODES in vllm_kvevict/kernels/window_batch.py.
+// The numbers are shared with DTYPE_CODES in vllm_kvevict/kernels/paged.py.
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FLOAT8_E4M3 = 3, FLOAT8_E5M2 = 4 };
 
 struct BFloat16 {
@@ -62,6 +62,22 @@ KVEVICT_INLINE float to_float(Float8E5M2 value) {
   return to_float(Float16{static_cast<uint16_t>(value.bits << 8)});
 }
 
+// Calls with an element of the type that a model computes in.
+template <typename Call>
+KVEVICT_INLINE auto with_model_type(int32_t dtype, Call call) {
+  if (dtype == BFLOAT16) return call(BFloat16{});
+  if (dtype == FLOAT16) return call(Float16{});
+  return call(float{});
+}
+
+// Calls with an element of the type that a cache holds.
+template <typename Call>
+KVEVICT_INLINE auto with_cache_type(int32_t dtype, Call call) {
+  if (dtype == FLOAT8_E4M3) return call(Float8E4M3{});
+  if (dtype == FLOAT8_E5M2) return call(Float8E5M2{});
+  return with_model_type(dtype, call);
+}
+
 template <int LANES, typename Element>
 KVEVICT_INLINE Float<LANES> convert(const Element* from) {
   float to[LANES];
@@ -75,7 +91,7 @@ KVEVICT_INLINE Float<LANES> convert(const BFloat16* from) {
   typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
   Halves halves;
   std::memcpy(&halves, from, sizeof(halves));
-  return reinterpret_cast<Float<LANES>>(__builtin_convertvector(halves, typename VectorTypes<LANES>::Bits) << 16);
+  return reinterpret_cast<Float<LANES>>(__builtin_convertvector(halves, Bits<LANES>) << 16);
 }
 
 template <int LANES>

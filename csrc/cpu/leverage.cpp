@@ -4,8 +4,9 @@
 
 #include <omp.h>
 
-#include "attention_block.hpp"
+#include "buffer.hpp"
 #include "isa.hpp"
+#include "pages.hpp"
 
 namespace kvevict {
 namespace {
@@ -99,9 +100,9 @@ KVEVICT_INLINE int64_t load_unrotated(const Job& job, int64_t kv_head, int64_t t
     const float* key = loaded.data + token * loaded.token_stride;
     const float *cos = scratch.turn, *sin = scratch.turn + half;
     const int64_t position = job.start + first + token;
-    if (job.cos_sin_dtype == BFLOAT16) invert_turn<BFloat16>(job, position, scratch.turn);
-    else if (job.cos_sin_dtype == FLOAT16) invert_turn<Float16>(job, position, scratch.turn);
-    else invert_turn<float>(job, position, scratch.turn);
+    with_model_type(job.cos_sin_dtype, [&](auto element) KVEVICT_INLINE_LAMBDA {
+      invert_turn<decltype(element)>(job, position, scratch.turn);
+    });
     double* row = scratch.rows + token * job.width();
     for (int64_t pair = 0; pair < half; ++pair) {
       const float a = key[pair * step * loaded.dim_stride] * job.key_scale;
@@ -185,31 +186,20 @@ KVEVICT_INLINE void square_rows(const Job& job, int64_t item, const Scratch& scr
   }
 }
 
-template <int LANES, int ROWS>
-KVEVICT_INLINE void run_item(const Job& job, int64_t item, const Scratch& scratch) {
-  if (job.moments != nullptr) return add_moments<LANES, ROWS>(job, item, scratch);
-  square_rows<LANES, ROWS>(job, item, scratch);
-}
-
-using RunItem = void (*)(const Job&, int64_t, const Scratch&);
-
-void run_item_baseline(const Job& job, int64_t item, const Scratch& scratch) { run_item<2, 4>(job, item, scratch); }
-#if defined(__x86_64__)
-KVEVICT_TARGET_V4 void run_item_v4(const Job& job, int64_t item, const Scratch& scratch) {
-  run_item<8, 8>(job, item, scratch);
-}
-KVEVICT_TARGET_V3 void run_item_v3(const Job& job, int64_t item, const Scratch& scratch) {
-  run_item<4, 4>(job, item, scratch);
-}
-RunItem choose(int32_t lanes) { return lanes == 16 ? run_item_v4 : lanes == 8 ? run_item_v3 : run_item_baseline; }
-#else
-RunItem choose(int32_t) { return run_item_baseline; }
-#endif
+struct RunItem {
+  template <int LANES>
+  KVEVICT_INLINE static void run(const Job& job, int64_t item, const Scratch& scratch) {
+    constexpr int DOUBLES = LANES / 2;
+    constexpr int ROWS = LANES == 16 ? 8 : 4;  // twice as many accumulators and 2 vectors must fit in the registers
+    if (job.moments != nullptr) return add_moments<DOUBLES, ROWS>(job, item, scratch);
+    square_rows<DOUBLES, ROWS>(job, item, scratch);
+  }
+};
 
 // Whether there was memory for it.
 bool run_items(const Job& job, int64_t num_items) {
-  const RunItem run = choose(usable_lanes());
-  const Buffer buffer = allocate(omp_get_max_threads() * Scratch::size(job));
+  const auto run = function_for<RunItem>();
+  const Buffer<float> buffer = allocate<float>(omp_get_max_threads() * Scratch::size(job));
   if (!buffer) return false;
 #pragma omp parallel
   {
@@ -250,14 +240,14 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_key_moments(
     const void* cos_sin, int64_t cos_sin_stride, int32_t cos_sin_dtype, int64_t rotary_dim, int32_t is_neox_style,
     double* total, double* moment) {
   using namespace kvevict;
-  const PagedKeys paged{keys, key_stride_page, key_stride_token, key_stride_dim,
+  const PagedKeys paged{{keys, key_stride_page, key_stride_token, key_stride_dim},
                         page_table, page_table_stride_head, key_dtype, block_size, head_size};
   Job job{paged, cos_sin, cos_sin_stride, cos_sin_dtype, rotary_dim, is_neox_style != 0,
           num_kv_heads, start, num_tokens, key_scale};
   const int64_t num_parts = num_kv_heads * job.parts_per_head();
-  const Buffer moments = allocate(2 * num_parts * job.part_size());
+  const Buffer<double> moments = allocate<double>(num_parts * job.part_size());
   if (!moments) return 1;
-  job.moments = reinterpret_cast<double*>(moments.get());
+  job.moments = moments.get();
   if (!run_items(job, num_parts)) return 1;
   join_parts(job, total, moment);
   return 0;
@@ -271,7 +261,7 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_mapped_norms(
     const void* cos_sin, int64_t cos_sin_stride, int32_t cos_sin_dtype, int64_t rotary_dim, int32_t is_neox_style,
     const double* mean, const double* map, int64_t columns, float* norms) {
   using namespace kvevict;
-  const PagedKeys paged{keys, key_stride_page, key_stride_token, key_stride_dim,
+  const PagedKeys paged{{keys, key_stride_page, key_stride_token, key_stride_dim},
                         page_table, page_table_stride_head, key_dtype, block_size, head_size};
   Job job{paged, cos_sin, cos_sin_stride, cos_sin_dtype, rotary_dim, is_neox_style != 0,
           num_kv_heads, start, num_tokens, key_scale};

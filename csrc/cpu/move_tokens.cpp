@@ -11,20 +11,18 @@
 #include <immintrin.h>
 #endif
 
+#include "copies.hpp"
 #include "isa.hpp"
+#include "pages.hpp"
 #include "vector.hpp"
 
 namespace kvevict {
 namespace {
 
-// Below this many tokens per call the copies cost less than waking the threads.
-constexpr int64_t MIN_PARALLEL_TOKENS = 64;
 constexpr int64_t LINE_BYTES = 64;
 
-// K or V of a pool of pages. Strides count elements.
-struct Pool {
-  void* data;
-  int64_t stride_page, stride_token, stride_dim, head_size;
+struct SizedPool : PagePool<void> {
+  int64_t head_size;
 };
 
 struct Moves {
@@ -59,17 +57,12 @@ KVEVICT_INLINE Run find_run(const Moves& moves, int64_t first, int64_t end) {
 }
 
 template <typename Element>
-KVEVICT_INLINE Element* at(const Pool& pool, int64_t page, int64_t offset) {
-  return static_cast<Element*>(pool.data) + page * pool.stride_page + offset * pool.stride_token;
-}
-
-template <typename Element>
-KVEVICT_INLINE void copy_tokens(const Pool& pool, const Moves& moves, const Run& run) {
+KVEVICT_INLINE void copy_tokens(const SizedPool& pool, const Moves& moves, const Run& run) {
   for (int64_t i = run.first; i < run.last; ++i) {
     const int64_t source = moves.source[i] - run.source_page * moves.block_size;
     const int64_t destination = moves.destination[i] - run.destination_page * moves.block_size;
-    const Element* from = at<Element>(pool, run.source_page, source);
-    Element* to = at<Element>(pool, run.destination_page, destination);
+    const Element* from = pool.at<Element>(run.source_page, source);
+    Element* to = pool.at<Element>(run.destination_page, destination);
     if (pool.stride_dim == 1) {
       std::memcpy(to, from, static_cast<size_t>(pool.head_size) * sizeof(Element));
     } else {
@@ -123,7 +116,7 @@ struct Lanes<uint32_t> {
 // Transposed keys, line by line. Other lanes of the lines are neither written nor, past the page's end, read: other
 // threads may be at work on them.
 template <typename Element>
-KVEVICT_TARGET_PERMUTE void permute_tokens(const Pool& pool, const Moves& moves, const Run& run, const Run& next) {
+KVEVICT_TARGET_PERMUTE void permute_tokens(const SizedPool& pool, const Moves& moves, const Run& run, const Run& next) {
   constexpr int64_t tokens = LINE_BYTES / sizeof(Element);
   alignas(LINE_BYTES) Element lanes[tokens] = {};
   uint64_t read = 0, written = 0;
@@ -135,9 +128,9 @@ KVEVICT_TARGET_PERMUTE void permute_tokens(const Pool& pool, const Moves& moves,
     written |= uint64_t{1} << to;
   }
   const __m512i from_lane = _mm512_load_si512(lanes);
-  const Element* from = at<Element>(pool, run.source_page, run.source_part);
-  const Element* soon = at<Element>(pool, next.source_page, next.source_part);
-  Element* to = at<Element>(pool, run.destination_page, run.destination_part);
+  const Element* from = pool.at<Element>(run.source_page, run.source_part);
+  const Element* soon = pool.at<Element>(next.source_page, next.source_part);
+  Element* to = pool.at<Element>(run.destination_page, run.destination_part);
   for (int64_t dim = 0; dim < pool.head_size; ++dim) {
     _mm_prefetch(reinterpret_cast<const char*>(soon + dim * pool.stride_dim), _MM_HINT_T0);
     const __m512i line = Lanes<Element>::load(read, from + dim * pool.stride_dim);
@@ -148,18 +141,18 @@ KVEVICT_TARGET_PERMUTE void permute_tokens(const Pool& pool, const Moves& moves,
 bool can_permute() { return usable_lanes() == 16 && __builtin_cpu_supports("avx512vbmi"); }
 #else
 template <typename Element>
-void permute_tokens(const Pool& pool, const Moves& moves, const Run& run, const Run&) {
+void permute_tokens(const SizedPool& pool, const Moves& moves, const Run& run, const Run&) {
   copy_tokens<Element>(pool, moves, run);
 }
 bool can_permute() { return false; }
 #endif
 
 template <typename Element>
-KVEVICT_INLINE void prefetch_tokens(const Pool& pool, const Moves& moves, const Run& run) {
+KVEVICT_INLINE void prefetch_tokens(const SizedPool& pool, const Moves& moves, const Run& run) {
   if (pool.stride_dim != 1) return;
   for (int64_t i = run.first; i < run.last; ++i) {
     const char* from = reinterpret_cast<const char*>(
-        at<Element>(pool, run.source_page, moves.source[i] - run.source_page * moves.block_size));
+        pool.at<Element>(run.source_page, moves.source[i] - run.source_page * moves.block_size));
     for (int64_t byte = 0; byte < pool.head_size * int64_t{sizeof(Element)}; byte += LINE_BYTES)
       __builtin_prefetch(from + byte);
   }
@@ -167,13 +160,13 @@ KVEVICT_INLINE void prefetch_tokens(const Pool& pool, const Moves& moves, const 
 
 // The moves of one thread. A run is looked up one ahead, to ask memory for what it reads.
 template <typename Element>
-void move_range(const Pool& keys, const Pool& values, const Moves& moves, int64_t begin, int64_t end) {
+void move_range(const SizedPool& keys, const SizedPool& values, const Moves& moves, int64_t begin, int64_t end) {
   const bool permutes = can_permute();
   if (begin == end) return;
   for (Run run = find_run<Element>(moves, begin, end);;) {
     const bool is_last = run.last == end;
     const Run next = is_last ? run : find_run<Element>(moves, run.last, end);
-    for (const Pool* pool : {&keys, &values}) {
+    for (const SizedPool* pool : {&keys, &values}) {
       prefetch_tokens<Element>(*pool, moves, next);
       if (permutes && pool->stride_token == 1 && pool->stride_dim != 1)
         permute_tokens<Element>(*pool, moves, run, next);
@@ -183,15 +176,6 @@ void move_range(const Pool& keys, const Pool& values, const Moves& moves, int64_
     if (is_last) return;
     run = next;
   }
-}
-
-// A thread gets a stretch of moves: neighbours in the list share pages, and with transposed keys also cache lines.
-template <typename Element>
-void move_tokens(const Pool& keys, const Pool& values, const Moves& moves, int64_t num_tokens) {
-  const int64_t parts = std::max<int64_t>(num_tokens / MIN_PARALLEL_TOKENS, 1);
-#pragma omp parallel for schedule(static) if (parts > 1)
-  for (int64_t part = 0; part < parts; ++part)
-    move_range<Element>(keys, values, moves, num_tokens * part / parts, num_tokens * (part + 1) / parts);
 }
 
 }  // namespace
@@ -205,13 +189,13 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_move_tokens(
     const int64_t* source, const int64_t* destination, int64_t num_tokens,
     int64_t block_size, int64_t element_bytes) {
   using namespace kvevict;
-  const Pool key_pool{keys, key_stride_page, key_stride_token, key_stride_dim, key_head_size};
-  const Pool value_pool{values, value_stride_page, value_stride_token, value_stride_dim, value_head_size};
+  const SizedPool key_pool{{keys, key_stride_page, key_stride_token, key_stride_dim}, key_head_size};
+  const SizedPool value_pool{{values, value_stride_page, value_stride_token, value_stride_dim}, value_head_size};
   const Moves moves{source, destination, block_size};
-  switch (element_bytes) {
-    case 1: move_tokens<uint8_t>(key_pool, value_pool, moves, num_tokens); return 0;
-    case 2: move_tokens<uint16_t>(key_pool, value_pool, moves, num_tokens); return 0;
-    case 4: move_tokens<uint32_t>(key_pool, value_pool, moves, num_tokens); return 0;
-    default: return 1;
-  }
+  return with_bits(element_bytes, [&](auto element) {
+    // A thread gets a stretch of moves: neighbours in the list share pages, and with transposed keys also cache lines.
+    for_each_part(num_tokens, [&](int64_t begin, int64_t end) {
+      move_range<decltype(element)>(key_pool, value_pool, moves, begin, end);
+    });
+  });
 }

@@ -8,11 +8,10 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 
 #include <omp.h>
 
+#include "buffer.hpp"
 #include "isa.hpp"
 #include "vector.hpp"
 
@@ -22,15 +21,12 @@ namespace {
 constexpr int32_t LOWEST = std::numeric_limits<int32_t>::min();
 constexpr int UNROLL = 4;
 
-template <int LANES>
-using Int = typename VectorTypes<LANES>::Int;
-
 // Orders the bits of floats like the floats: NaN below -infinity, both zeros alike.
-template <typename Bits>
-KVEVICT_INLINE Bits key_of(Bits bits) {
-  const Bits magnitude = bits & 0x7fffffff;
-  const Bits ordered = bits < 0 ? -magnitude : magnitude;
-  return magnitude > 0x7f800000 ? Bits{} + LOWEST : ordered;
+template <typename Signed>
+KVEVICT_INLINE Signed key_of(Signed bits) {
+  const Signed magnitude = bits & 0x7fffffff;
+  const Signed ordered = bits < 0 ? -magnitude : magnitude;
+  return magnitude > 0x7f800000 ? Signed{} + LOWEST : ordered;
 }
 
 struct Range {
@@ -115,28 +111,30 @@ struct Row {
   uint8_t* kept;
 };
 
-template <int LANES>
-KVEVICT_INLINE void select_row(const Row& row, int32_t* keys) {
-  const int64_t count = row.last - row.first, num_protected = row.kv_len - count;
-  const int64_t wanted = row.num_kept - num_protected;
-  std::memset(row.kept, 0, static_cast<size_t>(row.kv_len));
-  if (wanted <= 0) {  // not even all protected ones
-    const int64_t sinks = std::min(row.num_kept, row.first);
-    std::memset(row.kept, 1, static_cast<size_t>(sinks));
-    std::memset(row.kept + row.last, 1, static_cast<size_t>(row.num_kept - sinks));
-    return;
+struct SelectRow {
+  template <int LANES>
+  KVEVICT_INLINE static void run(const Row& row, int32_t* keys) {
+    const int64_t count = row.last - row.first, num_protected = row.kv_len - count;
+    const int64_t wanted = row.num_kept - num_protected;
+    std::memset(row.kept, 0, static_cast<size_t>(row.kv_len));
+    if (wanted <= 0) {  // not even all protected ones
+      const int64_t sinks = std::min(row.num_kept, row.first);
+      std::memset(row.kept, 1, static_cast<size_t>(sinks));
+      std::memset(row.kept + row.last, 1, static_cast<size_t>(row.num_kept - sinks));
+      return;
+    }
+    std::memset(row.kept, 1, static_cast<size_t>(row.first));
+    std::memset(row.kept + row.last, 1, static_cast<size_t>(row.kv_len - row.last));
+    const Range range = write_keys<LANES>(row.scores + row.first, count, keys);
+    const Threshold threshold = find_threshold<LANES>(keys, count, range, wanted);
+    uint8_t* kept = row.kept + row.first;
+    for (int64_t i = 0; i < count; ++i) kept[i] = keys[i] >= threshold.least;
+    if (threshold.above < 0) return;
+    int64_t ties = wanted - threshold.above;
+    for (int64_t i = 0; i < count; ++i)
+      if (keys[i] == threshold.least && ties-- <= 0) kept[i] = 0;
   }
-  std::memset(row.kept, 1, static_cast<size_t>(row.first));
-  std::memset(row.kept + row.last, 1, static_cast<size_t>(row.kv_len - row.last));
-  const Range range = write_keys<LANES>(row.scores + row.first, count, keys);
-  const Threshold threshold = find_threshold<LANES>(keys, count, range, wanted);
-  uint8_t* kept = row.kept + row.first;
-  for (int64_t i = 0; i < count; ++i) kept[i] = keys[i] >= threshold.least;
-  if (threshold.above < 0) return;
-  int64_t ties = wanted - threshold.above;
-  for (int64_t i = 0; i < count; ++i)
-    if (keys[i] == threshold.least && ties-- <= 0) kept[i] = 0;
-}
+};
 
 // Rows that are ranked jointly; `above` and `ties` have a number for each of them.
 struct Group {
@@ -145,47 +143,27 @@ struct Group {
   int64_t *above, *ties;
 };
 
-template <int LANES>
-KVEVICT_INLINE void count_group(const Group& group, int32_t* keys) {
-  const int64_t count = group.num_rows * group.kv_len;
-  const Range range = write_keys<LANES>(group.scores, count, keys);
-  const Threshold threshold = find_threshold<LANES>(keys, count, range, group.total);
-  for (int64_t row = 0; row < group.num_rows; ++row) {
-    const int32_t* of_row = keys + row * group.kv_len;
-    const int64_t from = count_from<LANES>(of_row, group.kv_len, threshold.least);
-    const bool is_split = threshold.above >= 0;
-    group.above[row] = is_split ? count_from<LANES>(of_row, group.kv_len, threshold.least + 1) : from;
-    group.ties[row] = from - group.above[row];
+struct CountGroup {
+  template <int LANES>
+  KVEVICT_INLINE static void run(const Group& group, int32_t* keys) {
+    const int64_t count = group.num_rows * group.kv_len;
+    const Range range = write_keys<LANES>(group.scores, count, keys);
+    const Threshold threshold = find_threshold<LANES>(keys, count, range, group.total);
+    for (int64_t row = 0; row < group.num_rows; ++row) {
+      const int32_t* of_row = keys + row * group.kv_len;
+      const int64_t from = count_from<LANES>(of_row, group.kv_len, threshold.least);
+      const bool is_split = threshold.above >= 0;
+      group.above[row] = is_split ? count_from<LANES>(of_row, group.kv_len, threshold.least + 1) : from;
+      group.ties[row] = from - group.above[row];
+    }
   }
-}
-
-struct Isa {
-  void (*select_row)(const Row&, int32_t*);
-  void (*count_group)(const Group&, int32_t*);
 };
-
-#if defined(__x86_64__)
-KVEVICT_TARGET_V4 void select_row_v4(const Row& row, int32_t* keys) { select_row<16>(row, keys); }
-KVEVICT_TARGET_V3 void select_row_v3(const Row& row, int32_t* keys) { select_row<8>(row, keys); }
-KVEVICT_TARGET_V4 void count_group_v4(const Group& group, int32_t* keys) { count_group<16>(group, keys); }
-KVEVICT_TARGET_V3 void count_group_v3(const Group& group, int32_t* keys) { count_group<8>(group, keys); }
-#endif
-void select_row_baseline(const Row& row, int32_t* keys) { select_row<4>(row, keys); }
-void count_group_baseline(const Group& group, int32_t* keys) { count_group<4>(group, keys); }
-
-Isa choose_isa() {
-#if defined(__x86_64__)
-  if (usable_lanes() == 16) return {select_row_v4, count_group_v4};
-  if (usable_lanes() == 8) return {select_row_v3, count_group_v3};
-#endif
-  return {select_row_baseline, count_group_baseline};
-}
 
 // Calls run(item, keys) for every item, with room for `num_keys` keys. Returns 1 where there is no such room.
 template <typename Run>
 int32_t for_each(int64_t num_items, int64_t num_keys, const Run& run) {
   const int64_t num_threads = std::min<int64_t>(omp_get_max_threads(), num_items);
-  const std::unique_ptr<int32_t[]> keys(new (std::nothrow) int32_t[static_cast<size_t>(num_threads * num_keys)]);
+  const Buffer<int32_t> keys = allocate<int32_t>(num_threads * num_keys);
   if (!keys) return 1;
 #pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(num_threads))
   for (int64_t item = 0; item < num_items; ++item) run(item, keys.get() + omp_get_thread_num() * num_keys);
@@ -201,10 +179,10 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_select(
     const float* scores, const int64_t* num_kept, uint8_t* kept,
     int64_t num_rows, int64_t kv_len, int64_t num_sink, int64_t num_recent) {
   using namespace kvevict;
-  const Isa isa = choose_isa();
+  const auto select_row = function_for<SelectRow>();
   return for_each(num_rows, kv_len, [&](int64_t row, int32_t* keys) {
     const Row job{scores + row * kv_len, kv_len, num_sink, kv_len - num_recent, num_kept[row], kept + row * kv_len};
-    isa.select_row(job, keys);
+    select_row(job, keys);
   });
 }
 
@@ -213,10 +191,10 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_count_best(
     const float* scores, const int64_t* totals, int64_t* above, int64_t* ties,
     int64_t num_groups, int64_t num_rows, int64_t kv_len) {
   using namespace kvevict;
-  const Isa isa = choose_isa();
+  const auto count_group = function_for<CountGroup>();
   const int64_t num_keys = num_rows * kv_len;
   return for_each(num_groups, num_keys, [&](int64_t group, int32_t* keys) {
     const int64_t first = group * num_rows;
-    isa.count_group({scores + group * num_keys, num_rows, kv_len, totals[group], above + first, ties + first}, keys);
+    count_group({scores + group * num_keys, num_rows, kv_len, totals[group], above + first, ties + first}, keys);
   });
 }

@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include "attention_block.hpp"
+#include "buffer.hpp"
 #include "isa.hpp"
 
 namespace kvevict {
@@ -27,40 +28,25 @@ struct Job {
   int64_t num_blocks() const { return (num_rows() + BLOCK_ROWS - 1) / BLOCK_ROWS; }
 };
 
-template <int LANES, int TOKENS>
-KVEVICT_INLINE void run_part(const Job& job, int64_t part, const BlockScratch& scratch, float* columns) {
-  const int64_t kv_head = part / job.parts_per_head;
-  std::fill(columns, columns + job.kv_len, 0.0f);
-  Rows rows;
-  for (int64_t block = part % job.parts_per_head; block < job.num_blocks(); block += job.parts_per_head) {
-    rows.count = std::min(BLOCK_ROWS, job.num_rows() - block * BLOCK_ROWS);
-    for (int64_t row = 0; row < rows.count; ++row) {
-      const int64_t token = (block * BLOCK_ROWS + row) / job.group();
-      const int64_t head = kv_head * job.group() + (block * BLOCK_ROWS + row) % job.group();
-      rows.offset[row] = token * job.query_stride_token + head * job.query_stride_head;
-      rows.last_seen[row] = static_cast<int32_t>(job.kv_len - job.num_queries + token);
+struct RunPart {
+  template <int LANES>
+  KVEVICT_INLINE static void run(const Job& job, int64_t part, const BlockScratch& scratch, float* columns) {
+    const int64_t kv_head = part / job.parts_per_head;
+    std::fill(columns, columns + job.kv_len, 0.0f);
+    Rows rows;
+    for (int64_t block = part % job.parts_per_head; block < job.num_blocks(); block += job.parts_per_head) {
+      rows.count = std::min(BLOCK_ROWS, job.num_rows() - block * BLOCK_ROWS);
+      for (int64_t row = 0; row < rows.count; ++row) {
+        const int64_t token = (block * BLOCK_ROWS + row) / job.group();
+        const int64_t head = kv_head * job.group() + (block * BLOCK_ROWS + row) % job.group();
+        rows.offset[row] = token * job.query_stride_token + head * job.query_stride_head;
+        rows.last_seen[row] = static_cast<int32_t>(job.kv_len - job.num_queries + token);
+      }
+      pack_rows(job.query, job.query_dtype, rows, job.keys.head_size, job.scale, scratch.query);
+      attend<LANES>(job.keys, kv_head, 0, rows, 1.0f / static_cast<float>(job.group()), scratch, columns);
     }
-    pack_rows(job.query, job.query_dtype, rows, job.keys.head_size, job.scale, scratch.query);
-    attend<LANES, TOKENS>(job.keys, kv_head, 0, rows, 1.0f / static_cast<float>(job.group()), scratch, columns);
   }
-}
-
-using RunPart = void (*)(const Job&, int64_t, const BlockScratch&, float*);
-
-void run_part_baseline(const Job& job, int64_t part, const BlockScratch& scratch, float* columns) {
-  run_part<4, 4>(job, part, scratch, columns);
-}
-#if defined(__x86_64__)
-KVEVICT_TARGET_V4 void run_part_v4(const Job& job, int64_t part, const BlockScratch& scratch, float* columns) {
-  run_part<16, 8>(job, part, scratch, columns);
-}
-KVEVICT_TARGET_V3 void run_part_v3(const Job& job, int64_t part, const BlockScratch& scratch, float* columns) {
-  run_part<8, 4>(job, part, scratch, columns);
-}
-RunPart choose(int32_t lanes) { return lanes == 16 ? run_part_v4 : lanes == 8 ? run_part_v3 : run_part_baseline; }
-#else
-RunPart choose(int32_t) { return run_part_baseline; }
-#endif
+};
 
 }  // namespace
 }  // namespace kvevict
@@ -75,13 +61,13 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_streaming_sums
     int32_t query_dtype, int32_t key_dtype, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads,
     int64_t head_size, int64_t block_size, int64_t kv_len, float scale) {
   using namespace kvevict;
-  const PagedKeys paged{keys, key_stride_page, key_stride_token, key_stride_dim,
+  const PagedKeys paged{{keys, key_stride_page, key_stride_token, key_stride_dim},
                         page_table, page_table_stride_head, key_dtype, block_size, head_size};
   const Job job{query, query_stride_token, query_stride_head, paged, query_dtype,
                 num_queries, num_heads, num_kv_heads, kv_len, parts_per_head, scale};
-  const RunPart run = choose(usable_lanes());
+  const auto run = function_for<RunPart>();
   const int64_t thread_floats = BlockScratch::size(head_size, kv_len);
-  const Buffer scratch = allocate(omp_get_max_threads() * thread_floats);
+  const Buffer<float> scratch = allocate<float>(omp_get_max_threads() * thread_floats);
   if (!scratch) return 1;
 #pragma omp parallel
   {

@@ -3,9 +3,9 @@
 // Keys: tiles of 16 tokens, in which pairs of dimensions of the 16 tokens follow each other. Values: tiles of 16
 // dimensions, in which pairs of tokens follow each other. These are the operands that AMX multiplies.
 
-#include <algorithm>
 #include <cstdint>
 
+#include "copies.hpp"
 #include "vector.hpp"
 
 namespace kvevict {
@@ -13,11 +13,9 @@ namespace {
 
 constexpr int64_t TILE = 16;
 constexpr int64_t PAIR = 2;
-// Below this many tokens per call the copies cost less than waking the threads.
-constexpr int64_t MIN_PARALLEL_TOKENS = 64;
 
 template <typename Element>
-struct Pages {
+struct TiledPages {
   Element *keys, *values;
   int64_t stride_page, block_size, head_size;
 
@@ -35,7 +33,7 @@ struct Pages {
 };
 
 template <typename Element>
-KVEVICT_INLINE void gather_token(const Pages<Element>& pages, int64_t slot, Element* keys, Element* values) {
+KVEVICT_INLINE void gather_token(const TiledPages<Element>& pages, int64_t slot, Element* keys, Element* values) {
   const Element* from = pages.key(slot);
   for (int64_t pair = 0; pair < pages.head_size / PAIR; ++pair)
     for (int64_t i = 0; i < PAIR; ++i) keys[pair * PAIR + i] = from[pair * TILE * PAIR + i];
@@ -45,7 +43,7 @@ KVEVICT_INLINE void gather_token(const Pages<Element>& pages, int64_t slot, Elem
 }
 
 template <typename Element>
-KVEVICT_INLINE void move_token(const Pages<Element>& pages, int64_t source, int64_t destination) {
+KVEVICT_INLINE void move_token(const TiledPages<Element>& pages, int64_t source, int64_t destination) {
   const Element* from = pages.key(source);
   Element* to = pages.key(destination);
   for (int64_t pair = 0; pair < pages.head_size / PAIR; ++pair)
@@ -59,41 +57,25 @@ KVEVICT_INLINE void move_token(const Pages<Element>& pages, int64_t source, int6
     }
 }
 
-template <typename Call>
-void for_each_token(int64_t num_tokens, const Call& call) {
-  const int64_t parts = std::max<int64_t>(num_tokens / MIN_PARALLEL_TOKENS, 1);
-#pragma omp parallel for schedule(static) if (parts > 1)
-  for (int64_t part = 0; part < parts; ++part)
-    for (int64_t i = num_tokens * part / parts; i < num_tokens * (part + 1) / parts; ++i) call(i);
-}
-
 template <typename Element>
-Pages<Element> make_pages(void* keys, void* values, int64_t stride_page, int64_t block_size, int64_t head_size) {
+TiledPages<Element> make_pages(void* keys, void* values, int64_t stride_page, int64_t block_size, int64_t head_size) {
   return {static_cast<Element*>(keys), static_cast<Element*>(values), stride_page, block_size, head_size};
 }
 
 template <typename Element>
-void gather(const Pages<Element>& pages, const int64_t* slots, void* keys, void* values, int64_t num_tokens) {
+void gather(const TiledPages<Element>& pages, const int64_t* slots, void* keys, void* values, int64_t num_tokens) {
   Element *key_rows = static_cast<Element*>(keys), *value_rows = static_cast<Element*>(values);
-  for_each_token(num_tokens, [&](int64_t i) {
-    gather_token(pages, slots[i], key_rows + i * pages.head_size, value_rows + i * pages.head_size);
+  for_each_part(num_tokens, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      gather_token(pages, slots[i], key_rows + i * pages.head_size, value_rows + i * pages.head_size);
   });
 }
 
 template <typename Element>
-void move(const Pages<Element>& pages, const int64_t* source, const int64_t* destination, int64_t num_tokens) {
-  for_each_token(num_tokens, [&](int64_t i) { move_token(pages, source[i], destination[i]); });
-}
-
-// Calls with an integer of the size of an element; returns 1 where there is none.
-template <typename Call>
-int32_t with_element(int64_t element_bytes, const Call& call) {
-  switch (element_bytes) {
-    case 1: call(uint8_t{}); return 0;
-    case 2: call(uint16_t{}); return 0;
-    case 4: call(uint32_t{}); return 0;
-    default: return 1;
-  }
+void move(const TiledPages<Element>& pages, const int64_t* source, const int64_t* destination, int64_t num_tokens) {
+  for_each_part(num_tokens, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) move_token(pages, source[i], destination[i]);
+  });
 }
 
 }  // namespace
@@ -106,7 +88,7 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_gather_tiled_t
     void* key_pages, void* value_pages, int64_t stride_page, int64_t block_size, int64_t head_size,
     const int64_t* slots, void* keys, void* values, int64_t num_tokens, int64_t element_bytes) {
   using namespace kvevict;
-  return with_element(element_bytes, [&](auto element) {
+  return with_bits(element_bytes, [&](auto element) {
     gather(make_pages<decltype(element)>(key_pages, value_pages, stride_page, block_size, head_size), slots, keys,
            values, num_tokens);
   });
@@ -116,7 +98,7 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_move_tiled_tok
     void* key_pages, void* value_pages, int64_t stride_page, int64_t block_size, int64_t head_size,
     const int64_t* source, const int64_t* destination, int64_t num_tokens, int64_t element_bytes) {
   using namespace kvevict;
-  return with_element(element_bytes, [&](auto element) {
+  return with_bits(element_bytes, [&](auto element) {
     move(make_pages<decltype(element)>(key_pages, value_pages, stride_page, block_size, head_size), source, destination,
          num_tokens);
   });

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "vector.hpp"
+
 namespace kvevict {
 
 constexpr int64_t TILE_ROWS = 16, TILE_COLUMNS = 16;
@@ -44,7 +46,7 @@ class TileConfig {
 // out = a * b for 16 rows and four tiles of columns; `out` is float32 [16, 64].
 // a: [depth / TILE_DEPTH, 16 rows, TILE_DEPTH]
 // b: [4, depth / TILE_DEPTH, TILE_DEPTH / 2, 16 columns, 2]
-inline __attribute__((always_inline)) void multiply_tiles(const uint16_t* a, const uint16_t* b, int64_t depth, float* out) {
+KVEVICT_INLINE void multiply_tiles(const uint16_t* a, const uint16_t* b, int64_t depth, float* out) {
   const int64_t steps = depth / TILE_DEPTH, next_column = steps * TILE_BYTES, row_bytes = 64;
   __asm__ volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" : : : "memory");
   for (int64_t step = 0; step < steps; ++step) {

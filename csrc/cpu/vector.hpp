@@ -20,6 +20,13 @@ struct VectorTypes {
 
 template <int LANES>
 using Float = typename VectorTypes<LANES>::Float;
+template <int LANES>
+using Int = typename VectorTypes<LANES>::Int;
+template <int LANES>
+using Bits = typename VectorTypes<LANES>::Bits;
+
+// Logits in units of log 2 make the exponential a power of two.
+constexpr float LOG2_E = 1.4426950408889634f;
 
 template <int LANES>
 KVEVICT_INLINE Float<LANES> load(const float* from) {
@@ -51,18 +58,16 @@ KVEVICT_INLINE Value larger_or_nan(Value a, Value b) {
 
 template <int LANES>
 KVEVICT_INLINE Float<LANES> magnitude(Float<LANES> value) {
-  using Bits = typename VectorTypes<LANES>::Bits;
-  return reinterpret_cast<Float<LANES>>(reinterpret_cast<Bits>(value) & 0x7fffffffu);
+  return reinterpret_cast<Float<LANES>>(reinterpret_cast<Bits<LANES>>(value) & 0x7fffffffu);
 }
 
 // -infinity in the lanes from `count` on, which may be negative.
 template <int LANES>
 KVEVICT_INLINE Float<LANES> keep_first(Float<LANES> value, int32_t count) {
-  using Int = typename VectorTypes<LANES>::Int;
-  Int lane;
+  Int<LANES> lane;
   for (int i = 0; i < LANES; ++i) lane[i] = i;
-  const Int hidden = (count - 1 - lane) >> 31;
-  return reinterpret_cast<Float<LANES>>((reinterpret_cast<Int>(value) & ~hidden) | (hidden & static_cast<int32_t>(0xff800000)));
+  const Int<LANES> hidden = (count - 1 - lane) >> 31;
+  return reinterpret_cast<Float<LANES>>((reinterpret_cast<Int<LANES>>(value) & ~hidden) | (hidden & static_cast<int32_t>(0xff800000)));
 }
 
 // 2^x for x from -0.5 to 0.5.
@@ -96,9 +101,8 @@ KVEVICT_INLINE Float<LANES> exp2_limited(Float<LANES> x) {
   constexpr float rounder = 12582912.0f;
   const Float<LANES> rounded = x + rounder;
   fraction = x - (rounded - rounder);
-  using Bits = typename VectorTypes<LANES>::Bits;
-  const Bits power = reinterpret_cast<Bits>(exp2_of_fraction<LANES>(fraction));
-  return reinterpret_cast<Float<LANES>>(power + (reinterpret_cast<Bits>(rounded) << 23));
+  const Bits<LANES> power = reinterpret_cast<Bits<LANES>>(exp2_of_fraction<LANES>(fraction));
+  return reinterpret_cast<Float<LANES>>(power + (reinterpret_cast<Bits<LANES>>(rounded) << 23));
 }
 
 template <int LANES>

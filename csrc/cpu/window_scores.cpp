@@ -14,13 +14,13 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <memory>
-#include <new>
 
 #include <omp.h>
 
+#include "buffer.hpp"
 #include "element.hpp"
 #include "isa.hpp"
+#include "pages.hpp"
 #include "tiles.hpp"
 #include "vector.hpp"
 
@@ -29,9 +29,6 @@ namespace {
 
 // Work is split by token count only, so results do not depend on the number of threads.
 constexpr int64_t TASK_TOKENS = 256;
-// Scratch of one thread: one tile of TILE_TOKENS keys as float32, 16 KiB for a head size of 64. AMX takes them as
-// bfloat16, and its products the other half.
-constexpr int64_t TILE_TOKENS = 64;
 // Rows that share a load of keys. With VECS vectors of keys each: ROWS * VECS accumulators, VECS keys and one query
 // must fit in the registers, 32 with AVX-512 and NEON, else 16.
 constexpr int ROWS = 4;
@@ -45,16 +42,15 @@ enum Group : int32_t { GROUP_SUM = 0, GROUP_MAX = 1 };
 enum Pool : int32_t { POOL_MAX = 0, POOL_AVG = 1 };
 enum Weight : int32_t { NO_WEIGHT = 0, VALUE_NORM = 1, LARGEST_VALUE_NORM = 2 };
 
-// K or V of a pool of pages. Strides count elements.
-struct Pages {
-  const void* data;
-  int64_t stride_page, stride_token, stride_dim;
+// Consecutive tokens of one item, which is one KV head of one request: cache indices first .. first + count - 1.
+struct Span {
+  int64_t item, first, count;
 };
 
 struct Job {
   const void* query;
   int64_t query_stride_req, query_stride_token, query_stride_head;
-  Pages keys, values;
+  PagePool<const void> keys, values;
   const int64_t* page_table;
   int64_t page_table_stride_req, page_table_stride_head;
   const int64_t* kv_lens;
@@ -80,16 +76,17 @@ struct Job {
 
   int64_t group() const { return num_heads / num_kv_heads; }
   int64_t group_rows() const { return group() * rows; }
-  int64_t num_items() const { return num_reqs * num_kv_heads; }  // an item is one KV head of one request
+  int64_t num_items() const { return num_reqs * num_kv_heads; }
   int64_t num_tasks() const { return num_items() * tasks_per_head; }
   int64_t kv_len(int64_t item) const { return kv_lens[item / num_kv_heads]; }
   int64_t num_scored(int64_t item) const { return kv_len(item) - num_unscored; }
-  // Logits in units of log 2 make the exponential a power of two.
-  float logit_scale() const { return scale * 1.4426950408889634f; }
+  float logit_scale() const { return scale * LOG2_E; }
   uint16_t* tiled_query() const { return reinterpret_cast<uint16_t*>(packed_query); }
   int64_t pool_reach() const { return pool_kernel / 2; }
-  const int64_t* pages_of(int64_t item) const {
-    return page_table + item / num_kv_heads * page_table_stride_req + item % num_kv_heads * page_table_stride_head;
+  Tokens tokens_of(const Span& span) const {
+    const int64_t req = span.item / num_kv_heads, kv_head = span.item % num_kv_heads;
+    const int64_t* pages = page_table + req * page_table_stride_req + kv_head * page_table_stride_head;
+    return {pages, block_size, span.first, span.count};
   }
   static int64_t thread_scratch(int64_t head_size, int64_t group_rows, int64_t lanes) {
     return TILE_TOKENS * head_size + group_rows * lanes + TASK_TOKENS;
@@ -97,11 +94,6 @@ struct Job {
 };
 
 enum class Stage { PACK_QUERY, FIND_SOFTMAX, MERGE_SOFTMAX, SUM_COLUMNS, FINISH };
-
-// Consecutive tokens of one item: cache indices first .. first + count - 1.
-struct Span {
-  int64_t item, first, count;
-};
 
 template <typename Element>
 KVEVICT_INLINE void pack_query(const Job& job, int64_t item) {
@@ -131,26 +123,14 @@ KVEVICT_INLINE void pack_tiled_query(const Job& job, int64_t item) {
   }
 }
 
-// Calls visit(offset of the run in the span, its length, its first element) for each run of tokens in one page.
-template <typename Element, typename Visit>
-KVEVICT_INLINE void for_each_run(const Job& job, const Pages& pool, const Span& span, Visit visit) {
-  const int64_t* pages = job.pages_of(span.item);
-  for (int64_t done = 0; done < span.count;) {
-    const int64_t offset = (span.first + done) % job.block_size;
-    const int64_t length = std::min(job.block_size - offset, span.count - done);
-    const int64_t page = pages[(span.first + done) / job.block_size];
-    visit(done, length, static_cast<const Element*>(pool.data) + page * pool.stride_page + offset * pool.stride_token);
-    done += length;
-  }
-}
-
-// Writes keys as float32 [head_size, TILE_TOKENS].
+// Writes keys as float32 [head_size, TILE_TOKENS]. AMX takes half of that, as bfloat16, and its products the other half.
 template <typename Element, int LANES>
 KVEVICT_INLINE void load_keys(const Job& job, const Span& span, float* data) {
   // The last vector may reach past `count`: those products must be finite to be masked.
   if (span.count < TILE_TOKENS) std::fill(data, data + TILE_TOKENS * job.head_size, 0.0f);
-  const Pages& keys = job.keys;
-  for_each_run<Element>(job, keys, span, [&](int64_t done, int64_t length, const Element* source) KVEVICT_INLINE_LAMBDA {
+  const PagePool<const void>& keys = job.keys;
+  for_each_run<Element>(keys, job.tokens_of(span),
+                        [&](int64_t done, int64_t length, const Element* source) KVEVICT_INLINE_LAMBDA {
     if (keys.stride_token == 1) {
       for (int64_t dim = 0; dim < job.head_size; ++dim) {
         float* out = data + dim * TILE_TOKENS + done;
@@ -167,22 +147,13 @@ KVEVICT_INLINE void load_keys(const Job& job, const Span& span, float* data) {
   });
 }
 
-// Calls load<Element>() for the element type of the cache.
-template <typename Load>
-KVEVICT_INLINE void with_key_type(const Job& job, Load load) {
-  if (job.key_dtype == BFLOAT16) return load(BFloat16{});
-  if (job.key_dtype == FLOAT16) return load(Float16{});
-  if (job.key_dtype == FLOAT8_E4M3) return load(Float8E4M3{});
-  if (job.key_dtype == FLOAT8_E5M2) return load(Float8E5M2{});
-  return load(float{});
-}
-
 // Writes keys as AMX takes them: bfloat16 [TILE_TOKENS / TILE_COLUMNS, head_size / 2, TILE_COLUMNS, 2].
 KVEVICT_INLINE void load_tiled_keys(const Job& job, const Span& span, uint32_t* pairs) {
   const int64_t num_pairs = job.head_size / 2;
   if (span.count < TILE_TOKENS) std::fill(pairs, pairs + TILE_TOKENS * num_pairs, 0u);
-  const Pages& keys = job.keys;
-  for_each_run<BFloat16>(job, keys, span, [&](int64_t done, int64_t length, const BFloat16* source) KVEVICT_INLINE_LAMBDA {
+  const PagePool<const void>& keys = job.keys;
+  for_each_run<BFloat16>(keys, job.tokens_of(span),
+                         [&](int64_t done, int64_t length, const BFloat16* source) KVEVICT_INLINE_LAMBDA {
     for (int64_t pair = 0; pair < num_pairs; ++pair) {
       const BFloat16 *first = source + 2 * pair * keys.stride_dim, *second = first + keys.stride_dim;
       uint32_t* out = pairs + pair * TILE_COLUMNS;
@@ -206,14 +177,15 @@ KVEVICT_INLINE void load_tile(const Job& job, const Span& tile, float* keys) {
   if constexpr (TILES) {
     load_tiled_keys(job, tile, reinterpret_cast<uint32_t*>(keys));
   } else {
-    with_key_type(job, [&](auto element) KVEVICT_INLINE_LAMBDA { load_keys<decltype(element), LANES>(job, tile, keys); });
+    with_cache_type(job.key_dtype,
+                    [&](auto element) KVEVICT_INLINE_LAMBDA { load_keys<decltype(element), LANES>(job, tile, keys); });
   }
 }
 
-// Writes the l1 norm of each value of a span.
 template <typename Element, int LANES>
-KVEVICT_INLINE void load_value_norms(const Job& job, const Span& span, float* norms) {
-  for_each_run<Element>(job, job.values, span, [&](int64_t done, int64_t length, const Element* source) KVEVICT_INLINE_LAMBDA {
+KVEVICT_INLINE void load_value_norms_of(const Job& job, const Span& span, float* norms) {
+  for_each_run<Element>(job.values, job.tokens_of(span),
+                        [&](int64_t done, int64_t length, const Element* source) KVEVICT_INLINE_LAMBDA {
     for (int64_t token = 0; token < length; ++token) {
       const Element* value = source + token * job.values.stride_token;
       Float<LANES> sums = {};
@@ -223,6 +195,14 @@ KVEVICT_INLINE void load_value_norms(const Job& job, const Span& span, float* no
       for (; dim < job.value_head_size; ++dim) norm += std::abs(to_float(value[dim]));
       norms[done + token] = norm * job.value_scale;
     }
+  });
+}
+
+// Writes the l1 norm of each value of a span.
+template <int LANES>
+KVEVICT_INLINE void load_value_norms(const Job& job, const Span& span, float* norms) {
+  with_cache_type(job.key_dtype, [&](auto element) KVEVICT_INLINE_LAMBDA {
+    load_value_norms_of<decltype(element), LANES>(job, span, norms);
   });
 }
 
@@ -332,9 +312,7 @@ KVEVICT_INLINE void find_softmax(const Job& job, int64_t task, const Span& span,
 template <int LANES>
 KVEVICT_INLINE void find_largest_norm(const Job& job, int64_t task, const Span& span, float* norms) {
   const int64_t count = std::clamp<int64_t>(job.num_scored(span.item) - span.first, 0, span.count);
-  with_key_type(job, [&](auto element) KVEVICT_INLINE_LAMBDA {
-    load_value_norms<decltype(element), LANES>(job, Span{span.item, span.first, count}, norms);
-  });
+  load_value_norms<LANES>(job, Span{span.item, span.first, count}, norms);
   float largest = 0.0f;
   for (int64_t token = 0; token < count; ++token) largest = larger_or_nan(norms[token], largest);
   job.task_norm[task] = largest;
@@ -405,10 +383,7 @@ template <int LANES>
 KVEVICT_INLINE void finish(const Job& job, const Span& span, float* norms) {
   const int64_t count = std::clamp<int64_t>(job.num_scored(span.item) - span.first, 0, span.count);
   float weight = 1.0f;
-  if (job.weight_code == VALUE_NORM)
-    with_key_type(job, [&](auto element) KVEVICT_INLINE_LAMBDA {
-      load_value_norms<decltype(element), LANES>(job, Span{span.item, span.first, count}, norms);
-    });
+  if (job.weight_code == VALUE_NORM) load_value_norms<LANES>(job, Span{span.item, span.first, count}, norms);
   if (job.weight_code == LARGEST_VALUE_NORM) {
     const float* task_norm = job.task_norm + span.item * job.tasks_per_head;
     const int64_t num_tasks = (job.kv_len(span.item) + TASK_TOKENS - 1) / TASK_TOKENS;
@@ -438,9 +413,8 @@ KVEVICT_INLINE void run_stage(const Job& job, Stage stage, int64_t index, float*
   if (stage == Stage::MERGE_SOFTMAX) return merge_softmax(job, index);
   if (stage == Stage::PACK_QUERY) {
     if constexpr (TILES) return pack_tiled_query(job, index);
-    if (job.query_dtype == BFLOAT16) return pack_query<BFloat16>(job, index);
-    if (job.query_dtype == FLOAT16) return pack_query<Float16>(job, index);
-    return pack_query<float>(job, index);
+    return with_model_type(job.query_dtype,
+                           [&](auto element) KVEVICT_INLINE_LAMBDA { pack_query<decltype(element)>(job, index); });
   }
   const int64_t item = index / job.tasks_per_head, first = index % job.tasks_per_head * TASK_TOKENS;
   const Span span{item, first, std::clamp<int64_t>(job.kv_len(item) - first, 0, TASK_TOKENS)};
@@ -451,43 +425,31 @@ KVEVICT_INLINE void run_stage(const Job& job, Stage stage, int64_t index, float*
   if (job.weight_code == LARGEST_VALUE_NORM) find_largest_norm<LANES>(job, index, span, norms);
 }
 
-using RunStage = void (*)(const Job&, Stage, int64_t, float*);
+struct RunStage {
+  template <int LANES>
+  KVEVICT_INLINE static void run(const Job& job, Stage stage, int64_t index, float* scratch) {
+    run_stage<LANES, VECTOR_REGISTERS<LANES> / 8>(job, stage, index, scratch);
+  }
+};
+using StageFunction = void (*)(const Job&, Stage, int64_t, float*);
 
 #if defined(__x86_64__)
-KVEVICT_TARGET_V4 void run_stage_tiles(const Job& job, Stage stage, int64_t index, float* scratch) {
-  const TileConfig config;
-  run_stage<16, 4, true>(job, stage, index, scratch);
-}
-KVEVICT_TARGET_V4 void run_stage_v4(const Job& job, Stage stage, int64_t index, float* scratch) {
-  run_stage<16, 4>(job, stage, index, scratch);
-}
-KVEVICT_TARGET_V3 void run_stage_v3(const Job& job, Stage stage, int64_t index, float* scratch) {
-  run_stage<8, 2>(job, stage, index, scratch);
-}
-void run_stage_baseline(const Job& job, Stage stage, int64_t index, float* scratch) {
-  run_stage<4, 2>(job, stage, index, scratch);
-}
-RunStage choose(int32_t lanes, bool tiles) {
-  return tiles ? run_stage_tiles : lanes == 16 ? run_stage_v4 : lanes == 8 ? run_stage_v3 : run_stage_baseline;
+struct RunTiledStage {
+  template <int LANES>
+  KVEVICT_INLINE static void run(const Job& job, Stage stage, int64_t index, float* scratch) {
+    const TileConfig config;
+    run_stage<LANES, TILE_TOKENS / LANES, true>(job, stage, index, scratch);
+  }
+};
+
+StageFunction choose(int32_t lanes, bool tiles) {
+  return tiles ? Compiled<RunTiledStage>::v4 : function_for<RunStage>(lanes);
 }
 #else
-void run_stage_baseline(const Job& job, Stage stage, int64_t index, float* scratch) {
-  run_stage<4, 4>(job, stage, index, scratch);
-}
-RunStage choose(int32_t, bool) { return run_stage_baseline; }
+StageFunction choose(int32_t lanes, bool) { return function_for<RunStage>(lanes); }
 #endif
 
-struct AlignedDelete {
-  void operator()(float* data) const { ::operator delete[](data, std::align_val_t(64)); }
-};
-using Buffer = std::unique_ptr<float[], AlignedDelete>;
-
-Buffer allocate(int64_t count) {
-  void* data = ::operator new[](static_cast<size_t>(count) * sizeof(float), std::align_val_t(64), std::nothrow);
-  return Buffer(static_cast<float*>(data));
-}
-
-void run_all_stages(const Job& job, RunStage run, float* scratch, int64_t thread_scratch) {
+void run_all_stages(const Job& job, StageFunction run, float* scratch, int64_t thread_scratch) {
 #pragma omp parallel
   {
     float* own = scratch + omp_get_thread_num() * thread_scratch;
@@ -548,9 +510,9 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_window_scores(
   const int64_t query_count = final_count * head_size;
   const int64_t partial_count = final_count * job.tasks_per_head;
   const int64_t thread_scratch = Job::thread_scratch(head_size, job.group_rows(), lanes);
-  const Buffer buffer =
-      allocate(query_count + 2 * partial_count + 2 * final_count + job.num_tasks() +
-               job.num_items() * job.column_stride + omp_get_max_threads() * thread_scratch);
+  const Buffer<float> buffer =
+      allocate<float>(query_count + 2 * partial_count + 2 * final_count + job.num_tasks() +
+                      job.num_items() * job.column_stride + omp_get_max_threads() * thread_scratch);
   if (!buffer) return 1;
   job.packed_query = buffer.get();
   float* scratch = job.packed_query + query_count;

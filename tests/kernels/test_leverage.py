@@ -148,7 +148,7 @@ def replaced(**changes):
         ({"keys": lambda keys: keys[0]}, "`keys`: expected floats .num_pages, block_size, head_size."),
         ({"keys": lambda keys: keys.double()}, "`keys`: expected floats .* got torch.float64"),
         ({"keys": lambda keys: keys.repeat_interleave(2, 2)[:, ::2, ::2]}, "`keys`: expected .* contiguous token or"),
-        ({"page_table": lambda table: table[0]}, "`page_table`: expected int64 .num_kv_heads, max_pages."),
+        ({"page_table": lambda table: table[0]}, "`page_table`: expected .num_kv_heads, max_pages."),
         ({"page_table": lambda table: table.int()}, "`page_table`: expected int64"),
         ({"start": -1}, "`start`, `end`: expected a range of the 80 tokens .* 43 positions .* got -1 to 40"),
         ({"start": 40}, "`start`, `end`: expected a range .* got 40 to 40"),

@@ -182,8 +182,9 @@ def arguments(num_columns=8, **changes):
         ({"kv_lens": torch.ones(2, 3, 3).int()}, "`kv_lens`: expected contiguous torch.int32 .2, 3, 2."),
         ({"layer_offset": torch.arange(4)[::2]}, "`layer_offset`: expected contiguous torch.int64 .2."),
         ({"end_block": torch.arange(3)}, "`end_block`: expected contiguous torch.int64 .2. on cpu, got .* .3."),
-        ({"block_table": torch.ones(3, 8).long()}, "`block_table`: expected contiguous rows .2, max_blocks."),
-        ({"block_table": torch.ones(2, 8).int()}, "`block_table`: expected torch.int64 on cpu, got torch.int32"),
+        ({"block_table": torch.ones(3, 8).long()}, "`block_table`: expected .2, max_blocks., got shape .3, 8."),
+        ({"block_table": torch.ones(2, 8).int()}, "`block_table`: expected int64 on cpu .* got torch.int32"),
+        ({"block_table": torch.ones(8, 2).long().T}, "`block_table`: expected .* contiguous rows"),
     ],
 )
 def test_wrong_arguments(changes, message):

@@ -105,8 +105,8 @@ PAGES, SLOTS = torch.zeros(4, 16, 32), torch.tensor([1, 2])
         ((PAGES.double(), PAGES, SLOTS, SLOTS), "`keys`: expected contiguous pages .* got torch.float64"),
         ((PAGES, PAGES[..., ::2], SLOTS, SLOTS), "`values`: expected contiguous pages"),
         ((PAGES, PAGES[:3], SLOTS, SLOTS), "`values`: expected what `keys` are"),
-        ((PAGES, PAGES, SLOTS.int(), SLOTS), "slots: expected int64"),
-        ((PAGES, PAGES, SLOTS, SLOTS + 62), "slots: expected 0 to 63, got 63 to 64"),
+        ((PAGES, PAGES, SLOTS.int(), SLOTS), "`source`: expected int64 on cpu, got torch.int32"),
+        ((PAGES, PAGES, SLOTS, SLOTS + 62), "`destination`: expected slots 0 to 63, got 63 to 64"),
         ((PAGES, PAGES, SLOTS, SLOTS[:1]), "`destination`: expected slots .2,., got .1,."),
     ],
 )

@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 
-from vllm_kvevict.kernels.move_tokens import ELEMENT_VIEWS, move_tokens
+from vllm_kvevict.kernels.move_tokens import move_tokens
+from vllm_kvevict.kernels.paged import ELEMENT_VIEWS
 from vllm_kvevict.kernels.tiled_tokens import gather_tiled_tokens, move_tiled_tokens
 
 Packing = Literal["transposed", "interleaved", "tiled"]

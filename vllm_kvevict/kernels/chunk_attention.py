@@ -9,9 +9,9 @@ import torch
 from vllm_kvevict.kernels.native import function
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
+from vllm_kvevict.kernels.paged import DTYPE_CODES, LOG2_E
 from vllm_kvevict.kernels.streaming_sums import (
     BLOCK_TOKENS,
-    LOG2_E,
     NUM_WARPS,
     attention_arguments,
     attention_constants,
@@ -21,7 +21,6 @@ from vllm_kvevict.kernels.streaming_sums import (
     row_log_sums,
 )
 from vllm_kvevict.kernels.streaming_sums import triton_signatures as attention_signatures
-from vllm_kvevict.kernels.window_batch import DTYPE_CODES
 
 _COLUMN_ROWS = 32  # rows of a tile in the pass over the columns; twice as many spill registers on sm_80
 
@@ -65,7 +64,7 @@ def chunk_attention(
         raise ValueError(f"`reduction`: expected 'mean' or 'max', got {reduction!r}.")
     if query.device.type == "cuda":
         return _launch(query, keys, page_table, start, scale, reduction)
-    kernel = function("kvevict_chunk_attention") if query.device.type == "cpu" else None
+    kernel = function("kvevict_chunk_attention", query.device)
     if kernel is None:
         return chunk_attention_reference(query, keys, page_table, start, scale, reduction)
     chunk, num_heads, head_size = query.shape

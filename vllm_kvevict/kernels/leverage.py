@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from vllm_kvevict.kernels.native import function
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
+from vllm_kvevict.kernels.paged import DTYPE_CODES, QUERY_DTYPES, check_keys, check_page_ids, check_page_table
 from vllm_kvevict.kernels.rotary import Rotary
-from vllm_kvevict.kernels.window_batch import DTYPE_CODES, QUERY_DTYPES
 
 REFERENCE_TOKENS = 1024
 # Of the Triton kernels: programs that share the tokens in the first pass, its rows of moments, tokens and columns.
@@ -61,11 +61,9 @@ def leverage(
     check_arguments(keys, page_table, start, end, rotary, sketch)
     if keys.device.type == "cuda":
         return _launch(keys, page_table, start, end, rotary, sketch, ridge, key_scale)
-    moments, norms = (
-        function("kvevict_key_moments"),
-        function("kvevict_mapped_norms"),
-    )
-    if keys.device.type != "cpu" or moments is None or norms is None:
+    moments = function("kvevict_key_moments", keys.device)
+    norms = function("kvevict_mapped_norms", keys.device)
+    if moments is None or norms is None:
         return leverage_reference(keys, page_table, start, end, rotary, sketch, ridge, key_scale)
     num_kv_heads, head_size = len(page_table), keys.shape[2]
     table = rotary.cos_sin
@@ -92,21 +90,8 @@ def check_arguments(
     keys: torch.Tensor, page_table: torch.Tensor, start: int, end: int, rotary: Rotary, sketch: torch.Tensor
 ) -> None:
     """Raise ValueError unless the arguments are as ``leverage`` documents them."""
-    if keys.dim() != 3 or 0 in keys.shape or 1 not in keys.stride()[1:] or keys.dtype not in DTYPE_CODES:
-        raise ValueError(
-            "`keys`: expected floats [num_pages, block_size, head_size] with a contiguous token or head_size "
-            f"dimension, got {keys.dtype} {tuple(keys.shape)}, strides {keys.stride()}."
-        )
-    if (
-        page_table.dim() != 2
-        or page_table.dtype != torch.int64
-        or page_table.device != keys.device
-        or page_table.stride(1) != 1
-    ):
-        raise ValueError(
-            f"`page_table`: expected int64 [num_kv_heads, max_pages] on {keys.device} with contiguous rows, got "
-            f"{page_table.dtype} {tuple(page_table.shape)} on {page_table.device}, strides {page_table.stride()}."
-        )
+    check_keys(keys)
+    check_page_table(page_table, keys.device)
     num_tokens, block_size = page_table.shape[1] * keys.shape[1], keys.shape[1]
     if not 0 <= start < end <= min(num_tokens, len(rotary.cos_sin)):
         raise ValueError(
@@ -129,9 +114,7 @@ def check_arguments(
             f"`sketch`: expected float64 [{head_size}, rank] on {keys.device}, "
             f"got {sketch.dtype} {tuple(sketch.shape)} on {sketch.device}."
         )
-    lowest, highest = page_table[:, start // block_size : -(-end // block_size)].aminmax()
-    if lowest < 0 or highest >= len(keys):
-        raise ValueError(f"`page_table`: expected page ids 0 to {len(keys) - 1}, got {int(lowest)} to {int(highest)}.")
+    check_page_ids(page_table[:, start // block_size : -(-end // block_size)], len(keys))
 
 
 def whiten(

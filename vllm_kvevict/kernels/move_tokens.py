@@ -9,8 +9,8 @@ import torch
 from vllm_kvevict.kernels.native import cuda_function, cuda_library, function
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
+from vllm_kvevict.kernels.paged import ELEMENT_VIEWS, check_slots
 
-ELEMENT_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _TOKENS, _DIMS, _NUM_WARPS = 32, 32, 4  # a program copies 32 elements of 32 tokens at once
 
 
@@ -38,7 +38,7 @@ def move_tokens(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, 
     if keys.device.type == "cuda":
         launch = move_tokens_triton if cuda_library() is None else move_tokens_cuda
         return launch(keys, values, source, destination)
-    kernel = function("kvevict_move_tokens") if keys.device.type == "cpu" else None
+    kernel = function("kvevict_move_tokens", keys.device)
     if kernel is None:
         return move_tokens_reference(keys, values, source, destination)
     kernel(*_flat(keys, values, source, destination))
@@ -60,28 +60,23 @@ def check_arguments(keys: torch.Tensor, values: torch.Tensor, source: torch.Tens
             f"got {values.dtype} on {values.device}."
         )
     for name, slots in (("source", source), ("destination", destination)):
-        if slots.dim() != 1 or slots.dtype != torch.int64 or not slots.is_contiguous() or slots.device != keys.device:
+        if slots.dim() != 1 or not slots.is_contiguous():
             raise ValueError(
-                f"`{name}`: expected contiguous int64 slots [num_tokens] on {keys.device}, "
-                f"got {slots.dtype} {tuple(slots.shape)} on {slots.device}, strides {slots.stride()}."
+                f"`{name}`: expected contiguous slots [num_tokens], "
+                f"got shape {tuple(slots.shape)}, strides {slots.stride()}."
             )
+        check_slots(name, slots, keys)
     if source.shape != destination.shape:
         raise ValueError(
             f"`destination`: expected as many slots as `source` ({source.numel()}), got {destination.numel()}."
         )
-    num_slots = keys.shape[0] * keys.shape[1]
-    for name, slots in (("source", source), ("destination", destination)):
-        if slots.numel() > 0:
-            lowest, highest = slots.aminmax()
-            if lowest < 0 or highest >= num_slots:
-                raise ValueError(f"`{name}`: expected slots 0 to {num_slots - 1}, got {int(lowest)} to {int(highest)}.")
 
 
 def move_tokens_triton(
     keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
 ) -> None:
     """In place: launch the kernel of ``move_tokens``, K and V in programs of their own; same arguments."""
-    element = ELEMENT_VIEWS[keys.element_size()]  # as integers: no NaN payload may change
+    element = ELEMENT_VIEWS[keys.element_size()]
     keys, values = keys.view(element), values.view(element)
     num_tokens, block_size = source.numel(), keys.shape[1]
     _move_tokens_kernel[(triton.cdiv(num_tokens, _TOKENS), 2)](
@@ -161,7 +156,7 @@ def move_tokens_reference(
     """In place: the definition of ``move_tokens`` in plain torch, same arguments."""
     block_size = keys.shape[1]
     for pool in (keys, values):
-        # as integers: indexing is not defined for every 8-bit float, and no NaN payload may change
+        # indexing is not defined for every 8-bit float
         elements = pool.view(ELEMENT_VIEWS[pool.element_size()])
         elements[destination // block_size, destination % block_size] = elements[
             source // block_size, source % block_size

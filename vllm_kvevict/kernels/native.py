@@ -13,10 +13,21 @@ import torch
 
 from vllm_kvevict.kernels.interface import CUDA_SIGNATURES, INT32, SIGNATURES, declarations, digest
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.kvevict")  # a child of vLLM's, which shows what it logs
 
 PACKAGE = Path(__file__).parents[1]
 Signatures = dict[str, tuple[Any, ...]]
+
+
+def check(device: torch.device) -> None:
+    """Load the compiled kernels for tensors on ``device``, for a worker to hear at its start what is wrong with them.
+
+    Logs and raises as ``library`` and ``cuda_library`` do.
+    """
+    if device.type == "cuda":
+        cuda_library()
+    else:
+        library()
 
 
 @functools.cache
@@ -67,9 +78,12 @@ def load(path: str, signatures: Signatures) -> ctypes.CDLL:
 
 
 @functools.cache
-def function(name: str) -> Callable[..., int] | None:
-    """Return the compiled function ``name``, whose status 0 means success; None where the kernels were not built."""
-    kernels = library()
+def function(name: str, device: torch.device) -> Callable[..., int] | None:
+    """Return the compiled function ``name`` for tensors on ``device``, whose status 0 means success.
+
+    None where that is no CPU, or the kernels were not built.
+    """
+    kernels = library() if device.type == "cpu" else None
     if kernels is None:
         return None
     found: Any = getattr(kernels, name)

@@ -9,6 +9,7 @@ import torch
 from vllm_kvevict.kernels.native import function
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
+from vllm_kvevict.kernels.paged import check_contiguous, check_rows
 
 # what a warp of the Triton kernel handles at a time: 16 bytes of page ids per thread
 _COLUMNS, _NUM_WARPS = 128, 1
@@ -77,7 +78,7 @@ def page_table_update(
     check_arguments(pages, num_pages, kv_lens, layer_offset, batch, num_columns)
     if pages.device.type == "cuda":
         return page_table_update_triton(pages, num_pages, kv_lens, layer_offset, block_stride, batch, num_columns)
-    kernel = function("kvevict_page_table_update")
+    kernel = function("kvevict_page_table_update", pages.device)
     if kernel is None:
         return page_table_update_reference(pages, num_pages, kv_lens, layer_offset, block_stride, batch, num_columns)
     rows, lens = _empty_rows(pages, batch, num_columns)
@@ -109,28 +110,16 @@ def check_arguments(
     if not 0 < num_columns <= pages.shape[3]:
         raise ValueError(f"`num_columns`: expected 1 to {pages.shape[3]}, got {num_columns}.")
     rows, reqs = pages.shape[:3], batch.slots.shape[:1]
-    _check("pages", pages, pages.shape, torch.int32, pages.device)
-    _check("num_pages", num_pages, rows, torch.int64, pages.device)
-    _check("kv_lens", kv_lens, rows, torch.int32, pages.device)
-    _check("layer_offset", layer_offset, rows[:1], torch.int64, pages.device)
+    check_contiguous("pages", pages, pages.shape, torch.int32, pages.device)
+    check_contiguous("num_pages", num_pages, rows, torch.int64, pages.device)
+    check_contiguous("kv_lens", kv_lens, rows, torch.int32, pages.device)
+    check_contiguous("layer_offset", layer_offset, rows[:1], torch.int64, pages.device)
     for name in ("slots", "num_blocks", "first_block", "end_block", "new_tokens"):
-        _check(name, getattr(batch, name), reqs, torch.int64, pages.device)
+        check_contiguous(name, getattr(batch, name), reqs, torch.int64, pages.device)
     table = batch.block_table
-    if table.dim() != 2 or len(table) != len(batch.slots) or table.stride(1) != 1:
-        raise ValueError(
-            f"`block_table`: expected contiguous rows [{len(batch.slots)}, max_blocks], "
-            f"got shape {tuple(table.shape)}, strides {table.stride()}."
-        )
-    if table.dtype != torch.int64 or table.device != pages.device:
-        raise ValueError(f"`block_table`: expected torch.int64 on {pages.device}, got {table.dtype} on {table.device}.")
-
-
-def _check(name: str, tensor: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
-    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
-        raise ValueError(
-            f"`{name}`: expected contiguous {dtype} {list(shape)} on {device}, "
-            f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {tensor.stride()}."
-        )
+    if table.dim() != 2 or len(table) != len(batch.slots):
+        raise ValueError(f"`block_table`: expected [{len(batch.slots)}, max_blocks], got shape {tuple(table.shape)}.")
+    check_rows("block_table", table, pages.device)
 
 
 def _outside() -> ValueError:

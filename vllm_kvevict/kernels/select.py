@@ -41,7 +41,7 @@ def select(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int = 0, num_
     if scores.device.type == "cuda":
         launch = select_triton if cuda_library() is None else select_cuda
         return launch(scores, num_kept, num_sink, num_recent)
-    kernel = function("kvevict_select") if scores.device.type == "cpu" else None
+    kernel = function("kvevict_select", scores.device)
     if kernel is None:
         return select_reference(scores, num_kept, num_sink, num_recent)
     scores, num_kept = scores.contiguous(), num_kept.contiguous()
@@ -80,7 +80,7 @@ def count_best(scores: torch.Tensor, totals: torch.Tensor) -> tuple[torch.Tensor
     _check_groups(scores, totals)
     if scores.device.type == "cuda":
         return count_best_triton(scores, totals)
-    kernel = function("kvevict_count_best") if scores.device.type == "cpu" else None
+    kernel = function("kvevict_count_best", scores.device)
     if kernel is None:
         return count_best_reference(scores, totals)
     scores, totals = scores.contiguous(), totals.contiguous()

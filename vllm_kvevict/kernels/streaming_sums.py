@@ -9,7 +9,15 @@ import torch
 from vllm_kvevict.kernels.native import function
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
-from vllm_kvevict.kernels.window_batch import DTYPE_CODES, FLOAT8_DTYPES, QUERY_DTYPES
+from vllm_kvevict.kernels.paged import (
+    DTYPE_CODES,
+    LOG2_E,
+    check_groups,
+    check_keys_of,
+    check_page_ids,
+    check_page_table,
+    check_query,
+)
 
 # Queries that the reference looks at in one go, so that its memory does not grow with the chunk.
 REFERENCE_QUERIES = 256
@@ -17,7 +25,6 @@ REFERENCE_QUERIES = 256
 LEAST_PARTS = 16
 # Of the Triton kernels: rows of queries and keys of a tile.
 BLOCK_ROWS, BLOCK_TOKENS, NUM_WARPS = 64, 64, 8
-LOG2_E = 1.4426950408889634  # logits in units of log 2 make the exponential a power of two
 
 
 @operator(
@@ -57,7 +64,7 @@ def streaming_sums(
         )
     if query.device.type == "cuda":
         return _launch(query, keys, page_table, kv_len, scale, sums)
-    kernel = function("kvevict_streaming_sums") if query.device.type == "cpu" else None
+    kernel = function("kvevict_streaming_sums", query.device)
     if kernel is None:
         return streaming_sums_reference(query, keys, page_table, kv_len, scale, sums)
     num_queries, num_heads, head_size = query.shape
@@ -77,40 +84,18 @@ def streaming_sums(
 
 def check_arguments(query: torch.Tensor, keys: torch.Tensor, page_table: torch.Tensor, first: int, kv_len: int) -> None:
     """Raise ValueError unless they are as ``streaming_sums`` documents them; ``first``: the first token read."""
-    if query.dim() != 3 or 0 in query.shape or query.stride(2) != 1 or query.dtype not in QUERY_DTYPES:
-        raise ValueError(
-            f"`query`: expected {' or '.join(map(str, QUERY_DTYPES))} [num_queries, num_heads, head_size] with a "
-            f"contiguous last dimension, got {query.dtype} {tuple(query.shape)}, strides {query.stride()}."
-        )
-    num_queries, num_heads, head_size = query.shape
-    if keys.dim() != 3 or 0 in keys.shape or keys.shape[2] != head_size or 1 not in keys.stride()[1:]:
-        raise ValueError(
-            f"`keys`: expected [num_pages, block_size, {head_size}] with a contiguous token or head_size dimension, "
-            f"got shape {tuple(keys.shape)}, strides {keys.stride()}."
-        )
-    if keys.dtype not in (query.dtype, *FLOAT8_DTYPES) or keys.device != query.device:
-        raise ValueError(
-            f"`keys`: expected {query.dtype}, or an 8-bit float, on {query.device}; got {keys.dtype} on {keys.device}."
-        )
-    if page_table.dim() != 2 or len(page_table) == 0 or num_heads % len(page_table) != 0:
-        raise ValueError(
-            f"`page_table`: expected [num_kv_heads, max_pages] where num_kv_heads divides {num_heads} query heads, "
-            f"got shape {tuple(page_table.shape)}."
-        )
-    if page_table.dtype != torch.int64 or page_table.device != query.device or page_table.stride(1) != 1:
-        raise ValueError(
-            f"`page_table`: expected int64 on {query.device} with contiguous rows, "
-            f"got {page_table.dtype} on {page_table.device}, strides {page_table.stride()}."
-        )
+    check_query(query, "num_queries", "num_heads", "head_size")
+    check_keys_of(query, keys)
+    check_page_table(page_table, query.device)
+    num_queries, num_heads, _ = query.shape
+    check_groups(num_heads, len(page_table))
     block_size = keys.shape[1]
     max_kv_len = page_table.shape[1] * block_size
     if first < 0 or not first + num_queries <= kv_len <= max_kv_len:
         raise ValueError(
             f"`query`: expected {num_queries} tokens among {max_kv_len} of the page table, got {first} to {kv_len}."
         )
-    lowest, highest = page_table[:, first // block_size : -(-kv_len // block_size)].aminmax()
-    if lowest < 0 or highest >= len(keys):
-        raise ValueError(f"`page_table`: expected page ids 0 to {len(keys) - 1}, got {int(lowest)} to {int(highest)}.")
+    check_page_ids(page_table[:, first // block_size : -(-kv_len // block_size)], len(keys))
 
 
 def _launch(

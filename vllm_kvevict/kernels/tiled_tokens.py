@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from vllm_kvevict.kernels.move_tokens import ELEMENT_VIEWS
 from vllm_kvevict.kernels.native import function
 from vllm_kvevict.kernels.operators import operator
+from vllm_kvevict.kernels.paged import ELEMENT_VIEWS, check_slots
 
 TILE = 16
 
@@ -37,8 +37,9 @@ def gather_tiled_tokens(
 
     Raises ValueError for a wrong shape, dtype or stride, or a slot outside the pool.
     """
-    check_arguments(keys, values, slots)
-    kernel = function("kvevict_gather_tiled_tokens") if keys.device.type == "cpu" else None
+    check_arguments(keys, values)
+    check_slots("slots", slots, keys)
+    kernel = function("kvevict_gather_tiled_tokens", keys.device)
     if kernel is None:
         return gather_tiled_tokens_reference(keys, values, slots)
     slots = slots.contiguous()
@@ -63,11 +64,12 @@ def move_tiled_tokens(
 
     Raises ValueError as ``gather_tiled_tokens`` does, or for slots of different numbers.
     """
-    check_arguments(keys, values, source)
-    check_arguments(keys, values, destination)
+    check_arguments(keys, values)
+    check_slots("source", source, keys)
+    check_slots("destination", destination, keys)
     if source.shape != destination.shape:
         raise ValueError(f"`destination`: expected slots {tuple(source.shape)}, got {tuple(destination.shape)}.")
-    kernel = function("kvevict_move_tiled_tokens") if keys.device.type == "cpu" else None
+    kernel = function("kvevict_move_tiled_tokens", keys.device)
     if kernel is None:
         return move_tiled_tokens_reference(keys, values, source, destination)
     source, destination = source.contiguous(), destination.contiguous()
@@ -78,8 +80,8 @@ def _flat(keys: torch.Tensor, values: torch.Tensor) -> tuple[int, ...]:
     return keys.data_ptr(), values.data_ptr(), keys.stride(0), *keys.shape[1:]
 
 
-def check_arguments(keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-    """Raise ValueError unless the arguments are as ``gather_tiled_tokens`` documents them."""
+def check_arguments(keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Raise ValueError unless the pages are as ``gather_tiled_tokens`` documents them."""
     for name, pages in (("keys", keys), ("values", values)):
         is_tiled = pages.dim() == 3 and 0 not in pages.shape and not any(size % TILE for size in pages.shape[1:])
         if not is_tiled or pages.stride()[1:] != (pages.shape[2], 1) or pages.element_size() not in ELEMENT_VIEWS:
@@ -90,14 +92,6 @@ def check_arguments(keys: torch.Tensor, values: torch.Tensor, slots: torch.Tenso
     if values.shape != keys.shape or values.stride() != keys.stride() or values.dtype != keys.dtype:
         raise ValueError(f"`values`: expected what `keys` are, {keys.dtype} {tuple(keys.shape)}, got {values.dtype} "
                          f"{tuple(values.shape)}, strides {values.stride()}.")  # fmt: skip
-    if slots.dtype != torch.int64 or slots.device != keys.device:
-        raise ValueError(f"slots: expected int64 on {keys.device}, got {slots.dtype} on {slots.device}.")
-    if slots.numel() > 0:
-        lowest, highest = slots.aminmax()
-        if lowest < 0 or highest >= keys.shape[0] * keys.shape[1]:
-            raise ValueError(
-                f"slots: expected 0 to {keys.shape[0] * keys.shape[1] - 1}, got {int(lowest)} to {int(highest)}."
-            )
 
 
 def tiled_offsets(block_size: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:

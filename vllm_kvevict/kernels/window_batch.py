@@ -7,13 +7,19 @@ from typing import Literal
 
 import torch
 
-# The numbers are those of `enum Dtype` in csrc/cpu/element.hpp and of the other enums in csrc/cpu/window_scores.cpp.
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.float8_e5m2: 4}
+from vllm_kvevict.kernels.paged import (
+    check_contiguous,
+    check_groups,
+    check_keys_of,
+    check_page_ids,
+    check_page_table,
+    check_query,
+)
+
+# The numbers are those of the enums in csrc/cpu/window_scores.cpp.
 GROUP_CODES = {"sum": 0, "mean": 0, "max": 1}
 POOL_CODES = {"max": 0, "avg": 1}
 WEIGHT_CODES = {"none": 0, "value_norm": 1, "largest_value_norm": 2}
-QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
@@ -74,22 +80,9 @@ class Reduction:
 def check_arguments(batch: WindowBatch, reduction: Reduction) -> None:
     """Raise ValueError unless the arguments are as documented, as far as it shows without reading a tensor."""
     query, keys, values, page_table, kv_lens = batch.query, batch.keys, batch.values, batch.page_table, batch.kv_lens
-    if query.dim() != 4 or 0 in query.shape or query.stride(3) != 1:
-        raise ValueError(
-            "`query`: expected [num_reqs, window, num_heads, head_size] with a contiguous last dimension, "
-            f"got shape {tuple(query.shape)}, strides {query.stride()}."
-        )
-    if query.dtype not in QUERY_DTYPES:
-        raise ValueError(f"`query`: expected dtype {' or '.join(map(str, QUERY_DTYPES))}, got {query.dtype}.")
-    num_reqs, window, num_heads, head_size = query.shape
-    if keys.dim() != 3 or 0 in keys.shape or keys.shape[2] != head_size:
-        raise ValueError(f"`keys`: expected [num_pages, block_size, {head_size}], got shape {tuple(keys.shape)}.")
-    if keys.dtype not in (query.dtype, *FLOAT8_DTYPES) or keys.device != query.device:
-        raise ValueError(
-            f"`keys`: expected {query.dtype}, or an 8-bit float, on {query.device}; got {keys.dtype} on {keys.device}."
-        )
-    if 1 not in keys.stride()[1:]:
-        raise ValueError(f"`keys`: expected a contiguous token or head_size dimension, got strides {keys.stride()}.")
+    check_query(query, "num_reqs", "window", "num_heads", "head_size")
+    num_reqs, window, num_heads, _ = query.shape
+    check_keys_of(query, keys)
     if values.dim() != 3 or values.shape[:2] != keys.shape[:2] or values.stride(2) != 1:
         raise ValueError(
             f"`values`: expected [{keys.shape[0]}, {keys.shape[1]}, value_head_size] with a contiguous last dimension, "
@@ -97,22 +90,9 @@ def check_arguments(batch: WindowBatch, reduction: Reduction) -> None:
         )
     if values.dtype != keys.dtype or values.device != keys.device:
         raise ValueError(f"`values`: expected {keys.dtype} on {keys.device}; got {values.dtype} on {values.device}.")
-    if page_table.dim() != 3 or len(page_table) != num_reqs or 0 in page_table.shape or num_heads % page_table.shape[1]:
-        raise ValueError(
-            f"`page_table`: expected [{num_reqs}, num_kv_heads, max_pages] where num_kv_heads divides {num_heads} "
-            f"query heads, got shape {tuple(page_table.shape)}."
-        )
-    if page_table.dtype != torch.int64 or page_table.device != query.device or page_table.stride(2) != 1:
-        raise ValueError(
-            f"`page_table`: expected int64 on {query.device} with contiguous rows, "
-            f"got {page_table.dtype} on {page_table.device}, strides {page_table.stride()}."
-        )
-    is_vector = kv_lens.shape == (num_reqs,) and kv_lens.is_contiguous()
-    if not is_vector or kv_lens.dtype != torch.int64 or kv_lens.device != query.device:
-        raise ValueError(
-            f"`kv_lens`: expected contiguous [{num_reqs}] int64 on {query.device}, "
-            f"got {kv_lens.dtype} {tuple(kv_lens.shape)} on {kv_lens.device}."
-        )
+    check_page_table(page_table, query.device, num_reqs)
+    check_groups(num_heads, page_table.shape[1])
+    check_contiguous("kv_lens", kv_lens, (num_reqs,), torch.int64, query.device)
     if not window <= batch.max_kv_len <= page_table.shape[2] * keys.shape[1]:
         raise ValueError(
             f"`max_kv_len`: expected {window} (window) to {page_table.shape[2] * keys.shape[1]} (page table) tokens, "
@@ -135,8 +115,4 @@ def check_lengths(batch: WindowBatch) -> None:
         if not window <= kv_len <= batch.max_kv_len:
             raise ValueError(f"`kv_lens`: expected {window} (window) to {batch.max_kv_len} tokens, got {kv_len}.")
         pages = batch.page_table if is_same else batch.page_table[req]
-        lowest, highest = pages[..., : -(-kv_len // block_size)].aminmax()
-        if lowest < 0 or highest >= num_pages:
-            raise ValueError(
-                f"`page_table`: expected page ids 0 to {num_pages - 1}, got {int(lowest)} to {int(highest)}."
-            )
+        check_page_ids(pages[..., : -(-kv_len // block_size)], num_pages)

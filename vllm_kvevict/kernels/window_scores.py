@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from vllm_kvevict.kernels.native import function
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
+from vllm_kvevict.kernels.paged import DTYPE_CODES, LOG2_E
 from vllm_kvevict.kernels.window_batch import (
-    DTYPE_CODES,
     GROUP_CODES,
     POOL_CODES,
     WEIGHT_CODES,
@@ -21,7 +21,6 @@ from vllm_kvevict.kernels.window_batch import (
     check_lengths,
 )
 
-LOG2_E = 1.4426950408889634
 MAX_SPLITS = 32  # partial softmaxes of a row
 TILE = 64  # tokens of a Triton program
 MAX_ROWS, MAX_ROW_BYTES = 128, 2**15  # query rows of one of its products, and what they take of shared memory
@@ -53,7 +52,7 @@ def window_scores(batch: WindowBatch, reduction: Reduction) -> torch.Tensor:
     if batch.query.device.type != "cpu":
         return window_scores_triton(batch, reduction)
     check_lengths(batch)
-    kernel = function("kvevict_window_scores")
+    kernel = function("kvevict_window_scores", batch.query.device)
     if kernel is None:
         return window_scores_reference(batch, reduction)
     num_reqs, window, num_heads, head_size = batch.query.shape

@@ -27,6 +27,7 @@ from vllm_kvevict.engine.worker.backends.base import EvictionMetadataBuilder
 from vllm_kvevict.engine.worker.bridge import EvictionBridge
 from vllm_kvevict.engine.worker.draft import DraftBridge
 from vllm_kvevict.engine.worker.whole_rows import check_fields
+from vllm_kvevict.kernels import native
 
 
 class EvictionMixin(Worker):
@@ -37,6 +38,10 @@ class EvictionMixin(Worker):
     """
 
     _is_on_its_own = False
+
+    def init_device(self) -> None:
+        native.check(torch.device(self.device_config.device_type))
+        super().init_device()
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         check_fields()
