@@ -14,8 +14,9 @@ from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import plan_eviction
 from vllm_kvevict.cache.query_ring import QueryRing
 from vllm_kvevict.cache.residents import Residents
+from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.per_token import TokenEvictor
-from vllm_kvevict.eviction.prompt import Eviction, Method
+from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.eviction.resident import ResidentEviction
 from vllm_kvevict.eviction.schedule import DuringDecode, Schedule
 from vllm_kvevict.policies import POLICIES

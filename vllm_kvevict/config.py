@@ -15,7 +15,7 @@ from vllm_kvevict.budgets import ALLOCATORS
 from vllm_kvevict.budgets.auto import AutoBudget
 from vllm_kvevict.budgets.curve import Calibration
 from vllm_kvevict.cache.plan import min_kept_blocks
-from vllm_kvevict.eviction.prompt import Method
+from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.schedule import DuringDecode, Schedule
 from vllm_kvevict.eviction.traits import per_token_policies, settle, traits_of
 from vllm_kvevict.foreign.code import apart, ends_process, said

@@ -19,8 +19,8 @@ from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
 from vllm_kvevict.budgets.auto import AutoBudget
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.worker.likelihood import PromptLikelihood
+from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.per_token import Peers, TokenEvictor
-from vllm_kvevict.eviction.prompt import Method
 from vllm_kvevict.policies import POLICIES, EvictionPolicy, Need, ScoreInputs, StepInputs
 
 

@@ -15,7 +15,7 @@ from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.query_ring import QueryRing
 from vllm_kvevict.cache.residents import Residents
-from vllm_kvevict.eviction.prompt import Method
+from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies.base import LayerWeights, Need, StepInputs

@@ -15,7 +15,7 @@ import torch
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import cdiv
 from vllm_kvevict.cache.residents import Residents
-from vllm_kvevict.eviction.prompt import Method
+from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.selection import protect, select
 from vllm_kvevict.eviction.traits import traits_of
@@ -147,9 +147,9 @@ class ResidentEviction:
             slots = self._slots[inputs.layer, heads].gather(1, lowest)[:, 0]
             self.next_victims[inputs.layer, heads] = self.residents.positions[slots].to(torch.int64)
 
-    def _checked(self, method: str, result: object, heads: torch.Tensor, kv_len: int) -> torch.Tensor:
-        """Return what a method of the policy returned for some heads, if it is [num_heads, kv_len] float32."""
-        source = f"{type(self.method.policy).__name__}.{method}"
+    def _checked(self, function: str, result: object, heads: torch.Tensor, kv_len: int) -> torch.Tensor:
+        """Return what a function of the policy returned for some heads, if it is [num_heads, kv_len] float32."""
+        source = f"{type(self.method.policy).__name__}.{function}"
         return checked(source, result, (len(heads), kv_len), self.pool.pages.device)
 
     def _num_kept(self, layer: int, heads: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.config import AUTO, EvictionConfig
 from vllm_kvevict.engine.fit import PrefillPlan
 from vllm_kvevict.engine.messages import ChunkEnd, PrefillEnd, StepEvictions
-from vllm_kvevict.eviction.prompt import Method
+from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies import Need
 

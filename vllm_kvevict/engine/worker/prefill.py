@@ -10,7 +10,8 @@ import torch
 
 from vllm_kvevict.budgets.auto import AutoBudget
 from vllm_kvevict.cache.pages import PagePool
-from vllm_kvevict.eviction.prompt import Eviction, Method
+from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.eviction.resident import ResidentEviction
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import traits_of

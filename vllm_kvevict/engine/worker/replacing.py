@@ -8,8 +8,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.model import ModelWeights
+from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.per_token import Peers, Replacement, TokenEvictor
-from vllm_kvevict.eviction.prompt import Method
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.foreign.code import ends_process
 
