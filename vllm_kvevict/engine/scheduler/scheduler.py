@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from vllm.outputs import RequestError
@@ -35,7 +36,7 @@ from vllm_kvevict.engine.models import split_draft_layers
 from vllm_kvevict.engine.scheduler.life import RequestLife, State
 from vllm_kvevict.engine.scheduler.managers import EvictionManager, PrivateBlocks, cache_hits_up_to
 from vllm_kvevict.engine.settings import eviction_config
-from vllm_kvevict.foreign.code import ends_process, said
+from vllm_kvevict.foreign.code import contained, said
 
 logger = logging.getLogger("vllm.kvevict")
 
@@ -108,17 +109,13 @@ class EvictionMixin(Scheduler):
                 "request %s is a streaming-input session: kept whole, since more of its prompt is to come",
                 request.request_id,
             )
-        try:
+        # what is raised is of the options, or of a third party's policy that they name
+        with contained(partial(self._refuse, request.request_id)):
             life = self._life(request)
             self._limit_answer(request, life)
-        except BaseException as error:  # of the options, or of a third party's policy that they name
-            if ends_process():
-                raise
-            self._end_with_error(request.request_id, "kv_eviction_refused", said(error))
-            return
-        if life is not None:
-            self._lives[request.request_id] = life
-            self._unsettled.add(request.request_id)
+            if life is not None:
+                self._lives[request.request_id] = life
+                self._unsettled.add(request.request_id)
 
     def _life(self, request: Request) -> RequestLife | None:
         """Return how a request that has arrived will be evicted, None if it will not.
@@ -159,6 +156,9 @@ class EvictionMixin(Scheduler):
             self._limit_answer(session, None)
         except ValueError as error:
             self._end_with_error(session.request_id, "kv_cache_exceeded", str(error))
+
+    def _refuse(self, req_id: str, error: BaseException) -> None:
+        self._end_with_error(req_id, "kv_eviction_refused", said(error))
 
     def _end_with_error(self, req_id: str, kind: str, why: str) -> None:
         logger.error("request %s ends with an error: %s", req_id, why)

@@ -7,9 +7,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
+from functools import partial
 from typing import ParamSpec, TypeVar
 
-from vllm_kvevict.foreign.code import apart, ends_process, said, with_traceback
+from vllm_kvevict.foreign.code import apart, contained, said, with_traceback
 
 logger = logging.getLogger("vllm.kvevict")
 
@@ -47,17 +48,15 @@ class Failures:
 
         doing: what it is, for the log
         """
-        try:
-            with apart:
-                yield
-        except BaseException as error:
-            if ends_process():
-                raise
-            failed = list(req_ids)
-            _log(f"{doing} failed, and with it {', '.join(failed)}:\n{with_traceback(error)}")
-            text = said(error, repr)  # the error itself would hold the tensors of its traceback
-            for req_id in failed:
-                self.note(req_id, text)
+        with contained(partial(self._fail, req_ids, doing)), apart:
+            yield
+
+    def _fail(self, req_ids: Iterable[str], doing: str, error: BaseException) -> None:
+        failed = list(req_ids)
+        _log(f"{doing} failed, and with it {', '.join(failed)}:\n{with_traceback(error)}")
+        text = said(error, repr)  # the error itself would hold the tensors of its traceback
+        for req_id in failed:
+            self.note(req_id, text)
 
     def ask(
         self, req_id: str, doing: str, question: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs
@@ -87,8 +86,5 @@ def _log(text: str) -> None:
     """Write an error to the log. A handler that cannot write prints the errors that are being handled, one of which may
     raise when it is asked.
     """
-    try:
+    with contained():
         logger.error("%s", text)
-    except BaseException:
-        if ends_process():
-            raise
