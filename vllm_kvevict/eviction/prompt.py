@@ -19,6 +19,7 @@ from vllm_kvevict.cache.compaction import Compaction, plan_compaction
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.observer import Choice, is_observed, show
 from vllm_kvevict.eviction.results import checked, checked_tokens, checked_wish
 from vllm_kvevict.eviction.selection import protect, select
 from vllm_kvevict.eviction.traits import allocator_traits_of, traits_of
@@ -47,6 +48,7 @@ class Eviction:
     _measures: list[torch.Tensor] = field(init=False)
     _waiting: list[ScoreInputs] = field(init=False, default_factory=list)
     _compaction: Compaction = field(init=False)
+    _shown: Choice | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._page_ids = self.pool.page_ids(self.block_ids)  # [num_layers, num_kv_heads, num_blocks]
@@ -166,6 +168,9 @@ class Eviction:
             kept, num_full_pages, self.block_ids, self.plan, self.pool, self.fresh_block_ids
         )
         self.seconds += perf_counter() - start
+        if is_observed():
+            choice = self._shown = Choice(self.method, self.plan, self.pool, scores, kept)
+            show(lambda observer: observer.chosen(choice))
 
     def compact(self) -> Compaction:
         """Move what was chosen. The pool's pages change; the caller puts the result in its page table."""
@@ -173,6 +178,8 @@ class Eviction:
         for source, destination in self._compaction.phases:
             self.pool.move(source, destination)
         self.seconds += perf_counter() - start
+        if (choice := self._shown) is not None:
+            show(lambda observer: observer.compacted(choice, self._compaction, self.seconds))
         return self._compaction
 
     def _all_scores(self) -> torch.Tensor:
