@@ -24,6 +24,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_kvevict.cache.page_table import FoldedBatch
 from vllm_kvevict.cache.pages import Packing, PagePool
@@ -54,10 +55,22 @@ def backend_in_place_of(name: AttentionBackendEnum, backend: type[AttentionBacke
 class EvictionBackend(AttentionBackend):
     """A backend whose full-attention layers can be evicted; other layers are served as before.
 
+    impl:    attention of one layer
+    builder: of the metadata of a batch
     packing: how its kernels lay out a page, unless ``packing_of`` a layer says otherwise
     """
 
+    impl: ClassVar[type[EvictionImpl]]
+    builder: ClassVar[type[EvictionMetadataBuilder]]
     packing: ClassVar[Packing]
+
+    @classmethod
+    def get_impl_cls(cls) -> type[EvictionImpl]:
+        return cls.impl
+
+    @classmethod
+    def get_builder_cls(cls) -> type[EvictionMetadataBuilder]:
+        return cls.builder
 
     @classmethod
     def packing_of(cls, layer: Any) -> Packing:
@@ -67,6 +80,17 @@ class EvictionBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         return with_eviction_managers(super().customize_spec(spec))
+
+
+class InterleavedBackend(EvictionBackend):
+    """A backend whose kernels read keys and values side by side in every slot."""
+
+    packing: ClassVar[Packing] = "interleaved"
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # the tokens of one KV head must lie together: they are a page
+        return (KVCacheLayout.LBHNC,)
 
 
 @dataclass

@@ -32,29 +32,6 @@ from vllm_kvevict.engine.worker.rows import FoldedQueries, StepRows
 _PACKINGS: dict[str, Packing] = {"vec": "transposed", "amx": "tiled"}
 
 
-def cpu_backend() -> AbstractContextManager[None]:
-    """Layers built inside this context use our backend, which the CPU platform finds under vLLM's own name."""
-    return backend_in_place_of(AttentionBackendEnum.CPU_ATTN, EvictionCPUBackend)
-
-
-class EvictionCPUBackend(EvictionBackend, CPUAttentionBackend):
-    """vLLM's CPU attention with eviction."""
-
-    packing: ClassVar[Packing] = "transposed"
-
-    @classmethod
-    def packing_of(cls, layer: Any) -> Packing:
-        return _PACKINGS[layer.isa]
-
-    @staticmethod
-    def get_impl_cls() -> type[EvictionCPUImpl]:
-        return EvictionCPUImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[EvictionCPUMetadataBuilder]:
-        return EvictionCPUMetadataBuilder
-
-
 @dataclass(frozen=True)
 class Schedules:
     """The kernel's division of labour over the folded rows of each layer.
@@ -143,3 +120,20 @@ class EvictionCPUImpl(EvictionImpl, CPUAttentionBackendImpl):
             v_scale=layer._v_scale_float,
             kv_cache_dtype=self.kv_cache_dtype,
         )
+
+
+class EvictionCPUBackend(EvictionBackend, CPUAttentionBackend):
+    """vLLM's CPU attention with eviction."""
+
+    impl = EvictionCPUImpl
+    builder = EvictionCPUMetadataBuilder
+    packing: ClassVar[Packing] = "transposed"
+
+    @classmethod
+    def packing_of(cls, layer: Any) -> Packing:
+        return _PACKINGS[layer.isa]
+
+
+def cpu_backend() -> AbstractContextManager[None]:
+    """Layers built inside this context use our backend, which the CPU platform finds under vLLM's own name."""
+    return backend_in_place_of(AttentionBackendEnum.CPU_ATTN, EvictionCPUBackend)
