@@ -7,7 +7,7 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.fit import EmptyCache, PrefillPlan, Window
-from vllm_kvevict.engine.models import check_lookahead, check_needs, evicted_models
+from vllm_kvevict.engine.models import check_needs, check_pseudo_tokens, evicted_models
 from vllm_kvevict.engine.settings import FIELD
 from vllm_kvevict.options.limits import (
     AUTO,
@@ -32,7 +32,7 @@ def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
     """Raise ValueError if a config, the server's or that of a request, does not go with the model or the engine."""
     method = config.method()
     check_needs(config.policy, method.policy, evicted_models(vllm_config))
-    check_lookahead(config.policy, method.policy, vllm_config)
+    check_pseudo_tokens(config.policy, method.policy, vllm_config)
     if config.budget == AUTO and vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ValueError(
             f"{REQUEST_BUDGET}: 'auto' reads the logits of a prompt, which only the last pipeline stage has; give a "

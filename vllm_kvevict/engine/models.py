@@ -74,8 +74,8 @@ def _check_needs(name: str, asked: Sequence[Need], model_config: ModelConfig) ->
     )
 
 
-def check_lookahead(name: str, policy: EvictionPolicy, vllm_config: VllmConfig) -> None:
-    """Raise ValueError if the policy ``name`` looks ahead and the model or the engine cannot."""
+def check_pseudo_tokens(name: str, policy: EvictionPolicy, vllm_config: VllmConfig) -> None:
+    """Raise ValueError if the policy ``name`` wants pseudo tokens that the model or the engine cannot give it."""
     if not traits_of(policy).num_pseudo_tokens:
         return
     model, parallel = vllm_config.model_config, vllm_config.parallel_config

@@ -24,7 +24,7 @@ from vllm_kvevict.engine.worker.commands import Commands, without
 from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.engine.worker.prefill import ChunkRow, Prefill, PrefillRow
-from vllm_kvevict.engine.worker.pseudo_passes import Lookahead
+from vllm_kvevict.engine.worker.pseudo_passes import PseudoPasses
 from vllm_kvevict.engine.worker.replacing import Replacing
 from vllm_kvevict.engine.worker.rows import BatchFolder, StepRows
 from vllm_kvevict.eviction.per_token import TokenEvictor
@@ -70,8 +70,8 @@ class EvictionBridge:
         self._again: dict[str, ResidentEviction] = {}
         self._auto_budgets = AutoBudgets(runner, self.failures)
         self._chosen_rows: list[PrefillRow] = []
-        self._lookahead = Lookahead(runner, pool, layer_names, self.failures)
-        self._looking_ahead: list[PrefillRow] = []
+        self._pseudo_passes = PseudoPasses(runner, pool, layer_names, self.failures)
+        self._pseudo_rows: list[PrefillRow] = []
 
     def forget_weights(self) -> None:
         """The model has new weights: what policies read of the old ones is of no use any more."""
@@ -96,7 +96,7 @@ class EvictionBridge:
         self.evictions = {}
         self._full_rows = {}
         self._again = {}
-        self._looking_ahead = []
+        self._pseudo_rows = []
         self._chosen_rows = []
 
     def _failed_before(self) -> Set[str]:
@@ -142,8 +142,8 @@ class EvictionBridge:
 
     def _choose(self, step: StepEvictions) -> None:
         """Ask the policies and allocators what the requests of this step keep."""
-        if self._looking_ahead:
-            self._lookahead.score(self._looking_ahead, self._weights)
+        if self._pseudo_rows:
+            self._pseudo_passes.score(self._pseudo_rows, self._weights)
         for req_id, num_tokens in step.growing.items():
             if req_id in self.ring.slots:
                 self._observe_answer(req_id, num_tokens, None)
@@ -332,7 +332,7 @@ class EvictionBridge:
             if prefill.auto_budget is not None:
                 self._chosen_rows.append(rows[-1])
             if end is not None and prefill.num_pseudo_tokens:
-                self._looking_ahead.append(rows[-1])
+                self._pseudo_rows.append(rows[-1])
         return rows
 
     def _begin_prefill(self, req_id: str, config: EvictionConfig) -> None:

@@ -166,7 +166,7 @@ class PrefillRow:
         elif self.eviction is not None:
             self.eviction.score_layer(layer, last, scale, outputs, weights, prefill.states[layer])
 
-    def score_ahead(self, layer: int, scale: float, weights: LayerWeights, pseudo_query: torch.Tensor) -> None:
+    def score(self, layer: int, scale: float, weights: LayerWeights, pseudo_query: torch.Tensor) -> None:
         """Score a layer of a prompt that pseudo tokens [num_tokens, num_heads, head_size] have followed."""
         prefill = self.prefill
         if self.eviction is not None:

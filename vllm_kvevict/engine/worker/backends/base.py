@@ -30,7 +30,7 @@ from vllm_kvevict.cache.page_table import FoldedBatch
 from vllm_kvevict.cache.pages import Packing, PagePool
 from vllm_kvevict.engine.scheduler.managers import with_eviction_managers
 from vllm_kvevict.engine.worker.bridge import EvictionBridge
-from vllm_kvevict.engine.worker.pseudo_passes import LookaheadMetadata
+from vllm_kvevict.engine.worker.pseudo_passes import PseudoPassMetadata
 from vllm_kvevict.engine.worker.rows import FoldedQueries, StepRows
 from vllm_kvevict.engine.worker.whole_rows import whole_rows
 
@@ -173,12 +173,12 @@ class EvictionImpl(AttentionImpl[Any]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if not isinstance(attn_metadata, LookaheadMetadata | EvictionMetadata):
+        if not isinstance(attn_metadata, PseudoPassMetadata | EvictionMetadata):
             scales = output_scale, output_block_scale
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("attention with eviction does not quantize its output")
-        if isinstance(attn_metadata, LookaheadMetadata):
+        if isinstance(attn_metadata, PseudoPassMetadata):
             output.copy_(attn_metadata.attend(query, key, value, self.scale))
             return output
         rows, tokens = attn_metadata.rows, attn_metadata.rows.split.whole_tokens
