@@ -44,7 +44,7 @@ NUM_UNREAD = 1
 """A request whose answer has at most so many tokens is not evicted if it fits: nothing would read what is kept."""
 
 
-class EvictionMixin(Scheduler):
+class EvictionSchedulerMixin(Scheduler):
     """Plans evictions while it schedules, and learns from the workers that they happened."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -310,11 +310,11 @@ class EvictionMixin(Scheduler):
         return stats
 
 
-class EvictionScheduler(EvictionMixin):
+class EvictionScheduler(EvictionSchedulerMixin):
     """Eviction on vLLM's synchronous scheduler."""
 
 
-class AsyncEvictionScheduler(EvictionMixin, AsyncScheduler):
+class AsyncEvictionScheduler(EvictionSchedulerMixin, AsyncScheduler):
     """Eviction on vLLM's asynchronous scheduler."""
 
 
