@@ -14,7 +14,7 @@ from vllm.forward_context import set_forward_context
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.model import ModelWeights
-from vllm_kvevict.engine.worker.prefill import PrefillRow
+from vllm_kvevict.engine.worker.watched import PrefillRow
 from vllm_kvevict.eviction.pseudo_tokens import PseudoDecode
 
 
@@ -55,10 +55,10 @@ class PseudoPasses:
 
         All workers run the same passes, whatever a policy has raised on one of them.
         """
-        with self._failures.of([row.prefill.req_id for row in rows], "generating pseudo tokens"):
+        with self._failures.of([row.request.req_id for row in rows], "generating pseudo tokens"):
             for row, pseudo_queries in zip(rows, self.run(rows, weights), strict=True):
                 doing = "scoring by pseudo tokens"
-                self._failures.ask(row.prefill.req_id, doing, _score, row, pseudo_queries, weights)
+                self._failures.ask(row.request.req_id, doing, _score, row, pseudo_queries, weights)
 
     def run(self, rows: list[PrefillRow], weights: ModelWeights) -> list[list[torch.Tensor]]:
         """Return per row and layer the queries of its pseudo tokens, [num_tokens, num_heads, head_size].
@@ -68,7 +68,7 @@ class PseudoPasses:
         start = perf_counter()
         device = self._pool.pages.device
         kv_lens = torch.tensor([row.kv_len for row in rows], device=device)
-        wanted = torch.tensor([row.prefill.num_pseudo_tokens for row in rows], device=device)
+        wanted = torch.tensor([row.request.num_pseudo_tokens for row in rows], device=device)
         last_position = self._vllm_config.model_config.max_model_len - 1
         wanted = torch.minimum(wanted, last_position + 1 - kv_lens)
         decode = self._decode(rows)
@@ -81,7 +81,7 @@ class PseudoPasses:
             count += goes_on & (number < wanted)
             hidden = self._pass(tokens, (kv_lens + number).clamp(max=last_position), decode, weights)
         for row in rows:
-            row.prefill.seconds += (perf_counter() - start) / len(rows)
+            row.request.seconds += (perf_counter() - start) / len(rows)
         return [
             [decode.queries(layer, index, num_tokens) for layer in range(self._pool.num_layers)]
             for index, num_tokens in enumerate(count.tolist())
@@ -102,7 +102,7 @@ class PseudoPasses:
 
         Such a request will end, but every worker must run the same batch.
         """
-        if row.prefill.req_id not in self._failures:
+        if row.request.req_id not in self._failures:
             return torch.stack(row.selected)
         return self._pool.page_ids(row.block_ids[:1]) * self._pool.block_size
 
@@ -120,7 +120,7 @@ class PseudoPasses:
 
 def _score(row: PrefillRow, pseudo_queries: list[torch.Tensor], weights: ModelWeights) -> None:
     for layer, pseudo_query in enumerate(pseudo_queries):
-        row.score(layer, weights.scale(layer), weights.of(layer, row.prefill.needs), pseudo_query)
+        row.score(layer, weights.scale(layer), weights.of(layer, row.request.needs), pseudo_query)
 
 
 def _end_tokens(model: ModelConfig) -> torch.Tensor:

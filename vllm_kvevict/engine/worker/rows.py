@@ -9,7 +9,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kvevict.cache.page_table import FoldedBatch
 from vllm_kvevict.cache.query_ring import RingWrite
-from vllm_kvevict.engine.worker.prefill import ChunkRow, PrefillRow
+from vllm_kvevict.engine.worker.watched import ChunkRow, PrefillRow
 from vllm_kvevict.eviction.per_token import Replacement
 
 
