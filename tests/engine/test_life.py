@@ -196,7 +196,7 @@ class Walk:
             if expects:
                 if expects == ["ending"] and life.config.budget == AUTO and self.rng.random() < 0.5:
                     plan = evictions.ending[walker.name].plan
-                    life.settle(replace(plan, num_kept_blocks=self.rng.randint(1, plan.num_kept_blocks)))
+                    life.adopt(replace(plan, num_kept_blocks=self.rng.randint(1, plan.num_kept_blocks)))
                 life.evicted()
             if walker.num_processed == walker.num_tokens:
                 walker.answer += 1
@@ -247,8 +247,8 @@ class Walk:
     def check_kept(self, walker: Walker, num_held: int) -> None:
         """A request that keeps its answer holds the budget of its prompt and all of its answer, resumed or not."""
         life = walker.life
-        is_settled = life.state is State.DECODING and life.evictions and not life.releases
-        if not is_settled or life.prefill.evicts_answer or life.config.budget == AUTO:
+        is_decided = life.state is State.DECODING and life.evictions and not life.releases
+        if not is_decided or life.prefill.evicts_answer or life.config.budget == AUTO:
             return
         kept_from = cdiv(walker.num_scheduled, BLOCK) - num_held
         if walker.kept_from is None:

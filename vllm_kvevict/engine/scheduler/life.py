@@ -111,7 +111,7 @@ class RequestLife:
         return self.num_tokens >= self.prefill.num_tokens
 
     @property
-    def is_settled(self) -> bool:
+    def is_decided(self) -> bool:
         """Whether nothing is left to decide: it decodes on what was kept."""
         return self.state is State.DECODING and bool(self.evictions) and not self._goes_on
 
@@ -241,7 +241,7 @@ class RequestLife:
         is_of_the_answer = num_blocks > self.plan.num_tokens // self.plan.block_size
         return is_of_the_answer and num_tokens > num_blocks * self.plan.block_size
 
-    def settle(self, chosen: EvictionPlan) -> None:
+    def adopt(self, chosen: EvictionPlan) -> None:
         """The workers have chosen a plan that keeps fewer blocks than the one of the first eviction."""
         release = self.releases[0]
         num_surplus = self.evictions[0].num_kept_blocks - chosen.num_kept_blocks

@@ -54,7 +54,7 @@ class EvictionSchedulerMixin(Scheduler):
             raise ValueError("additional_config: 'kv_eviction' is missing though the eviction scheduler was named")
         self._eviction_config = config
         self._lives: dict[str, RequestLife] = {}
-        self._unsettled: set[str] = set()  # most requests of a step decode, and need nothing
+        self._undecided: set[str] = set()  # most requests of a step decode, and need nothing
         self._records: list[EvictionRecord] = []
         self._capped: set[str] = set()
         self._num_cut_short = 0
@@ -115,7 +115,7 @@ class EvictionSchedulerMixin(Scheduler):
             self._limit_answer(request, life)
             if life is not None:
                 self._lives[request.request_id] = life
-                self._unsettled.add(request.request_id)
+                self._undecided.add(request.request_id)
 
     def _life(self, request: Request) -> RequestLife | None:
         """Return how a request that has arrived will be evicted, None if it will not.
@@ -183,30 +183,30 @@ class EvictionSchedulerMixin(Scheduler):
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM asks here how long a chunk of a prompt may be, and skips a request whose chunk has no token."""
         num_new = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        if num_new and request.request_id in self._unsettled:
+        if num_new and request.request_id in self._undecided:
             return self._lives[request.request_id].limit_chunk(num_computed_tokens, num_new)
         return int(num_new)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output, step = super().schedule(*args, **kwargs), StepEvictions()
         setattr(output, STEP, step)
-        for req_id in self._unsettled & output.num_scheduled_tokens.keys():
+        for req_id in self._undecided & output.num_scheduled_tokens.keys():
             life = self._lives[req_id]
             # num_computed_tokens: with what this step computes
             life.scheduled(req_id, self.requests[req_id].num_computed_tokens, step)
-            if life.is_settled:
-                self._unsettled.remove(req_id)
+            if life.is_decided:
+                self._undecided.remove(req_id)
         return output
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         if (life := self._lives.get(request.request_id)) is not None:
             life.preempted()
-            self._unsettled.add(request.request_id)
+            self._undecided.add(request.request_id)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         freed = super()._free_request(request, *args, **kwargs)
-        self._unsettled.discard(request.request_id)
+        self._undecided.discard(request.request_id)
         if (life := self._lives.pop(request.request_id, None)) is not None:
             life.finished()
         if request.request_id in self._capped:
@@ -255,7 +255,7 @@ class EvictionSchedulerMixin(Scheduler):
             return plan
         life = self._life_in_step(req_id)
         if life is not None:
-            life.settle(chosen)
+            life.adopt(chosen)
         return chosen
 
     def _is_done(self, req_id: str, reports: dict[str, EvictionReport], plan: EvictionPlan | None) -> bool:
