@@ -51,7 +51,7 @@ def evict_prompt(
     compaction = eviction.finish()
     table, residents = PageTable(pool, 2), Residents(pool)
     table.add(REQUEST, compaction, plan)
-    residents.settle(compaction, plan, blocks, None)
+    residents.note(compaction, plan, blocks, None)
     return eviction, table, residents
 
 

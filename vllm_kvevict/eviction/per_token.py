@@ -72,7 +72,7 @@ class TokenEvictor:
         return self._pool.block_size
 
     def begin(self, req_id: str, victims: torch.Tensor) -> None:
-        """The first eviction of a request is done, and its residents are settled.
+        """The first eviction of a request is done, and its residents are noted.
 
         victims: [num_layers, num_kv_heads] int64, positions of the tokens that go first
         """

@@ -213,7 +213,7 @@ class EvictionBridge:
         self.page_table.add(req_id, compaction, eviction.plan)
         if request.method.schedule.is_bounded:
             known_bytes = self.residents.num_bytes
-            self.residents.settle(compaction, eviction.plan, eviction.block_ids, request.take_states())
+            self.residents.note(compaction, eviction.plan, eviction.block_ids, request.take_states())
             if self.residents.num_bytes > known_bytes:
                 logger.info(
                     "Eviction during decode notes the tokens of answers, in %.1f MiB beside the KV cache",
