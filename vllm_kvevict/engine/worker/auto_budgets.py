@@ -31,7 +31,7 @@ class AutoBudgets:
                 self._likelihood.observe(rows)
 
     def choose(self, evictions: dict[str, Eviction], watched: dict[str, WatchedRequest]) -> None:
-        """Settle the plans of those that end in this step."""
+        """Choose the plans of those that end in this step."""
         chosen = {}
         for req_id, eviction in evictions.items():
             auto, nll = watched[req_id].auto_budget, watched[req_id].nll

@@ -104,7 +104,7 @@ class EvictionBridge:
 
         They go on as whatever they were, for nothing, until it ends them.
         """
-        return self.failures.settled
+        return self.failures.known_to_all
 
     def _watch_new(self, step: StepEvictions) -> None:
         """Make the policies of requests that begin; workers whose batches differed would wait for each other."""
@@ -130,7 +130,7 @@ class EvictionBridge:
         seconds = self._evict(step)
         self._workers.hand_on(self.failures, evicted)
         plans = self._commands.plans | {req_id: eviction.plan for req_id, eviction in self.evictions.items()}
-        failed = self.failures.settled & self._commands.scheduled
+        failed = self.failures.known_to_all & self._commands.scheduled
         for req_id in failed:
             self._replacing.end(req_id)
         self._step = None
@@ -203,7 +203,7 @@ class EvictionBridge:
         self.ring.slots.give_back(req_id)
 
     def _choose_budgets(self) -> None:
-        """Settle how much the requests of this step keep whose budget is "auto"."""
+        """Choose how much the requests of this step keep whose budget is "auto"."""
         self._auto_budgets.observe(self._chosen_rows)
         self._auto_budgets.choose(self.evictions, self._watched)
 

@@ -48,7 +48,7 @@ class DraftBridge(EvictionBridge):
         self._is_first_pass = True
 
     def _failed_before(self) -> Set[str]:
-        return self._target.failures.settled
+        return self._target.failures.known_to_all
 
     def rows(self, common: CommonAttentionMetadata) -> StepRows | None:
         rows = super().rows(common)
