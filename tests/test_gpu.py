@@ -77,8 +77,8 @@ def token_by_token(
     for step in range(ANSWER):
         num_tokens = torch.tensor([PROMPT + step + 1], device=device)
         block = block_ids[(PROMPT + step) // BLOCK_SIZE]
-        remembered = ring.plan([REQUEST], torch.tensor([0, 1], device=device), num_tokens)
-        replacement = evictor.plan(evictor.peers(method, [REQUEST]), num_tokens, PROMPT + step + 1, block[None])
+        remembered = ring.to_write([REQUEST], torch.tensor([0, 1], device=device), num_tokens)
+        replacement = evictor.prepare(evictor.peers(method, [REQUEST]), num_tokens, PROMPT + step + 1, block[None])
         for layer in range(LAYERS):
             write(pool, layer, block, PROMPT + step, answer[:, step, layer])
             evictor.land(layer, replacement)

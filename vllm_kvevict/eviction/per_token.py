@@ -91,7 +91,7 @@ class TokenEvictor:
         max_pages = self._page_table.most_pages(slots)
         return Peers(method, req_ids, slots, torch.tensor(ring_slots, device=device), max_pages)
 
-    def plan(self, peers: Peers, num_tokens: torch.Tensor, max_tokens: int, blocks: torch.Tensor) -> Replacement:
+    def prepare(self, peers: Peers, num_tokens: torch.Tensor, max_tokens: int, blocks: torch.Tensor) -> Replacement:
         """Return a step, and note which tokens the holes will hold.
 
         num_tokens, max_tokens: as in ``Replacement``

@@ -189,7 +189,7 @@ class EvictionSpec(FullAttentionSpec):
         longest = vllm_config.model_config.max_model_len
         # blocks without a number, and one more for vLLM's null block
         cache = empty_cache(vllm_config, 0, windows=(), is_shared=False)
-        num_blocks = cache.num_held(cache.plan(config, longest, longest), longest) + 1
+        num_blocks = cache.num_held(cache.plan_prefill(config, longest, longest), longest) + 1
         return min(whole, num_blocks * self.page_size_bytes)
 
 

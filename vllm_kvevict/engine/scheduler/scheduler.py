@@ -86,7 +86,7 @@ class EvictionSchedulerMixin(Scheduler):
     def _log_concurrency(self) -> None:
         """Say how many requests of the longest kind can decode at once, next to what vLLM says of whole ones."""
         config, longest = self._eviction_config, self.vllm_config.model_config.max_model_len
-        prefill = self._cache.plan(config, longest, longest)
+        prefill = self._cache.plan_prefill(config, longest, longest)
         num_blocks, whole = self.kv_cache_config.num_blocks, self._cache.num_needed(None, longest)
         kept = whole if prefill is None or prefill.is_late else whole - prefill.eviction.first_kept_block
         logger.info(
@@ -129,7 +129,7 @@ class EvictionSchedulerMixin(Scheduler):
             return None
         check_config(config, self.vllm_config)
         check_prompt(config, request.prompt_embeds is not None, bool(request.mm_features))
-        prefill = self._cache.plan(config, num_tokens, num_tokens)
+        prefill = self._cache.plan_prefill(config, num_tokens, num_tokens)
         # the last token of an answer is never computed
         if prefill is None or (prefill.is_late and num_tokens + request.max_tokens <= prefill.eviction.num_tokens):
             return None
@@ -174,7 +174,7 @@ class EvictionSchedulerMixin(Scheduler):
         life = self._lives.get(request.request_id)
         if life is None:
             return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
-        prefill = self._cache.plan(life.config, request.num_prompt_tokens, request.num_tokens)
+        prefill = self._cache.plan_prefill(life.config, request.num_prompt_tokens, request.num_tokens)
         if prefill is not None:  # a longer prefill of the same prompt is evicted as well
             life.start(prefill)
         with cache_hits_up_to(life.max_cached_tokens):

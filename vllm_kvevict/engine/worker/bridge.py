@@ -275,7 +275,7 @@ class EvictionBridge:
         split, queries = self._folder.fold(slots, common)
         prefills: list[PrefillRow | ChunkRow] = [*self._prefill_rows(req_ids, common, step)]
         self._note_full_rows(req_ids, common, step)
-        remembered = self.ring.plan(req_ids, common.query_start_loc, common.seq_lens)
+        remembered = self.ring.to_write(req_ids, common.query_start_loc, common.seq_lens)
         if queries is None and not prefills and remembered is None:
             return None
         if queries is None:

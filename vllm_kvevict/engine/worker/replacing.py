@@ -63,7 +63,7 @@ class Replacing:
         num_tokens = common.seq_lens[rows].to(torch.int64)
         last = (num_tokens - 1) // self._tokens.block_size
         blocks = common.block_table_tensor[rows].gather(1, last[:, None])[:, 0]
-        return self._tokens.plan(peers, num_tokens, common.max_seq_len, blocks)
+        return self._tokens.prepare(peers, num_tokens, common.max_seq_len, blocks)
 
     def land(self, replacements: list[Replacement], layer: int) -> None:
         """Move the new tokens of one layer into their holes."""
