@@ -72,7 +72,7 @@ def token_by_token(
     for layer in range(LAYERS):
         ring.seed(layer, REQUEST, queries[layer, PROMPT - WINDOW : PROMPT], PROMPT)
     evictor = TokenEvictor(pool, table, residents, ring, 2)
-    evictor.begin(REQUEST, eviction.next_victims)
+    evictor.open_holes(REQUEST, eviction.next_victims)
     holes = []
     for step in range(ANSWER):
         num_tokens = torch.tensor([PROMPT + step + 1], device=device)

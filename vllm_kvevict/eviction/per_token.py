@@ -71,7 +71,7 @@ class TokenEvictor:
     def block_size(self) -> int:
         return self._pool.block_size
 
-    def begin(self, req_id: str, victims: torch.Tensor) -> None:
+    def open_holes(self, req_id: str, victims: torch.Tensor) -> None:
         """The first eviction of a request is done, and its residents are noted.
 
         victims: [num_layers, num_kv_heads] int64, positions of the tokens that go first

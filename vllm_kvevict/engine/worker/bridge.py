@@ -85,7 +85,7 @@ class EvictionBridge:
         for req_id in output.finished_req_ids | (output.preempted_req_ids or set()):
             self.page_table.remove(req_id)
             self.ring.slots.give_back(req_id)
-            self._replacing.end(req_id)
+            self._replacing.remove(req_id)
             self._watched.pop(req_id, None)
             self.failures.forget(req_id)
             self._commands.forget(req_id)
@@ -132,7 +132,7 @@ class EvictionBridge:
         plans = self._commands.plans | {req_id: eviction.plan for req_id, eviction in self.evictions.items()}
         failed = self.failures.known_to_all & self._commands.scheduled
         for req_id in failed:
-            self._replacing.end(req_id)
+            self._replacing.remove(req_id)
         self._step = None
         # what has no plan, and is replaced token by token or still observed, is reported only if it has failed
         return {
@@ -235,7 +235,7 @@ class EvictionBridge:
 
     def _go_token_by_token(self, req_id: str, plan: EvictionPlan, victims: torch.Tensor) -> None:
         """From its next token on a request replaces what it holds; the ring has its last queries then."""
-        self._replacing.begin(req_id, self._watched[req_id].method, victims)
+        self._replacing.add(req_id, self._watched[req_id].method, victims)
         if req_id in self.ring.slots:
             for layer in range(self.pool.num_layers):
                 self.ring.seed(layer, req_id, self._watched[req_id].queries.last(layer), plan.num_tokens)

@@ -24,13 +24,13 @@ class Replacing:
         self._methods: dict[str, Method] = {}
         self._known: tuple[list[str], int, list[tuple[Peers, torch.Tensor]]] = ([], -1, [])
 
-    def begin(self, req_id: str, method: Method, victims: torch.Tensor) -> None:
-        """From its next token on a request replaces what it holds; victims: as ``TokenEvictor.begin`` takes them."""
+    def add(self, req_id: str, method: Method, victims: torch.Tensor) -> None:
+        """From its next token on a request replaces what it holds; victims: as ``TokenEvictor.open_holes`` takes them."""
         shared = (known for known in self._methods.values() if _are_equal(known, method))
         self._methods[req_id] = next(shared, method)
-        self._tokens.begin(req_id, victims)
+        self._tokens.open_holes(req_id, victims)
 
-    def end(self, req_id: str) -> None:
+    def remove(self, req_id: str) -> None:
         """A request has ended, has failed, or starts again."""
         if self._methods.pop(req_id, None) is not None:
             self._known = ([], -1, [])
