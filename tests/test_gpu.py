@@ -81,9 +81,9 @@ def token_by_token(
         replacement = evictor.prepare(evictor.peers(method, [REQUEST]), num_tokens, PROMPT + step + 1, block[None])
         for layer in range(LAYERS):
             write(pool, layer, block, PROMPT + step, answer[:, step, layer])
-            evictor.land(layer, replacement)
+            evictor.fill_holes(layer, replacement)
             ring.write(layer, queries[layer, PROMPT + step, None], remembered)
-            evictor.choose(layer, replacement, SCALE, LayerWeights())
+            evictor.choose_holes(layer, replacement, SCALE, LayerWeights())
         holes.append(replacement.holes)
     folded = table.fold(*_step(table, block_ids, PROMPT + ANSWER))
     return [torch.stack(holes), folded.page_table, folded.kv_lens]

@@ -360,9 +360,9 @@ class EvictionBridge:
         ids = end.fresh_block_ids
         return None if ids is None else torch.tensor(ids, dtype=torch.int64, device=self.pool.pages.device)
 
-    def land(self, rows: StepRows, layer: int) -> None:
+    def fill_holes(self, rows: StepRows, layer: int) -> None:
         """Before attention reads a layer: new tokens of some requests go where those were that they replace."""
-        self._replacing.land(rows.replacements, layer)
+        self._replacing.fill_holes(rows.replacements, layer)
 
     def remember(self, rows: StepRows, layer: int, query: torch.Tensor) -> None:
         """After a layer's attention: keep those of its queries [num_tokens, num_heads, head_size] that an eviction will
@@ -376,7 +376,7 @@ class EvictionBridge:
                     "Eviction during decode keeps the last queries of answers, in %.1f MiB beside the KV cache",
                     self.ring.num_bytes / 2**20,
                 )
-        self._replacing.choose(rows.replacements, layer, self._weights)
+        self._replacing.choose_holes(rows.replacements, layer, self._weights)
 
     def observe(
         self, row: PrefillRow | ChunkRow, layer: int, query: torch.Tensor, output: torch.Tensor, scale: float

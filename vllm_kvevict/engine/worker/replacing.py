@@ -25,7 +25,7 @@ class Replacing:
         self._known: tuple[list[str], int, list[tuple[Peers, torch.Tensor]]] = ([], -1, [])
 
     def add(self, req_id: str, method: Method, victims: torch.Tensor) -> None:
-        """From its next token on a request replaces what it holds; victims: as ``TokenEvictor.open_holes`` takes them."""
+        """From its next token on a request replaces what it holds; victims: as for ``TokenEvictor.open_holes``."""
         shared = (known for known in self._methods.values() if _are_equal(known, method))
         self._methods[req_id] = next(shared, method)
         self._tokens.open_holes(req_id, victims)
@@ -65,12 +65,12 @@ class Replacing:
         blocks = common.block_table_tensor[rows].gather(1, last[:, None])[:, 0]
         return self._tokens.prepare(peers, num_tokens, common.max_seq_len, blocks)
 
-    def land(self, replacements: list[Replacement], layer: int) -> None:
+    def fill_holes(self, replacements: list[Replacement], layer: int) -> None:
         """Move the new tokens of one layer into their holes."""
         for replacement in replacements:
-            self._tokens.land(layer, replacement)
+            self._tokens.fill_holes(layer, replacement)
 
-    def choose(self, replacements: list[Replacement], layer: int, weights: ModelWeights) -> None:
+    def choose_holes(self, replacements: list[Replacement], layer: int, weights: ModelWeights) -> None:
         """Choose which tokens of one layer the next ones replace; a policy that fails ends its requests."""
         for replacement in replacements:
             req_ids = replacement.peers.req_ids
@@ -78,7 +78,7 @@ class Replacing:
                 continue
             with self._failures.of(req_ids, f"choosing what the next tokens replace in layer {layer}"):
                 of_layer = weights.of(layer, traits_of(replacement.peers.method.policy).needs)
-                self._tokens.choose(layer, replacement, weights.scale(layer), of_layer)
+                self._tokens.choose_holes(layer, replacement, weights.scale(layer), of_layer)
 
 
 def _are_equal(one: Method, other: Method) -> bool:

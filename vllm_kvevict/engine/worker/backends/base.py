@@ -183,7 +183,7 @@ class EvictionImpl(AttentionImpl[Any]):
             return output
         rows, tokens = attn_metadata.rows, attn_metadata.rows.split.whole_tokens
         index = attn_metadata.bridge.layer_index[layer.layer_name]
-        attn_metadata.bridge.land(rows, index)
+        attn_metadata.bridge.fill_holes(rows, index)
         if attn_metadata.whole is not None and tokens is None:
             super().forward(layer, query, key, value, kv_cache, attn_metadata.whole, output)
         elif attn_metadata.whole is not None:
