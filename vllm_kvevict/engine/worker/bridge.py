@@ -272,7 +272,7 @@ class EvictionBridge:
             return None
         req_ids = self.row_req_ids = self._row_req_ids(common)
         slots = self.page_table.slots.of(req_ids)
-        split, queries = self._folder.fold(slots, common)
+        split, queries = self._folder.split(slots, common)
         prefills: list[PrefillRow | ChunkRow] = [*self._prefill_rows(req_ids, common, step)]
         self._note_full_rows(req_ids, common, step)
         remembered = self.ring.to_write(req_ids, common.query_start_loc, common.seq_lens)
