@@ -102,7 +102,7 @@ def block_by_block(
     eviction = ResidentEviction(method, PROMPT + ANSWER, ANSWER, pool, residents, *rows, num_full)
     for layer in range(LAYERS):
         eviction.score_layer(layer, queries[layer, -WINDOW:], queries[layer, -ANSWER:], SCALE)
-    eviction.finish()
+    eviction.compact()
     table.shrink(REQUEST, PROMPT + ANSWER)
     return [*table.rows(REQUEST, PROMPT + ANSWER), residents.positions]
 

@@ -155,7 +155,7 @@ class ResidentEviction:
     def _num_kept(self, layer: int, heads: torch.Tensor) -> torch.Tensor:
         return self.num_full_pages[layer, heads] * self.pool.block_size + self._num_tail_tokens
 
-    def finish(self) -> None:
+    def compact(self) -> None:
         """Move what survives of the pages that go into the slots of what does not. The pool's pages change."""
         start = perf_counter()
         is_held = torch.arange(self._slots.shape[2], device=self._slots.device) < self._kv_lens[..., None]

@@ -227,7 +227,7 @@ class EvictionBridge:
 
         plan: of the chunk
         """
-        eviction.finish()
+        eviction.compact()
         self._watched[req_id].num_tokens = eviction.num_tokens
         self.page_table.shrink(req_id, eviction.num_tokens, eviction.keeps_tail)
         if plan is not None and not plan.keeps_tail:
