@@ -141,7 +141,7 @@ class Engine:
 
     def _has_freed(self, request_id: str) -> bool:
         life = self.scheduler._lives.get(request_id)
-        return life is not None and bool(life.evictions) and not life.releases
+        return life is not None and bool(life.evictions) and not life.to_free
 
     def _has_emptied_last_block(self, request: Any) -> bool:
         """Whether a request that evicts during decode has just filled a block, which it will use again; or any token

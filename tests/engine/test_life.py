@@ -247,7 +247,7 @@ class Walk:
     def check_kept(self, walker: Walker, num_held: int) -> None:
         """A request that keeps its answer holds the budget of its prompt and all of its answer, resumed or not."""
         life = walker.life
-        is_decided = life.state is State.DECODING and life.evictions and not life.releases
+        is_decided = life.state is State.DECODING and life.evictions and not life.to_free
         if not is_decided or life.prefill.evicts_answer or life.config.budget == AUTO:
             return
         kept_from = cdiv(walker.num_scheduled, BLOCK) - num_held
