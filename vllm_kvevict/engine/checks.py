@@ -6,7 +6,7 @@ from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.engine.fit import EmptyCache, PrefillPlan, Window
+from vllm_kvevict.engine.fit import EmptyCache, PrefillPlan, SlidingWindow
 from vllm_kvevict.engine.models import check_needs, check_pseudo_tokens, evicted_models
 from vllm_kvevict.engine.settings import FIELD
 from vllm_kvevict.options.limits import (
@@ -108,7 +108,7 @@ def check_fits(cache: EmptyCache, prefill: PrefillPlan | None, num_tokens: int, 
 
 
 def empty_cache(
-    vllm_config: VllmConfig, num_blocks: int, windows: tuple[Window, ...], is_shared: bool | None = None
+    vllm_config: VllmConfig, num_blocks: int, windows: tuple[SlidingWindow, ...], is_shared: bool | None = None
 ) -> EmptyCache:
     """Return the cache that a request finds which is alone in an engine.
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Window:
+class SlidingWindow:
     """A group of layers with a sliding window, which are never evicted.
 
     num_tokens: that it holds of one request at most
@@ -80,7 +80,7 @@ class EmptyCache:
     chunk: int
     num_drafts: int = 0
     num_late: int = 0
-    windows: tuple[Window, ...] = ()
+    windows: tuple[SlidingWindow, ...] = ()
     is_shared: bool = True
 
     def plan_prefill(self, config: EvictionConfig, num_prompt: int, num_tokens: int) -> PrefillPlan | None:

@@ -21,7 +21,7 @@ from vllm.v1.request import Request
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.config import AUTO, EvictionConfig
 from vllm_kvevict.engine.checks import check_config, check_fits, check_prompt, empty_cache, request_config, says_none
-from vllm_kvevict.engine.fit import Window
+from vllm_kvevict.engine.fit import SlidingWindow
 from vllm_kvevict.engine.messages import (
     REPORTS,
     STEP,
@@ -75,10 +75,10 @@ class EvictionSchedulerMixin(Scheduler):
         self._gauges = Gauges()
         self._log_concurrency()
 
-    def _windows(self) -> tuple[Window, ...]:
+    def _windows(self) -> tuple[SlidingWindow, ...]:
         specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
         return tuple(
-            Window(spec.sliding_window - 1 + self.vllm_config.max_in_flight_tokens, spec.block_size)
+            SlidingWindow(spec.sliding_window - 1 + self.vllm_config.max_in_flight_tokens, spec.block_size)
             for spec in specs
             if isinstance(spec, SlidingWindowSpec)
         )
