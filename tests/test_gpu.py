@@ -40,10 +40,10 @@ def request() -> tuple[PagePool, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def evict_prompt(
-    method: Method, keeps_tail: bool, pool: PagePool, block_ids: torch.Tensor, queries: torch.Tensor
+    method: Method, per_token: bool, pool: PagePool, block_ids: torch.Tensor, queries: torch.Tensor
 ) -> tuple[Eviction, PageTable, Residents]:
     plan = plan_eviction(PROMPT, 0.4, BLOCK_SIZE, method.min_tokens, during_decode=True)
-    plan = replace(plan, keeps_tail=keeps_tail)
+    plan = replace(plan, per_token=per_token)
     blocks = block_ids[: plan.num_blocks]
     eviction = Eviction(method, plan, pool, blocks)
     for layer in range(LAYERS):
@@ -66,7 +66,7 @@ def token_by_token(
 ) -> list[torch.Tensor]:
     device = pool.pages.device
     method = Method(POLICIES.get("morphkv")(), Lava(), 4, WINDOW, Schedule(during_decode=DuringDecode.BY_TOKEN))
-    eviction, table, residents = evict_prompt(method, False, pool, block_ids, queries)
+    eviction, table, residents = evict_prompt(method, True, pool, block_ids, queries)
     ring = QueryRing(LAYERS, 2, 64, device)
     ring.slots.take(REQUEST)
     for layer in range(LAYERS):
@@ -93,7 +93,7 @@ def block_by_block(
     pool: PagePool, block_ids: torch.Tensor, queries: torch.Tensor, answer: torch.Tensor
 ) -> list[torch.Tensor]:
     method = Method(POLICIES.get("snapkv")(), Lava(), 4, WINDOW, Schedule(during_decode=DuringDecode.BY_BLOCK))
-    _, table, residents = evict_prompt(method, True, pool, block_ids, queries)
+    _, table, residents = evict_prompt(method, False, pool, block_ids, queries)
     for step in range(ANSWER):
         table.fold(*_step(table, block_ids, PROMPT + step + 1))
         for layer in range(LAYERS):

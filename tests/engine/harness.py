@@ -149,7 +149,7 @@ class Engine:
         """
         life = self.scheduler._lives[request.request_id]
         num_tokens, plan = request.num_computed_tokens, life.plan
-        if not plan.keeps_tail:
+        if plan.per_token:
             return num_tokens > plan.num_tokens // plan.block_size * plan.block_size
         is_full = num_tokens % plan.block_size == 0 and num_tokens > plan.num_tokens
         return is_full and life.prefill.evicts_answer

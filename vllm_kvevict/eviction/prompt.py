@@ -162,7 +162,7 @@ class Eviction:
         protected = protect(scores, *protection)
         num_full_pages = self._allocate(protected)
         kept = select(scores, num_full_pages * self.plan.block_size + self.plan.num_tail_tokens, *protection)
-        if not self.plan.keeps_tail:
+        if self.plan.per_token:
             self.next_victims = protected.masked_fill(~kept, float("inf")).argmin(dim=-1)
         self._compaction = plan_compaction(
             kept, num_full_pages, self.block_ids, self.plan, self.pool, self.fresh_block_ids

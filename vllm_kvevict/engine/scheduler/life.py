@@ -196,8 +196,8 @@ class RequestLife:
             # the full blocks stay, and what was filled since then goes
             first, stop = plan.num_tokens // plan.block_size, num_tokens // plan.block_size
             num_kept = plan.num_full_blocks + (num_tokens % plan.block_size > 0)
-            keeps_tail = not (self.has_prefilled and self.method.schedule.per_token)
-            plan = replace(plan, num_tokens=num_tokens, num_kept_blocks=num_kept, keeps_tail=keeps_tail)
+            per_token = self.has_prefilled and self.method.schedule.per_token
+            plan = replace(plan, num_tokens=num_tokens, num_kept_blocks=num_kept, per_token=per_token)
             self._evict(plan, BlocksToFree(num_tokens, first, stop, []))
             step.chunks[req_id] = ChunkEnd(plan, self._goes_on)
 

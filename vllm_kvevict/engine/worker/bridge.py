@@ -220,7 +220,7 @@ class EvictionBridge:
                     self.residents.num_bytes / 2**20,
                 )
             if eviction.next_victims is not None:
-                self._go_token_by_token(req_id, eviction.plan, eviction.next_victims)
+                self._go_on_per_token(req_id, eviction.plan, eviction.next_victims)
 
     def _compact_again(self, req_id: str, eviction: ResidentEviction, plan: EvictionPlan | None) -> None:
         """Empty the block that an answer has filled, or those that a chunk of a prompt has, all but the last one.
@@ -229,11 +229,11 @@ class EvictionBridge:
         """
         eviction.compact()
         self._watched[req_id].num_tokens = eviction.num_tokens
-        self.page_table.shrink(req_id, eviction.num_tokens, eviction.keeps_tail)
-        if plan is not None and not plan.keeps_tail:
-            self._go_token_by_token(req_id, plan, eviction.next_victims)
+        self.page_table.shrink(req_id, eviction.num_tokens, eviction.per_token)
+        if plan is not None and plan.per_token:
+            self._go_on_per_token(req_id, plan, eviction.next_victims)
 
-    def _go_token_by_token(self, req_id: str, plan: EvictionPlan, victims: torch.Tensor) -> None:
+    def _go_on_per_token(self, req_id: str, plan: EvictionPlan, victims: torch.Tensor) -> None:
         """From its next token on a request replaces what it holds; the ring has its last queries then."""
         self._replacing.add(req_id, self._watched[req_id].method, victims)
         if req_id in self.ring.slots:
@@ -258,11 +258,11 @@ class EvictionBridge:
             return request.queries.last(layer)[:0]
         return self.ring.last(layer, req_id, num_tokens, num_tokens - request.num_tokens)
 
-    def _resident_eviction(self, req_id: str, num_tokens: int, keeps_tail: bool = True) -> ResidentEviction:
+    def _resident_eviction(self, req_id: str, num_tokens: int, per_token: bool = False) -> ResidentEviction:
         request, rows = self._watched[req_id], self.page_table.rows(req_id, num_tokens)
         num_new, num_full_pages = num_tokens - request.num_tokens, self.page_table.num_full_pages(req_id)
         return ResidentEviction(
-            request.method, num_tokens, num_new, self.pool, self.residents, *rows, num_full_pages, keeps_tail
+            request.method, num_tokens, num_new, self.pool, self.residents, *rows, num_full_pages, per_token
         )
 
     def rows(self, common: CommonAttentionMetadata) -> StepRows | None:
@@ -298,7 +298,7 @@ class EvictionBridge:
             if req_id in step.chunks:
                 plan = step.chunks[req_id].plan
                 _check_length(req_id, plan.num_tokens, int(common.seq_lens[row]))
-                eviction = self._again[req_id] = self._resident_eviction(req_id, plan.num_tokens, plan.keeps_tail)
+                eviction = self._again[req_id] = self._resident_eviction(req_id, plan.num_tokens, plan.per_token)
                 rows.append(ChunkRow(self._watched[req_id], bounds[row], bounds[row + 1], eviction))
         return rows
 
