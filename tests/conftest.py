@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -76,16 +77,15 @@ def gemma3() -> Path:
 
 
 @pytest.fixture
-def kept_masks(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+def kept_masks() -> Iterator[list[torch.Tensor]]:
     """Collects what every eviction kept, [num_layers, num_kv_heads, num_tokens] bool, in order."""
-    from vllm_kvevict.eviction import prompt
+    from vllm_kvevict.eviction.observer import Choice, EvictionObserver, observed_by
 
     masks: list[torch.Tensor] = []
-    select = prompt.select
 
-    def spy(scores: torch.Tensor, num_kept: torch.Tensor, *protection: int) -> torch.Tensor:
-        masks.append(select(scores, num_kept, *protection))
-        return masks[-1]
+    class Masks(EvictionObserver):
+        def chosen(self, choice: Choice) -> None:
+            masks.append(choice.kept)
 
-    monkeypatch.setattr(prompt, "select", spy)
-    return masks
+    with observed_by(Masks()):
+        yield masks

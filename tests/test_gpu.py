@@ -14,8 +14,9 @@ from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import plan_eviction
 from vllm_kvevict.cache.query_ring import QueryRing
 from vllm_kvevict.cache.residents import Residents
+from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.per_token import TokenEvictor
-from vllm_kvevict.eviction.prompt import Eviction, Method
+from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.eviction.resident import ResidentEviction
 from vllm_kvevict.eviction.schedule import DuringDecode, Schedule
 from vllm_kvevict.policies import POLICIES
@@ -39,10 +40,10 @@ def request() -> tuple[PagePool, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def evict_prompt(
-    method: Method, keeps_tail: bool, pool: PagePool, block_ids: torch.Tensor, queries: torch.Tensor
+    method: Method, per_token: bool, pool: PagePool, block_ids: torch.Tensor, queries: torch.Tensor
 ) -> tuple[Eviction, PageTable, Residents]:
     plan = plan_eviction(PROMPT, 0.4, BLOCK_SIZE, method.min_tokens, during_decode=True)
-    plan = replace(plan, keeps_tail=keeps_tail)
+    plan = replace(plan, per_token=per_token)
     blocks = block_ids[: plan.num_blocks]
     eviction = Eviction(method, plan, pool, blocks)
     for layer in range(LAYERS):
@@ -50,7 +51,7 @@ def evict_prompt(
     compaction = eviction.finish()
     table, residents = PageTable(pool, 2), Residents(pool)
     table.add(REQUEST, compaction, plan)
-    residents.settle(compaction, plan, blocks, None)
+    residents.note(compaction, plan, blocks, None)
     return eviction, table, residents
 
 
@@ -65,24 +66,24 @@ def token_by_token(
 ) -> list[torch.Tensor]:
     device = pool.pages.device
     method = Method(POLICIES.get("morphkv")(), Lava(), 4, WINDOW, Schedule(during_decode=DuringDecode.BY_TOKEN))
-    eviction, table, residents = evict_prompt(method, False, pool, block_ids, queries)
+    eviction, table, residents = evict_prompt(method, True, pool, block_ids, queries)
     ring = QueryRing(LAYERS, 2, 64, device)
     ring.slots.take(REQUEST)
     for layer in range(LAYERS):
         ring.seed(layer, REQUEST, queries[layer, PROMPT - WINDOW : PROMPT], PROMPT)
     evictor = TokenEvictor(pool, table, residents, ring, 2)
-    evictor.begin(REQUEST, eviction.next_victims)
+    evictor.open_holes(REQUEST, eviction.next_victims)
     holes = []
     for step in range(ANSWER):
         num_tokens = torch.tensor([PROMPT + step + 1], device=device)
         block = block_ids[(PROMPT + step) // BLOCK_SIZE]
-        remembered = ring.plan([REQUEST], torch.tensor([0, 1], device=device), num_tokens)
-        replacement = evictor.plan(evictor.peers(method, [REQUEST]), num_tokens, PROMPT + step + 1, block[None])
+        remembered = ring.to_write([REQUEST], torch.tensor([0, 1], device=device), num_tokens)
+        replacement = evictor.prepare(evictor.peers(method, [REQUEST]), num_tokens, PROMPT + step + 1, block[None])
         for layer in range(LAYERS):
             write(pool, layer, block, PROMPT + step, answer[:, step, layer])
-            evictor.land(layer, replacement)
+            evictor.fill_holes(layer, replacement)
             ring.write(layer, queries[layer, PROMPT + step, None], remembered)
-            evictor.choose(layer, replacement, SCALE, LayerWeights())
+            evictor.choose_holes(layer, replacement, SCALE, LayerWeights())
         holes.append(replacement.holes)
     folded = table.fold(*_step(table, block_ids, PROMPT + ANSWER))
     return [torch.stack(holes), folded.page_table, folded.kv_lens]
@@ -92,7 +93,7 @@ def block_by_block(
     pool: PagePool, block_ids: torch.Tensor, queries: torch.Tensor, answer: torch.Tensor
 ) -> list[torch.Tensor]:
     method = Method(POLICIES.get("snapkv")(), Lava(), 4, WINDOW, Schedule(during_decode=DuringDecode.BY_BLOCK))
-    _, table, residents = evict_prompt(method, True, pool, block_ids, queries)
+    _, table, residents = evict_prompt(method, False, pool, block_ids, queries)
     for step in range(ANSWER):
         table.fold(*_step(table, block_ids, PROMPT + step + 1))
         for layer in range(LAYERS):
@@ -101,7 +102,7 @@ def block_by_block(
     eviction = ResidentEviction(method, PROMPT + ANSWER, ANSWER, pool, residents, *rows, num_full)
     for layer in range(LAYERS):
         eviction.score_layer(layer, queries[layer, -WINDOW:], queries[layer, -ANSWER:], SCALE)
-    eviction.finish()
+    eviction.compact()
     table.shrink(REQUEST, PROMPT + ANSWER)
     return [*table.rows(REQUEST, PROMPT + ANSWER), residents.positions]
 

@@ -12,7 +12,7 @@ from vllm_kvevict.budgets.auto import AutoBudget
 from vllm_kvevict.budgets.curve import Calibration
 from vllm_kvevict.cache.plan import min_kept_blocks
 from vllm_kvevict.eviction.building import build_method, policy_named
-from vllm_kvevict.eviction.prompt import Method
+from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.foreign.values import quoted
 from vllm_kvevict.options import reading

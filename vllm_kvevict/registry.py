@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from vllm_kvevict.foreign.code import ends_process, said
+from vllm_kvevict.foreign.code import contained, said
 from vllm_kvevict.foreign.values import LONGEST_NAME, quoted
 
 logger = logging.getLogger(__name__)
@@ -104,15 +104,14 @@ class Registry(Generic[Base]):
 
     def _load(self, name: str) -> type[Base]:
         if name not in self._broken:
-            try:
+            with contained(partial(self._note_broken, name)):
                 self._add(name, self._entry_points[name].load())
                 return self._classes[name]
-            except BaseException as error:  # any: the package is not ours
-                if ends_process():
-                    raise
-                reason = " ".join(f"{type(error).__name__}: {said(error)}".split())
-                self._broken[name] = f"{self.kind} {name!r} of another package cannot be used: {reason[:300]}"
         raise ValueError(self._broken[name])
+
+    def _note_broken(self, name: str, error: BaseException) -> None:
+        reason = " ".join(f"{type(error).__name__}: {said(error)}".split())
+        self._broken[name] = f"{self.kind} {name!r} of another package cannot be used: {reason[:300]}"
 
     def _member(self, name: str, family: str, rest: str) -> type[Base]:
         if name not in self._members:

@@ -25,7 +25,8 @@ from vllm_kvevict.cache.compaction import Compaction
 from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, plan_eviction
-from vllm_kvevict.eviction.prompt import Eviction, Method
+from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.kernels import move_tokens as moving
 from vllm_kvevict.kernels import select as selecting
 from vllm_kvevict.kernels.native import cuda_library

@@ -25,9 +25,9 @@ from benchmarks.quality.study import grading_engine, interval
 from benchmarks.serving.engine import MODEL
 from benchmarks.timing import RESULTS, provenance
 from vllm_kvevict.engine.offline.tasks import TASKS, make_example
+from vllm_kvevict.eviction.record import recorded_evictions
 
 from vllm_kvevict.engine.offline.grading import grade  # isort: skip  (after the environment is set)
-from vllm_kvevict.engine.offline.recording import recorded_evictions  # isort: skip
 
 FRACTIONS = (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 TARGETS = (0.9, 0.95)

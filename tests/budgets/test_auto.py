@@ -27,7 +27,7 @@ def test_what_is_chosen_is_inside_the_bounds(
 ) -> None:
     least, most = min(least, most), max(least, most)
     budget = auto(beta, least, most)
-    plan = budget.plan(num_tokens, block_size)
+    plan = budget.plan_most(num_tokens, block_size)
     if plan is None:
         return
     chosen = budget.choose(plan, nll=3.0)
@@ -39,7 +39,7 @@ def test_what_is_chosen_is_inside_the_bounds(
 
 
 def test_the_fraction_in_blocks() -> None:
-    plan = auto().plan(3200, 32)
+    plan = auto().plan_most(3200, 32)
     assert plan == EvictionPlan(3200, 95, 32)
     assert auto().choose(plan, nll=3.0).num_kept_blocks == 38  # 0.374 of 100 blocks
     assert auto(least=0.5).choose(plan, nll=3.0).num_kept_blocks == 50
@@ -48,4 +48,4 @@ def test_the_fraction_in_blocks() -> None:
 
 @pytest.mark.parametrize(("num_tokens", "is_evicted"), [(30, False), (64, False), (65, True), (150, True)])
 def test_a_prompt_of_as_many_blocks_as_must_stay_is_whole(num_tokens: int, is_evicted: bool) -> None:
-    assert (auto().plan(num_tokens, 32) is not None) == is_evicted
+    assert (auto().plan_most(num_tokens, 32) is not None) == is_evicted

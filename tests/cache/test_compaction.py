@@ -111,10 +111,10 @@ def make_case(
     skew: float = 3.0,
     seed: int = 0,
     fresh: bool = False,
-    keeps_tail: bool = True,
+    per_token: bool = False,
 ) -> Case:
     generator = torch.Generator().manual_seed(seed)
-    plan = EvictionPlan(num_tokens, num_kept_blocks, block_size, keeps_tail)
+    plan = EvictionPlan(num_tokens, num_kept_blocks, block_size, per_token)
     num_blocks = plan.num_blocks + fresh * plan.num_full_blocks
     cache = make_pool(*shape, num_blocks + 4, block_size, HEAD_SIZE, packing, layout)
     all_ids = scrambled_blocks(cache, num_blocks, generator)
@@ -147,7 +147,7 @@ def random_case(block_size: int, packing: str, layout: str, seed: int, fresh: bo
         rng.choice([0.0, 1.0, 8.0]),
         seed,
         fresh,
-        rng.random() < 0.7 or not keeps_something,
+        rng.random() >= 0.7 and keeps_something,
     )
 
 

@@ -58,7 +58,7 @@ def evict(
     num_full = [[rng.randrange(most_pages) for _ in range(HEADS)] for _ in range(LAYERS)]
     num_tokens = num_tokens or rng.randrange(most_pages * block_size, (most_pages + 2) * block_size)
     grows = rng.random() < 0.7
-    plan = EvictionPlan(num_tokens, rng.randint(1, -(-num_tokens // block_size) - 1), block_size, grows)
+    plan = EvictionPlan(num_tokens, rng.randint(1, -(-num_tokens // block_size) - 1), block_size, not grows)
     has_tail = plan.num_tail_tokens > 0
     blocks = [0] * plan.first_kept_block + [rng.randrange(1, BLOCKS) for _ in range(plan.num_kept_blocks)]
     last_page = [[cache.page_id(layer, blocks[-1], head) for head in range(HEADS)] for layer in range(LAYERS)]

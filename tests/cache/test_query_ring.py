@@ -27,7 +27,7 @@ def test_last_queries_of_requests_in_changing_batches():
         for req_id, query_len in zip(batch, query_lens, strict=True):
             seq_lens[req_id] += query_len
         start_loc = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0)
-        where = ring.plan(batch, start_loc, torch.tensor([seq_lens[req_id] for req_id in batch]))
+        where = ring.to_write(batch, start_loc, torch.tensor([seq_lens[req_id] for req_id in batch]))
         assert (where is None) == (batch == ["whole"])
         for layer in range(LAYERS if where is not None else 0):
             queries = [
@@ -57,14 +57,14 @@ def test_a_ring_that_begins_in_the_middle():
     last = torch.stack([query_of(0, "a", position) for position in range(12, 18)])
     ring.seed(0, "a", last, 18)
     assert torch.equal(ring.last(0, "a", 18, 6), last)
-    where = ring.plan(["a"], torch.tensor([0, 1]), torch.tensor([19]))
+    where = ring.to_write(["a"], torch.tensor([0, 1]), torch.tensor([19]))
     ring.write(0, query_of(0, "a", 18)[None], where)
     assert torch.equal(ring.last(0, "a", 19, 7), torch.cat([last, query_of(0, "a", 18)[None]]))
 
 
 def test_nothing_is_kept_for_requests_without_a_slot():
     ring = QueryRing(LAYERS, 4, DEPTH, torch.device("cpu"))
-    assert ring.plan(["a"], torch.tensor([0, 1]), torch.tensor([7])) is None
+    assert ring.to_write(["a"], torch.tensor([0, 1]), torch.tensor([7])) is None
     assert ring.num_bytes == 0
     ring.slots.take("a")
     with pytest.raises(RuntimeError, match="no query of request a was remembered"):

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 
 @dataclass(frozen=True)
-class Lookahead:
+class LookaheadRun:
     """What the pseudo tokens of one prompt were and asked.
 
     tokens:         the pseudo tokens that were looked at
@@ -51,7 +51,7 @@ class LookaheadModel:
         self._queries: list[torch.Tensor] = []
 
     @torch.inference_mode()
-    def run(self, prompt: list[int], capacity: int) -> Lookahead:
+    def run(self, prompt: list[int], capacity: int) -> LookaheadRun:
         """capacity: tokens of the cheap cache."""
         self._prompt, self._seen, self._queries = [], None, []
         logits = self._logits(prompt, 0)
@@ -65,7 +65,7 @@ class LookaheadModel:
             tokens.append(token)
             logits = self._logits([token], num_tokens + number)
         pseudo_queries = [torch.cat(self._queries[index :: len(layers)], dim=1) for index in range(len(layers))]
-        return Lookahead(tokens, [(query, key) for query, key, _ in layers], pseudo_queries)
+        return LookaheadRun(tokens, [(query, key) for query, key, _ in layers], pseudo_queries)
 
     def _logits(self, tokens: list[int], first_position: int) -> torch.Tensor:
         positions = torch.arange(first_position, first_position + len(tokens))[None]

@@ -141,7 +141,7 @@ class Engine:
 
     def _has_freed(self, request_id: str) -> bool:
         life = self.scheduler._lives.get(request_id)
-        return life is not None and bool(life.evictions) and not life.releases
+        return life is not None and bool(life.evictions) and not life.to_free
 
     def _has_emptied_last_block(self, request: Any) -> bool:
         """Whether a request that evicts during decode has just filled a block, which it will use again; or any token
@@ -149,7 +149,7 @@ class Engine:
         """
         life = self.scheduler._lives[request.request_id]
         num_tokens, plan = request.num_computed_tokens, life.plan
-        if not plan.keeps_tail:
+        if plan.per_token:
             return num_tokens > plan.num_tokens // plan.block_size * plan.block_size
         is_full = num_tokens % plan.block_size == 0 and num_tokens > plan.num_tokens
         return is_full and life.prefill.evicts_answer

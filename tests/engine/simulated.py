@@ -153,7 +153,7 @@ class Row:
     kept:          full blocks that the last eviction has filled
     fresh:         blocks that the first eviction was given
     first_own:     place in the table where the blocks begin that are used as the table says
-    is_replacing:  whether each new token takes the slot of another one
+    per_token:     whether each new token takes the slot of another one
     version:       evictions so far
     """
 
@@ -168,7 +168,7 @@ class Row:
     kept: list[int] = field(default_factory=list)
     fresh: list[int] = field(default_factory=list)
     first_own: int = 0
-    is_replacing: bool = False
+    per_token: bool = False
     version: int = 0
     hashes: list[int] = field(default_factory=list)
 
@@ -373,7 +373,7 @@ class SimulatedWorker:
                 first = max(0, row.num_computed - num_new - window + 1)
             elif row.is_evicted:
                 used |= self._read_kept(req_id, row)
-            if window is None and row.is_replacing:
+            if window is None and row.per_token:
                 first = row.num_computed - num_new
             places = np.arange(first, row.num_computed)
             blocks = np.array(table)[places // BLOCK]
@@ -447,7 +447,7 @@ class SimulatedWorker:
             self._fill(row, row.kept, None)
             reports[req_id] = EvictionReport(None, 0.0)
         for req_id, row in rows.items():
-            if row.is_replacing and req_id not in reports:
+            if row.per_token and req_id not in reports:
                 self._check_targets(req_id, set(row.kept), used)
                 self._fill(row, row.kept, None)
         self.num_evictions += sum(report.plan is not None for report in reports.values())
@@ -492,7 +492,7 @@ class SimulatedWorker:
         row.version += 1
         row.first_own = row.num_computed // BLOCK
         if plan is not None:
-            row.is_replacing = not plan.keeps_tail
+            row.per_token = plan.per_token
         self.memory[targets] = row.kept_content
 
 

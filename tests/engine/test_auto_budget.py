@@ -18,8 +18,8 @@ from tests.engine.dense import DenseModel
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 from vllm_kvevict.budgets.curve import Calibration
-from vllm_kvevict.engine.offline.recording import recorded_evictions
 from vllm_kvevict.engine.worker.likelihood import STRIDE
+from vllm_kvevict.eviction.record import recorded_evictions
 
 BLOCK, TARGET = 32, 0.9
 # random prompts of the tiny model have 6.4 to 7.5 nats

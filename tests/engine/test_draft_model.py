@@ -12,7 +12,8 @@ from tests.conftest import USES_V2_RUNNER
 from tests.engine.harness import Engine, engine
 from tests.engine.test_speculation import counted_drafts
 from tests.tiny_llama import random_prompt, tiny_llama_config
-from vllm_kvevict.engine.worker.draft import DraftBridge
+from vllm_kvevict.eviction.observer import Choice, EvictionObserver, observed_by
+from vllm_kvevict.policies.streaming_llm import StreamingLLM
 
 BUDGET = 96
 PROMPTS = [random_prompt(length, seed=length) for length in (40, 383, 450, 512, 700)]
@@ -34,6 +35,16 @@ def check_drafts(counts: list[tuple[int, int]]) -> None:
     drafted, accepted = sum(count for count, _ in counts), sum(count for _, count in counts)
     assert drafted - accepted <= NUM_EVICTED * NUM_DRAFTS
     assert accepted > 100
+
+
+class Policies(EvictionObserver):
+    """Notes by what the target and the draft were evicted."""
+
+    def __init__(self) -> None:
+        self.seen: list[type] = []
+
+    def chosen(self, choice: Choice) -> None:
+        self.seen.append(type(choice.method.policy))
 
 
 @pytest.fixture(scope="module")
@@ -98,23 +109,17 @@ def test_a_draft_may_have_other_heads(tiny_llama: Path, llama_with_four_heads: P
 
 
 @pytest.mark.more_on_v2("no draft sits out on V2")
-def test_a_draft_that_sat_out_keeps_its_last_tokens(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draft_that_sat_out_keeps_its_last_tokens(tiny_llama: Path) -> None:
     """Model runner V1 proposes nothing in a step in which one of the requests is about to reach the longest length."""
-    kept_last = []
-    keep_last = DraftBridge._keep_last
-
-    def spy(self: DraftBridge, req_id: str, end: Any) -> float:
-        kept_last.append(req_id)
-        return keep_last(self, req_id, end)
-
-    monkeypatch.setattr(DraftBridge, "_keep_last", spy)
     prompts = [random_prompt(700, seed=1), random_prompt(450, seed=2)]
     settings = {"max_model_len": 703}
     with engine(tiny_llama, budget=BUDGET, **settings) as running:
         plain = answers(running, prompts)
     with engine(tiny_llama, budget=BUDGET, speculative_config=speculation(tiny_llama), **settings) as running:
         running.poison_unowned_memory()
-        assert answers(running, prompts) == plain
-        assert len(kept_last) == (0 if USES_V2_RUNNER else 2)
+        observer = Policies()
+        with observed_by(observer):
+            assert answers(running, prompts) == plain
+        assert observer.seen.count(StreamingLLM) == (0 if USES_V2_RUNNER else 2)
         assert running.num_evictions == 2
         running.check_all_free()

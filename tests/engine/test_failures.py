@@ -19,8 +19,7 @@ from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
 from vllm_kvevict.budgets.auto import AutoBudget
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.worker.likelihood import PromptLikelihood
-from vllm_kvevict.eviction.per_token import Peers, TokenEvictor
-from vllm_kvevict.eviction.prompt import Method
+from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.policies import POLICIES, EvictionPolicy, Need, ScoreInputs, StepInputs
 
 
@@ -147,11 +146,13 @@ class _Speechless(_Failing):
 
 @dataclass(frozen=True)
 class _Listing(_FailingLate):
-    """Its options have no hash."""
+    """Its options have no hash. It notes of how many requests it was asked at once."""
 
+    together: ClassVar[set[int]] = set()
     layers: list[int] = field(default_factory=lambda: [1, 2])
 
     def score_step(self, inputs: StepInputs) -> torch.Tensor:
+        self.together.add(len(inputs.num_tokens))
         return inputs.positions.float()
 
 
@@ -310,18 +311,11 @@ def test_what_a_policy_says_of_itself_it_is_asked_once(running: Engine) -> None:
     running.check_all_free()
 
 
-def test_options_without_a_hash_evict_token_by_token(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_without_a_hash_evict_token_by_token(running: Engine) -> None:
     options = {"kv_eviction": "listing", **BY_TOKEN}
     cases = [(random_prompt(300, seed=1), {**options, "kv_budget": budget}) for budget in (96, 96, 128)]
-    together, plan = [], TokenEvictor.plan
-
-    def noting(tokens: TokenEvictor, peers: Peers, *args: Any) -> Any:
-        together.append(len(peers.req_ids))
-        return plan(tokens, peers, *args)
-
-    monkeypatch.setattr(TokenEvictor, "plan", noting)
     running.check_as_alone(cases, max_tokens=20)
-    assert max(together) == 3, "the same policy, whatever the budget"
+    assert max(_Listing.together) == 3, "the same policy, whatever the budget"
 
 
 def test_the_client_of_a_failed_request_hears_why(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,7 +188,7 @@ def test_a_step_in_flight_behind_a_failure_harms_nobody(running: Engine, alone: 
     running.check_all_free()
     bridge = running.bridge
     running.tokens([random_prompt(40, seed=2)], max_tokens=1)  # the workers hear of the end
-    assert not (len(bridge.page_table) or len(bridge.ring.slots) or bridge._prefills or bridge.failures.settled)
+    assert not (len(bridge.page_table) or len(bridge.ring.slots) or bridge._watched or bridge.failures.known_to_all)
 
 
 @pytest.mark.more_on_v2("V2 drafts as V1 does, and test_draft_model.py shows it")
@@ -212,4 +212,6 @@ def test_drafts_behind_a_failure_harm_nobody(drafting: Engine, answers: int) -> 
         assert failed.finish_reason == "error" and len(failed.token_ids) <= 1
     drafting.check_all_free()
     drafting.tokens([random_prompt(40, seed=2)], max_tokens=1)  # the workers hear of the end
-    assert not any(len(bridge.page_table) or bridge._prefills or bridge.failures.settled for bridge in drafting.bridges)
+    assert not any(
+        len(bridge.page_table) or bridge._watched or bridge.failures.known_to_all for bridge in drafting.bridges
+    )

@@ -340,7 +340,7 @@ def served(
         running.tokens([random_prompt(40, seed=2)], max_tokens=1)  # the workers hear of the last ends
         for bridge in running.bridges:
             assert not (len(bridge.page_table) or len(bridge.ring.slots))
-            assert not (bridge._prefills or bridge.failures.settled)
+            assert not (bridge._watched or bridge.failures.known_to_all)
     return asked, seconds
 
 

@@ -107,7 +107,7 @@ class Walk:
     def arrive(self) -> None:
         num_prompt, num_answer = self.rng.randint(1, 60), self.rng.randint(1, 30)
         config = self.rng.choice(CONFIGS)
-        prefill = self.cache.plan(config, num_prompt, num_prompt)
+        prefill = self.cache.plan_prefill(config, num_prompt, num_prompt)
         if prefill is None or len(self.walkers) >= 4 or self.cache.longest(prefill) < num_prompt + num_answer:
             return
         name = str(self.num_arrived)
@@ -132,7 +132,7 @@ class Walk:
         if not walker.is_running:
             if any(walker in earlier.stale for earlier in self.in_flight):
                 return
-            prefill = self.cache.plan(life.config, walker.num_prompt, walker.num_tokens)
+            prefill = self.cache.plan_prefill(life.config, walker.num_prompt, walker.num_tokens)
             assert prefill is not None
             life.start(prefill)
         # of an answer one token at a time; a step whose token is not known yet may be in flight
@@ -196,7 +196,7 @@ class Walk:
             if expects:
                 if expects == ["ending"] and life.config.budget == AUTO and self.rng.random() < 0.5:
                     plan = evictions.ending[walker.name].plan
-                    life.settle(replace(plan, num_kept_blocks=self.rng.randint(1, plan.num_kept_blocks)))
+                    life.adopt(replace(plan, num_kept_blocks=self.rng.randint(1, plan.num_kept_blocks)))
                 life.evicted()
             if walker.num_processed == walker.num_tokens:
                 walker.answer += 1
@@ -247,8 +247,8 @@ class Walk:
     def check_kept(self, walker: Walker, num_held: int) -> None:
         """A request that keeps its answer holds the budget of its prompt and all of its answer, resumed or not."""
         life = walker.life
-        is_settled = life.state is State.DECODING and life.evictions and not life.releases
-        if not is_settled or life.prefill.evicts_answer or life.config.budget == AUTO:
+        is_decided = life.state is State.DECODING and life.evictions and not life.to_free
+        if not is_decided or life.prefill.evicts_answer or life.config.budget == AUTO:
             return
         kept_from = cdiv(walker.num_scheduled, BLOCK) - num_held
         if walker.kept_from is None:
@@ -280,7 +280,7 @@ def test_an_event_that_is_lost_is_noticed(lost: str, monkeypatch: pytest.MonkeyP
 
 def test_an_illegal_transition_is_an_error() -> None:
     config = CONFIGS[0]
-    prefill = Walk(0).cache.plan(config, 40, 40)
+    prefill = Walk(0).cache.plan_prefill(config, 40, 40)
     assert prefill is not None
     life = RequestLife(config, config.method(), prefill)
     with pytest.raises(IllegalTransitionError, match="a request that is waiting cannot become preempted"):

@@ -14,7 +14,7 @@ from tests.conftest import USES_V2_RUNNER
 from tests.engine.dense_lookahead import LookaheadModel, check_kept
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
-from vllm_kvevict.engine.offline.recording import recorded_evictions
+from vllm_kvevict.eviction.record import recorded_evictions
 from vllm_kvevict.policies import POLICIES, EvictionPolicy
 
 BUDGET = 128

@@ -10,8 +10,8 @@ from tests.conftest import USES_V2_RUNNER
 from tests.engine.dense_lookahead import LookaheadModel, check_kept
 from tests.engine.harness import engine
 from tests.tiny_llama import random_prompt
-from vllm_kvevict.engine.offline.recording import recorded_evictions
 from vllm_kvevict.engine.offline.tasks import make_example
+from vllm_kvevict.eviction.record import recorded_evictions
 
 TASKS = ("needle_noise", "needle_prose", "passkey", "key_value", "copying")
 

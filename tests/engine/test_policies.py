@@ -11,8 +11,7 @@ import torch
 from tests.conftest import USES_V2_RUNNER
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
-from vllm_kvevict.engine.offline.recording import recorded_evictions
-from vllm_kvevict.eviction.record import RecordedEviction
+from vllm_kvevict.eviction.record import RecordedEviction, recorded_evictions
 from vllm_kvevict.policies import POLICIES, Need
 
 BUDGET, NUM_TOKENS = 160, 1003

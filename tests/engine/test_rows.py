@@ -38,7 +38,7 @@ def expected_index(slots: list[int], query_lens: list[int]) -> list[int]:
 @pytest.mark.parametrize("slots", [[4, 0, 7], [4, -1, 7], [-1, -1, 2]])
 @pytest.mark.parametrize("query_lens", [[1, 1, 1], [3, 1, 2], [1, 17, 1]])
 def test_queries_are_sorted_by_row_then_head_then_position(slots: list[int], query_lens: list[int]) -> None:
-    split, queries = BatchFolder(HEADS).fold(torch.tensor(slots), batch(query_lens))
+    split, queries = BatchFolder(HEADS).split(torch.tensor(slots), batch(query_lens))
     assert queries is not None
     expected = expected_index(slots, query_lens)
     if min(slots) >= 0 and max(query_lens) == 1:
@@ -56,27 +56,27 @@ def test_queries_are_sorted_by_row_then_head_then_position(slots: list[int], que
 
 
 def test_a_batch_without_evicted_rows_has_no_queries_to_fold() -> None:
-    split, queries = BatchFolder(HEADS).fold(torch.tensor([-1, -1]), batch([1, 1]))
+    split, queries = BatchFolder(HEADS).split(torch.tensor([-1, -1]), batch([1, 1]))
     assert queries is None
     assert split.whole_tokens is None
 
 
 def test_what_is_known_is_kept_while_the_same_requests_decode_a_token() -> None:
     folder, slots = BatchFolder(HEADS), torch.tensor([4, -1, 7])
-    known = folder.fold(slots, batch([1, 1, 1]))
-    assert folder.fold(slots, batch([1, 1, 1])) is known
-    assert folder.fold(slots.clone(), batch([1, 1, 1])) is not known
+    known = folder.split(slots, batch([1, 1, 1]))
+    assert folder.split(slots, batch([1, 1, 1])) is known
+    assert folder.split(slots.clone(), batch([1, 1, 1])) is not known
 
 
 @pytest.mark.parametrize("other", [[2, 1, 1], [1, 1, 0], [1, 5, 1]])
 def test_other_query_lengths_are_looked_at_anew(other: list[int]) -> None:
     folder, slots = BatchFolder(HEADS), torch.tensor([4, 2, 7])
-    known = folder.fold(slots, batch([1, 1, 1]))
-    _, queries = folder.fold(slots, batch(other))
+    known = folder.split(slots, batch([1, 1, 1]))
+    _, queries = folder.split(slots, batch(other))
     assert queries is not None
     assert queries.index is not None
     assert queries.index.tolist() == expected_index([4, 2, 7], other)
-    again = folder.fold(slots, batch([1, 1, 1]))
+    again = folder.split(slots, batch([1, 1, 1]))
     assert again is not known
     assert again[1] is not None
     assert again[1].index is None

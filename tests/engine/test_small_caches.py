@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMValidationError
 from tests.engine.dense_decode import BLOCK
 from tests.engine.harness import engine
 from tests.tiny_llama import random_prompt
-from vllm_kvevict.engine.offline.recording import recorded_evictions
+from vllm_kvevict.eviction.record import recorded_evictions
 
 BUDGET, CHUNK = 128, 100
 ON, OFF = {"kv_evict_during_prefill": 1}, {"kv_evict_during_prefill": 0}

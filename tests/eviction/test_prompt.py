@@ -17,7 +17,8 @@ from vllm_kvevict.cache.compaction import Compaction
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, plan_eviction
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.eviction.prompt import Eviction, Method
+from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.policies import EvictionPolicy, ScoreInputs
 from vllm_kvevict.policies.snapkv import SnapKV
 

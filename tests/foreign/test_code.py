@@ -15,7 +15,7 @@ import torch
 
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.worker.guard import Failures
-from vllm_kvevict.foreign.code import ends_process, said
+from vllm_kvevict.foreign.code import contained, ends_process, said
 from vllm_kvevict.policies import POLICIES, EvictionPolicy
 
 
@@ -62,6 +62,16 @@ def test_whatever_else_is_raised_is_a_failure(handler, raised):
     with failures.of(["a"], "scoring"):
         raise raised
     assert failures.get("a") == repr(raised)
+
+
+def test_a_failure_may_become_another_error():
+    def refuse(error: BaseException) -> None:
+        raise ValueError(f"refused: {said(error)}") from None
+
+    with pytest.raises(ValueError, match="refused: no"), contained(refuse):
+        raise Refusal("no")
+    with contained(refuse):
+        pass
 
 
 def test_a_function_that_is_no_handler_now_is_a_failure(handler):

@@ -13,7 +13,8 @@ from vllm_kvevict.budgets.adakv import AdaKV
 from vllm_kvevict.budgets.uniform import Uniform
 from vllm_kvevict.cache.plan import plan_eviction
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.eviction.prompt import Eviction, Method
+from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.policies import POLICIES, Need
 from vllm_kvevict.policies.criticalkv import CriticalKV, projected_value_norm
 

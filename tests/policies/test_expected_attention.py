@@ -12,7 +12,8 @@ from tests.llama_layer import BLOCK_SIZE, make_llama_layer
 from tests.tiny_llama import tiny_llama_config
 from vllm_kvevict.budgets.uniform import Uniform
 from vllm_kvevict.cache.plan import plan_eviction
-from vllm_kvevict.eviction.prompt import Eviction, Method
+from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.eviction.selection import protect, select
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies.base import LayerWeights

@@ -9,7 +9,8 @@ from tests.llama_layer import make_llama_layer
 from tests.paged import LAYOUTS, PACKINGS, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.budgets.uniform import Uniform
 from vllm_kvevict.cache.plan import plan_eviction
-from vllm_kvevict.eviction.prompt import Eviction, Method
+from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.policies import ScoreInputs
 from vllm_kvevict.policies.base import LayerWeights
 from vllm_kvevict.policies.snapkv import SnapKV

@@ -10,7 +10,8 @@ import torch
 from tests.llama_layer import make_llama_layer
 from vllm_kvevict.budgets.uniform import Uniform
 from vllm_kvevict.cache.plan import plan_eviction
-from vllm_kvevict.eviction.prompt import Eviction, Method
+from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.policies.tova import Tova
 
 BLOCK_SIZE = 32

@@ -24,7 +24,7 @@ class AutoBudget:
     most: float
     min_tokens: int
 
-    def plan(self, num_tokens: int, block_size: int) -> EvictionPlan | None:
+    def plan_most(self, num_tokens: int, block_size: int) -> EvictionPlan | None:
         """Return the plan for the most that a prompt of ``num_tokens`` may keep, None if the least is all of it."""
         least, most = (self._num_blocks(num_tokens, fraction, block_size) for fraction in (self.least, self.most))
         num_blocks = cdiv(num_tokens, block_size)

@@ -69,7 +69,7 @@ def plan_compaction(
 
     # the pages that a head stays in are its last ones: what survives before them moves, and behind them if anything
     first_staying = (last - num_staying) * plan.block_size
-    end_staying = plan.num_tokens if plan.keeps_tail else last * plan.block_size
+    end_staying = last * plan.block_size if plan.per_token else plan.num_tokens
     kept = kept.reshape(heads, plan.num_tokens)
     head, source = _survivors(kept, first_staying, end_staying, own, plan)
     hole_mask, hole_slots = _holes(kept, first_staying, end_staying, full_pages, want, num_staying, own, plan)

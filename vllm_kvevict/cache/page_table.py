@@ -75,23 +75,23 @@ class PageTable:
         self._most_pages[slot] = compaction.num_pages.max()
         self._num_tokens[slot] = plan.num_tokens
         self._num_blocks[slot] = plan.num_blocks
-        self._grows[slot] = plan.keeps_tail
+        self._grows[slot] = not plan.per_token
         self.generation += 1
 
     def remove(self, req_id: str) -> None:
         """Drop the row of a request that ended or was preempted; nothing happens if it has none."""
         self.generation += self.slots.give_back(req_id)
 
-    def shrink(self, req_id: str, num_tokens: int, keeps_tail: bool = True) -> None:
+    def shrink(self, req_id: str, num_tokens: int, per_token: bool = False) -> None:
         """Drop the pages of every row but the full ones of its first eviction, and the last one if it is not full.
 
         Those in between have been filled since then, and were emptied after ``num_tokens`` tokens.
 
-        keeps_tail: as in ``EvictionPlan``
+        per_token: as in ``EvictionPlan``
         """
         slot = self.slots[req_id]
         num_blocks = cdiv(num_tokens, self._pool.block_size)
-        num_full, tail = self.num_full_pages(req_id), num_tokens % self._pool.block_size if keeps_tail else 0
+        num_full, tail = self.num_full_pages(req_id), 0 if per_token else num_tokens % self._pool.block_size
         pages = self._pages[:, slot]
         last = pages.gather(2, self._pages_in_use(slot, num_blocks)[..., None] - 1)
         is_full = torch.arange(pages.shape[2], device=pages.device) < num_full[..., None]
@@ -102,7 +102,7 @@ class PageTable:
         self._kv_lens[:, slot] = (num_full * self._pool.block_size + tail).to(torch.int32)
         self._num_tokens[slot] = num_tokens
         self._num_blocks[slot] = num_blocks
-        self._grows[slot] = keeps_tail
+        self._grows[slot] = not per_token
         self.generation += 1
 
     def num_full_pages(self, req_id: str) -> torch.Tensor:

@@ -18,14 +18,14 @@ class EvictionPlan:
     num_tokens:      tokens in the cache when the prefill ends
     num_kept_blocks: blocks the request keeps; they stand at the end of its block table
     block_size:      tokens per block
-    keeps_tail:      whether decode goes on behind the tokens of the partly filled last block; False if these go where
-                     the others are, since each new token will take the slot of one that is evicted
+    per_token:       whether from now on each new token takes the slot of one that is evicted. Then the tokens of the
+                     partly filled last block go where the others are; else decode goes on behind them
     """
 
     num_tokens: int
     num_kept_blocks: int
     block_size: int
-    keeps_tail: bool = True
+    per_token: bool = False
 
     @property
     def num_blocks(self) -> int:
@@ -40,7 +40,7 @@ class EvictionPlan:
     @property
     def num_tail_tokens(self) -> int:
         """Tokens that stay in the partly filled last block, 0 if the last block is full."""
-        return self.num_tokens % self.block_size if self.keeps_tail else 0
+        return 0 if self.per_token else self.num_tokens % self.block_size
 
     @property
     def num_full_blocks(self) -> int:
@@ -92,7 +92,7 @@ def plan_per_token(num_tokens: int, budget: int | float, block_size: int, min_to
     """
     num_full = budget_blocks(num_tokens, budget, block_size, min_tokens, during_decode=True) - 1
     num_tokens = max(num_tokens, num_full * block_size)
-    return EvictionPlan(num_tokens, num_full + (num_tokens % block_size > 0), block_size, keeps_tail=False)
+    return EvictionPlan(num_tokens, num_full + (num_tokens % block_size > 0), block_size, per_token=True)
 
 
 def budget_blocks(num_tokens: int, budget: int | float, block_size: int, min_tokens: int, during_decode: bool) -> int:

@@ -40,7 +40,7 @@ class QueryRing:
         """Bytes that the queries take."""
         return 0 if self._queries is None else self._queries.numel() * self._queries.element_size()
 
-    def plan(self, req_ids: list[str], query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> RingWrite | None:
+    def to_write(self, req_ids: list[str], query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> RingWrite | None:
         """Return what a batch has to remember, None if it is nothing.
 
         req_ids:         [num_reqs]

@@ -44,7 +44,7 @@ class Residents:
         num_slots = len(self._pool.pages) * self._pool.block_size
         return torch.zeros(num_slots, dtype=dtype, device=self._pool.pages.device)
 
-    def settle(
+    def note(
         self, compaction: Compaction, plan: EvictionPlan, block_ids: torch.Tensor, states: list[torch.Tensor] | None
     ) -> None:
         """Note what the compacted cache of a request holds.

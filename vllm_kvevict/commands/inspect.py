@@ -50,7 +50,7 @@ def _inspect(args: argparse.Namespace, engine_flags: list[str]) -> Iterator[str]
     # read by vLLM when it is imported: recording needs the worker in this process
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm_kvevict.commands.report.page import write_page
-    from vllm_kvevict.engine.offline.recording import inspect_prompt
+    from vllm_kvevict.engine.offline.inspecting import inspect_prompt
 
     prompt = args.prompt_tokens if args.prompt_file is None else args.prompt_file
     inspection = inspect_prompt(args.model, prompt, config, args.max_tokens, engine_flags)

@@ -6,8 +6,8 @@ from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.engine.fit import EmptyCache, PrefillPlan, Window
-from vllm_kvevict.engine.models import check_lookahead, check_needs, evicted_models
+from vllm_kvevict.engine.fit import EmptyCache, PrefillPlan, SlidingWindow
+from vllm_kvevict.engine.models import check_needs, check_pseudo_tokens, evicted_models
 from vllm_kvevict.engine.settings import eviction_config
 from vllm_kvevict.options.names import AUTO, BUDGET, DURING_DECODE, DURING_PREFILL, INTERVAL, NONE, POLICY
 
@@ -16,7 +16,7 @@ def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
     """Raise ValueError if a config, the server's or that of a request, does not go with the model or the engine."""
     method = config.method()
     check_needs(config.policy, method.policy, evicted_models(vllm_config))
-    check_lookahead(config.policy, method.policy, vllm_config)
+    check_pseudo_tokens(config.policy, method.policy, vllm_config)
     if config.budget == AUTO and vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ValueError(
             f"{BUDGET}: 'auto' reads the logits of a prompt, which only the last pipeline stage has; give a "
@@ -92,7 +92,7 @@ def check_fits(cache: EmptyCache, prefill: PrefillPlan | None, num_tokens: int, 
 
 
 def empty_cache(
-    vllm_config: VllmConfig, num_blocks: int, windows: tuple[Window, ...], is_shared: bool | None = None
+    vllm_config: VllmConfig, num_blocks: int, windows: tuple[SlidingWindow, ...], is_shared: bool | None = None
 ) -> EmptyCache:
     """Return the cache that a request finds which is alone in an engine.
 

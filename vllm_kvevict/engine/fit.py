@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Window:
+class SlidingWindow:
     """A group of layers with a sliding window, which are never evicted.
 
     num_tokens: that it holds of one request at most
@@ -80,10 +80,10 @@ class EmptyCache:
     chunk: int
     num_drafts: int = 0
     num_late: int = 0
-    windows: tuple[Window, ...] = ()
+    windows: tuple[SlidingWindow, ...] = ()
     is_shared: bool = True
 
-    def plan(self, config: EvictionConfig, num_prompt: int, num_tokens: int) -> PrefillPlan | None:
+    def plan_prefill(self, config: EvictionConfig, num_prompt: int, num_tokens: int) -> PrefillPlan | None:
         """Return how a prefill of ``num_tokens`` is evicted, None if the budget holds all of the request for ever.
 
         Only a request that evicts its answer treats that as prompt when it was preempted and starts again. Any other
@@ -96,7 +96,7 @@ class EmptyCache:
         whole = num_prompt + schedule.num_deferred
         budget = budget_tokens(whole, config.most_kept)
         sizes = (num_tokens if schedule.evicts_answer else num_prompt, budget, self.block_size, method.min_tokens)
-        eviction = schedule.first_eviction(*sizes) if auto is None else auto.plan(whole, self.block_size)
+        eviction = schedule.first_eviction(*sizes) if auto is None else auto.plan_most(whole, self.block_size)
         if eviction is None:
             return None
         # vLLM pads a step of one token with drafts, which would be evicted where that token ends the prefill

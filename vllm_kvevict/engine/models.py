@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from vllm.config import ModelConfig, VllmConfig
 
 from vllm_kvevict.cache.plan import cdiv
-from vllm_kvevict.engine.fit import Window
+from vllm_kvevict.engine.fit import SlidingWindow
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies.base import EvictionPolicy, Need
 
@@ -42,7 +42,7 @@ def evicted_models(vllm_config: VllmConfig) -> list[ModelConfig]:
     return [vllm_config.model_config] if draft is None else [vllm_config.model_config, draft]
 
 
-def windows_of(vllm_config: VllmConfig) -> tuple[Window, ...]:
+def windows_of(vllm_config: VllmConfig) -> tuple[SlidingWindow, ...]:
     """Return the groups that vLLM makes of the layers with a sliding window, as far as the configuration tells.
 
     A front end has no more than that. The engine counts the groups that there are, and ends what does not fit.
@@ -54,7 +54,7 @@ def windows_of(vllm_config: VllmConfig) -> tuple[Window, ...]:
         return ()
     least, most = sorted((num_full, num_sliding))
     num_groups = cdiv(num_sliding, most if most < 1.5 * least else least)
-    window = Window(text_config.sliding_window - 1 + vllm_config.max_in_flight_tokens, block_size)
+    window = SlidingWindow(text_config.sliding_window - 1 + vllm_config.max_in_flight_tokens, block_size)
     return (window,) * num_groups
 
 
@@ -74,8 +74,8 @@ def _check_needs(name: str, asked: Sequence[Need], model_config: ModelConfig) ->
     )
 
 
-def check_lookahead(name: str, policy: EvictionPolicy, vllm_config: VllmConfig) -> None:
-    """Raise ValueError if the policy ``name`` looks ahead and the model or the engine cannot."""
+def check_pseudo_tokens(name: str, policy: EvictionPolicy, vllm_config: VllmConfig) -> None:
+    """Raise ValueError if the policy ``name`` wants pseudo tokens that the model or the engine cannot give it."""
     if not traits_of(policy).num_pseudo_tokens:
         return
     model, parallel = vllm_config.model_config, vllm_config.parallel_config

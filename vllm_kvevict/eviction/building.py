@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from inspect import isabstract
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
-from vllm_kvevict.eviction.prompt import Method
+from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.schedule import DuringDecode, Schedule
 from vllm_kvevict.eviction.traits import per_token_policies, settle, traits_of
-from vllm_kvevict.foreign.code import apart, ends_process, said
+from vllm_kvevict.foreign.code import apart, contained, said
 from vllm_kvevict.options.names import ALLOCATOR, DURING_DECODE, DURING_PREFILL, INTERVAL, POLICY
 from vllm_kvevict.policies import POLICIES, EvictionPolicy
 from vllm_kvevict.registry import Registry
@@ -120,14 +120,14 @@ def _made(registry: Registry[Any], cls: Any, name: str, options_json: str, field
         if is_required and option not in options:
             where = f"{field_name} of --kv-eviction-config"
             raise ValueError(f"{named_by}: {what} needs {option!r}, which is given when the server starts, in {where}")
-    try:
-        with apart:
-            built = cls(**options)
-            settle(built)
-        return built
-    except ValueError:
-        raise
-    except BaseException as error:  # any: the class may be another package's
-        if ends_process():
-            raise
-        raise ValueError(f"{field_name}: {what}: {said(error)}") from None
+    with contained(lambda error: _refuse(f"{field_name}: {what}", error)), apart:
+        built = cls(**options)
+        settle(built)
+    return built
+
+
+def _refuse(named: str, error: BaseException) -> NoReturn:
+    """Raise ValueError with what a class, which may be another package's, says of its options."""
+    if isinstance(error, ValueError):
+        raise error
+    raise ValueError(f"{named}: {said(error)}") from None

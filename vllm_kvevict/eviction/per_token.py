@@ -15,7 +15,7 @@ from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.query_ring import QueryRing
 from vllm_kvevict.cache.residents import Residents
-from vllm_kvevict.eviction.prompt import Method
+from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies.base import LayerWeights, Need, StepInputs
@@ -43,14 +43,14 @@ class Replacement:
 
     num_tokens: [num_reqs] int64, the new token included
     max_tokens: the most of these, or more
-    landed:     [num_layers, num_kv_heads, num_reqs] int64 slots of the pool that vLLM writes the new tokens to
+    written:    [num_layers, num_kv_heads, num_reqs] int64 slots of the pool that vLLM writes the new tokens to
     holes:      likewise, where they go from there
     """
 
     peers: Peers
     num_tokens: torch.Tensor
     max_tokens: int
-    landed: torch.Tensor
+    written: torch.Tensor
     holes: torch.Tensor
 
 
@@ -71,8 +71,8 @@ class TokenEvictor:
     def block_size(self) -> int:
         return self._pool.block_size
 
-    def begin(self, req_id: str, victims: torch.Tensor) -> None:
-        """The first eviction of a request is done, and its residents are settled.
+    def open_holes(self, req_id: str, victims: torch.Tensor) -> None:
+        """The first eviction of a request is done, and its residents are noted.
 
         victims: [num_layers, num_kv_heads] int64, positions of the tokens that go first
         """
@@ -91,26 +91,26 @@ class TokenEvictor:
         max_pages = self._page_table.most_pages(slots)
         return Peers(method, req_ids, slots, torch.tensor(ring_slots, device=device), max_pages)
 
-    def plan(self, peers: Peers, num_tokens: torch.Tensor, max_tokens: int, blocks: torch.Tensor) -> Replacement:
+    def prepare(self, peers: Peers, num_tokens: torch.Tensor, max_tokens: int, blocks: torch.Tensor) -> Replacement:
         """Return a step, and note which tokens the holes will hold.
 
         num_tokens, max_tokens: as in ``Replacement``
         blocks:                 [num_reqs] int64, the last block of each request
         """
         block_size = self.block_size
-        landed = self._pool.page_ids(blocks) * block_size + (num_tokens - 1) % block_size
+        written = self._pool.page_ids(blocks) * block_size + (num_tokens - 1) % block_size
         holes = self._holes[:, peers.slots].transpose(1, 2).contiguous()
         self._residents.positions[holes] = (num_tokens - 1).to(torch.int32)
         if Need.ALL_QUERIES in traits_of(peers.method.policy).needs:
             self._residents.sums[holes] = 0.0
-        return Replacement(peers, num_tokens, max_tokens, landed, holes)
+        return Replacement(peers, num_tokens, max_tokens, written, holes)
 
-    def land(self, layer: int, step: Replacement) -> None:
+    def fill_holes(self, layer: int, step: Replacement) -> None:
         """Move the new tokens of one layer, which vLLM has written, into the holes. The pool's pages change."""
-        source, destination = step.landed[layer].flatten(), step.holes[layer].flatten()
+        source, destination = step.written[layer].flatten(), step.holes[layer].flatten()
         self._pool.move(source, destination)
 
-    def choose(self, layer: int, step: Replacement, scale: float, weights: LayerWeights) -> None:
+    def choose_holes(self, layer: int, step: Replacement, scale: float, weights: LayerWeights) -> None:
         """Score what the heads of one layer hold, and choose the next holes. The newest query is in the ring."""
         peers, method, policy = step.peers, step.peers.method, step.peers.method.policy
         page_ids, slots, positions = self._held(layer, peers.slots, peers.max_pages)

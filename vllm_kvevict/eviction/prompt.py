@@ -18,48 +18,12 @@ from vllm_kvevict.budgets import BudgetAllocator, round_to_pages
 from vllm_kvevict.cache.compaction import Compaction, plan_compaction
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
+from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.observer import Choice, is_observed, show
 from vllm_kvevict.eviction.results import checked, checked_tokens, checked_wish
-from vllm_kvevict.eviction.schedule import Schedule
 from vllm_kvevict.eviction.selection import protect, select
 from vllm_kvevict.eviction.traits import allocator_traits_of, traits_of
-from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, Need, ScoreInputs
-
-_AT_THE_END = Schedule()
-
-
-@dataclass(frozen=True)
-class Method:
-    """A policy, an allocator, how many tokens both ends of the prompt are protected by, and when they are asked."""
-
-    policy: EvictionPolicy
-    allocator: BudgetAllocator
-    num_sink: int
-    num_recent: int
-    schedule: Schedule = _AT_THE_END
-
-    @property
-    def num_protected(self) -> int:
-        return self.num_sink + self.num_recent
-
-    @property
-    def query_window(self) -> int:
-        """Last queries of the prompt that the policy or the allocator looks at."""
-        return max(traits_of(self.policy).query_window, allocator_traits_of(self.allocator).query_window)
-
-    @property
-    def watches_answer(self) -> bool:
-        """Whether the engine must remember queries of the answer."""
-        is_watched = self.schedule.evicts_answer or self.schedule.num_deferred > 0
-        return is_watched and (self.query_window > 0 or Need.ALL_QUERIES in traits_of(self.policy).needs)
-
-    @property
-    def min_tokens(self) -> int:
-        """Tokens that a budget must hold: the protected ones, and those whose queries are looked at.
-
-        A prefix-cache hit never covers the latter, so they are always computed and never scored in part. If each new
-        token takes the slot of another one, that one is neither.
-        """
-        return max(self.num_protected, self.query_window) + self.schedule.per_token
+from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, ScoreInputs
 
 
 @dataclass
@@ -84,6 +48,7 @@ class Eviction:
     _measures: list[torch.Tensor] = field(init=False)
     _waiting: list[ScoreInputs] = field(init=False, default_factory=list)
     _compaction: Compaction = field(init=False)
+    _shown: Choice | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._page_ids = self.pool.page_ids(self.block_ids)  # [num_layers, num_kv_heads, num_blocks]
@@ -197,12 +162,15 @@ class Eviction:
         protected = protect(scores, *protection)
         num_full_pages = self._allocate(protected)
         kept = select(scores, num_full_pages * self.plan.block_size + self.plan.num_tail_tokens, *protection)
-        if not self.plan.keeps_tail:
+        if self.plan.per_token:
             self.next_victims = protected.masked_fill(~kept, float("inf")).argmin(dim=-1)
         self._compaction = plan_compaction(
             kept, num_full_pages, self.block_ids, self.plan, self.pool, self.fresh_block_ids
         )
         self.seconds += perf_counter() - start
+        if is_observed():
+            choice = self._shown = Choice(self.method, self.plan, self.pool, scores, kept)
+            show(lambda observer: observer.chosen(choice))
 
     def compact(self) -> Compaction:
         """Move what was chosen. The pool's pages change; the caller puts the result in its page table."""
@@ -210,6 +178,8 @@ class Eviction:
         for source, destination in self._compaction.phases:
             self.pool.move(source, destination)
         self.seconds += perf_counter() - start
+        if (choice := self._shown) is not None:
+            show(lambda observer: observer.compacted(choice, self._compaction, self.seconds))
         return self._compaction
 
     def _all_scores(self) -> torch.Tensor:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from vllm_kvevict.cache.compaction import Compaction
 from vllm_kvevict.cache.plan import EvictionPlan
+from vllm_kvevict.eviction.observer import Choice, EvictionObserver, observed_by
+from vllm_kvevict.eviction.traits import traits_of
 
 
 @dataclass(frozen=True)
@@ -73,3 +78,30 @@ class Inspection:
     allocator: str
     budget: int | float | str
     answer: str
+
+
+@contextmanager
+def recorded_evictions() -> Iterator[list[RecordedEviction]]:
+    """Note every first eviction that ends in this process while the context is open, in order."""
+    recorder = _Recorder()
+    with observed_by(recorder):
+        yield recorder.records
+
+
+class _Recorder(EvictionObserver):
+    def __init__(self) -> None:
+        self.records: list[RecordedEviction] = []
+
+    def compacted(self, choice: Choice, compaction: Compaction, seconds: float) -> None:
+        method, pages = choice.method, choice.pool.pages
+        record = RecordedEviction(
+            choice.scores.cpu(),
+            choice.kept.cpu(),
+            compaction.num_pages.cpu(),
+            choice.plan,
+            num_first=method.num_sink,
+            num_last=max(method.num_recent, traits_of(method.policy).num_recent),
+            page_bytes=pages.shape[1] * pages.element_size(),
+            seconds=seconds,
+        )
+        self.records.append(record)

@@ -15,7 +15,7 @@ import torch
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import cdiv
 from vllm_kvevict.cache.residents import Residents
-from vllm_kvevict.eviction.prompt import Method
+from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.selection import protect, select
 from vllm_kvevict.eviction.traits import traits_of
@@ -31,7 +31,7 @@ class ResidentEviction:
     page_table:     [num_layers, num_kv_heads, max_pages] int64, full pages, and then those of the new tokens
     num_pages:      [num_layers, num_kv_heads] int64, pages in use
     num_full_pages: [num_layers, num_kv_heads] int64, of these, the ones that stay; and one more that is filled in part
-    keeps_tail:     as in ``EvictionPlan``
+    per_token:      as in ``EvictionPlan``
     seconds:        what scoring, selection and compaction took so far
     next_victims:   as in ``Eviction``, once all layers are scored
     """
@@ -44,7 +44,7 @@ class ResidentEviction:
     page_table: torch.Tensor
     num_pages: torch.Tensor
     num_full_pages: torch.Tensor
-    keeps_tail: bool = True
+    per_token: bool = False
     seconds: float = 0.0
     next_victims: torch.Tensor = field(init=False)
     _slots: torch.Tensor = field(init=False)
@@ -75,7 +75,7 @@ class ResidentEviction:
 
     @property
     def _num_tail_tokens(self) -> int:
-        return self.num_tokens % self.pool.block_size if self.keeps_tail else 0
+        return 0 if self.per_token else self.num_tokens % self.pool.block_size
 
     @property
     def _kv_lens(self) -> torch.Tensor:
@@ -141,21 +141,21 @@ class ResidentEviction:
         protection = self.method.num_sink, self.method.num_recent
         kept = select(scores, self._num_kept(inputs.layer, heads), *protection)
         self._kept[inputs.layer, heads, :kv_len] = kept
-        if not self.keeps_tail:
+        if self.per_token:
             protected = protect(scores, *protection)
             lowest = protected.masked_fill(~kept, float("inf")).argmin(dim=1, keepdim=True)
             slots = self._slots[inputs.layer, heads].gather(1, lowest)[:, 0]
             self.next_victims[inputs.layer, heads] = self.residents.positions[slots].to(torch.int64)
 
-    def _checked(self, method: str, result: object, heads: torch.Tensor, kv_len: int) -> torch.Tensor:
-        """Return what a method of the policy returned for some heads, if it is [num_heads, kv_len] float32."""
-        source = f"{type(self.method.policy).__name__}.{method}"
+    def _checked(self, function: str, result: object, heads: torch.Tensor, kv_len: int) -> torch.Tensor:
+        """Return what a function of the policy returned for some heads, if it is [num_heads, kv_len] float32."""
+        source = f"{type(self.method.policy).__name__}.{function}"
         return checked(source, result, (len(heads), kv_len), self.pool.pages.device)
 
     def _num_kept(self, layer: int, heads: torch.Tensor) -> torch.Tensor:
         return self.num_full_pages[layer, heads] * self.pool.block_size + self._num_tail_tokens
 
-    def finish(self) -> None:
+    def compact(self) -> None:
         """Move what survives of the pages that go into the slots of what does not. The pool's pages change."""
         start = perf_counter()
         is_held = torch.arange(self._slots.shape[2], device=self._slots.device) < self._kv_lens[..., None]

@@ -4,12 +4,11 @@ raise, or say something else the next time, and the engine asks at places where 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_kvevict.budgets import BudgetAllocator
-from vllm_kvevict.foreign.code import ends_process
+from vllm_kvevict.foreign.code import contained
 from vllm_kvevict.foreign.values import quoted
 from vllm_kvevict.policies import POLICIES
 from vllm_kvevict.policies.base import EvictionPolicy, Need
@@ -67,15 +66,15 @@ class AllocatorTraits:
         return cls(_number(allocator, "query_window"))
 
 
-def per_token_policies() -> Iterator[str]:
-    """Yield the names of the policies that can evict token by token with their default options."""
-    for name in POLICIES.names():
-        try:
-            if POLICIES.get(name).supports_per_token():
-                yield name
-        except BaseException:  # a third party's: it cannot be imported, or does not say
-            if ends_process():
-                raise
+def per_token_policies() -> list[str]:
+    """Return the names of the policies that can evict token by token with their default options."""
+    return [name for name in POLICIES.names() if _is_per_token(name)]
+
+
+def _is_per_token(name: str) -> bool:
+    with contained():  # a third party's: it cannot be imported, or does not say
+        return bool(POLICIES.get(name).supports_per_token())
+    return False
 
 
 # by identity: an option of a third party's class may be a list, which has no hash

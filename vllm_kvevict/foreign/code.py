@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from traceback import format_exception
 from types import CodeType, TracebackType
 from typing import Any
@@ -25,17 +26,28 @@ def ends_process() -> bool:
     return kind is not None and (issubclass(kind, KeyboardInterrupt) or not _handlers().isdisjoint(_raised_in(place)))
 
 
+@contextmanager
+def contained(handle: Callable[[BaseException], object] = lambda error: None) -> Iterator[None]:
+    """What the code inside this context raises ends here and goes to ``handle``, which may raise another error.
+
+    What ends the process passes.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if ends_process():
+            raise
+        handle(error)
+
+
 def said(error: BaseException, form: Callable[[BaseException], str] = str, longest: int | None = 1000) -> str:
     """Return what an error says, or its ``repr``; its name if it fails to, as a third party's may.
 
     longest: characters of the text at most, which can be sent; None: all of them
     """
-    try:
+    with contained():
         return form(error)[:longest].encode("utf-8", "replace").decode()
-    except BaseException:
-        if ends_process():
-            raise
-        return type(error).__name__
+    return type(error).__name__
 
 
 def with_traceback(error: BaseException) -> str:

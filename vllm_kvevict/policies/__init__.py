@@ -1,4 +1,4 @@
-"""How tokens rank: one file per published method. Importing this package registers them."""
+"""How tokens rank: one policy or family per file. Importing this package registers them."""
 
 from vllm_kvevict.policies import (  # noqa: F401  # they register themselves
     chunkkv,

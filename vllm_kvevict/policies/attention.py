@@ -24,12 +24,6 @@ class AttentionTile:
     probabilities: torch.Tensor
 
 
-def grouped_query(inputs: ScoreInputs) -> torch.Tensor:
-    """Return [num_kv_heads, group, num_queries, head_size] float32, the queries by the KV head that they read."""
-    by_head: torch.Tensor = inputs.query.float().transpose(0, 1).unflatten(0, (inputs.num_kv_heads, -1))
-    return by_head
-
-
 def attention_tiles(
     inputs: ScoreInputs, query: torch.Tensor | None = None, num_keys: int | None = None
 ) -> Iterator[AttentionTile]:
@@ -38,11 +32,11 @@ def attention_tiles(
     Keys are visited twice, first for the sums of the softmax, unless one tile holds them all. Scratch memory: 8 bytes
     for each query, head and token of a tile, whatever the length of the prompt.
 
-    query:    what to use in place of ``grouped_query(inputs)``; any group
+    query:    what to use in place of ``inputs.grouped_query``; any group
     num_keys: the softmax runs over the first tokens only, as many as this; None: over all that a query sees
     """
     if query is None:
-        query = grouped_query(inputs)
+        query = inputs.grouped_query
     tiles = list(inputs.tiles(end=num_keys))
     if len(tiles) == 1:
         logits = _logits(query, inputs, *tiles[0])

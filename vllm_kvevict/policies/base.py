@@ -81,6 +81,11 @@ class ScoreInputs:
     def num_kv_heads(self) -> int:
         return len(self.page_table)
 
+    @property
+    def grouped_query(self) -> torch.Tensor:
+        """[num_kv_heads, group, num_queries, head_size] float32, the queries by the KV head they read."""
+        return _by_kv_head(self.query, self.num_kv_heads)
+
     def gather_keys(self, start: int, end: int) -> torch.Tensor:
         """Return [num_kv_heads, end - start, head_size] float32, the keys of tokens ``start`` to ``end``."""
         return self._gather(self.keys, self.weights.key_scale, start, end)
@@ -201,8 +206,13 @@ class StepInputs:
     @property
     def grouped_query(self) -> torch.Tensor:
         """[num_reqs, num_kv_heads, group, num_queries, head_size] float32, the queries by the KV head they read."""
-        grouped: torch.Tensor = self.query.float().transpose(1, 2).unflatten(1, (self.page_table.shape[1], -1))
-        return grouped
+        return _by_kv_head(self.query, self.page_table.shape[1])
+
+
+def _by_kv_head(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """query: [..., num_queries, num_heads, head_size]"""
+    grouped: torch.Tensor = query.float().transpose(-3, -2).unflatten(-3, (num_kv_heads, -1))
+    return grouped
 
 
 class EvictionPolicy(ABC):

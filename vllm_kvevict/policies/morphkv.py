@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from vllm_kvevict.policies.attention import attention_tiles, grouped_query
+from vllm_kvevict.policies.attention import attention_tiles
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs, StepInputs
 from vllm_kvevict.policies.options import at_least
 
@@ -61,7 +61,7 @@ class MorphKV(EvictionPolicy):
         scores = inputs.query.new_zeros(inputs.num_kv_heads, inputs.kv_len, dtype=torch.float32)
         if num_older <= 0:  # every token observes: none is to be judged
             return scores
-        query = grouped_query(inputs)
+        query = inputs.grouped_query
         if self.variant == "logits":
             query = query.sum(dim=1, keepdim=True)
         for tile in attention_tiles(inputs, query, num_older if self.denominator == "older" else None):

@@ -127,7 +127,7 @@ def _check(vllm_config: VllmConfig, options: Mapping[str, Any], prompt: PromptFa
             check_config(config, vllm_config)
             check_prompt(config, prompt.has_embeds, prompt.has_images)
         if cache is not None:
-            prefill = None if config is None else cache.plan(config, prompt.num_tokens, prompt.num_tokens)
+            prefill = None if config is None else cache.plan_prefill(config, prompt.num_tokens, prompt.num_tokens)
             check_fits(cache, prefill, prompt.num_tokens, by_request=config is None)
     except ValueError as error:
         raise _refusal(str(error)) from None

@@ -10,7 +10,7 @@ from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.config import AUTO, EvictionConfig
 from vllm_kvevict.engine.fit import PrefillPlan
 from vllm_kvevict.engine.messages import ChunkEnd, PrefillEnd, StepEvictions
-from vllm_kvevict.eviction.prompt import Method
+from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies import Need
 
@@ -50,7 +50,7 @@ class IllegalTransitionError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Release:
+class BlocksToFree:
     """Blocks of a request that are free once so many of its tokens have been processed.
 
     start, stop: their places in its block table, where null blocks take over
@@ -79,7 +79,7 @@ class RequestLife:
     num_pending:  of these, those that no worker has reported yet
     counted:      the last of them that was carried out, for the gauges
     fresh_blocks: taken for the first eviction, and held here until they enter the request's table
-    releases:     blocks to be freed, in order
+    to_free:      blocks to be freed, in order
     """
 
     config: EvictionConfig
@@ -91,7 +91,7 @@ class RequestLife:
     num_pending: int = 0
     counted: EvictionPlan | None = None
     fresh_blocks: list[KVCacheBlock] = field(default_factory=list)
-    releases: list[Release] = field(default_factory=list)
+    to_free: list[BlocksToFree] = field(default_factory=list)
 
     def _enter(self, state: State) -> None:
         if state is self.state:
@@ -111,7 +111,7 @@ class RequestLife:
         return self.num_tokens >= self.prefill.num_tokens
 
     @property
-    def is_settled(self) -> bool:
+    def is_decided(self) -> bool:
         """Whether nothing is left to decide: it decodes on what was kept."""
         return self.state is State.DECODING and bool(self.evictions) and not self._goes_on
 
@@ -176,8 +176,8 @@ class RequestLife:
             raise IllegalTransitionError(f"a step ends at {num_tokens} tokens, an eviction was due at {due.num_tokens}")
         plan = self._first_plan(num_tokens)
         if plan is not None:
-            release = Release(plan.num_tokens, 0, plan.first_kept_block + len(self.fresh_blocks), self.fresh_blocks)
-            self._evict(plan, release)
+            blocks = BlocksToFree(plan.num_tokens, 0, plan.first_kept_block + len(self.fresh_blocks), self.fresh_blocks)
+            self._evict(plan, blocks)
             fresh = None if self.prefill.in_place else [block.block_id for block in self.fresh_blocks]
             step.ending[req_id] = PrefillEnd(self.config, plan, fresh, is_late=had_prefilled, goes_on=self._goes_on)
         elif not had_prefilled:
@@ -196,14 +196,14 @@ class RequestLife:
             # the full blocks stay, and what was filled since then goes
             first, stop = plan.num_tokens // plan.block_size, num_tokens // plan.block_size
             num_kept = plan.num_full_blocks + (num_tokens % plan.block_size > 0)
-            keeps_tail = not (self.has_prefilled and self.method.schedule.per_token)
-            plan = replace(plan, num_tokens=num_tokens, num_kept_blocks=num_kept, keeps_tail=keeps_tail)
-            self._evict(plan, Release(num_tokens, first, stop, []))
+            per_token = self.has_prefilled and self.method.schedule.per_token
+            plan = replace(plan, num_tokens=num_tokens, num_kept_blocks=num_kept, per_token=per_token)
+            self._evict(plan, BlocksToFree(num_tokens, first, stop, []))
             step.chunks[req_id] = ChunkEnd(plan, self._goes_on)
 
-    def _evict(self, plan: EvictionPlan, release: Release) -> None:
+    def _evict(self, plan: EvictionPlan, blocks: BlocksToFree) -> None:
         self.evictions.append(plan)
-        self.releases.append(release)
+        self.to_free.append(blocks)
         self.num_pending += 1
         self._enter(State.EVICTING)
 
@@ -241,16 +241,16 @@ class RequestLife:
         is_of_the_answer = num_blocks > self.plan.num_tokens // self.plan.block_size
         return is_of_the_answer and num_tokens > num_blocks * self.plan.block_size
 
-    def settle(self, chosen: EvictionPlan) -> None:
+    def adopt(self, chosen: EvictionPlan) -> None:
         """The workers have chosen a plan that keeps fewer blocks than the one of the first eviction."""
-        release = self.releases[0]
+        blocks = self.to_free[0]
         num_surplus = self.evictions[0].num_kept_blocks - chosen.num_kept_blocks
         self.evictions[0] = chosen
         if self.prefill.in_place:
-            self.releases[0] = replace(release, stop=release.stop + num_surplus)
+            self.to_free[0] = replace(blocks, stop=blocks.stop + num_surplus)
         else:
-            fresh = release.fresh
-            self.releases[0] = replace(release, fresh=fresh[num_surplus:], surplus=fresh[:num_surplus])
+            fresh = blocks.fresh
+            self.to_free[0] = replace(blocks, fresh=fresh[num_surplus:], surplus=fresh[:num_surplus])
 
     def evicted(self) -> None:
         """The workers have carried out the eviction that was scheduled first of those that they have not reported."""
@@ -267,7 +267,7 @@ class RequestLife:
     def give_back(self) -> list[KVCacheBlock]:
         """The request loses its blocks: forget what was evicted, and return the fresh blocks that it held here."""
         fresh, self.fresh_blocks = self.fresh_blocks, []
-        self.evictions, self.releases, self.num_pending, self.counted = [], [], 0, None
+        self.evictions, self.to_free, self.num_pending, self.counted = [], [], 0, None
         return fresh
 
     def preempted(self) -> None:

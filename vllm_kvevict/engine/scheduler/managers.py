@@ -23,7 +23,7 @@ from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.checks import empty_cache
 from vllm_kvevict.engine.fit import EmptyCache
-from vllm_kvevict.engine.scheduler.life import Release, RequestLife
+from vllm_kvevict.engine.scheduler.life import BlocksToFree, RequestLife
 from vllm_kvevict.engine.settings import eviction_config
 
 _hit_limit: ContextVar[int | None] = ContextVar("kvevict_hit_limit", default=None)
@@ -149,15 +149,15 @@ class EvictionManager(PrivateBlocks, FullAttentionManager):
         super().remove_skipped_blocks(request_id, processed_computed_tokens, num_prompt_tokens)
         life = self.lives.get(request_id)
         # with async scheduling the step that compacts may still be in flight
-        while life is not None and life.releases and life.releases[0].num_tokens <= processed_computed_tokens:
-            self._release(request_id, life, life.releases.pop(0))
+        while life is not None and life.to_free and life.to_free[0].num_tokens <= processed_computed_tokens:
+            self._free_evicted(request_id, life, life.to_free.pop(0))
 
-    def _release(self, request_id: str, life: RequestLife, release: Release) -> None:
-        self._remove_blocks_in_range(request_id, release.start, release.stop)
-        num_freed = release.stop - release.start - len(release.fresh)
+    def _free_evicted(self, request_id: str, life: RequestLife, blocks: BlocksToFree) -> None:
+        self._remove_blocks_in_range(request_id, blocks.start, blocks.stop)
+        num_freed = blocks.stop - blocks.start - len(blocks.fresh)
         if life.fresh_blocks:
-            self.req_to_blocks[request_id][release.stop - len(release.fresh) : release.stop] = release.fresh
-            self.block_pool.free_blocks(release.surplus)
+            self.req_to_blocks[request_id][blocks.stop - len(blocks.fresh) : blocks.stop] = blocks.fresh
+            self.block_pool.free_blocks(blocks.surplus)
             life.fresh_blocks = []
         self.newly_freed.append((life.config, num_freed))
 
@@ -189,7 +189,7 @@ class EvictionSpec(FullAttentionSpec):
         longest = vllm_config.model_config.max_model_len
         # blocks without a number, and one more for vLLM's null block
         cache = empty_cache(vllm_config, 0, windows=(), is_shared=False)
-        num_blocks = cache.num_held(cache.plan(config, longest, longest), longest) + 1
+        num_blocks = cache.num_held(cache.plan_prefill(config, longest, longest), longest) + 1
         return min(whole, num_blocks * self.page_size_bytes)
 
 

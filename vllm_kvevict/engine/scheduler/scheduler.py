@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from vllm.outputs import RequestError
@@ -20,7 +21,7 @@ from vllm.v1.request import Request
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.config import AUTO, EvictionConfig
 from vllm_kvevict.engine.checks import check_config, check_fits, check_prompt, empty_cache, says_none
-from vllm_kvevict.engine.fit import Window
+from vllm_kvevict.engine.fit import SlidingWindow
 from vllm_kvevict.engine.messages import (
     REPORTS,
     STEP,
@@ -35,7 +36,7 @@ from vllm_kvevict.engine.models import split_draft_layers
 from vllm_kvevict.engine.scheduler.life import RequestLife, State
 from vllm_kvevict.engine.scheduler.managers import EvictionManager, PrivateBlocks, cache_hits_up_to
 from vllm_kvevict.engine.settings import eviction_config, request_config
-from vllm_kvevict.foreign.code import ends_process, said
+from vllm_kvevict.foreign.code import contained, said
 
 logger = logging.getLogger("vllm.kvevict")
 
@@ -43,7 +44,7 @@ NUM_UNREAD = 1
 """A request whose answer has at most so many tokens is not evicted if it fits: nothing would read what is kept."""
 
 
-class EvictionMixin(Scheduler):
+class EvictionSchedulerMixin(Scheduler):
     """Plans evictions while it schedules, and learns from the workers that they happened."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -53,7 +54,7 @@ class EvictionMixin(Scheduler):
             raise ValueError("additional_config: 'kv_eviction' is missing though the eviction scheduler was named")
         self._eviction_config = config
         self._lives: dict[str, RequestLife] = {}
-        self._unsettled: set[str] = set()  # most requests of a step decode, and need nothing
+        self._undecided: set[str] = set()  # most requests of a step decode, and need nothing
         self._records: list[EvictionRecord] = []
         self._capped: set[str] = set()
         self._num_cut_short = 0
@@ -74,10 +75,10 @@ class EvictionMixin(Scheduler):
         self._gauges = Gauges()
         self._log_concurrency()
 
-    def _windows(self) -> tuple[Window, ...]:
+    def _windows(self) -> tuple[SlidingWindow, ...]:
         specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
         return tuple(
-            Window(spec.sliding_window - 1 + self.vllm_config.max_in_flight_tokens, spec.block_size)
+            SlidingWindow(spec.sliding_window - 1 + self.vllm_config.max_in_flight_tokens, spec.block_size)
             for spec in specs
             if isinstance(spec, SlidingWindowSpec)
         )
@@ -85,7 +86,7 @@ class EvictionMixin(Scheduler):
     def _log_concurrency(self) -> None:
         """Say how many requests of the longest kind can decode at once, next to what vLLM says of whole ones."""
         config, longest = self._eviction_config, self.vllm_config.model_config.max_model_len
-        prefill = self._cache.plan(config, longest, longest)
+        prefill = self._cache.plan_prefill(config, longest, longest)
         num_blocks, whole = self.kv_cache_config.num_blocks, self._cache.num_needed(None, longest)
         kept = whole if prefill is None or prefill.is_late else whole - prefill.eviction.first_kept_block
         logger.info(
@@ -108,17 +109,13 @@ class EvictionMixin(Scheduler):
                 "request %s is a streaming-input session: kept whole, since more of its prompt is to come",
                 request.request_id,
             )
-        try:
+        # what is raised is of the options, or of a third party's policy that they name
+        with contained(partial(self._refuse, request.request_id)):
             life = self._life(request)
             self._limit_answer(request, life)
-        except BaseException as error:  # of the options, or of a third party's policy that they name
-            if ends_process():
-                raise
-            self._end_with_error(request.request_id, "kv_eviction_refused", said(error))
-            return
-        if life is not None:
-            self._lives[request.request_id] = life
-            self._unsettled.add(request.request_id)
+            if life is not None:
+                self._lives[request.request_id] = life
+                self._undecided.add(request.request_id)
 
     def _life(self, request: Request) -> RequestLife | None:
         """Return how a request that has arrived will be evicted, None if it will not.
@@ -135,7 +132,7 @@ class EvictionMixin(Scheduler):
             return None
         check_config(config, self.vllm_config)
         check_prompt(config, request.prompt_embeds is not None, bool(request.mm_features))
-        prefill = self._cache.plan(config, num_tokens, num_tokens)
+        prefill = self._cache.plan_prefill(config, num_tokens, num_tokens)
         # the last token of an answer is never computed
         if prefill is None or (prefill.is_late and num_tokens + request.max_tokens <= prefill.eviction.num_tokens):
             return None
@@ -163,6 +160,9 @@ class EvictionMixin(Scheduler):
         except ValueError as error:
             self._end_with_error(session.request_id, "kv_cache_exceeded", str(error))
 
+    def _refuse(self, req_id: str, error: BaseException) -> None:
+        self._end_with_error(req_id, "kv_eviction_refused", said(error))
+
     def _end_with_error(self, req_id: str, kind: str, why: str) -> None:
         logger.error("request %s ends with an error: %s", req_id, why)
         # vLLM's own list of requests that end with an error once a step's tokens are counted; 0.33 notes why
@@ -177,7 +177,7 @@ class EvictionMixin(Scheduler):
         life = self._lives.get(request.request_id)
         if life is None:
             return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
-        prefill = self._cache.plan(life.config, request.num_prompt_tokens, request.num_tokens)
+        prefill = self._cache.plan_prefill(life.config, request.num_prompt_tokens, request.num_tokens)
         if prefill is not None:  # a longer prefill of the same prompt is evicted as well
             life.start(prefill)
         with cache_hits_up_to(life.max_cached_tokens):
@@ -186,30 +186,30 @@ class EvictionMixin(Scheduler):
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM asks here how long a chunk of a prompt may be, and skips a request whose chunk has no token."""
         num_new = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        if num_new and request.request_id in self._unsettled:
+        if num_new and request.request_id in self._undecided:
             return self._lives[request.request_id].limit_chunk(num_computed_tokens, num_new)
         return int(num_new)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output, step = super().schedule(*args, **kwargs), StepEvictions()
         setattr(output, STEP, step)
-        for req_id in self._unsettled & output.num_scheduled_tokens.keys():
+        for req_id in self._undecided & output.num_scheduled_tokens.keys():
             life = self._lives[req_id]
             # num_computed_tokens: with what this step computes
             life.scheduled(req_id, self.requests[req_id].num_computed_tokens, step)
-            if life.is_settled:
-                self._unsettled.remove(req_id)
+            if life.is_decided:
+                self._undecided.remove(req_id)
         return output
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         if (life := self._lives.get(request.request_id)) is not None:
             life.preempted()
-            self._unsettled.add(request.request_id)
+            self._undecided.add(request.request_id)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         freed = super()._free_request(request, *args, **kwargs)
-        self._unsettled.discard(request.request_id)
+        self._undecided.discard(request.request_id)
         if (life := self._lives.pop(request.request_id, None)) is not None:
             life.finished()
         if request.request_id in self._capped:
@@ -258,7 +258,7 @@ class EvictionMixin(Scheduler):
             return plan
         life = self._life_in_step(req_id)
         if life is not None:
-            life.settle(chosen)
+            life.adopt(chosen)
         return chosen
 
     def _is_done(self, req_id: str, reports: dict[str, EvictionReport], plan: EvictionPlan | None) -> bool:
@@ -313,11 +313,11 @@ class EvictionMixin(Scheduler):
         return stats
 
 
-class EvictionScheduler(EvictionMixin):
+class EvictionScheduler(EvictionSchedulerMixin):
     """Eviction on vLLM's synchronous scheduler."""
 
 
-class AsyncEvictionScheduler(EvictionMixin, AsyncScheduler):
+class AsyncEvictionScheduler(EvictionSchedulerMixin, AsyncScheduler):
     """Eviction on vLLM's asynchronous scheduler."""
 
 

@@ -36,9 +36,9 @@ class Workers:
         return self._num_ranks > 1 or self._num_stages > 1
 
     def agree(self, failures: Failures, req_ids: Sequence[str]) -> None:
-        """Settle with the tensor-parallel workers which of these requests have failed on any of them."""
+        """Agree with the tensor-parallel workers on which of these requests have failed on any of them."""
         if self._num_ranks == 1:
-            failures.settle()
+            failures.all_know()
         elif req_ids:
             failed = _flags(failures, req_ids)
             group = get_tp_group().cpu_group
@@ -75,4 +75,4 @@ def _note(failures: Failures, req_ids: Sequence[str], failed: torch.Tensor) -> N
     for req_id, has_failed in zip(req_ids, failed.tolist(), strict=True):
         if has_failed:
             failures.note(req_id, _ELSEWHERE)
-    failures.settle(req_ids)
+    failures.all_know(req_ids)

@@ -10,7 +10,7 @@ from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.likelihood import PromptLikelihood
-from vllm_kvevict.engine.worker.prefill import Prefill, PrefillRow
+from vllm_kvevict.engine.worker.watched import PrefillRow, WatchedRequest
 from vllm_kvevict.eviction.prompt import Eviction
 
 
@@ -27,14 +27,14 @@ class AutoBudgets:
     def observe(self, rows: list[PrefillRow]) -> None:
         """See the chunks of this step."""
         if rows:
-            with self._failures.of([row.prefill.req_id for row in rows], "the likelihood of prompts"):
+            with self._failures.of([row.request.req_id for row in rows], "the likelihood of prompts"):
                 self._likelihood.observe(rows)
 
-    def choose(self, evictions: dict[str, Eviction], prefills: dict[str, Prefill]) -> None:
-        """Settle the plans of those that end in this step."""
+    def choose(self, evictions: dict[str, Eviction], watched: dict[str, WatchedRequest]) -> None:
+        """Choose the plans of those that end in this step."""
         chosen = {}
         for req_id, eviction in evictions.items():
-            auto, nll = prefills[req_id].auto_budget, prefills[req_id].nll
+            auto, nll = watched[req_id].auto_budget, watched[req_id].nll
             if auto is not None:
                 plan = self._failures.ask(req_id, "choosing the budget", auto.choose, eviction.plan, nll)
                 chosen[req_id] = plan or eviction.plan

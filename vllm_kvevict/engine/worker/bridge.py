@@ -23,10 +23,10 @@ from vllm_kvevict.engine.worker.auto_budgets import AutoBudgets
 from vllm_kvevict.engine.worker.commands import Commands, without
 from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.model import ModelWeights
-from vllm_kvevict.engine.worker.prefill import ChunkRow, Prefill, PrefillRow
-from vllm_kvevict.engine.worker.pseudo_passes import Lookahead
+from vllm_kvevict.engine.worker.pseudo_passes import PseudoPasses
 from vllm_kvevict.engine.worker.replacing import Replacing
 from vllm_kvevict.engine.worker.rows import BatchFolder, StepRows
+from vllm_kvevict.engine.worker.watched import ChunkRow, PrefillRow, WatchedRequest
 from vllm_kvevict.eviction.per_token import TokenEvictor
 from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.eviction.resident import ResidentEviction
@@ -54,7 +54,7 @@ class EvictionBridge:
         self.layer_index = {name: index for index, name in enumerate(layer_names)}
         self.page_table = PageTable(pool, max_num_reqs)
         self._folder = BatchFolder(pool.num_kv_heads)
-        self._prefills: dict[str, Prefill] = {}
+        self._watched: dict[str, WatchedRequest] = {}
         self._step: StepEvictions | None = None
         self.row_req_ids: list[str] = []
         self.evictions: dict[str, Eviction] = {}
@@ -70,8 +70,8 @@ class EvictionBridge:
         self._again: dict[str, ResidentEviction] = {}
         self._auto_budgets = AutoBudgets(runner, self.failures)
         self._chosen_rows: list[PrefillRow] = []
-        self._lookahead = Lookahead(runner, pool, layer_names, self.failures)
-        self._looking_ahead: list[PrefillRow] = []
+        self._pseudo_passes = PseudoPasses(runner, pool, layer_names, self.failures)
+        self._pseudo_rows: list[PrefillRow] = []
 
     def forget_weights(self) -> None:
         """The model has new weights: what policies read of the old ones is of no use any more."""
@@ -85,18 +85,18 @@ class EvictionBridge:
         for req_id in output.finished_req_ids | (output.preempted_req_ids or set()):
             self.page_table.remove(req_id)
             self.ring.slots.give_back(req_id)
-            self._replacing.end(req_id)
-            self._prefills.pop(req_id, None)
+            self._replacing.remove(req_id)
+            self._watched.pop(req_id, None)
             self.failures.forget(req_id)
             self._commands.forget(req_id)
         step: StepEvictions = getattr(output, STEP)
         self._commands.take(step, output.num_scheduled_tokens.keys())
-        self._begin_prefills(step)
+        self._watch_new(step)
         self._step = without(self._failed_before(), step)
         self.evictions = {}
         self._full_rows = {}
         self._again = {}
-        self._looking_ahead = []
+        self._pseudo_rows = []
         self._chosen_rows = []
 
     def _failed_before(self) -> Set[str]:
@@ -104,14 +104,14 @@ class EvictionBridge:
 
         They go on as whatever they were, for nothing, until it ends them.
         """
-        return self.failures.settled
+        return self.failures.known_to_all
 
-    def _begin_prefills(self, step: StepEvictions) -> None:
+    def _watch_new(self, step: StepEvictions) -> None:
         """Make the policies of requests that begin; workers whose batches differed would wait for each other."""
         configs = step.prefilling | {req_id: end.config for req_id, end in step.ending.items() if not end.is_late}
-        new = [req_id for req_id in configs if req_id not in self._prefills and req_id not in self.failures]
+        new = [req_id for req_id in configs if req_id not in self._watched and req_id not in self.failures]
         for req_id in new:
-            self.failures.ask(req_id, "making the policy", self._begin_prefill, req_id, configs[req_id])
+            self.failures.ask(req_id, "making the policy", self._watch, req_id, configs[req_id])
         self._workers.agree(self.failures, new)
 
     def forget_step(self) -> None:
@@ -130,9 +130,9 @@ class EvictionBridge:
         seconds = self._evict(step)
         self._workers.hand_on(self.failures, evicted)
         plans = self._commands.plans | {req_id: eviction.plan for req_id, eviction in self.evictions.items()}
-        failed = self.failures.settled & self._commands.scheduled
+        failed = self.failures.known_to_all & self._commands.scheduled
         for req_id in failed:
-            self._replacing.end(req_id)
+            self._replacing.remove(req_id)
         self._step = None
         # what has no plan, and is replaced token by token or still observed, is reported only if it has failed
         return {
@@ -142,37 +142,37 @@ class EvictionBridge:
 
     def _choose(self, step: StepEvictions) -> None:
         """Ask the policies and allocators what the requests of this step keep."""
-        if self._looking_ahead:
-            self._lookahead.score(self._looking_ahead, self._weights)
+        if self._pseudo_rows:
+            self._pseudo_passes.score(self._pseudo_rows, self._weights)
         for req_id, num_tokens in step.growing.items():
             if req_id in self.ring.slots:
                 self._observe_answer(req_id, num_tokens, None)
         for req_id, end in step.ending.items():
             if end.is_late:
-                method, block_ids = self._prefills[req_id].method, self._full_rows[req_id]
+                method, block_ids = self._watched[req_id].method, self._full_rows[req_id]
                 eviction = self.evictions[req_id] = Eviction(method, end.plan, self.pool, block_ids, self._fresh(end))
                 self._observe_answer(req_id, end.plan.num_tokens, eviction)
         self._choose_budgets()
         for req_id, eviction in self.evictions.items():
             self.failures.ask(req_id, "choosing what to keep", self._choose_kept, req_id, eviction)
         for req_id, num_tokens in step.shrinking.items():
-            if not self._prefills[req_id].method.schedule.per_token:  # whose tokens have left the block one by one
+            if not self._watched[req_id].method.schedule.per_token:  # whose tokens have left the block one by one
                 self._again[req_id] = self._resident_eviction(req_id, num_tokens)
                 self.failures.ask(req_id, "scoring an answer", self._score_answer, req_id, num_tokens)
 
     def _choose_kept(self, req_id: str, eviction: Eviction) -> None:
         eviction.choose()
-        prefill = self._prefills[req_id]
-        if prefill.method.schedule.is_bounded:
-            prefill.check_states((self.pool.num_kv_heads, eviction.plan.num_tokens), self.pool.pages.device)
+        request = self._watched[req_id]
+        if request.method.schedule.is_bounded:
+            request.check_states((self.pool.num_kv_heads, eviction.plan.num_tokens), self.pool.pages.device)
 
     def _score_answer(self, req_id: str, num_tokens: int) -> None:
         """Let the policy look at all that an evicted request holds, the block that its answer has filled included."""
-        prefill, eviction = self._prefills[req_id], self._again[req_id]
+        request, eviction = self._watched[req_id], self._again[req_id]
         for layer in range(self.pool.num_layers):
             chunk = self._new_queries(layer, req_id, num_tokens)
-            last = prefill.queries.extend(layer, chunk)
-            weights = self._weights.of(layer, prefill.needs)
+            last = request.queries.extend(layer, chunk)
+            weights = self._weights.of(layer, request.needs)
             eviction.score_layer(layer, last, chunk, self._weights.scale(layer), weights)
 
     def _evict(self, step: StepEvictions) -> dict[str, float]:
@@ -182,87 +182,87 @@ class EvictionBridge:
         """
         seconds = {}
         for req_id, eviction in self.evictions.items():
-            prefill = self._prefills[req_id]
+            request = self._watched[req_id]
             if req_id not in self.failures:
                 self._compact(req_id, eviction)
-            seconds[req_id] = eviction.seconds + prefill.seconds
+            seconds[req_id] = eviction.seconds + request.seconds
             if not step.ending[req_id].goes_on:
-                self._forget_prefill(req_id)
+                self._stop_watching(req_id)
         for req_id, again in self._again.items():
             chunk = step.chunks.get(req_id)
             if req_id not in self.failures:
                 self._compact_again(req_id, again, None if chunk is None else chunk.plan)
             seconds[req_id] = again.seconds
             if chunk is not None and not chunk.goes_on:
-                self._forget_prefill(req_id)
+                self._stop_watching(req_id)
         return seconds
 
-    def _forget_prefill(self, req_id: str) -> None:
+    def _stop_watching(self, req_id: str) -> None:
         """A request will not be evicted again."""
-        del self._prefills[req_id]
+        del self._watched[req_id]
         self.ring.slots.give_back(req_id)
 
     def _choose_budgets(self) -> None:
-        """Settle how much the requests of this step keep whose budget is "auto"."""
+        """Choose how much the requests of this step keep whose budget is "auto"."""
         self._auto_budgets.observe(self._chosen_rows)
-        self._auto_budgets.choose(self.evictions, self._prefills)
+        self._auto_budgets.choose(self.evictions, self._watched)
 
     def _compact(self, req_id: str, eviction: Eviction) -> None:
         """Carry out the first eviction of a request."""
-        compaction, prefill = eviction.compact(), self._prefills[req_id]
+        compaction, request = eviction.compact(), self._watched[req_id]
         self.page_table.add(req_id, compaction, eviction.plan)
-        if prefill.method.schedule.is_bounded:
+        if request.method.schedule.is_bounded:
             known_bytes = self.residents.num_bytes
-            self.residents.settle(compaction, eviction.plan, eviction.block_ids, prefill.take_states())
+            self.residents.note(compaction, eviction.plan, eviction.block_ids, request.take_states())
             if self.residents.num_bytes > known_bytes:
                 logger.info(
                     "Eviction during decode notes the tokens of answers, in %.1f MiB beside the KV cache",
                     self.residents.num_bytes / 2**20,
                 )
             if eviction.next_victims is not None:
-                self._go_token_by_token(req_id, eviction.plan, eviction.next_victims)
+                self._go_on_per_token(req_id, eviction.plan, eviction.next_victims)
 
     def _compact_again(self, req_id: str, eviction: ResidentEviction, plan: EvictionPlan | None) -> None:
         """Empty the block that an answer has filled, or those that a chunk of a prompt has, all but the last one.
 
         plan: of the chunk
         """
-        eviction.finish()
-        self._prefills[req_id].num_tokens = eviction.num_tokens
-        self.page_table.shrink(req_id, eviction.num_tokens, eviction.keeps_tail)
-        if plan is not None and not plan.keeps_tail:
-            self._go_token_by_token(req_id, plan, eviction.next_victims)
+        eviction.compact()
+        self._watched[req_id].num_tokens = eviction.num_tokens
+        self.page_table.shrink(req_id, eviction.num_tokens, eviction.per_token)
+        if plan is not None and plan.per_token:
+            self._go_on_per_token(req_id, plan, eviction.next_victims)
 
-    def _go_token_by_token(self, req_id: str, plan: EvictionPlan, victims: torch.Tensor) -> None:
+    def _go_on_per_token(self, req_id: str, plan: EvictionPlan, victims: torch.Tensor) -> None:
         """From its next token on a request replaces what it holds; the ring has its last queries then."""
-        self._replacing.begin(req_id, self._prefills[req_id].method, victims)
+        self._replacing.add(req_id, self._watched[req_id].method, victims)
         if req_id in self.ring.slots:
             for layer in range(self.pool.num_layers):
-                self.ring.seed(layer, req_id, self._prefills[req_id].queries.last(layer), plan.num_tokens)
+                self.ring.seed(layer, req_id, self._watched[req_id].queries.last(layer), plan.num_tokens)
 
     def _observe_answer(self, req_id: str, num_tokens: int, eviction: Eviction | None) -> None:
         """Show the policy the queries since the last full block of a request whose prompt was not evicted."""
         if req_id in self.failures:
             return
-        prefill, block_ids = self._prefills[req_id], self._full_rows[req_id]
+        request, block_ids = self._watched[req_id], self._full_rows[req_id]
         # before the first is observed: it counts as seen then
         chunks = [self._new_queries(layer, req_id, num_tokens) for layer in range(self.pool.num_layers)]
         for layer, chunk in enumerate(chunks):
-            row = PrefillRow(prefill, 0, len(chunk), block_ids, num_tokens, eviction)
+            row = PrefillRow(request, 0, len(chunk), block_ids, num_tokens, eviction)
             self.observe(row, layer, chunk, chunk, self._weights.scale(layer))
 
     def _new_queries(self, layer: int, req_id: str, num_tokens: int) -> torch.Tensor:
         """Return [num_new, num_heads, head_size], the queries since the last full block; none if no policy asks."""
-        prefill = self._prefills[req_id]
+        request = self._watched[req_id]
         if req_id not in self.ring.slots:
-            return prefill.queries.last(layer)[:0]
-        return self.ring.last(layer, req_id, num_tokens, num_tokens - prefill.num_tokens)
+            return request.queries.last(layer)[:0]
+        return self.ring.last(layer, req_id, num_tokens, num_tokens - request.num_tokens)
 
-    def _resident_eviction(self, req_id: str, num_tokens: int, keeps_tail: bool = True) -> ResidentEviction:
-        prefill, rows = self._prefills[req_id], self.page_table.rows(req_id, num_tokens)
-        num_new, num_full_pages = num_tokens - prefill.num_tokens, self.page_table.num_full_pages(req_id)
+    def _resident_eviction(self, req_id: str, num_tokens: int, per_token: bool = False) -> ResidentEviction:
+        request, rows = self._watched[req_id], self.page_table.rows(req_id, num_tokens)
+        num_new, num_full_pages = num_tokens - request.num_tokens, self.page_table.num_full_pages(req_id)
         return ResidentEviction(
-            prefill.method, num_tokens, num_new, self.pool, self.residents, *rows, num_full_pages, keeps_tail
+            request.method, num_tokens, num_new, self.pool, self.residents, *rows, num_full_pages, per_token
         )
 
     def rows(self, common: CommonAttentionMetadata) -> StepRows | None:
@@ -272,10 +272,10 @@ class EvictionBridge:
             return None
         req_ids = self.row_req_ids = self._row_req_ids(common)
         slots = self.page_table.slots.of(req_ids)
-        split, queries = self._folder.fold(slots, common)
+        split, queries = self._folder.split(slots, common)
         prefills: list[PrefillRow | ChunkRow] = [*self._prefill_rows(req_ids, common, step)]
         self._note_full_rows(req_ids, common, step)
-        remembered = self.ring.plan(req_ids, common.query_start_loc, common.seq_lens)
+        remembered = self.ring.to_write(req_ids, common.query_start_loc, common.seq_lens)
         if queries is None and not prefills and remembered is None:
             return None
         if queries is None:
@@ -298,8 +298,8 @@ class EvictionBridge:
             if req_id in step.chunks:
                 plan = step.chunks[req_id].plan
                 _check_length(req_id, plan.num_tokens, int(common.seq_lens[row]))
-                eviction = self._again[req_id] = self._resident_eviction(req_id, plan.num_tokens, plan.keeps_tail)
-                rows.append(ChunkRow(self._prefills[req_id], bounds[row], bounds[row + 1], eviction))
+                eviction = self._again[req_id] = self._resident_eviction(req_id, plan.num_tokens, plan.per_token)
+                rows.append(ChunkRow(self._watched[req_id], bounds[row], bounds[row + 1], eviction))
         return rows
 
     def _row_req_ids(self, common: CommonAttentionMetadata) -> list[str]:
@@ -316,31 +316,31 @@ class EvictionBridge:
         rows: list[PrefillRow] = []
         for row, req_id in enumerate(req_ids):
             end = step.ending.get(req_id)
-            prefill = self._prefills.get(req_id)
+            request = self._watched.get(req_id)
             # a draft has none if its policy could not be made
-            if prefill is None or (req_id not in step.prefilling and (end is None or end.is_late)):
+            if request is None or (req_id not in step.prefilling and (end is None or end.is_late)):
                 continue
             kv_len = int(common.seq_lens[row]) - self.num_extra_tokens
             block_ids = common.block_table_tensor[row, : cdiv(kv_len, self.pool.block_size)].to(torch.int64)
             eviction = None
             if end is not None:
                 _check_length(req_id, end.plan.num_tokens, kv_len)
-                eviction = Eviction(prefill.method, end.plan, self.pool, block_ids, self._fresh(end))
+                eviction = Eviction(request.method, end.plan, self.pool, block_ids, self._fresh(end))
                 self.evictions[req_id] = eviction
             end_token = bounds[row + 1] - self.num_extra_tokens
-            rows.append(PrefillRow(prefill, bounds[row], end_token, block_ids, kv_len, eviction))
-            if prefill.auto_budget is not None:
+            rows.append(PrefillRow(request, bounds[row], end_token, block_ids, kv_len, eviction))
+            if request.auto_budget is not None:
                 self._chosen_rows.append(rows[-1])
-            if end is not None and prefill.num_pseudo_tokens:
-                self._looking_ahead.append(rows[-1])
+            if end is not None and request.num_pseudo_tokens:
+                self._pseudo_rows.append(rows[-1])
         return rows
 
-    def _begin_prefill(self, req_id: str, config: EvictionConfig) -> None:
+    def _watch(self, req_id: str, config: EvictionConfig) -> None:
         method = config.method()
-        prefill = Prefill(req_id, method, self.pool.num_layers, config.auto_budget())
+        request = WatchedRequest(req_id, method, self.pool.num_layers, config.auto_budget())
         if method.watches_answer:
             self.ring.slots.take(req_id)
-        self._prefills[req_id] = prefill
+        self._watched[req_id] = request
 
     def _note_full_rows(self, req_ids: list[str], common: CommonAttentionMetadata, step: StepEvictions) -> None:
         """Check the lengths of requests whose answer is looked at in this step, and keep the block tables of those
@@ -360,9 +360,9 @@ class EvictionBridge:
         ids = end.fresh_block_ids
         return None if ids is None else torch.tensor(ids, dtype=torch.int64, device=self.pool.pages.device)
 
-    def land(self, rows: StepRows, layer: int) -> None:
+    def fill_holes(self, rows: StepRows, layer: int) -> None:
         """Before attention reads a layer: new tokens of some requests go where those were that they replace."""
-        self._replacing.land(rows.replacements, layer)
+        self._replacing.fill_holes(rows.replacements, layer)
 
     def remember(self, rows: StepRows, layer: int, query: torch.Tensor) -> None:
         """After a layer's attention: keep those of its queries [num_tokens, num_heads, head_size] that an eviction will
@@ -376,18 +376,18 @@ class EvictionBridge:
                     "Eviction during decode keeps the last queries of answers, in %.1f MiB beside the KV cache",
                     self.ring.num_bytes / 2**20,
                 )
-        self._replacing.choose(rows.replacements, layer, self._weights)
+        self._replacing.choose_holes(rows.replacements, layer, self._weights)
 
     def observe(
         self, row: PrefillRow | ChunkRow, layer: int, query: torch.Tensor, output: torch.Tensor, scale: float
     ) -> None:
         """Show a layer's queries and outputs [num_tokens, num_heads, head_size] to one row of the batch."""
-        self.failures.ask(row.prefill.req_id, f"scoring layer {layer}", self._observe, row, layer, query, output, scale)
+        self.failures.ask(row.request.req_id, f"scoring layer {layer}", self._observe, row, layer, query, output, scale)
 
     def _observe(
         self, row: PrefillRow | ChunkRow, layer: int, query: torch.Tensor, output: torch.Tensor, scale: float
     ) -> None:
-        row.observe(self.pool, layer, query, output, scale, self._weights.of(layer, row.prefill.needs))
+        row.observe(self.pool, layer, query, output, scale, self._weights.of(layer, row.request.needs))
 
 
 def _check_length(req_id: str, expected: int, actual: int) -> None:

@@ -19,23 +19,23 @@ class Commands:
     def __init__(self) -> None:
         self.plans: dict[str, EvictionPlan | None] = {}
         self.scheduled: Set[str] = set()
-        self._token_by_token: set[str] = set()
+        self._per_token: set[str] = set()
 
     def take(self, step: StepEvictions, scheduled: Set[str]) -> None:
         """A step begins."""
         first = {req_id: end.plan for req_id, end in step.ending.items()}
         later = first | {req_id: chunk.plan for req_id, chunk in step.chunks.items()}
-        self._token_by_token |= {req_id for req_id, plan in later.items() if not plan.keeps_tail}
+        self._per_token |= {req_id for req_id, plan in later.items() if plan.per_token}
         self.plans = {**later, **dict.fromkeys(step.shrinking)}
         self.scheduled = scheduled
 
     def forget(self, req_id: str) -> None:
         """A request has ended, or starts again."""
-        self._token_by_token.discard(req_id)
+        self._per_token.discard(req_id)
 
     def evicted(self) -> list[str]:
         """Return the requests of which tokens go in this step, in an order that all workers have."""
-        return sorted(self.plans.keys() | (self._token_by_token & self.scheduled))
+        return sorted(self.plans.keys() | (self._per_token & self.scheduled))
 
 
 def without(req_ids: Set[str], step: StepEvictions) -> StepEvictions:

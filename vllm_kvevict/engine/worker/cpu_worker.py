@@ -7,10 +7,10 @@ from typing import Any
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_kvevict.engine.worker.backends.cpu import cpu_backend
-from vllm_kvevict.engine.worker.worker import EvictionMixin
+from vllm_kvevict.engine.worker.worker import EvictionWorkerMixin
 
 
-class EvictionCPUWorker(EvictionMixin, CPUWorker):
+class EvictionCPUWorker(EvictionWorkerMixin, CPUWorker):
     """Eviction on vLLM's CPU worker, with model runner V1 or V2."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:

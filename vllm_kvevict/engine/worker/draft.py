@@ -15,8 +15,8 @@ from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.messages import PrefillEnd, StepEvictions
 from vllm_kvevict.engine.worker.agreement import Workers
 from vllm_kvevict.engine.worker.bridge import EvictionBridge
-from vllm_kvevict.engine.worker.prefill import PrefillRow
 from vllm_kvevict.engine.worker.rows import StepRows
+from vllm_kvevict.engine.worker.watched import PrefillRow
 from vllm_kvevict.eviction.prompt import Eviction
 
 logger = logging.getLogger("vllm.kvevict")
@@ -48,7 +48,7 @@ class DraftBridge(EvictionBridge):
         self._is_first_pass = True
 
     def _failed_before(self) -> Set[str]:
-        return self._target.failures.settled
+        return self._target.failures.known_to_all
 
     def rows(self, common: CommonAttentionMetadata) -> StepRows | None:
         rows = super().rows(common)
@@ -91,6 +91,6 @@ class DraftBridge(EvictionBridge):
         for layer in range(self.pool.num_layers):
             eviction.score_layer(layer, no_query, scale=1.0)
         self.page_table.add(req_id, eviction.finish(), target.plan)
-        self._prefills.pop(req_id, None)
+        self._watched.pop(req_id, None)
         self.failures.forget(req_id)
         return eviction.seconds

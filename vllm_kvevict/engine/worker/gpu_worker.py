@@ -8,10 +8,10 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_kvevict.engine.worker.backends.cuda import check_backends, cuda_backends
-from vllm_kvevict.engine.worker.worker import EvictionMixin
+from vllm_kvevict.engine.worker.worker import EvictionWorkerMixin
 
 
-class EvictionGPUWorker(EvictionMixin):
+class EvictionGPUWorker(EvictionWorkerMixin):
     """Eviction on vLLM's GPU worker, with model runner V1 or V2."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
+from functools import partial
 from typing import ParamSpec, TypeVar
 
-from vllm_kvevict.foreign.code import apart, ends_process, said, with_traceback
+from vllm_kvevict.foreign.code import apart, contained, said, with_traceback
 
 logger = logging.getLogger("vllm.kvevict")
 
@@ -21,13 +22,13 @@ class Failures:
     """What such code raised first for each request, from then on until the request ends.
 
     The scheduler hears of it after the step, and may have sent the next one by then. Several workers may share a
-    request: its failure is *settled* when all of those that run the same batches know of it. Until then each goes on as
-    if it had not failed, but asks nothing more about it.
+    request: its failure is *known to all* when all those have heard of it that run the same batches. Until then each
+    goes on as if it had not failed, but asks nothing more about it.
     """
 
     def __init__(self) -> None:
         self._raised: dict[str, str] = {}
-        self._settled: set[str] = set()
+        self._known_to_all: set[str] = set()
 
     def __contains__(self, req_id: object) -> bool:
         return req_id in self._raised
@@ -37,9 +38,9 @@ class Failures:
         return self._raised.get(req_id)
 
     @property
-    def settled(self) -> Set[str]:
+    def known_to_all(self) -> Set[str]:
         """The failed requests that all workers know of."""
-        return self._settled
+        return self._known_to_all
 
     @contextmanager
     def of(self, req_ids: Iterable[str], doing: str) -> Iterator[None]:
@@ -47,17 +48,15 @@ class Failures:
 
         doing: what it is, for the log
         """
-        try:
-            with apart:
-                yield
-        except BaseException as error:
-            if ends_process():
-                raise
-            failed = list(req_ids)
-            _log(f"{doing} failed, and with it {', '.join(failed)}:\n{with_traceback(error)}")
-            text = said(error, repr)  # the error itself would hold the tensors of its traceback
-            for req_id in failed:
-                self.note(req_id, text)
+        with contained(partial(self._fail, req_ids, doing)), apart:
+            yield
+
+    def _fail(self, req_ids: Iterable[str], doing: str, error: BaseException) -> None:
+        failed = list(req_ids)
+        _log(f"{doing} failed, and with it {', '.join(failed)}:\n{with_traceback(error)}")
+        text = said(error, repr)  # the error itself would hold the tensors of its traceback
+        for req_id in failed:
+            self.note(req_id, text)
 
     def ask(
         self, req_id: str, doing: str, question: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs
@@ -72,23 +71,20 @@ class Failures:
         """A request has failed, if it has not before."""
         self._raised.setdefault(req_id, what)
 
-    def settle(self, req_ids: Iterable[str] | None = None) -> None:
+    def all_know(self, req_ids: Iterable[str] | None = None) -> None:
         """All workers know by now which of these have failed; None: which requests of any."""
         if self._raised:
-            self._settled |= self._raised.keys() if req_ids is None else self._raised.keys() & set(req_ids)
+            self._known_to_all |= self._raised.keys() if req_ids is None else self._raised.keys() & set(req_ids)
 
     def forget(self, req_id: str) -> None:
         """A request has ended, or starts again."""
         self._raised.pop(req_id, None)
-        self._settled.discard(req_id)
+        self._known_to_all.discard(req_id)
 
 
 def _log(text: str) -> None:
     """Write an error to the log. A handler that cannot write prints the errors that are being handled, one of which may
     raise when it is asked.
     """
-    try:
+    with contained():
         logger.error("%s", text)
-    except BaseException:
-        if ends_process():
-            raise

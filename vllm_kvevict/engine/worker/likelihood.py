@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from vllm.lora.layers import LogitsProcessorWithLoRA
 
-from vllm_kvevict.engine.worker.prefill import PrefillRow
+from vllm_kvevict.engine.worker.watched import PrefillRow
 
 # every so many tokens one is looked at: the head of the model is a small part of a pass then
 STRIDE = 16
@@ -39,7 +39,7 @@ class PromptLikelihood:
         self._runner = runner
 
     def observe(self, rows: list[PrefillRow]) -> None:
-        """Add to ``PrefillRow.prefill.likelihood`` what the chunks of this step say."""
+        """Add to ``PrefillRow.request.likelihood`` what the chunks of this step say."""
         pairs = [self._pairs(row) for row in rows]
         flat = [pair for of_row in pairs for pair in of_row]
         if not flat:
@@ -51,7 +51,7 @@ class PromptLikelihood:
                 logits = self._runner.model.compute_logits(hidden[start : start + PIECE]).float()
             nlls += _nll(logits, targets[start : start + PIECE].to(torch.int64)).tolist()
         for row, of_row in zip(rows, pairs, strict=True):
-            row.prefill.likelihood += filter(math.isfinite, nlls[: len(of_row)])
+            row.request.likelihood += filter(math.isfinite, nlls[: len(of_row)])
             nlls = nlls[len(of_row) :]
 
     @cached_property
@@ -64,14 +64,14 @@ class PromptLikelihood:
         ids = (self._runner.input_ids.gpu if batch is None else batch.input_ids)[row.start : row.end]
         hidden, first = state.hidden_states[row.start : row.end], row.kv_len - num_tokens
         pairs = []
-        if row.prefill.waiting is not None:
-            pairs.append(_Pair(row.prefill.waiting, ids[:1]))
-            row.prefill.waiting = None
+        if row.request.waiting is not None:
+            pairs.append(_Pair(row.request.waiting, ids[:1]))
+            row.request.waiting = None
         for place in range((STRIDE // 2 - first) % STRIDE, num_tokens, STRIDE):
             if place + 1 < num_tokens:
                 pairs.append(_Pair(hidden[place], ids[place + 1 : place + 2]))
             else:
-                row.prefill.waiting = hidden[place].clone()
+                row.request.waiting = hidden[place].clone()
         return pairs
 
 

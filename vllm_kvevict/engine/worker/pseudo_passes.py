@@ -1,4 +1,4 @@
-"""The passes of the model over pseudo tokens, for policies that look ahead: inside the worker, as a drafter's are."""
+"""The passes of the model over pseudo tokens, for policies that want them: inside the worker, as a drafter's are."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vllm.forward_context import set_forward_context
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.model import ModelWeights
-from vllm_kvevict.engine.worker.prefill import PrefillRow
+from vllm_kvevict.engine.worker.watched import PrefillRow
 from vllm_kvevict.eviction.pseudo_tokens import PseudoDecode
 
 
 @dataclass(frozen=True)
-class LookaheadMetadata:
+class PseudoPassMetadata:
     """Takes the place of attention metadata in a pass over pseudo tokens."""
 
     decode: PseudoDecode
@@ -32,7 +32,7 @@ class LookaheadMetadata:
         return self.decode.attend(self.layer, query, key, value, scale, weights)
 
 
-class Lookahead:
+class PseudoPasses:
     """Generates the pseudo tokens of all requests whose prefill ends in a step, in as many passes as one of them needs.
 
     runner: vLLM's model runner, between ``execute_model`` and ``sample_tokens``
@@ -47,7 +47,7 @@ class Lookahead:
 
     @cached_property
     def _end_tokens(self) -> torch.Tensor:
-        # read where a policy looks ahead only: the generation config is a file
+        # read only where a policy wants pseudo tokens: the generation config is a file
         return _end_tokens(self._vllm_config.model_config)
 
     def score(self, rows: list[PrefillRow], weights: ModelWeights) -> None:
@@ -55,9 +55,10 @@ class Lookahead:
 
         All workers run the same passes, whatever a policy has raised on one of them.
         """
-        with self._failures.of([row.prefill.req_id for row in rows], "looking ahead"):
+        with self._failures.of([row.request.req_id for row in rows], "generating pseudo tokens"):
             for row, pseudo_queries in zip(rows, self.run(rows, weights), strict=True):
-                self._failures.ask(row.prefill.req_id, "scoring ahead", _score_ahead, row, pseudo_queries, weights)
+                doing = "scoring by pseudo tokens"
+                self._failures.ask(row.request.req_id, doing, _score, row, pseudo_queries, weights)
 
     def run(self, rows: list[PrefillRow], weights: ModelWeights) -> list[list[torch.Tensor]]:
         """Return per row and layer the queries of its pseudo tokens, [num_tokens, num_heads, head_size].
@@ -67,7 +68,7 @@ class Lookahead:
         start = perf_counter()
         device = self._pool.pages.device
         kv_lens = torch.tensor([row.kv_len for row in rows], device=device)
-        wanted = torch.tensor([row.prefill.num_pseudo_tokens for row in rows], device=device)
+        wanted = torch.tensor([row.request.num_pseudo_tokens for row in rows], device=device)
         last_position = self._vllm_config.model_config.max_model_len - 1
         wanted = torch.minimum(wanted, last_position + 1 - kv_lens)
         decode = self._decode(rows)
@@ -80,7 +81,7 @@ class Lookahead:
             count += goes_on & (number < wanted)
             hidden = self._pass(tokens, (kv_lens + number).clamp(max=last_position), decode, weights)
         for row in rows:
-            row.prefill.seconds += (perf_counter() - start) / len(rows)
+            row.request.seconds += (perf_counter() - start) / len(rows)
         return [
             [decode.queries(layer, index, num_tokens) for layer in range(self._pool.num_layers)]
             for index, num_tokens in enumerate(count.tolist())
@@ -101,7 +102,7 @@ class Lookahead:
 
         Such a request will end, but every worker must run the same batch.
         """
-        if row.prefill.req_id not in self._failures:
+        if row.request.req_id not in self._failures:
             return torch.stack(row.selected)
         return self._pool.page_ids(row.block_ids[:1]) * self._pool.block_size
 
@@ -109,7 +110,7 @@ class Lookahead:
         self, tokens: torch.Tensor, positions: torch.Tensor, decode: PseudoDecode, weights: ModelWeights
     ) -> torch.Tensor:
         """Return [num_reqs, hidden_size]. Without slot mappings nothing is written to the cache."""
-        metadata = {name: LookaheadMetadata(decode, layer, weights) for layer, name in enumerate(self._layer_names)}
+        metadata = {name: PseudoPassMetadata(decode, layer, weights) for layer, name in enumerate(self._layer_names)}
         with set_forward_context(metadata, self._vllm_config, num_tokens=len(tokens), slot_mapping={}):
             hidden: torch.Tensor = self._runner.model(
                 input_ids=tokens.to(torch.int32), positions=positions, intermediate_tensors=None, inputs_embeds=None
@@ -117,9 +118,9 @@ class Lookahead:
         return hidden
 
 
-def _score_ahead(row: PrefillRow, pseudo_queries: list[torch.Tensor], weights: ModelWeights) -> None:
+def _score(row: PrefillRow, pseudo_queries: list[torch.Tensor], weights: ModelWeights) -> None:
     for layer, pseudo_query in enumerate(pseudo_queries):
-        row.score_ahead(layer, weights.scale(layer), weights.of(layer, row.prefill.needs), pseudo_query)
+        row.score(layer, weights.scale(layer), weights.of(layer, row.request.needs), pseudo_query)
 
 
 def _end_tokens(model: ModelConfig) -> torch.Tensor:

@@ -8,10 +8,10 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.model import ModelWeights
+from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.per_token import Peers, Replacement, TokenEvictor
-from vllm_kvevict.eviction.prompt import Method
 from vllm_kvevict.eviction.traits import traits_of
-from vllm_kvevict.foreign.code import ends_process
+from vllm_kvevict.foreign.code import contained
 
 
 class Replacing:
@@ -24,13 +24,13 @@ class Replacing:
         self._methods: dict[str, Method] = {}
         self._known: tuple[list[str], int, list[tuple[Peers, torch.Tensor]]] = ([], -1, [])
 
-    def begin(self, req_id: str, method: Method, victims: torch.Tensor) -> None:
-        """From its next token on a request replaces what it holds; victims: as ``TokenEvictor.begin`` takes them."""
+    def add(self, req_id: str, method: Method, victims: torch.Tensor) -> None:
+        """From its next token on a request replaces what it holds; victims: as for ``TokenEvictor.open_holes``."""
         shared = (known for known in self._methods.values() if _are_equal(known, method))
         self._methods[req_id] = next(shared, method)
-        self._tokens.begin(req_id, victims)
+        self._tokens.open_holes(req_id, victims)
 
-    def end(self, req_id: str) -> None:
+    def remove(self, req_id: str) -> None:
         """A request has ended, has failed, or starts again."""
         if self._methods.pop(req_id, None) is not None:
             self._known = ([], -1, [])
@@ -63,14 +63,14 @@ class Replacing:
         num_tokens = common.seq_lens[rows].to(torch.int64)
         last = (num_tokens - 1) // self._tokens.block_size
         blocks = common.block_table_tensor[rows].gather(1, last[:, None])[:, 0]
-        return self._tokens.plan(peers, num_tokens, common.max_seq_len, blocks)
+        return self._tokens.prepare(peers, num_tokens, common.max_seq_len, blocks)
 
-    def land(self, replacements: list[Replacement], layer: int) -> None:
+    def fill_holes(self, replacements: list[Replacement], layer: int) -> None:
         """Move the new tokens of one layer into their holes."""
         for replacement in replacements:
-            self._tokens.land(layer, replacement)
+            self._tokens.fill_holes(layer, replacement)
 
-    def choose(self, replacements: list[Replacement], layer: int, weights: ModelWeights) -> None:
+    def choose_holes(self, replacements: list[Replacement], layer: int, weights: ModelWeights) -> None:
         """Choose which tokens of one layer the next ones replace; a policy that fails ends its requests."""
         for replacement in replacements:
             req_ids = replacement.peers.req_ids
@@ -78,13 +78,10 @@ class Replacing:
                 continue
             with self._failures.of(req_ids, f"choosing what the next tokens replace in layer {layer}"):
                 of_layer = weights.of(layer, traits_of(replacement.peers.method.policy).needs)
-                self._tokens.choose(layer, replacement, weights.scale(layer), of_layer)
+                self._tokens.choose_holes(layer, replacement, weights.scale(layer), of_layer)
 
 
 def _are_equal(one: Method, other: Method) -> bool:
-    try:
+    with contained():  # a third party's options may be tensors, whose equality is no truth value
         return one is other or one == other
-    except BaseException:  # a third party's options may be tensors, whose equality is no truth value
-        if ends_process():
-            raise
-        return False
+    return False

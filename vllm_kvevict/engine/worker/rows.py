@@ -9,7 +9,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kvevict.cache.page_table import FoldedBatch
 from vllm_kvevict.cache.query_ring import RingWrite
-from vllm_kvevict.engine.worker.prefill import ChunkRow, PrefillRow
+from vllm_kvevict.engine.worker.watched import ChunkRow, PrefillRow
 from vllm_kvevict.eviction.per_token import Replacement
 
 
@@ -71,7 +71,7 @@ class BatchFolder:
         self._decoding: torch.Tensor | None = None
         self._known: tuple[RowSplit, FoldedQueries | None] | None = None
 
-    def fold(self, slots: torch.Tensor, common: CommonAttentionMetadata) -> tuple[RowSplit, FoldedQueries | None]:
+    def split(self, slots: torch.Tensor, common: CommonAttentionMetadata) -> tuple[RowSplit, FoldedQueries | None]:
         """Return how a batch splits, and the queries of its evicted rows, None if there are none.
 
         slots: [num_reqs] int64, where the page table has the request of each row; -1 for whole rows. The same tensor as

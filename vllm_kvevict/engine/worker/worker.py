@@ -30,7 +30,7 @@ from vllm_kvevict.engine.worker.whole_rows import check_fields
 from vllm_kvevict.kernels import native
 
 
-class EvictionMixin(Worker):
+class EvictionWorkerMixin(Worker):
     """Wires the attention builders to an ``EvictionBridge`` and wraps each step.
 
     A step without the scheduler's decisions is an error: a lost attribute must not become a silent no-op. Only where

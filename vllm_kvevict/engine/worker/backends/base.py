@@ -24,12 +24,13 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_kvevict.cache.page_table import FoldedBatch
 from vllm_kvevict.cache.pages import Packing, PagePool
 from vllm_kvevict.engine.scheduler.managers import with_eviction_managers
 from vllm_kvevict.engine.worker.bridge import EvictionBridge
-from vllm_kvevict.engine.worker.pseudo_passes import LookaheadMetadata
+from vllm_kvevict.engine.worker.pseudo_passes import PseudoPassMetadata
 from vllm_kvevict.engine.worker.rows import FoldedQueries, StepRows
 from vllm_kvevict.engine.worker.whole_rows import whole_rows
 
@@ -54,10 +55,22 @@ def backend_in_place_of(name: AttentionBackendEnum, backend: type[AttentionBacke
 class EvictionBackend(AttentionBackend):
     """A backend whose full-attention layers can be evicted; other layers are served as before.
 
+    impl:    attention of one layer
+    builder: of the metadata of a batch
     packing: how its kernels lay out a page, unless ``packing_of`` a layer says otherwise
     """
 
+    impl: ClassVar[type[EvictionImpl]]
+    builder: ClassVar[type[EvictionMetadataBuilder]]
     packing: ClassVar[Packing]
+
+    @classmethod
+    def get_impl_cls(cls) -> type[EvictionImpl]:
+        return cls.impl
+
+    @classmethod
+    def get_builder_cls(cls) -> type[EvictionMetadataBuilder]:
+        return cls.builder
 
     @classmethod
     def packing_of(cls, layer: Any) -> Packing:
@@ -67,6 +80,17 @@ class EvictionBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         return with_eviction_managers(super().customize_spec(spec))
+
+
+class InterleavedBackend(EvictionBackend):
+    """A backend whose kernels read keys and values side by side in every slot."""
+
+    packing: ClassVar[Packing] = "interleaved"
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # the tokens of one KV head must lie together: they are a page
+        return (KVCacheLayout.LBHNC,)
 
 
 @dataclass
@@ -149,17 +173,17 @@ class EvictionImpl(AttentionImpl[Any]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if not isinstance(attn_metadata, LookaheadMetadata | EvictionMetadata):
+        if not isinstance(attn_metadata, PseudoPassMetadata | EvictionMetadata):
             scales = output_scale, output_block_scale
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("attention with eviction does not quantize its output")
-        if isinstance(attn_metadata, LookaheadMetadata):
+        if isinstance(attn_metadata, PseudoPassMetadata):
             output.copy_(attn_metadata.attend(query, key, value, self.scale))
             return output
         rows, tokens = attn_metadata.rows, attn_metadata.rows.split.whole_tokens
         index = attn_metadata.bridge.layer_index[layer.layer_name]
-        attn_metadata.bridge.land(rows, index)
+        attn_metadata.bridge.fill_holes(rows, index)
         if attn_metadata.whole is not None and tokens is None:
             super().forward(layer, query, key, value, kv_cache, attn_metadata.whole, output)
         elif attn_metadata.whole is not None:

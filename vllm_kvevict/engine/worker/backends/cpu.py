@@ -32,31 +32,8 @@ from vllm_kvevict.engine.worker.rows import FoldedQueries, StepRows
 _PACKINGS: dict[str, Packing] = {"vec": "transposed", "amx": "tiled"}
 
 
-def cpu_backend() -> AbstractContextManager[None]:
-    """Layers built inside this context use our backend, which the CPU platform finds under vLLM's own name."""
-    return backend_in_place_of(AttentionBackendEnum.CPU_ATTN, EvictionCPUBackend)
-
-
-class EvictionCPUBackend(EvictionBackend, CPUAttentionBackend):
-    """vLLM's CPU attention with eviction."""
-
-    packing: ClassVar[Packing] = "transposed"
-
-    @classmethod
-    def packing_of(cls, layer: Any) -> Packing:
-        return _PACKINGS[layer.isa]
-
-    @staticmethod
-    def get_impl_cls() -> type[EvictionCPUImpl]:
-        return EvictionCPUImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[EvictionCPUMetadataBuilder]:
-        return EvictionCPUMetadataBuilder
-
-
 @dataclass(frozen=True)
-class Schedules:
+class SchedulerMetadata:
     """The kernel's division of labour over the folded rows of each layer.
 
     shared: the one that serves every layer, where all have the same lengths; None if a layer makes its own
@@ -66,12 +43,12 @@ class Schedules:
     shared: torch.Tensor | None
 
     def of(self, kv_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
-        """Return the schedule of the layer whose folded rows have these lengths, [num_sequences] int32."""
-        return self.builder.schedule(kv_lens, query_start_loc) if self.shared is None else self.shared
+        """Return the one of the layer whose folded rows have these lengths, [num_sequences] int32."""
+        return self.builder.scheduler_metadata_of(kv_lens, query_start_loc) if self.shared is None else self.shared
 
 
 class EvictionCPUMetadataBuilder(EvictionMetadataBuilder, CPUAttentionMetadataBuilder):
-    """Makes the kernel's schedules of the folded rows."""
+    """Makes the kernel's scheduler metadata of the folded rows."""
 
     isa: str
 
@@ -82,15 +59,16 @@ class EvictionCPUMetadataBuilder(EvictionMetadataBuilder, CPUAttentionMetadataBu
             self.isa = "vec"
             self._set_isa_to_layers(layer_names)
 
-    def _launch(self, rows: StepRows) -> Schedules | None:
-        """Uniform budgets: one schedule serves every layer. Ragged ones: a layer makes its own when it runs."""
+    def _launch(self, rows: StepRows) -> SchedulerMetadata | None:
+        """Uniform budgets: one serves every layer. Ragged ones: a layer makes its own when it runs."""
         if rows.folded is None or rows.queries is None:
             return None
         first, kv_lens = rows.folded.kv_lens[0], rows.folded.kv_lens
         is_uniform = torch.equal(kv_lens, first.expand_as(kv_lens))
-        return Schedules(self, self.schedule(first, rows.queries.query_start_loc) if is_uniform else None)
+        shared = self.scheduler_metadata_of(first, rows.queries.query_start_loc) if is_uniform else None
+        return SchedulerMetadata(self, shared)
 
-    def schedule(self, kv_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
+    def scheduler_metadata_of(self, kv_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
         return ops.cpu_attn_get_scheduler_metadata(
             num_reqs=len(kv_lens),
             num_heads=self.num_heads // self.num_kv_heads,
@@ -118,7 +96,7 @@ class EvictionCPUImpl(EvictionImpl, CPUAttentionBackendImpl):
         page_table: torch.Tensor,
         kv_lens: torch.Tensor,
         queries: FoldedQueries,
-        launch: Schedules,
+        launch: SchedulerMetadata,
         output: torch.Tensor,
     ) -> None:
         # the dtype that vLLM allocated, which for an fp8 cache is uint8
@@ -143,3 +121,20 @@ class EvictionCPUImpl(EvictionImpl, CPUAttentionBackendImpl):
             v_scale=layer._v_scale_float,
             kv_cache_dtype=self.kv_cache_dtype,
         )
+
+
+class EvictionCPUBackend(EvictionBackend, CPUAttentionBackend):
+    """vLLM's CPU attention with eviction."""
+
+    impl = EvictionCPUImpl
+    builder = EvictionCPUMetadataBuilder
+    packing: ClassVar[Packing] = "transposed"
+
+    @classmethod
+    def packing_of(cls, layer: Any) -> Packing:
+        return _PACKINGS[layer.isa]
+
+
+def cpu_backend() -> AbstractContextManager[None]:
+    """Layers built inside this context use our backend, which the CPU platform finds under vLLM's own name."""
+    return backend_in_place_of(AttentionBackendEnum.CPU_ATTN, EvictionCPUBackend)

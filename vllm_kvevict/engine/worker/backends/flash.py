@@ -5,7 +5,7 @@ Checked in a real engine on CPU against a reference of the kernel's signature; n
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -15,12 +15,11 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_kvevict.cache.pages import Packing, PagePool
+from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.engine.cache_dtype import FLOAT8_DTYPES, cache_dtypes
 from vllm_kvevict.engine.models import evicted_models
-from vllm_kvevict.engine.worker.backends.base import EvictionBackend, EvictionImpl, EvictionMetadataBuilder
+from vllm_kvevict.engine.worker.backends.base import EvictionImpl, EvictionMetadataBuilder, InterleavedBackend
 from vllm_kvevict.engine.worker.rows import FoldedQueries
 
 _VERSIONS = (2, 3)
@@ -39,25 +38,6 @@ def flash_attention_fits(vllm_config: VllmConfig) -> bool:
         # as the layers themselves ask; what else would change the answer is refused
         versions = {flash_attn.get_flash_attn_version(head_size=x, supports_fa4_hd256=True) for x in head_sizes}
     return versions <= set(_VERSIONS)
-
-
-class EvictionFlashBackend(EvictionBackend, FlashAttentionBackend):
-    """vLLM's FlashAttention with eviction."""
-
-    packing: ClassVar[Packing] = "interleaved"
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        # the tokens of one KV head must lie together: they are a page
-        return (KVCacheLayout.LBHNC,)
-
-    @staticmethod
-    def get_impl_cls() -> type[EvictionFlashImpl]:
-        return EvictionFlashImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[EvictionFlashMetadataBuilder]:
-        return EvictionFlashMetadataBuilder
 
 
 class EvictionFlashMetadataBuilder(EvictionMetadataBuilder, FlashAttentionMetadataBuilder):
@@ -105,3 +85,10 @@ class EvictionFlashImpl(EvictionImpl, FlashAttentionImpl):
             softcap=0.0,
             fa_version=self.vllm_flash_attn_version,
         )
+
+
+class EvictionFlashBackend(InterleavedBackend, FlashAttentionBackend):
+    """vLLM's FlashAttention with eviction."""
+
+    impl = EvictionFlashImpl
+    builder = EvictionFlashMetadataBuilder

@@ -6,7 +6,7 @@ Checked through Triton's interpreter, in a real engine on CPU. On a GPU the kern
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from vllm.utils.math_utils import next_power_of_2
@@ -17,30 +17,10 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 from vllm.v1.attention.ops.triton_unified_attention import unified_attention
-from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_kvevict.cache.pages import Packing, PagePool
-from vllm_kvevict.engine.worker.backends.base import EvictionBackend, EvictionImpl, EvictionMetadataBuilder
+from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.engine.worker.backends.base import EvictionImpl, EvictionMetadataBuilder, InterleavedBackend
 from vllm_kvevict.engine.worker.rows import FoldedQueries, StepRows
-
-
-class EvictionTritonBackend(EvictionBackend, TritonAttentionBackend):
-    """vLLM's Triton attention with eviction."""
-
-    packing: ClassVar[Packing] = "interleaved"
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        # the tokens of one KV head must lie together: they are a page
-        return (KVCacheLayout.LBHNC,)
-
-    @staticmethod
-    def get_impl_cls() -> type[EvictionTritonImpl]:
-        return EvictionTritonImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[EvictionTritonMetadataBuilder]:
-        return EvictionTritonMetadataBuilder
 
 
 @dataclass(frozen=True)
@@ -117,3 +97,10 @@ class EvictionTritonImpl(EvictionImpl, TritonAttentionImpl):
             softmax_segm_max=launch.maxima,
             softmax_segm_expsum=launch.sums,
         )
+
+
+class EvictionTritonBackend(InterleavedBackend, TritonAttentionBackend):
+    """vLLM's Triton attention with eviction."""
+
+    impl = EvictionTritonImpl
+    builder = EvictionTritonMetadataBuilder

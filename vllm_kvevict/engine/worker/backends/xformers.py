@@ -24,22 +24,6 @@ from vllm_kvevict.kernels.optional_xformers import HAS_XFORMERS
 from vllm_kvevict.kernels.paged_attention import DTYPES, HEAD_SIZES, PagedRows, paged_attention
 
 
-class EvictionXformersBackend(EvictionTritonBackend):
-    """Triton attention with eviction, whose evicted rows xformers reads."""
-
-    @staticmethod
-    def get_name() -> str:
-        return "CUSTOM"
-
-    @staticmethod
-    def get_impl_cls() -> type[EvictionXformersImpl]:
-        return EvictionXformersImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[EvictionXformersMetadataBuilder]:
-        return EvictionXformersMetadataBuilder
-
-
 @dataclass(frozen=True)
 class QueryRows:
     """A row of pages for each query of the folded sequences, since the kernel wants one query in each.
@@ -107,3 +91,14 @@ class EvictionXformersImpl(EvictionTritonImpl):
         if launch.owner is not None and launch.behind is not None:
             page_table, kv_lens = page_table[launch.owner], kv_lens[launch.owner] - launch.behind
         output.copy_(paged_attention(query, pool.keys, pool.values, page_table, kv_lens, self.scale, launch.paged))
+
+
+class EvictionXformersBackend(EvictionTritonBackend):
+    """Triton attention with eviction, whose evicted rows xformers reads."""
+
+    impl = EvictionXformersImpl
+    builder = EvictionXformersMetadataBuilder
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"

@@ -1,4 +1,4 @@
-"""What a worker gathers while the chunks of a prompt pass: the last queries, what policies observe, and the scores."""
+"""Requests that will be evicted: what a worker gathers of them while they are computed, and from which rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 
 from vllm_kvevict.budgets.auto import AutoBudget
 from vllm_kvevict.cache.pages import PagePool
-from vllm_kvevict.eviction.prompt import Eviction, Method
+from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.eviction.resident import ResidentEviction
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import traits_of
@@ -40,10 +41,10 @@ class LastRows:
         return rows
 
 
-class Prefill:
-    """One request from its first chunk to its last; to its end, if it evicts while it decodes.
+class WatchedRequest:
+    """What was seen of one request, from its first chunk to its last eviction.
 
-    num_tokens: tokens whose queries it has seen
+    num_tokens: tokens whose queries were seen
     auto_budget: how its budget is chosen; None if it is fixed
     likelihood: negative log-likelihoods of those of its tokens that were looked at, nats, if its budget is chosen
     waiting: hidden state [hidden_size] of the last token so far, if it is to be looked at
@@ -89,7 +90,7 @@ class ChunkRow:
     start, end: its tokens in the batch
     """
 
-    prefill: Prefill
+    request: WatchedRequest
     start: int
     end: int
     eviction: ResidentEviction
@@ -105,7 +106,7 @@ class ChunkRow:
     ) -> None:
         """As ``PrefillRow.observe``."""
         chunk = query[self.start : self.end]
-        last = self.prefill.queries.extend(layer, chunk)
+        last = self.request.queries.extend(layer, chunk)
         self.eviction.score_layer(layer, last, chunk, scale, weights)
 
 
@@ -120,7 +121,7 @@ class PrefillRow:
     selected:   of the last chunk, per layer [num_kv_heads, num_selected] int64: slots that pseudo tokens see
     """
 
-    prefill: Prefill
+    request: WatchedRequest
     start: int
     end: int
     block_ids: torch.Tensor
@@ -138,13 +139,13 @@ class PrefillRow:
         weights: LayerWeights,
     ) -> None:
         """See a layer's queries and outputs [num_tokens, num_heads, head_size] of the whole batch, after it ran."""
-        prefill = self.prefill
+        request = self.request
         chunk = query[self.start : self.end]
-        prefill.num_tokens = self.kv_len
+        request.num_tokens = self.kv_len
         outputs = None
-        if Need.OUTPUTS in prefill.needs:
-            outputs = prefill.outputs.extend(layer, output[self.start : self.end])
-        if Need.ALL_QUERIES in prefill.needs:
+        if Need.OUTPUTS in request.needs:
+            outputs = request.outputs.extend(layer, output[self.start : self.end])
+        if Need.ALL_QUERIES in request.needs:
             start = perf_counter()
             inputs = ScoreInputs(
                 chunk,
@@ -154,21 +155,21 @@ class PrefillRow:
                 weights=weights,
                 layer=layer,
             )
-            prefill.states[layer] = prefill.method.policy.observe(prefill.states[layer], inputs)
-            prefill.seconds += perf_counter() - start
-        last = prefill.queries.extend(layer, chunk)
-        if self.eviction is not None and prefill.num_pseudo_tokens:
+            request.states[layer] = request.method.policy.observe(request.states[layer], inputs)
+            request.seconds += perf_counter() - start
+        last = request.queries.extend(layer, chunk)
+        if self.eviction is not None and request.num_pseudo_tokens:
             slots = self.eviction.preselect_layer(layer, last, scale, weights)
             if self.selected and slots.shape != self.selected[0].shape:
                 raise ValueError(f"expected as many selected tokens in every layer, got {slots.shape[1]} in {layer}")
             self.selected.append(slots)
         elif self.eviction is not None:
-            self.eviction.score_layer(layer, last, scale, outputs, weights, prefill.states[layer])
+            self.eviction.score_layer(layer, last, scale, outputs, weights, request.states[layer])
 
-    def score_ahead(self, layer: int, scale: float, weights: LayerWeights, pseudo_query: torch.Tensor) -> None:
+    def score(self, layer: int, scale: float, weights: LayerWeights, pseudo_query: torch.Tensor) -> None:
         """Score a layer of a prompt that pseudo tokens [num_tokens, num_heads, head_size] have followed."""
-        prefill = self.prefill
+        request = self.request
         if self.eviction is not None:
-            outputs = prefill.outputs.last(layer) if Need.OUTPUTS in prefill.needs else None
-            last, state = prefill.queries.last(layer), prefill.states[layer]
+            outputs = request.outputs.last(layer) if Need.OUTPUTS in request.needs else None
+            last, state = request.queries.last(layer), request.states[layer]
             self.eviction.score_layer(layer, last, scale, outputs, weights, state, pseudo_query)
