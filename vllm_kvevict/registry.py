@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 from vllm_kvevict.foreign.code import contained, said
 from vllm_kvevict.foreign.values import LONGEST_NAME, quoted
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.kvevict")  # a child of vLLM's, which shows what it logs
 
 Base = TypeVar("Base")
 
