@@ -41,11 +41,6 @@ class Calibration(BaseModel):
         """Return ``b`` of a prompt; nll: mean negative log-likelihood of its tokens, nats."""
         return min(max(self.alpha * nll + self.beta, -_STEEPEST), _STEEPEST)
 
-    def quality(self, fraction: float, nll: float) -> float:
-        """Return the quality in [0, 1] that is left with ``fraction`` of a prompt kept."""
-        bend = self.bend(nll)
-        return fraction if abs(bend) < _STRAIGHT else math.expm1(fraction * bend) / math.expm1(bend)
-
     def fraction(self, target: float, nll: float) -> float:
         """Return the smallest fraction of a prompt in (0, 1] whose quality is ``target``, in (0, 1)."""
         return float(_fraction(target, np.array(self.bend(nll))))
