@@ -61,6 +61,9 @@ def _hurry(interpreter: Any) -> None:
         return interpreter._LangPatchScope()
 
     interpreter._patch_lang = patched_once
-    interpreter._get_np_dtype = cache(interpreter._get_np_dtype)
+    looked_up = interpreter._get_np_dtype
+    remembered = cache(looked_up)
+    pointer = interpreter.tl.pointer_type  # the one kind of type that cannot be hashed
+    interpreter._get_np_dtype = lambda of: looked_up(of) if isinstance(of, pointer) else remembered(of)
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
