@@ -1,9 +1,8 @@
 """What lets the interpreter run an engine in less time, without a change in what its kernels compute.
 
 Triton's own patches ``triton.language`` anew for every launch and for every call of a function within a kernel, by a
-look at all of its members. Here it is patched once and stays so, and the types of numpy are looked up once. Triton's
-checks every sum, difference and product for overflow, which a GPU does not; tests/kernels runs our own kernels with
-that check.
+look at all of its members. Here it is patched once and stays so. Triton's checks every sum, difference and product for
+overflow, which a GPU does not; tests/kernels runs our own kernels with that check.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -61,9 +59,5 @@ def _hurry(interpreter: Any) -> None:
         return interpreter._LangPatchScope()
 
     interpreter._patch_lang = patched_once
-    looked_up = interpreter._get_np_dtype
-    remembered = cache(looked_up)
-    pointer = interpreter.tl.pointer_type  # the one kind of type that cannot be hashed
-    interpreter._get_np_dtype = lambda of: looked_up(of) if isinstance(of, pointer) else remembered(of)
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
