@@ -248,7 +248,9 @@ def test_missing_fields_name_the_flags(missing):
 
 def test_unknown_options_of_a_policy():
     message = refusal(policy_options={"windows": 64})
-    assert message == ("policy_options: eviction policy 'snapkv' takes window, pool_kernel, pool, group; got 'windows'")
+    takes = "policy_options: eviction policy 'snapkv' takes window, pool_kernel, pool, group"
+    assert message == f"{takes}; got 'windows'. Did you mean 'window'?"
+    assert refusal(policy_options={"q": 64}) == f"{takes}; got 'q'"
 
 
 def test_options_that_must_be_given():
@@ -367,7 +369,10 @@ def test_least_budget_by_block_size(block_size, least):
     with pytest.raises(ValueError) as error:
         parse(budget=least - 1).check_block_size(block_size)
     assert f"kv_budget: expected at least {least} tokens, since blocks hold {block_size} and" in str(error.value)
-    assert f"needs 32 tokens in every head (32 protected, 32 observed); got {least - 1}." in str(error.value)
+    needs = (
+        "needs 32 tokens in every head (32 protected, 32 observed), of which the prompt's last block may hold but one"
+    )
+    assert f"{needs}; got {least - 1}." in str(error.value)
     assert "num_sink" in str(error.value)
     assert "num_recent" in str(error.value)
 

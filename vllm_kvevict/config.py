@@ -14,7 +14,7 @@ from vllm_kvevict.cache.plan import min_kept_blocks
 from vllm_kvevict.eviction.building import build_method, policy_named
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.traits import traits_of
-from vllm_kvevict.foreign.values import quoted
+from vllm_kvevict.foreign.values import quoted, suggestion
 from vllm_kvevict.options import reading
 from vllm_kvevict.options.limits import Budget, Fraction, RequestOptions
 from vllm_kvevict.options.names import (
@@ -311,12 +311,14 @@ class EvictionConfig(BaseModel):
         num_blocks = min_kept_blocks(method.min_tokens, block_size, method.schedule.is_bounded)
         smallest = (num_blocks - 1) * block_size + 1
         if isinstance(self.budget, int) and self.budget < smallest:
-            new_tokens = ", beside the block that new tokens fill" if method.schedule.is_bounded else ""
+            last = "beside the block that new tokens fill"
+            if not method.schedule.is_bounded:
+                last = "of which the prompt's last block may hold but one"
             raise ValueError(
                 f"kv_budget: expected at least {smallest} tokens, since blocks hold {block_size} and {self.policy!r} "
                 f"needs {method.min_tokens} tokens in every head ({method.num_protected} protected, "
-                f"{method.query_window} observed){new_tokens}; got {self.budget}. Raise the budget, or start the "
-                f"server with a lower num_sink, num_recent or window of the policy"
+                f"{method.query_window} observed), {last}; got {self.budget}. Raise the budget, or start the "
+                f"server with a lower num_sink, num_recent or policy_options window in --kv-eviction-config"
             )
 
     def for_request(self, options: Mapping[str, Any] | None, block_size: int) -> EvictionConfig | None:
@@ -380,7 +382,7 @@ def _one_sentence(config: type[EvictionConfig], error: ValidationError) -> str:
     first, table = error.errors()[0], table_of(config)
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
-        return f"kv_eviction: unknown field {quoted(name)}. Available: {', '.join(table)}"
+        return f"kv_eviction: unknown field {quoted(name)}.{suggestion(name, table)} Available: {', '.join(table)}"
     if first["type"] == "missing" and len(first["loc"]) == 1:
         return f"kv_eviction: {name!r} is missing. Give --kv-eviction POLICY and --kv-budget N"
     row = table[name]

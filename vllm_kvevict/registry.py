@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
@@ -10,7 +9,7 @@ from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from vllm_kvevict.foreign.code import contained, said
-from vllm_kvevict.foreign.values import LONGEST_NAME, quoted
+from vllm_kvevict.foreign.values import LONGEST_NAME, quoted, suggestion
 
 logger = logging.getLogger("vllm.kvevict")  # a child of vLLM's, which shows what it logs
 
@@ -72,8 +71,7 @@ class Registry(Generic[Base]):
             return self._member(name, family, rest)
         if name in self._entry_points:
             return self._load(name)
-        close = difflib.get_close_matches(str(name), self.names(), n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = suggestion(name, self.names())
         raise ValueError(f"unknown {self.kind} {quoted(name)}.{hint} Available: {self.listing()}")
 
     def import_all(self) -> None:

@@ -24,7 +24,11 @@ def files(tmp_path: Path) -> Path:
     [
         (("--prompt-file", "prompt.txt"), (), "'policy' is missing. Give --kv-eviction POLICY and --kv-budget N"),
         (("--prompt-file", "prompt.txt"), ("--kv-eviction", "lava"), "'budget' is missing"),
-        (("--prompt-file", "prompt.txt"), ("--kv-eviction", "lavaa"), "invalid choice: 'lavaa'"),
+        (
+            ("--prompt-file", "prompt.txt"),
+            ("--kv-eviction", "lavaa"),
+            "unknown eviction policy 'lavaa'. Did you mean 'lava'?",
+        ),
         (("--prompt-file", "prompt.txt"), (*LAVA, "--max-tokens", "0"), "expected a whole number of at least 1"),
         (("--prompt-file", "empty.txt"), LAVA, "expected a prompt, got the empty file"),
         (("--prompt-file", "missing.txt"), LAVA, "expected a UTF-8 text file"),

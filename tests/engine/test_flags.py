@@ -130,8 +130,11 @@ def test_help_has_a_group_with_the_policies() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kv-eviction", "snapkvv", "--kv-budget", "256"], "invalid choice: 'snapkvv' (choose from"),
-        ([*FLAGS, "--kv-budget-allocator", "lavaa"], "invalid choice: 'lavaa'"),
+        (
+            ["--kv-eviction", "snapkvv", "--kv-budget", "256"],
+            "unknown eviction policy 'snapkvv'. Did you mean 'snapkv'?",
+        ),
+        ([*FLAGS, "--kv-budget-allocator", "lavaa"], "unknown budget allocator 'lavaa'. Did you mean 'lava'?"),
         (["--kv-eviction", "snapkv", "--kv-budget", "many"], "expected a whole number of tokens, a fraction"),
         ([*FLAGS, "--kv-eviction-config", "missing.yaml"], "expected a YAML or JSON file"),
         ([*FLAGS, "--kv-eviction-config", "{broken"], "expected a YAML or JSON file"),
@@ -155,7 +158,10 @@ def test_the_parser_refuses(
         (["--kv-budget", "256"], "'policy' is missing"),
         (["--kv-eviction", "snapkv", "--kv-budget", "0"], "kv_budget: expected a whole number of tokens of at least 1"),
         (["--kv-eviction", "snapkv", "--kv-budget", "1.5"], "or 'auto', got 1.5"),
-        ([*FLAGS, "--kv-eviction-config", '{"sink": 4}'], "unknown field 'sink'. Available: policy, budget"),
+        (
+            [*FLAGS, "--kv-eviction-config", '{"sink": 4}'],
+            "unknown field 'sink'. Did you mean 'num_sink'? Available: policy, budget",
+        ),
         ([*FLAGS, "--kv-eviction-config", '{"policy_options": {"windw": 4}}'], "takes window, pool"),
         (
             [*FLAGS, "--kv-eviction-config", '{"policy_options": {"window": 0}}'],

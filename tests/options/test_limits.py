@@ -125,7 +125,10 @@ def test_chosen_budgets_have_bounds():
             ["kv_budget"],
             "expected 'all', 'none', or a mapping of options, policies, least_budget and most_budget, got [",
         ),
-        ({"option": []}, "unknown field 'option'. Available: options, policies, least_budget, most_budget"),
+        (
+            {"option": []},
+            "unknown field 'option'. Did you mean 'options'? Available: options, policies, least_budget, most_budget",
+        ),
         (
             {"options": ["kv_budgt"]},
             "options: unknown option 'kv_budgt'. Did you mean 'kv_budget'? Available: kv_evict",

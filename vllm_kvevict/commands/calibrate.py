@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm_kvevict.budgets.curve import fit
 from vllm_kvevict.commands.arguments import file_to_write, positive
+from vllm_kvevict.options.reading import name_in
 from vllm_kvevict.policies import POLICIES
 
 
@@ -28,7 +29,7 @@ def add_calibrate(commands: Any) -> argparse.ArgumentParser:
         "engine.",
     )
     calibrate.add_argument("--model", metavar="M", required=True, help="Model name or folder, with a chat template.")
-    calibrate.add_argument("--kv-eviction", metavar="POLICY", choices=POLICIES, required=True, help="The policy.")
+    calibrate.add_argument("--kv-eviction", metavar="POLICY", type=name_in(POLICIES), required=True, help="The policy.")
     calibrate.add_argument(
         "--out", metavar="FILE", type=file_to_write, required=True, help="The file; others in it stay."
     )

@@ -14,6 +14,7 @@ from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.schedule import DuringDecode, Schedule
 from vllm_kvevict.eviction.traits import per_token_policies, settle, traits_of
 from vllm_kvevict.foreign.code import apart, contained, said
+from vllm_kvevict.foreign.values import suggestion
 from vllm_kvevict.options.names import ALLOCATOR, DURING_DECODE, DURING_PREFILL, INTERVAL, POLICY
 from vllm_kvevict.policies import POLICIES, EvictionPolicy
 from vllm_kvevict.registry import Registry
@@ -115,7 +116,8 @@ def _made(registry: Registry[Any], cls: Any, name: str, options_json: str, field
     options = json.loads(options_json)
     allowed = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls)}
     if unknown := [option for option in options if option not in allowed]:
-        raise ValueError(f"{field_name}: {what} takes {', '.join(allowed) or 'no options'}; got {unknown[0]!r}")
+        takes, hint = ", ".join(allowed) or "no options", suggestion(unknown[0], allowed)
+        raise ValueError(f"{field_name}: {what} takes {takes}; got {unknown[0]!r}{hint and f'.{hint}'}")
     for option, is_required in allowed.items():
         if is_required and option not in options:
             where = f"{field_name} of --kv-eviction-config"

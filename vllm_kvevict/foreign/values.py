@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
@@ -14,6 +16,12 @@ def quoted(value: object) -> str:
     """Return ``repr(value)``, cut to 200 characters; costs no more for a value of any size."""
     text = _SHORT.repr(value)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def suggestion(name: object, known: Iterable[str]) -> str:
+    """Return a sentence, behind a space, with the name that was meant; nothing where none is near."""
+    close = difflib.get_close_matches(str(name)[:LONGEST_NAME], known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 class _Short(reprlib.Repr):

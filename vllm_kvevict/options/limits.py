@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from vllm_kvevict.foreign.values import quoted
+from vllm_kvevict.foreign.values import quoted, suggestion
 from vllm_kvevict.options.names import ALL, LIMITS, NONE, POLICY, flag_of
 from vllm_kvevict.options.table import Row, unknown_option
 from vllm_kvevict.policies import POLICIES
@@ -68,7 +68,8 @@ class RequestOptions(BaseModel):
             first = error.errors()[0]
             name = str(first["loc"][0])
             if first["type"] == "extra_forbidden":
-                raise ValueError(f"unknown field {name!r}. Available: {', '.join(cls.model_fields)}") from None
+                hint = suggestion(name, cls.model_fields)
+                raise ValueError(f"unknown field {name!r}.{hint} Available: {', '.join(cls.model_fields)}") from None
             if first["type"] == "value_error":
                 raise ValueError(f"{name}: {first['ctx']['error']}") from None
             expected = "a list of names" if name in ("options", "policies") else "tokens, at least 1, or a fraction"

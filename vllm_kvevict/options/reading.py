@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vllm_kvevict.options.names import ALL, AUTO, NONE
+from vllm_kvevict.registry import Registry
 
 
 def budget(text: str) -> int | float | str:
@@ -25,6 +27,19 @@ def budget(text: str) -> int | float | str:
     except ValueError:
         message = f"expected a whole number of tokens, a fraction between 0 and 1, or 'auto'; got {text!r}"
         raise argparse.ArgumentTypeError(message) from None
+
+
+def name_in(registry: Registry[Any]) -> Callable[[str], str]:
+    """Return what reads a name of the registry."""
+
+    def name(text: str) -> str:
+        try:
+            registry.get(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text
+
+    return name
 
 
 def calibration(value: Any) -> dict[str, Any]:

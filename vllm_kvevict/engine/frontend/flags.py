@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.settings import FIELD
-from vllm_kvevict.options.reading import mapping
+from vllm_kvevict.options.reading import mapping, name_in
 from vllm_kvevict.options.table import Row, table_of
 
 
@@ -60,6 +60,7 @@ def add_group(parser: argparse.ArgumentParser, config: type[EvictionConfig] = Ev
         "--kv-eviction-config",
         metavar="FILE-or-JSON",
         type=mapping,
+        default=argparse.SUPPRESS,
         help=f"Everything else, as a YAML or JSON file or a JSON text: {others}. The flags win over it.",
     )
 
@@ -84,9 +85,10 @@ def _as_argument(row: Row) -> dict[str, Any]:
     option, text = row.option, row.option.meaning
     if row.is_switch:
         action = "store_true" if row.info.default is False else argparse.BooleanOptionalAction
-        return {"action": action, "default": None, "help": f"{text} Default: {row.default}."}
+        return {"action": action, "default": argparse.SUPPRESS, "help": f"{text} Default: {row.default}."}
     if option.registry is not None:
         text = f"{text} One of: {option.registry.listing()}."
-    elif not row.info.is_required() and row.default != "none":
+    if not row.info.is_required() and row.default != "none":
         text = f"{text} Default: {row.default}."
-    return {"metavar": option.metavar, "type": option.read, "choices": option.registry, "help": text}
+    read = option.read if option.registry is None else name_in(option.registry)
+    return {"metavar": option.metavar, "type": read, "default": argparse.SUPPRESS, "help": text}
