@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
-import shlex
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.pages import COMMENT, DOCS, EXAMPLE, FENCE, PAGES, SPAN, blocks_of, code_of, commands_of
 from tests.test_layout import MAY_IMPORT
 from tools.picture import PICTURE, picture
 from vllm_kvevict.budgets import ALLOCATORS
@@ -22,16 +22,19 @@ from vllm_kvevict.options.table import options_of_requests
 from vllm_kvevict.policies import POLICIES
 
 PACKAGE = ROOT / "vllm_kvevict"
-EXAMPLE = ROOT / "examples" / "third_party_policy"
-DOCS = sorted((ROOT / "docs").rglob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", EXAMPLE / "README.md", *DOCS]
 MAX_README_WORDS = 1000  # three minutes
-COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
-FENCE = re.compile(r"^( *)```\w*\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
-SPAN = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)+\.(?:py|cpp|hpp|cu|cuh|md|json|toml|yaml|csv|png|svg|txt)")
 FLAG = re.compile(r"--[a-z][a-z0-9-]*")
+# command of a block -> the file that runs it, and what it says of it there
+RUN_BY = {
+    "make demo": (".ci/run", "make demo"),
+    "vllm serve MODEL": ("tests/engine/test_pages.py", "vllm serve"),
+    "pip install ./examples/third_party_policy": ("tests/e2e/conftest.py", "third_party_policy"),
+    "python -m vllm_kvevict policies": ("tests/e2e/test_example_policy.py", '"vllm_kvevict", "policies"'),
+    "python -m vllm_kvevict calibrate": ("tests/e2e/test_auto_budget_over_http.py", "calibrate"),
+    "python -m vllm_kvevict inspect": ("tests/e2e/test_inspect.py", "inspect"),
+}
 NOT_OURS = ("v1/", ".cache/", "benchmarks/results/gpu_engine.csv")  # vLLM's, and those that commands make
 
 
@@ -51,15 +54,6 @@ def num_words(text: str) -> int:
 
 def without_code(text: str) -> str:
     return SPAN.sub("", FENCE.sub("", COMMENT.sub("", text)))
-
-
-def code_of(text: str) -> Iterator[str]:
-    """Lines of code blocks, continued ones joined, and code inside sentences."""
-    text = COMMENT.sub("", text)
-    for block in FENCE.findall(text):
-        yield from block[1].replace("\\\n", " ").splitlines()
-    for span in SPAN.findall(FENCE.sub("", text)):
-        yield " ".join(span.split())
 
 
 def anchors_of(text: str) -> set[str]:
@@ -85,18 +79,6 @@ def broken_links(page: Path, text: str) -> list[str]:
         if not file.exists() or (anchor and anchor not in anchors_of(headings)):
             found.append(link)
     return found
-
-
-def commands_of(text: str, *programs: str) -> Iterator[list[str]]:
-    """The commands that a page quotes of some programs, as words after the program's name, which stands first."""
-    for line in code_of(text):
-        for match in re.finditer(rf"(?:{'|'.join(programs)})(?=\s|$)", line):
-            try:
-                words = shlex.split(line[match.start() :], comments=True)
-            except ValueError:  # an apostrophe in a sentence behind it
-                words = line[match.start() :].split()
-            end = next((place for place, word in enumerate(words) if word in ("&&", "|", ";")), len(words))
-            yield words[:end]
 
 
 def modules_of(text: str) -> Iterator[list[str]]:
@@ -216,6 +198,15 @@ def test_quoted_commands_exist(page: Path, flags_of_ours: Callable[[str], set[st
         if flags - ours:
             unknown += [("vllm serve", flag) for flag in flags - ours - flags_of_vllm()]
     assert not unknown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_of_blocks_are_run(page: Path) -> None:
+    """Blocks of Python are run by e2e/test_http.py and e2e/test_smollm2.py, or are the example's code."""
+    for command in "".join(blocks_of(page, "bash")).splitlines():
+        (known,) = [known for known in RUN_BY if command.startswith(known)]
+        file, what = RUN_BY[known]
+        assert what in (ROOT / file).read_text()
 
 
 def test_commands_are_found_in_blocks_and_in_sentences() -> None:

@@ -13,9 +13,11 @@ from urllib.request import Request, urlopen
 
 import pytest
 from openai import BadRequestError, OpenAI
+from openai.resources.chat.completions import Completions
 
 from tests.e2e.conftest import BUDGET, ENGINE, ENV, evictions_by_policy
 from tests.e2e.prompts import long_text
+from tests.pages import blocks_of
 from tools.server import Server, ServerError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +43,22 @@ def chat(client: OpenAI, text: str, max_tokens: int = 12, **kwargs: Any) -> Any:
     return client.chat.completions.create(
         model="model", messages=messages, max_tokens=max_tokens, temperature=0, **kwargs
     )
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/configuration.md"])
+def test_requests_of_the_pages_are_served(server: Server, client: OpenAI, monkeypatch, page: str) -> None:  # type: ignore[no-untyped-def]
+    """As they are written, but for the server's address, its model's name and the length of the answer."""
+    answers, create = [], Completions.create
+
+    def short(*args: Any, **kwargs: Any) -> Any:
+        answers.append(create(*args, max_tokens=4, **kwargs))
+
+    monkeypatch.setattr(Completions, "create", short)
+    (code,) = [block for block in blocks_of(ROOT / page, "python") if "completions" in block]
+    code = code.replace("http://localhost:8000", server.base_url).replace('"MODEL"', '"model"')
+    exec(code, {"client": client, "model": "model", "messages": [{"role": "user", "content": long_text(2)}]})
+    assert len(answers) == code.count("completions.create") > 0
+    assert all(answer.choices[0].finish_reason == "length" for answer in answers)
 
 
 def test_one_line_at_the_start_says_what_is_on(server: Server) -> None:
