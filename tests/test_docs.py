@@ -202,7 +202,7 @@ def test_quoted_commands_exist(page: Path, flags_of_ours: Callable[[str], set[st
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_of_blocks_are_run(page: Path) -> None:
-    """Blocks of Python are run by e2e/test_http.py and e2e/test_smollm2.py, or are the example's code."""
+    """Blocks of Python are run by e2e/test_http.py and engine/test_pages.py, or are the example's code."""
     for command in "".join(blocks_of(page, "bash")).splitlines():
         (known,) = [known for known in RUN_BY if command.startswith(known)]
         file, what = RUN_BY[known]

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import vllm
 
-from tests.conftest import ROOT
 from tests.e2e.prompts import chat_tokens, long_text
 from tests.engine.harness import Engine, engine
-from tests.pages import blocks_of
 
 # float32: faster on CPUs without bfloat16 instructions
 SETTINGS = {
@@ -44,24 +40,6 @@ def test_budget_above_the_prompt_is_byte_identical_to_stock(
     prompts = [chat_tokens(smollm2, prompt) for prompt in PROMPTS]
     assert running.tokens(prompts, max_tokens=24, extra_args={"kv_budget": 1024}) == stock_answers
     assert not running.num_evictions
-
-
-def test_the_offline_example_of_the_page(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"max_model_len": 512, "kv_cache_memory_bytes": 64 << 20, "dtype": "float32", "enforce_eager": True}
-    monkeypatch.setattr(vllm, "LLM", partial(vllm.LLM, **small))
-    (code,) = [block for block in blocks_of(ROOT / "docs/configuration.md", "python") if "LLM(" in block]
-    names: dict[str, Any] = {"model": str(smollm2)}
-    exec(code, names)
-    llm = names["llm"]
-    try:
-        params = vllm.SamplingParams(
-            max_tokens=4, ignore_eos=True, extra_args={"kv_budget": 128}
-        )  # as the page says below
-        (output,) = llm.generate([long_text(2)], params, use_tqdm=False)
-        assert llm.llm_engine.vllm_config.additional_config["kv_eviction"] == {"policy": "snapkv", "budget": 2048}
-        assert len(output.outputs[0].token_ids) == 4
-    finally:
-        llm.llm_engine.engine_core.shutdown()
 
 
 def held_while_prefilled_and_after(running: Engine, prompt: list[int], **options: Any) -> tuple[int, int]:
