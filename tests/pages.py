@@ -13,21 +13,20 @@ EXAMPLE = ROOT / "examples" / "third_party_policy"
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", EXAMPLE / "README.md", *DOCS]
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
-FENCE = re.compile(r"^( *)```\w*\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 SPAN = re.compile(r"`([^`]+)`")
 
 
 def blocks_of(page: Path, language: str) -> list[str]:
     """The code blocks of a page in one language."""
-    pattern = rf"^( *)```{language}\n(.*?)^ *```$"
-    return [block for _, block in re.findall(pattern, page.read_text(), re.DOTALL | re.MULTILINE)]
+    return [block for found, block in FENCE.findall(page.read_text()) if found == language]
 
 
 def code_of(text: str) -> Iterator[str]:
     """Lines of code blocks, continued ones joined, and code inside sentences."""
     text = COMMENT.sub("", text)
-    for block in FENCE.findall(text):
-        yield from block[1].replace("\\\n", " ").splitlines()
+    for _, block in FENCE.findall(text):
+        yield from block.replace("\\\n", " ").splitlines()
     for span in SPAN.findall(FENCE.sub("", text)):
         yield " ".join(span.split())
 

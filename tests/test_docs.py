@@ -274,7 +274,6 @@ def test_the_errors_that_operations_explains_are_those_of_the_package() -> None:
 
 
 def test_the_policy_on_the_page_is_the_one_of_the_example() -> None:
-    text = (ROOT / "docs" / "policies.md").read_text()
-    (block,) = [block for _, block in FENCE.findall(text) if "class FadingNorm" in block]
+    (block,) = [block for block in blocks_of(ROOT / "docs" / "policies.md", "python") if "class FadingNorm" in block]
     lines = iter((EXAMPLE / "fading_norm.py").read_text().splitlines())
     assert all(line in lines for line in block.splitlines() if line.strip())  # each one behind the one before

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 LONGEST_NAME = 200
@@ -18,10 +19,13 @@ def quoted(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
-def suggestion(name: object, known: Iterable[str]) -> str:
-    """Return a sentence, behind a space, with the name that was meant; nothing where none is near."""
+def suggestion(name: object, known: Iterable[str], instead: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return a sentence, behind a space, with the name that was meant; nothing where none is near.
+
+    instead: what to name in place of some of the known names
+    """
     close = difflib.get_close_matches(str(name)[:LONGEST_NAME], known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    return f" Did you mean {instead.get(close[0], close[0])!r}?" if close else ""
 
 
 class _Short(reprlib.Repr):

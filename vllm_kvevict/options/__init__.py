@@ -1,1 +1,1 @@
-"""The options of requests, and the limits that an operator sets on them; old names of a policy's options."""
+"""The table of options, their names and texts; an operator's limits on requests; old names of a policy's options."""

@@ -6,7 +6,6 @@ of errors, ``--help`` and docs/configuration.md are read from there.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +14,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from vllm_kvevict.foreign.values import LONGEST_NAME, quoted
+from vllm_kvevict.foreign.values import LONGEST_NAME, quoted, suggestion
 from vllm_kvevict.options.names import VLLM_FIELD, flag_of, is_ours
 from vllm_kvevict.registry import Registry
 
@@ -113,7 +112,7 @@ def check_names(options: Mapping[str, Any], known: Mapping[str, Row], allowed: C
 
 def unknown_option(name: str, known: Mapping[str, Row]) -> str:
     """Return a sentence about a request's option that is none of ``known``, with the nearest of them."""
-    meant = {option: option for option in known} | {f"kv_{row.field}": option for option, row in known.items()}
-    close = difflib.get_close_matches(name[:LONGEST_NAME].lower().replace("-", "_"), meant, n=1)
-    hint = f" Did you mean {meant[close[0]]!r}?" if close else ""
+    fields = {f"kv_{row.field}": option for option, row in known.items()}
+    # cut first: it may be of any length
+    hint = suggestion(name[:LONGEST_NAME].lower().replace("-", "_"), dict.fromkeys([*known, *fields]), fields)
     return f"unknown option {quoted(name)}.{hint} Available: {', '.join(known) or 'none'}"
