@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.cache.pages import Packing, PagePool
 
 Layout = Literal["LBHNC", "BLHNC"]
@@ -122,3 +123,13 @@ def random_kv(
     """Return K and V, each [num_layers, num_kv_heads, num_tokens, head_size]."""
     shape = (num_layers, num_kv_heads, num_tokens, head_size)
     return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
+def pages_of(table: PageTable, req_id: str, num_tokens: int, block_ids: list[int]) -> list[list[list[int]]]:
+    """Return page ids [num_layers][num_kv_heads][pages in use] of an evicted request of this many tokens.
+
+    block_ids: its block table
+    """
+    pages, num_pages = table.rows(req_id, num_tokens, torch.tensor(block_ids, dtype=torch.int64))
+    counts, rows = num_pages.tolist(), pages.tolist()
+    return [[row[:count] for row, count in zip(*layer, strict=True)] for layer in zip(rows, counts, strict=True)]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from vllm_kvevict.eviction.per_token import TokenEvictor
 from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.eviction.resident import ResidentEviction
 from vllm_kvevict.eviction.schedule import DuringDecode, Schedule
+from vllm_kvevict.kernels.expand_page_table import BatchRows
 from vllm_kvevict.policies import POLICIES
 from vllm_kvevict.policies.base import LayerWeights
 
@@ -49,8 +51,8 @@ def evict_prompt(
     for layer in range(LAYERS):
         eviction.score_layer(layer, queries[layer, PROMPT - WINDOW : PROMPT], SCALE)
     compaction = eviction.finish()
-    table, residents = PageTable(pool, 2), Residents(pool)
-    table.add(REQUEST, compaction, plan)
+    table, residents = PageTable(pool, 2, PROMPT + ANSWER), Residents(pool)
+    table.add(REQUEST, compaction, plan, eviction.full_block_ids)
     residents.note(compaction, plan, blocks, None)
     return eviction, table, residents
 
@@ -77,7 +79,7 @@ def token_by_token(
     for step in range(ANSWER):
         num_tokens = torch.tensor([PROMPT + step + 1], device=device)
         block = block_ids[(PROMPT + step) // BLOCK_SIZE]
-        remembered = ring.to_write([REQUEST], torch.tensor([0, 1], device=device), num_tokens)
+        remembered = ring.to_write([REQUEST], np.array([0, 1]), num_tokens)
         replacement = evictor.prepare(evictor.peers(method, [REQUEST]), num_tokens, PROMPT + step + 1, block[None])
         for layer in range(LAYERS):
             write(pool, layer, block, PROMPT + step, answer[:, step, layer])
@@ -85,8 +87,8 @@ def token_by_token(
             ring.write(layer, queries[layer, PROMPT + step, None], remembered)
             evictor.choose_holes(layer, replacement, SCALE, LayerWeights())
         holes.append(replacement.holes)
-    folded = table.fold(*_step(table, block_ids, PROMPT + ANSWER))
-    return [torch.stack(holes), folded.page_table, folded.kv_lens]
+    expanded = [part.clone() for layer in range(LAYERS) for part in table.expand(layer, _step(table, block_ids))]
+    return [torch.stack(holes), *expanded]
 
 
 def block_by_block(
@@ -95,21 +97,22 @@ def block_by_block(
     method = Method(POLICIES.get("snapkv")(), Lava(), 4, WINDOW, Schedule(during_decode=DuringDecode.BY_BLOCK))
     _, table, residents = evict_prompt(method, False, pool, block_ids, queries)
     for step in range(ANSWER):
-        table.fold(*_step(table, block_ids, PROMPT + step + 1))
         for layer in range(LAYERS):
             write(pool, layer, block_ids[(PROMPT + step) // BLOCK_SIZE], PROMPT + step, answer[:, step, layer])
-    rows, num_full = table.rows(REQUEST, PROMPT + ANSWER), table.num_full_pages(REQUEST)
+    rows, num_full = table.rows(REQUEST, PROMPT + ANSWER, block_ids), table.num_full_pages(REQUEST)
     eviction = ResidentEviction(method, PROMPT + ANSWER, ANSWER, pool, residents, *rows, num_full)
     for layer in range(LAYERS):
         eviction.score_layer(layer, queries[layer, -WINDOW:], queries[layer, -ANSWER:], SCALE)
     eviction.compact()
     table.shrink(REQUEST, PROMPT + ANSWER)
-    return [*table.rows(REQUEST, PROMPT + ANSWER), residents.positions]
+    return [*table.rows(REQUEST, PROMPT + ANSWER, block_ids), residents.positions]
 
 
-def _step(table: PageTable, block_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, ...]:
-    slots = table.slots.of([REQUEST])
-    return slots, torch.full_like(slots, num_tokens), torch.ones_like(slots), block_ids[None]
+def _step(table: PageTable, block_ids: torch.Tensor) -> BatchRows:
+    device = block_ids.device
+    slots = torch.tensor([table.slots[REQUEST]], dtype=torch.int32, device=device)
+    seq_lens = torch.full_like(slots, PROMPT + ANSWER)
+    return BatchRows(torch.zeros_like(slots), slots, seq_lens, block_ids[None].to(torch.int32))
 
 
 @pytest.mark.parametrize("grow", [token_by_token, block_by_block], ids=lambda function: function.__name__)

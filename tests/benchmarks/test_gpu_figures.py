@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(128) stack(int* x, int n) {
 
 def test_a_triton_kernel_is_compiled_without_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton, which brings its own ptxas, is not installed")
-    command = [sys.executable, "-m", "benchmarks.kernels.gpu_figures", "page_table_update", "--capabilities", "90"]
+    command = [sys.executable, "-m", "benchmarks.kernels.gpu_figures", "expand_page_table", "--capabilities", "90"]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run(
         [*command, "--out", str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -38,7 +38,7 @@ def test_a_triton_kernel_is_compiled_without_a_gpu(tmp_path: Path) -> None:
     assert (tmp_path / "gpu_figures.md").read_text() == run.stdout
     with (tmp_path / "gpu_figures.csv").open() as file:
         (row,) = csv.DictReader(file)
-    assert row["kernel"] == "_page_table_update_kernel"
+    assert row["kernel"] == "_expand_page_table_kernel"
     assert row["architecture"] == "sm_90"
     assert 16 <= int(row["registers"]) <= 64
     assert row["spill_bytes"] == row["stack_bytes"] == "0"

@@ -3,19 +3,33 @@
 import random
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.paged import LAYOUTS, PagedCache, make_pool
+from tests.paged import LAYOUTS, PagedCache, make_pool, pages_of
 from vllm_kvevict.cache.compaction import Compaction
-from vllm_kvevict.cache.page_table import FoldedBatch, PageTable
+from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.cache.plan import EvictionPlan
+from vllm_kvevict.kernels.expand_page_table import BatchRows
 
-LAYERS, HEADS, BLOCKS = 2, 3, 400
+LAYERS, HEADS, BLOCKS = 2, 3, 1500
 MAX_NUM_REQS = 4
-FIRST_CAPACITY = 64  # pages per row that a new table has room for
+MAX_TOKENS = 64 * 300
+
+
+class Blocks:
+    """Blocks in no order, of which nobody has one that another one has. The null block is nobody's."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.free = rng.sample(range(1, BLOCKS), BLOCKS - 1)
+
+    def take(self, count: int) -> list[int]:
+        taken, self.free = self.free[:count], self.free[count:]
+        assert len(taken) == count
+        return taken
 
 
 @dataclass
@@ -25,6 +39,7 @@ class RequestModel:
     pages:   [num_layers][num_kv_heads] page ids
     kv_lens: [num_layers][num_kv_heads] tokens held
     blocks:  vLLM's block table; freed blocks are the null block
+    kept:    blocks of which its full pages are
     grows:   whether new tokens are added behind the others
     """
 
@@ -32,12 +47,13 @@ class RequestModel:
     pages: list[list[list[int]]]
     kv_lens: list[list[int]]
     blocks: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
     grows: bool = True
 
-    def generate(self, cache: PagedCache, rng: random.Random) -> None:
+    def generate(self, cache: PagedCache, blocks: Blocks) -> None:
         """Take a token, and a new block for it if all blocks are full."""
         if self.seq_len == len(self.blocks) * cache.pool.block_size:
-            self.blocks.append(rng.randrange(1, BLOCKS))
+            self.blocks += blocks.take(1)
             for layer, rows in enumerate(self.pages if self.grows else []):
                 for head, row in enumerate(rows):
                     row.append(cache.page_id(layer, self.blocks[-1], head))
@@ -51,64 +67,81 @@ class RequestModel:
 
 
 def evict(
-    cache: PagedCache, rng: random.Random, most_pages: int, num_tokens: int | None = None
-) -> tuple[Compaction, EvictionPlan, RequestModel]:
-    """Make up a compaction with random ragged pages, and the model of its request."""
+    cache: PagedCache, rng: random.Random, blocks: Blocks, most_pages: int, num_tokens: int | None = None
+) -> tuple[Compaction, EvictionPlan, torch.Tensor, RequestModel]:
+    """Make up a compaction with random ragged pages, and the model of its request. Return also its kept blocks."""
     block_size = cache.pool.block_size
     num_full = [[rng.randrange(most_pages) for _ in range(HEADS)] for _ in range(LAYERS)]
     num_tokens = num_tokens or rng.randrange(most_pages * block_size, (most_pages + 2) * block_size)
     grows = rng.random() < 0.7
-    plan = EvictionPlan(num_tokens, rng.randint(1, -(-num_tokens // block_size) - 1), block_size, not grows)
+    num_kept = -(-sum(map(sum, num_full)) // (LAYERS * HEADS)) + (num_tokens % block_size > 0)
+    plan = EvictionPlan(num_tokens, num_kept, block_size, not grows)
     has_tail = plan.num_tail_tokens > 0
-    blocks = [0] * plan.first_kept_block + [rng.randrange(1, BLOCKS) for _ in range(plan.num_kept_blocks)]
-    last_page = [[cache.page_id(layer, blocks[-1], head) for head in range(HEADS)] for layer in range(LAYERS)]
+    kept = blocks.take(plan.num_full_blocks)
+    table = [0] * (num_tokens // block_size) + blocks.take(int(num_tokens % block_size > 0))
+    last_page = [[cache.page_id(layer, table[-1], head) for head in range(HEADS)] for layer in range(LAYERS)]
+    free = rng.sample([page for block in kept for page in pages_in(cache, block)], LAYERS * HEADS * len(kept))
     pages = [
         [
-            [rng.randrange(cache.pool.pages.shape[0]) for _ in range(num_full[layer][head])]
-            + [last_page[layer][head]] * has_tail
+            [free.pop() for _ in range(num_full[layer][head])] + [last_page[layer][head]] * has_tail
             for head in range(HEADS)
         ]
         for layer in range(LAYERS)
     ]
-    table = torch.zeros(LAYERS, HEADS, max(len(row) for rows in pages for row in rows) + 1, dtype=torch.int64)
+    lists = torch.zeros(LAYERS, HEADS, max(len(row) for rows in pages for row in rows) + 1, dtype=torch.int64)
     for layer, rows in enumerate(pages):
         for head, row in enumerate(rows):
-            table[layer, head, : len(row)] = torch.tensor(row, dtype=torch.int64)
+            lists[layer, head, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    lists = lists[..., : max(max(map(max, num_full)), 1) + has_tail]
     kv_lens = torch.tensor(num_full) * block_size + plan.num_tail_tokens
-    compaction = Compaction([], table, torch.tensor(num_full) + has_tail, kv_lens)
-    return compaction, plan, RequestModel(num_tokens, pages, kv_lens.tolist(), blocks, grows)
+    compaction = Compaction([], lists, torch.tensor(num_full) + has_tail, kv_lens)
+    model = RequestModel(num_tokens, pages, kv_lens.tolist(), table, kept, grows)
+    return compaction, plan, torch.tensor(kept, dtype=torch.int64), model
 
 
-def fold(table: PageTable, batch: dict[str, RequestModel], query_lens: list[int]) -> FoldedBatch:
-    """Call ``fold`` as a decode step of these requests does: rows of other lengths are padded with garbage."""
+def pages_in(cache: PagedCache, block: int) -> list[int]:
+    return [cache.page_id(layer, block, head) for layer in range(LAYERS) for head in range(HEADS)]
+
+
+def expanded(table: PageTable, batch: dict[str, RequestModel]) -> list[tuple[list[list[int]], list[int]]]:
+    """Return the page table and lengths of each layer in a step of these requests: whole rows stand between them, and
+    rows of other lengths are padded with garbage.
+    """
     width = max(len(model.blocks) for model in batch.values()) + 2
-    block_table = torch.full((len(batch), width), 2**40)
+    block_table = torch.full((2 * len(batch), width), -(2**31), dtype=torch.int32)
     for row, model in enumerate(batch.values()):
-        block_table[row, : len(model.blocks)] = torch.tensor(model.blocks)
-    slots = table.slots.of(list(batch))
-    seq_lens = torch.tensor([model.seq_len for model in batch.values()], dtype=torch.int32)
-    return table.fold(slots, seq_lens, torch.tensor(query_lens), block_table)
+        block_table[2 * row + 1, : len(model.blocks)] = torch.tensor(model.blocks)
+    slots = torch.from_numpy(table.slots.of(list(batch)))
+    seq_lens = torch.tensor([length for model in batch.values() for length in (9, model.seq_len)], dtype=torch.int32)
+    rows = BatchRows(torch.arange(1, len(seq_lens), 2, dtype=torch.int32), slots, seq_lens, block_table)
+    return [tuple(part.tolist() for part in table.expand(layer, rows)) for layer in range(LAYERS)]
 
 
-def check(folded: FoldedBatch, batch: dict[str, RequestModel], block_size: int) -> None:
-    """Every row holds its pages in order and then zeros, and its length counts the new token."""
-    assert folded.page_table.dtype == folded.kv_lens.dtype == torch.int32
-    rows, kv_lens = folded.page_table.tolist(), folded.kv_lens.tolist()
-    for layer in range(LAYERS):
-        assert len(rows[layer]) == len(kv_lens[layer]) == len(batch) * HEADS
-        assert kv_lens[layer] == [kv_len for model in batch.values() for kv_len in model.kv_lens[layer]]
+def check(table: PageTable, batch: dict[str, RequestModel], block_size: int) -> None:
+    """Every row holds its pages in order, its length counts the new tokens, and the host knows the longest."""
+    longest = 0
+    for layer, (rows, kv_lens) in enumerate(expanded(table, batch)):
+        assert len(rows) == len(kv_lens) == len(batch) * HEADS
+        # a row without a token, as made up here, stands on the null page
+        expected_lens = [max(kv_len, 1) for model in batch.values() for kv_len in model.kv_lens[layer]]
+        assert kv_lens == expected_lens
         expected = [pages for model in batch.values() for pages in model.pages[layer]]
-        for row, pages, kv_len in zip(rows[layer], expected, kv_lens[layer], strict=True):
-            assert len(row) * block_size >= kv_len
-            assert row == (pages + [0] * len(row))[: len(row)]  # blocks of rejected drafts may lie behind the last one
+        for row, pages, kv_len in zip(rows, expected, kv_lens, strict=True):
+            used = -(-kv_len // block_size)
+            assert row[:used] == (pages or [0])[:used]  # blocks of rejected drafts may lie behind the last one
+        longest = max(longest, *kv_lens)
+    lens = np.array([model.seq_len for model in batch.values()])
+    assert max(table.most_tokens(table.slots.of(list(batch)), lens), 1) >= longest
 
 
-def decode(table: PageTable, cache: PagedCache, batch: dict[str, RequestModel], rng: random.Random) -> FoldedBatch:
+def decode(table: PageTable, cache: PagedCache, batch: dict[str, RequestModel], blocks: Blocks) -> None:
     for model in batch.values():
-        model.generate(cache, rng)
-    folded = fold(table, batch, [1] * len(batch))
-    check(folded, batch, cache.pool.block_size)
-    return folded
+        model.generate(cache, blocks)
+    check(table, batch, cache.pool.block_size)
+
+
+def new_table(cache: PagedCache, max_num_reqs: int = MAX_NUM_REQS) -> PageTable:
+    return PageTable(cache.pool, max_num_reqs, MAX_TOKENS)
 
 
 EVENTS = ["add", "remove", "preempt", "decode", "decode", "decode some"]
@@ -118,42 +151,44 @@ EVENTS = ["add", "remove", "preempt", "decode", "decode", "decode some"]
 @given(
     block_size=st.sampled_from([2, 16, 32, 64]),
     layout=st.sampled_from(LAYOUTS),
-    most_pages=st.sampled_from([2, 10, FIRST_CAPACITY + 20]),
+    most_pages=st.sampled_from([2, 10, 84]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_follows_the_model(block_size, layout, most_pages, seed):
     rng = random.Random(seed)
+    blocks = Blocks(rng)
     cache = make_pool(LAYERS, HEADS, BLOCKS, block_size, 1, layout=layout)
-    table, models, named = PageTable(cache.pool, MAX_NUM_REQS), {}, 0
+    table, models, named = new_table(cache), {}, 0
     for event in ["add", *rng.choices(EVENTS, k=25)]:
         if event == "add" and len(models) < MAX_NUM_REQS:
             named += 1
-            compaction, plan, models[f"r{named}"] = evict(cache, rng, most_pages)
-            table.add(f"r{named}", compaction, plan)
-        elif event == "remove" and models:
+            compaction, plan, kept, models[f"r{named}"] = evict(cache, rng, blocks, most_pages)
+            table.add(f"r{named}", compaction, plan, kept)
+        elif event in ("remove", "preempt") and models:
             req_id = rng.choice(list(models))
-            del models[req_id]
+            model = models.pop(req_id)
             table.remove(req_id)
-        elif event == "preempt" and models:
-            req_id = rng.choice(list(models))
-            table.remove(req_id)
-            compaction, plan, models[req_id] = evict(cache, rng, most_pages, models[req_id].seq_len + 2 * block_size)
-            table.add(req_id, compaction, plan)
+            blocks.free += model.kept + [block for block in model.blocks if block]
+            if event == "preempt":
+                rng.shuffle(blocks.free)
+                length = model.seq_len + 2 * block_size
+                compaction, plan, kept, models[req_id] = evict(cache, rng, blocks, most_pages, length)
+                table.add(req_id, compaction, plan, kept)
         elif event.startswith("decode") and models:
             req_ids = list(models) if event == "decode" else rng.sample(list(models), rng.randint(1, len(models)))
             for _ in range(rng.randint(1, 2 * block_size)):
-                decode(table, cache, {req_id: models[req_id] for req_id in req_ids}, rng)
+                decode(table, cache, {req_id: models[req_id] for req_id in req_ids}, blocks)
     assert len(table) == len(models)
     assert all(req_id in table for req_id in models)
-    slots = table.slots.of(list(models)).to(torch.int64)
-    assert table.constant_rows(slots).tolist() == [not model.grows for model in models.values()]
-    for (req_id, model), slot in zip(models.items(), slots, strict=True):
-        assert table.pages_of(req_id, model.seq_len) == model.pages
+    for req_id, model in models.items():
+        assert table.replaces(req_id) == (not model.grows)
+        assert pages_of(table, req_id, model.seq_len, model.blocks) == model.pages
         if not model.grows:
-            most = max(len(row) for rows in model.pages for row in rows)
-            assert table.most_pages(slot[None]) == most
+            slots = torch.tensor([table.slots[req_id]])
+            most = max(max(len(row) for rows in model.pages for row in rows), 1)
+            assert table.most_pages([req_id]) == most
             for layer in range(LAYERS):
-                pages, num_pages = table.layer_rows(layer, slot[None], most)
+                pages, num_pages = table.layer_rows(layer, slots, most)
                 assert num_pages[0].tolist() == [len(row) for row in model.pages[layer]]
                 assert pages[0].tolist() == [row + [0] * (most - len(row)) for row in model.pages[layer]]
 
@@ -163,104 +198,84 @@ def rng() -> random.Random:
     return random.Random(0)
 
 
+@pytest.fixture
+def blocks(rng) -> Blocks:
+    return Blocks(rng)
+
+
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 @pytest.mark.parametrize("tail", [0, 1, 15])
-def test_every_step_over_several_block_boundaries(block_size, tail, rng):
+def test_every_step_over_several_block_boundaries(block_size, tail, rng, blocks):
     cache = make_pool(LAYERS, HEADS, BLOCKS, block_size, 1)
-    table = PageTable(cache.pool, 1)
-    compaction, plan, model = evict(cache, rng, 5, 7 * block_size + tail)
-    table.add("a", compaction, plan)
+    table = new_table(cache, 1)
+    compaction, plan, kept, model = evict(cache, rng, blocks, 5, 7 * block_size + tail)
+    table.add("a", compaction, plan, kept)
     for _ in range(3 * block_size + 1):
-        decode(table, cache, {"a": model}, rng)
+        decode(table, cache, {"a": model}, blocks)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(block_size=st.sampled_from([2, 16, 32]), most_drafts=st.sampled_from([1, 5, 70]), seed=st.integers(0, 2**32 - 1))
 def test_drafts_may_span_blocks_and_be_rejected(block_size, most_drafts, seed):
     rng = random.Random(seed)
+    blocks = Blocks(rng)
     cache = make_pool(LAYERS, HEADS, BLOCKS, block_size, 1)
-    table, models = PageTable(cache.pool, 3), {}
+    table, models = new_table(cache, 3), {}
     for req_id in "abc":
-        compaction, plan, models[req_id] = evict(cache, rng, 5)
-        table.add(req_id, compaction, plan)
+        compaction, plan, kept, models[req_id] = evict(cache, rng, blocks, 5)
+        table.add(req_id, compaction, plan, kept)
     for _ in range(12):
         query_lens = [1 + rng.randint(0, most_drafts) for _ in models]
         for model, query_len in zip(models.values(), query_lens, strict=True):
             for _ in range(query_len):
-                model.generate(cache, rng)
-        check(fold(table, models, query_lens), models, block_size)
+                model.generate(cache, blocks)
+        check(table, models, block_size)
         for model, query_len in zip(models.values(), query_lens, strict=True):
             model.grow(-rng.randint(0, query_len - 1))
 
 
-def test_a_row_outgrows_the_table_by_decoding(rng):
-    cache = make_pool(LAYERS, HEADS, BLOCKS, 2, 1)
-    table = PageTable(cache.pool, 2)
-    models = {}
-    for req_id in ("a", "b"):
-        compaction, plan, models[req_id] = evict(cache, rng, 6, 17)
-        table.add(req_id, compaction, plan)
-    first = decode(table, cache, models, rng).page_table.shape[-1]
-    for _ in range(2 * 2 * FIRST_CAPACITY + 8):
-        folded = decode(table, cache, models, rng)
-    assert first < FIRST_CAPACITY
-    assert folded.page_table.shape[-1] > 2 * FIRST_CAPACITY
-
-
-def test_a_compaction_wider_than_the_table(rng):
+def test_memory_is_taken_once_and_is_what_it_says(rng, blocks):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
-    table = PageTable(cache.pool, 2)
-    models = {}
-    for req_id, most_pages in (("small", 4), ("wide", 5 * FIRST_CAPACITY)):
-        compaction, plan, models[req_id] = evict(cache, rng, most_pages)
-        table.add(req_id, compaction, plan)
-        decode(table, cache, models, rng)
+    table = PageTable(cache.pool, 8, 1000)
+    held = {name: tensor.data_ptr() for name, tensor in table._lists._asdict().items()}
+    max_blocks, width = 63, 64
+    arena, lists = BLOCKS * LAYERS * HEADS, 8 * (max_blocks + 2 * LAYERS * HEADS + 1)
+    assert table.num_bytes == 4 * (arena + lists + 8 * HEADS * (width + 1))
+    compaction, plan, kept, model = evict(cache, rng, blocks, 40)
+    table.add("a", compaction, plan, kept)
+    decode(table, cache, {"a": model}, blocks)
+    assert held == {name: tensor.data_ptr() for name, tensor in table._lists._asdict().items()}
 
 
-def test_a_reused_slot_shows_nothing_of_its_last_owner(rng):
+def test_a_reused_slot_shows_nothing_of_its_last_owner(rng, blocks):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
-    table = PageTable(cache.pool, 1)
+    table = new_table(cache, 1)
     for most_pages in (40, 2, 20):
-        compaction, plan, model = evict(cache, rng, most_pages)
-        table.add("a", compaction, plan)
-        decode(table, cache, {"a": model}, rng)
+        compaction, plan, kept, model = evict(cache, rng, blocks, most_pages)
+        table.add("a", compaction, plan, kept)
+        decode(table, cache, {"a": model}, blocks)
         table.remove("a")
 
 
-def test_order_of_a_batch_may_change(rng):
+def test_order_of_a_batch_may_change(rng, blocks):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
-    table = PageTable(cache.pool, 3)
+    table = new_table(cache, 3)
     models = {}
     for req_id in "abc":
-        compaction, plan, models[req_id] = evict(cache, rng, 5)
-        table.add(req_id, compaction, plan)
+        compaction, plan, kept, models[req_id] = evict(cache, rng, blocks, 5)
+        table.add(req_id, compaction, plan, kept)
     for order in ("abc", "cab", "ab", "ba", "b", "cba"):
-        decode(table, cache, {req_id: models[req_id] for req_id in order}, rng)
+        decode(table, cache, {req_id: models[req_id] for req_id in order}, blocks)
 
 
-@pytest.mark.parametrize("block_size", [2, 16])
-def test_a_step_leaves_the_batches_of_earlier_steps_alone(block_size, rng):
-    """The engine may still read the last step's batch while it prepares the next one."""
-    cache = make_pool(LAYERS, HEADS, BLOCKS, block_size, 1)
-    table = PageTable(cache.pool, 1)
-    compaction, plan, model = evict(cache, rng, 5)
-    table.add("a", compaction, plan)
-    earlier = decode(table, cache, {"a": model}, rng)
-    pages, kv_lens = earlier.page_table.clone(), earlier.kv_lens.clone()
-    for _ in range(5):
-        decode(table, cache, {"a": model}, rng)
-    assert earlier.page_table.equal(pages)
-    assert earlier.kv_lens.equal(kv_lens)
-
-
-def test_membership(rng):
+def test_membership(rng, blocks):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
-    table = PageTable(cache.pool, 2)
-    compaction, plan, _ = evict(cache, rng, 5)
+    table = new_table(cache, 2)
+    compaction, plan, kept, _ = evict(cache, rng, blocks, 5)
     assert len(table) == 0
     assert "a" not in table
     for req_id in "ab":
-        table.add(req_id, compaction, plan)
+        table.add(req_id, compaction, plan, kept)
     assert len(table) == 2
     table.remove("a")
     table.remove("a")
@@ -269,60 +284,74 @@ def test_membership(rng):
     assert "a" not in table
     assert "b" in table
     with pytest.raises(ValueError, match="req_id: 'b' has a slot already"):
-        table.add("b", compaction, plan)
+        table.add("b", compaction, plan, kept)
 
 
-def test_pages_of_counts_the_blocks_of_the_answer(rng):
+def test_rows_count_the_blocks_of_the_answer(rng, blocks):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
-    table = PageTable(cache.pool, 1)
-    compaction, plan, model = evict(cache, rng, 5, 16 * 7)
-    table.add("a", compaction, plan)
+    table = new_table(cache, 1)
+    compaction, plan, kept, model = evict(cache, rng, blocks, 5, 16 * 7)
+    table.add("a", compaction, plan, kept)
     prompt_pages = [[list(row) for row in rows] for rows in model.pages]
-    assert table.pages_of("a", 16 * 7) == prompt_pages
-    decode(table, cache, {"a": model}, rng)
-    assert table.pages_of("a", 16 * 7) == prompt_pages
-    assert table.pages_of("a", 16 * 7 + 1) == model.pages
+    assert pages_of(table, "a", 16 * 7, model.blocks) == prompt_pages
+    decode(table, cache, {"a": model}, blocks)
+    assert pages_of(table, "a", 16 * 7, model.blocks) == prompt_pages
+    assert pages_of(table, "a", 16 * 7 + 1, model.blocks) == model.pages
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_layers_that_hold_equally_many_tokens_are_alike(rng, blocks, alike):
+    cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
+    table = new_table(cache, 2)
+    for req_id in "ab":
+        compaction, plan, kept, _ = evict(cache, rng, blocks, 5, 16 * 7)
+        if alike or req_id == "a":
+            compaction.num_pages[:] = compaction.num_pages[0].clone()
+        else:
+            compaction.num_pages[1, 0] = compaction.num_pages[0, 0] + 1
+        table.add(req_id, compaction, plan, kept)
+    assert table.are_alike(table.slots.of(["a", "b"])) == alike
+    assert table.are_alike(table.slots.of(["a"]))
 
 
 @pytest.mark.parametrize("num_tokens", [16 * 7, 16 * 7 + 5])
-def test_rows_that_shrink_whenever_a_block_is_full(rng, num_tokens):
+def test_rows_that_shrink_whenever_a_block_is_full(rng, blocks, num_tokens):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
-    table = PageTable(cache.pool, 2)
-    compaction, plan, model = evict(cache, rng, 5, num_tokens)
-    table.add("a", compaction, plan)
+    table = new_table(cache, 2)
+    compaction, plan, kept, model = evict(cache, rng, blocks, 5, num_tokens)
+    table.add("a", compaction, plan, kept)
     num_full = table.num_full_pages("a").tolist()
     for _ in range(50):
-        decode(table, cache, {"a": model}, rng)
+        decode(table, cache, {"a": model}, blocks)
         if model.seq_len % 16 == 0:
             table.shrink("a", model.seq_len)
             model.pages = [[row[:-1] for row in rows] for rows in model.pages]
             model.kv_lens = [[kv_len - 16 for kv_len in row] for row in model.kv_lens]
-        assert table.pages_of("a", model.seq_len) == model.pages
+        assert pages_of(table, "a", model.seq_len, model.blocks) == model.pages
     assert table.num_full_pages("a").tolist() == num_full
     longest = max(len(row) for rows in model.pages for row in rows)
-    pages, num_pages = table.rows("a", model.seq_len)
+    pages, num_pages = table.rows("a", model.seq_len, torch.tensor(model.blocks))
     assert pages.shape == (LAYERS, HEADS, longest)
     assert num_pages.tolist() == [[len(row) for row in rows] for rows in model.pages]
 
 
 @pytest.mark.parametrize("num_tokens", [16 * 7, 16 * 7 + 5])
 @pytest.mark.parametrize("chunk", [3, 16, 40])
-def test_rows_that_shrink_behind_every_chunk_keep_the_page_that_is_not_full(rng, num_tokens, chunk):
+def test_rows_that_shrink_behind_every_chunk_keep_the_page_that_is_not_full(rng, blocks, num_tokens, chunk):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
-    table = PageTable(cache.pool, 1)
-    compaction, plan, model = evict(cache, rng, 5, num_tokens)
-    table.add("a", compaction, plan)
+    table = new_table(cache, 1)
+    compaction, plan, kept, model = evict(cache, rng, blocks, 5, num_tokens)
+    table.add("a", compaction, plan, kept)
     num_full = table.num_full_pages("a").tolist()
     for _ in range(10):
         for _ in range(chunk):
-            model.generate(cache, rng)
-        folded = fold(table, {"a": model}, [chunk])
-        check(folded, {"a": model}, 16)
+            model.generate(cache, blocks)
+        check(table, {"a": model}, 16)
         table.shrink("a", model.seq_len)
         tail = model.seq_len % 16
         for layer, rows in enumerate(model.pages):
             for head, row in enumerate(rows):
                 rows[head] = row[: num_full[layer][head]] + row[-1:] * (tail > 0)
                 model.kv_lens[layer][head] = num_full[layer][head] * 16 + tail
-        assert table.pages_of("a", model.seq_len) == model.pages
+        assert pages_of(table, "a", model.seq_len, model.blocks) == model.pages
         assert table.num_full_pages("a").tolist() == num_full

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,7 +27,7 @@ def test_last_queries_of_requests_in_changing_batches():
         query_lens = [rng.choice([1, 1, 3]) if req_id == "whole" else 1 for req_id in batch]
         for req_id, query_len in zip(batch, query_lens, strict=True):
             seq_lens[req_id] += query_len
-        start_loc = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0)
+        start_loc = np.cumsum([0, *query_lens], dtype=np.int32)
         where = ring.to_write(batch, start_loc, torch.tensor([seq_lens[req_id] for req_id in batch]))
         assert (where is None) == (batch == ["whole"])
         for layer in range(LAYERS if where is not None else 0):
@@ -42,7 +43,7 @@ def test_last_queries_of_requests_in_changing_batches():
                 last = ring.last(layer, req_id, seq_lens[req_id], count)
                 expected = [query_of(layer, req_id, seq_lens[req_id] - count + index) for index in range(count)]
                 assert torch.equal(last, torch.stack(expected) if expected else last[:0])
-    slots, num_tokens = ring.slots.of(["b", "a"]), torch.tensor([seq_lens["b"], seq_lens["a"]])
+    slots, num_tokens = torch.tensor([ring.slots["b"], ring.slots["a"]]), torch.tensor([seq_lens["b"], seq_lens["a"]])
     for count in (1, DEPTH):
         of_both = ring.last_of(1, slots, num_tokens, count)
         for row, req_id in enumerate("ba"):
@@ -57,14 +58,14 @@ def test_a_ring_that_begins_in_the_middle():
     last = torch.stack([query_of(0, "a", position) for position in range(12, 18)])
     ring.seed(0, "a", last, 18)
     assert torch.equal(ring.last(0, "a", 18, 6), last)
-    where = ring.to_write(["a"], torch.tensor([0, 1]), torch.tensor([19]))
+    where = ring.to_write(["a"], np.array([0, 1]), torch.tensor([19]))
     ring.write(0, query_of(0, "a", 18)[None], where)
     assert torch.equal(ring.last(0, "a", 19, 7), torch.cat([last, query_of(0, "a", 18)[None]]))
 
 
 def test_nothing_is_kept_for_requests_without_a_slot():
     ring = QueryRing(LAYERS, 4, DEPTH, torch.device("cpu"))
-    assert ring.to_write(["a"], torch.tensor([0, 1]), torch.tensor([7])) is None
+    assert ring.to_write(["a"], np.array([0, 1]), torch.tensor([7])) is None
     assert ring.num_bytes == 0
     ring.slots.take("a")
     with pytest.raises(RuntimeError, match="no query of request a was remembered"):

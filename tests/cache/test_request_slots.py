@@ -3,15 +3,12 @@
 import random
 
 import pytest
-import torch
 
 from vllm_kvevict.cache.request_slots import RequestSlots
 
-CPU = torch.device("cpu")
-
 
 def test_slots_of_requests_that_come_and_go():
-    rng, slots, owned = random.Random(0), RequestSlots(5, CPU), {}
+    rng, slots, owned = random.Random(0), RequestSlots(5), {}
     for step in range(300):
         if owned and (len(owned) == 5 or rng.random() < 0.5):
             req_id = rng.choice(list(owned))
@@ -27,7 +24,7 @@ def test_slots_of_requests_that_come_and_go():
 
 
 def test_a_slot_is_taken_once_and_given_back_once():
-    slots = RequestSlots(2, CPU)
+    slots = RequestSlots(2)
     slots.take("a")
     with pytest.raises(ValueError, match="req_id: 'a' has a slot already"):
         slots.take("a")

@@ -158,21 +158,21 @@ def kept_positions(running: Engine, request_id: str) -> list[list[list[int]]]:
     """Positions [num_layers][num_kv_heads][tokens held], from where the worker says that they are."""
     bridge, num_tokens = running.bridge, running.scheduler.requests[request_id].num_computed_tokens
     positions = bridge.residents.positions.view(-1, BLOCK)
-    if bridge.page_table.constant_rows(torch.tensor([bridge.page_table.slots[request_id]])):
+    if bridge.page_table.replaces(request_id):
         return _but_the_next(running, request_id)
     unused = -num_tokens % BLOCK  # slots of each last page
     return [
         [sorted(positions[pages].flatten()[: len(pages) * BLOCK - unused].tolist()) for pages in layer]
-        for layer in bridge.page_table.pages_of(request_id, num_tokens)
+        for layer in running.pages_of(bridge, request_id)
     ]
 
 
 def _but_the_next(running: Engine, request_id: str) -> list[list[list[int]]]:
     """Positions as above, of a request whose next token takes the slot of one that is as good as gone."""
-    bridge, num_tokens = running.bridge, running.scheduler.requests[request_id].num_computed_tokens
+    bridge = running.bridge
     holes = bridge._replacing._tokens._holes[:, bridge.page_table.slots[request_id]]
     kept = []
-    for layer, rows in enumerate(bridge.page_table.pages_of(request_id, num_tokens)):
+    for layer, rows in enumerate(running.pages_of(bridge, request_id)):
         kept.append([])
         for head, pages in enumerate(rows):
             slots = (torch.tensor(pages)[:, None] * BLOCK + torch.arange(BLOCK)).flatten()

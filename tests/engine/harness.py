@@ -15,6 +15,7 @@ from vllm.config import VllmConfig
 from vllm.outputs import RequestOutput
 from vllm.platforms.cpu import CpuPlatform
 
+from tests.paged import pages_of
 from vllm_kvevict import kv_eviction_args
 from vllm_kvevict.engine.scheduler.managers import CacheInUse
 
@@ -106,10 +107,23 @@ class Engine:
         finally:
             self.scheduler.max_num_scheduled_tokens = usual
 
+    def block_table(self, internal_id: str) -> list[int]:
+        """Return the blocks of a request, the null block where one has been freed."""
+        groups = self.scheduler.kv_cache_manager.get_block_ids(internal_id)
+        blocks: list[int] = groups[self.scheduler._manager.kv_cache_group_id]
+        return blocks
+
+    def pages_of(self, bridge: Any, request_id: str) -> list[list[list[int]]]:
+        """Page ids [num_layers][num_kv_heads][pages] of an evicted request, in the tables of the model or its drafter.
+
+        Those of the decode blocks that it has entered come last.
+        """
+        num_tokens = self.scheduler.requests[request_id].num_computed_tokens
+        return pages_of(bridge.page_table, request_id, num_tokens, self.block_table(request_id))
+
     def blocks_held(self, internal_id: str, num_tokens: int | None = None) -> list[int]:
         """Return the blocks of a request, those of its first ``num_tokens`` tokens if given."""
-        groups = self.scheduler.kv_cache_manager.get_block_ids(internal_id)
-        blocks = groups[self.scheduler._manager.kv_cache_group_id]
+        blocks = self.block_table(internal_id)
         if num_tokens is not None:
             blocks = blocks[: -(-num_tokens // self.bridge.pool.block_size)]
         return [block for block in blocks if block != self.block_pool.null_block.block_id]
@@ -125,10 +139,12 @@ class Engine:
         owner: dict[int, str] = {}
         running = {request.request_id: request for request in self.scheduler.running}
         for request_id, request in running.items():
-            pages = self._pages_of(bridge, request_id, request)
+            is_evicted = request_id in bridge.page_table
+            layers = self.pages_of(bridge, request_id) if is_evicted else []
+            pages = [page for layer in layers for row in layer for page in row]
             if request_id in bridge.failures:  # a step that was in flight goes on in a block that was not emptied
                 pages = list(set(pages))
-            elif request_id in bridge.page_table and self._has_freed(request_id):
+            elif is_evicted and self._has_freed(request_id):
                 # rejected drafts leave blocks behind that nothing has been written to yet
                 blocks = self.blocks_held(request_id, request.num_computed_tokens)
                 held = torch.tensor(blocks[:-1] if self._has_emptied_last_block(request) else blocks)
@@ -153,14 +169,6 @@ class Engine:
             return num_tokens > plan.num_tokens // plan.block_size * plan.block_size
         is_full = num_tokens % plan.block_size == 0 and num_tokens > plan.num_tokens
         return is_full and life.prefill.evicts_answer
-
-    def _pages_of(self, bridge: Any, request_id: str, request: Any) -> list[int]:
-        """Pages in the tables of an evicted request, after the decode blocks it has entered; none for whole ones."""
-        table = bridge.page_table
-        if request_id not in table:
-            return []
-        rows = table.pages_of(request_id, request.num_computed_tokens)
-        return [page for layer in rows for row in layer for page in row]
 
     def poison_unowned_memory(self) -> None:
         """From now on every block that nobody owns, the null block included, holds NaN.

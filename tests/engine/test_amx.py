@@ -40,7 +40,7 @@ def cache_of_first_layer(running: Engine, options: dict[str, Any]) -> list[torch
         if num_tokens == ANSWER - 1:
             (request,) = running.scheduler.running
             bridge, block_size = running.bridge, running.bridge.pool.block_size
-            rows = bridge.page_table.pages_of(request.request_id, request.num_computed_tokens)[0]
+            rows = running.pages_of(bridge, request.request_id)[0]
             slots = torch.tensor([page for row in rows for page in row])[:, None] * block_size
             # the last page of a row is filled in part, and what lies behind its tokens is anyone's
             kv = bridge.pool.gather((slots + torch.arange(block_size)).flatten())

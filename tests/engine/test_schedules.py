@@ -10,7 +10,6 @@ import torch
 
 from tests.engine.harness import async_on_cpu, engine
 from tests.tiny_llama import random_prompt
-from vllm_kvevict.cache import page_table
 
 BUDGET = 96
 
@@ -150,20 +149,3 @@ def test_weights_of_another_model_are_refused_at_the_start(tiny_llama: Path, tmp
     message = r"fixed\.file: expected weights of 2 layers of 1 or 2 heads in .*, got \(3,\)"
     with pytest.raises(ValueError, match=message), engine(tiny_llama, budget=BUDGET, fields=fields):
         pass
-
-
-@pytest.mark.more_on_v2("on V1 the same page table grows")
-def test_the_page_table_grows_while_requests_come_and_go(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows outgrow the table in a decode step, inside vLLM's inference mode; evictions after it write to it again."""
-    monkeypatch.setattr(page_table, "_PAGE_INCREMENT", 2)
-    prompts = [random_prompt(length, seed=length) for length in (300, 400, 350)]
-    with engine(tiny_llama, budget=64) as growing:
-        ids = [growing.add(prompts[0], max_tokens=150)]
-        for prompt in prompts[1:]:
-            for _ in range(70):
-                growing.step()
-            ids.append(growing.add(prompt, max_tokens=150))
-        outputs = growing.run()
-        growing.check_all_free()
-        together = [list(outputs[request_id].outputs[0].token_ids) for request_id in ids]
-        assert together == [growing.tokens([prompt], max_tokens=150)[0] for prompt in prompts]

@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kvevict.engine.versions import UnsupportedVLLMError
 from vllm_kvevict.engine.worker import whole_rows as module
+from vllm_kvevict.engine.worker.rows import WholeRows
 from vllm_kvevict.engine.worker.whole_rows import CLASSIFIED, check_fields, whole_rows
 
 QUERY_LENS = [1, 4, 2, 1, 3]
@@ -67,7 +68,7 @@ EXPECTED: dict[str, Any] = {
     "num_reqs": 3,
     "num_actual_tokens": 8,
     "max_query_len": 4,
-    "max_seq_len": 104,
+    "max_seq_len": 604,  # as far as the host knows
     "block_table_tensor": [[10, 11, 12], [30, 31, 32], [40, 41, 42]],
     "slot_mapping": [1001, 1002, 1003, 1004, 1007, 1008, 1009, 1010],
     "causal": [201, 203, 204],
@@ -90,8 +91,13 @@ EXPECTED: dict[str, Any] = {
 }
 
 
+def whole() -> WholeRows:
+    query_lens = np.array(QUERY_LENS)[WHOLE]
+    return WholeRows(np.array(WHOLE), torch.tensor(WHOLE), torch.tensor(tokens_of(WHOLE)), query_lens)
+
+
 def differing_fields() -> set[str]:
-    part = whole_rows(batch(), torch.tensor(WHOLE), torch.tensor(tokens_of(WHOLE)))
+    part = whole_rows(batch(), whole())
     found = {each.name: getattr(part, each.name) for each in fields(part)}
     listed = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in found.items()}
     return {name for name in found if listed[name] != EXPECTED[name]}
@@ -114,7 +120,7 @@ def test_a_field_that_is_passed_on_as_it_is_would_be_seen(monkeypatch: pytest.Mo
 def test_what_the_runner_left_out_stays_out() -> None:
     left_out = {"is_prefilling", "req_idx", "positions", "mm_req_doc_ranges", "rswa_prefix_lens"}
     common = batch().replace(causal=True, **dict.fromkeys(left_out))
-    part = whole_rows(common, torch.tensor(WHOLE), torch.tensor(tokens_of(WHOLE)))
+    part = whole_rows(common, whole())
     assert part.causal is True
     assert all(getattr(part, name) is None for name in left_out)
 

@@ -8,9 +8,9 @@ import torch
 
 from tests.implementations import scrambled_keys
 from vllm_kvevict.kernels.chunk_attention import chunk_attention
+from vllm_kvevict.kernels.expand_page_table import BatchRows, LayerPages, PageLists, expand_page_table
 from vllm_kvevict.kernels.leverage import leverage
 from vllm_kvevict.kernels.move_tokens import move_tokens
-from vllm_kvevict.kernels.page_table_update import BatchBlocks, page_table_update
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.kernels.select import count_best, select
 from vllm_kvevict.kernels.streaming_sums import streaming_sums
@@ -29,10 +29,11 @@ def cases() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     batch = WindowBatch(query[None], keys, keys.clone(), table[None], torch.tensor([TOKENS]), TOKENS, scale)
     angles = torch.arange(TOKENS)[:, None] * torch.tensor([1.0, 0.1])
     rotary = Rotary(torch.cat([angles.cos(), angles.sin()], dim=1), True)
-    scores, one = torch.rand(3, 2, TOKENS), torch.tensor([1])
-    pages = torch.ones(2, 3, 2, 8, dtype=torch.int32)
-    counts = torch.full((2, 3, 2), 2)
-    blocks = BatchBlocks(one, one * 4, one * 5, one * 6, one, torch.full((1, 8), 7))
+    scores, one = torch.rand(3, 2, TOKENS), torch.ones(1, dtype=torch.int32)
+    counts = torch.full((3, 2, 2), 2, dtype=torch.int32)
+    starts = torch.arange(0, 8, 2, dtype=torch.int32).view(1, 2, 2).repeat(3, 1, 1)
+    lists = PageLists(torch.arange(40, dtype=torch.int32), one.repeat(3, 2), starts, counts, one.repeat(3) * 32)
+    rows = BatchRows(one - 1, one, one * 50, one.repeat(1, 8) * 7)
     return {
         "window_scores": (window_scores, (batch, Reduction("max", "max", 3, "value_norm"))),
         "streaming_sums": (streaming_sums, (query, keys, table, TOKENS, scale, torch.zeros(HEADS, TOKENS))),
@@ -41,9 +42,9 @@ def cases() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "select": (select, (scores, torch.tensor([[1, 9], [70, 0], [3, 4]]), 2, 5)),
         "count_best": (count_best, (scores, torch.tensor([1, 9, 99]))),
         "move_tokens": (move_tokens, (keys, keys.clone(), torch.tensor([3, 4]), torch.tensor([40, 41]))),
-        "page_table_update": (
-            page_table_update,
-            (pages, counts, counts.int(), torch.tensor([0, 100]), 90, blocks, 8),
+        "expand_page_table": (
+            expand_page_table,
+            (lists, rows, LayerPages(1, 100, 90, 16), torch.zeros(2, 8, dtype=torch.int32), one.repeat(2)),
         ),
     }
 
@@ -55,7 +56,7 @@ def flat(arguments: tuple[Any, ...]) -> list[Any]:
         if is_group:
             values += list(vars(argument).values())
         else:
-            values += list(argument) if isinstance(argument, BatchBlocks) else [argument]
+            values += list(argument) if isinstance(argument, PageLists | BatchRows | LayerPages) else [argument]
     return values
 
 

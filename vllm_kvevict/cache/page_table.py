@@ -1,59 +1,58 @@
-"""Page tables and lengths of all evicted requests, one row per (layer, request, KV head)."""
+"""Where the kept tokens of evicted requests are: page lists in an arena, read through the page table of a step."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import numpy as np
 import torch
 
 from vllm_kvevict.cache.compaction import Compaction
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.request_slots import RequestSlots
-from vllm_kvevict.kernels.page_table_update import BatchBlocks, page_table_update
+from vllm_kvevict.kernels.expand_page_table import NEVER, BatchRows, LayerPages, PageLists, expand_page_table
 
-_PAGE_INCREMENT = 64  # of the table's rows
-_WIDTH_INCREMENT = 16  # of a batch's: Triton then compiles attention for one kind of stride
-
-
-@dataclass
-class FoldedBatch:
-    """What attention over evicted rows needs: every KV head of every request is a sequence of its own.
-
-    page_table: [num_layers, num_reqs * num_kv_heads, max_pages] int32; unused entries are page 0 (null block)
-    kv_lens:    [num_layers, num_reqs * num_kv_heads] int32, the new tokens included
-    """
-
-    page_table: torch.Tensor
-    kv_lens: torch.Tensor
+_WIDTH_INCREMENT = 32  # columns of the page table: a kernel's tile of tokens may end some pages behind the last one
 
 
 class PageTable:
-    """Where the kept tokens of evicted requests are, and how many there are.
+    """The page lists of all evicted requests, and the page table that attention over some of them reads.
 
-    The table grows with the longest row; a request takes a slot at eviction and gives it back when it ends.
-    ``fold`` is the per-step path: it only adds to lengths unless a request enters a new block or the batch changed.
+    An eviction fills pages and leaves a list of them for every layer and KV head. The lists stand in an *arena* with
+    one entry for each page of the pool; a request uses the entries of the blocks that it keeps, so that lists need no
+    allocator, never grow, and cannot meet those of another request. What a request computes after its eviction lies
+    where vLLM's block table says, and is in no list.
+
+    A request takes a slot at its eviction and gives it back when it ends. All memory is taken here: 4 bytes for each
+    page of the pool, and ``num_bytes`` in all.
 
     generation: changes whenever a row comes, goes, or is evicted
     """
 
-    def __init__(self, pool: PagePool, max_num_reqs: int) -> None:
+    def __init__(self, pool: PagePool, max_num_reqs: int, max_tokens: int) -> None:
+        """max_num_reqs, max_tokens: the most requests at once, and the longest of them."""
         layers, heads = pool.num_layers, pool.num_kv_heads
         device = pool.layer_offset.device
+        max_blocks = cdiv(max_tokens, pool.block_size)
         self._pool = pool
-        self._pages = torch.zeros(layers, max_num_reqs, heads, _PAGE_INCREMENT, dtype=torch.int32, device=device)
-        self._kv_lens = torch.zeros(layers, max_num_reqs, heads, dtype=torch.int32, device=device)
-        self._num_pages = torch.zeros(layers, max_num_reqs, heads, dtype=torch.int64, device=device)
-        # per slot: tokens, blocks and pages of the longest row at the last eviction, for what comes after them
-        self._num_tokens = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
-        self._num_blocks = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
-        # whether new tokens are added behind the others; if not, each takes the slot of one that is evicted
-        self._grows = torch.ones(max_num_reqs, dtype=torch.bool, device=device)
-        self._most_pages = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
-        self.slots = RequestSlots(max_num_reqs, device)
+        self._lists = PageLists(
+            arena=torch.zeros(len(pool.pages) // (layers * heads) * layers * heads, dtype=torch.int32, device=device),
+            block_ids=torch.zeros(max_num_reqs, max_blocks, dtype=torch.int32, device=device),
+            starts=torch.zeros(max_num_reqs, layers, heads, dtype=torch.int32, device=device),
+            counts=torch.zeros(max_num_reqs, layers, heads, dtype=torch.int32, device=device),
+            own_from=torch.zeros(max_num_reqs, dtype=torch.int32, device=device),
+        )
+        width = cdiv(max_blocks + 1, _WIDTH_INCREMENT) * _WIDTH_INCREMENT
+        self._pages = torch.zeros(max_num_reqs * heads, width, dtype=torch.int32, device=device)
+        self._kv_lens = torch.ones(max_num_reqs * heads, dtype=torch.int32, device=device)
+        self._layers = [
+            LayerPages(layer, first, pool.block_stride, pool.block_size)
+            for layer, first in enumerate(pool.layer_offset.tolist())
+        ]
+        # known to the host, per slot: pages of the longest list, and from which token on its own blocks hold them
+        self._most_pages = np.zeros(max_num_reqs, dtype=np.int64)
+        self._own_from = np.zeros(max_num_reqs, dtype=np.int64)
+        self.slots = RequestSlots(max_num_reqs)
         self.generation = 0
-        empty = torch.empty(0, dtype=torch.int64, device=device)
-        self._folded = _Folded(-1, empty, empty, empty, empty, empty, empty)
 
     def __contains__(self, req_id: object) -> bool:
         return req_id in self.slots
@@ -61,21 +60,40 @@ class PageTable:
     def __len__(self) -> int:
         return len(self.slots)
 
-    def add(self, req_id: str, compaction: Compaction, plan: EvictionPlan) -> None:
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the arena, the lists and the page table of a step."""
+        return sum(tensor.nbytes for tensor in (*self._lists, self._pages, self._kv_lens))
+
+    def add(self, req_id: str, compaction: Compaction, plan: EvictionPlan, block_ids: torch.Tensor) -> None:
         """Give ``req_id`` a slot that holds its compacted cache.
+
+        block_ids: [plan.num_full_blocks] int64, the blocks of which the pages are
 
         Raises ValueError if it has one, or none is left.
         """
         slot = self.slots.take(req_id)
-        self._grow(compaction.page_table.shape[2])
-        self._pages[:, slot] = 0
-        self._pages[:, slot, :, : compaction.page_table.shape[2]] = compaction.page_table.to(torch.int32)
-        self._kv_lens[:, slot] = compaction.kv_lens.to(torch.int32)
-        self._num_pages[:, slot] = compaction.num_pages
-        self._most_pages[slot] = compaction.num_pages.max()
-        self._num_tokens[slot] = plan.num_tokens
-        self._num_blocks[slot] = plan.num_blocks
-        self._grows[slot] = not plan.per_token
+        counts = compaction.num_pages - int(plan.num_tail_tokens > 0)
+        lists, num_lists = compaction.page_table.flatten(0, 1), counts.numel()
+        starts = counts.flatten().cumsum(0) - counts.flatten()
+        column = torch.arange(lists.shape[1], device=lists.device)
+        num_entries = plan.num_full_blocks * num_lists
+        # pages of the tail, and zeros behind a list, go to an entry that is not used
+        place = torch.where(column < counts.flatten()[:, None], starts[:, None] + column, num_entries)
+        entries = lists.new_zeros(num_entries + 1, dtype=torch.int32)
+        entries.scatter_(0, place.flatten(), lists.flatten().to(torch.int32))
+        self._lists.arena.view(-1, num_lists)[block_ids] = entries[:-1].view(-1, num_lists)
+        self._lists.block_ids[slot, : len(block_ids)] = block_ids.to(torch.int32)
+        self._lists.starts[slot] = starts.view(counts.shape).to(torch.int32)
+        self._lists.counts[slot] = counts.to(torch.int32)
+        self._most_pages[slot] = lists.shape[1] - int(plan.num_tail_tokens > 0)
+        self._set_own_from(slot, plan.num_tokens, plan.per_token)
+
+    def _set_own_from(self, slot: int, num_tokens: int, per_token: bool) -> None:
+        """Say which tokens of a slot its own blocks hold: those of the last full block on, or none."""
+        own_from = NEVER if per_token else num_tokens // self._pool.block_size * self._pool.block_size
+        self._own_from[slot] = own_from
+        self._lists.own_from[slot].fill_(own_from)
         self.generation += 1
 
     def remove(self, req_id: str) -> None:
@@ -83,126 +101,89 @@ class PageTable:
         self.generation += self.slots.give_back(req_id)
 
     def shrink(self, req_id: str, num_tokens: int, per_token: bool = False) -> None:
-        """Drop the pages of every row but the full ones of its first eviction, and the last one if it is not full.
+        """Drop the pages of every row but those in its list, and the last one if it is not full.
 
         Those in between have been filled since then, and were emptied after ``num_tokens`` tokens.
 
         per_token: as in ``EvictionPlan``
         """
-        slot = self.slots[req_id]
-        num_blocks = cdiv(num_tokens, self._pool.block_size)
-        num_full, tail = self.num_full_pages(req_id), 0 if per_token else num_tokens % self._pool.block_size
-        pages = self._pages[:, slot]
-        last = pages.gather(2, self._pages_in_use(slot, num_blocks)[..., None] - 1)
-        is_full = torch.arange(pages.shape[2], device=pages.device) < num_full[..., None]
-        pages = pages * is_full  # 0 behind them, the null block's page
-        self._pages[:, slot] = pages.scatter(2, num_full[..., None], last) if tail else pages
-        self._num_pages[:, slot] = num_full + int(tail > 0)
-        self._most_pages[slot] = num_full.max() + int(tail > 0)
-        self._kv_lens[:, slot] = (num_full * self._pool.block_size + tail).to(torch.int32)
-        self._num_tokens[slot] = num_tokens
-        self._num_blocks[slot] = num_blocks
-        self._grows[slot] = not per_token
-        self.generation += 1
+        self._set_own_from(self.slots[req_id], num_tokens, per_token)
 
     def num_full_pages(self, req_id: str) -> torch.Tensor:
         """Return [num_layers, num_kv_heads] int64, the pages of a request that its evictions have filled."""
-        slot = self.slots[req_id]
-        has_tail = int(self._num_tokens[slot]) % self._pool.block_size > 0 and bool(self._grows[slot])
-        return self._num_pages[:, slot] - int(has_tail)
+        return self._lists.counts[self.slots[req_id]].to(torch.int64)
 
-    def rows(self, req_id: str, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the page ids [num_layers, num_kv_heads, max_pages] int64 of a request of this many tokens, and how
-        many of them are in use [num_layers, num_kv_heads] int64.
+    def replaces(self, req_id: str) -> bool:
+        """Whether each new token of a request takes the slot of another one, so that its rows never grow."""
+        return bool(self._own_from[self.slots[req_id]] == NEVER)
+
+    def rows(self, req_id: str, num_tokens: int, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the page ids [num_layers, num_kv_heads, max_pages] int64 of a request of this many tokens, 0 behind
+        the last one, and how many of them are in use [num_layers, num_kv_heads] int64.
+
+        block_ids: [num_blocks] int64, its block table
         """
         slot = self.slots[req_id]
-        num_pages = self._pages_in_use(slot, cdiv(num_tokens, self._pool.block_size))
-        return self._pages[:, slot, :, : int(num_pages.max())].to(torch.int64), num_pages
-
-    def _pages_in_use(self, slot: int, num_blocks: int) -> torch.Tensor:
-        return self._num_pages[:, slot] + (num_blocks - self._num_blocks[slot]) * self._grows[slot]
-
-    def constant_rows(self, slots: torch.Tensor) -> torch.Tensor:
-        """Return [num_reqs] bool, which of ``slots`` [num_reqs] int64 have rows that never grow."""
-        return ~self._grows[slots]
-
-    def most_pages(self, slots: torch.Tensor) -> int:
-        """Return the pages of the longest constant row of ``slots``, in any layer and head."""
-        return int(self._most_pages[slots].max())
+        first = int(self._own_from[slot]) // self._pool.block_size
+        own_ids = block_ids[first : cdiv(num_tokens, self._pool.block_size)]
+        kept = self._kept(slot, self._lists.starts[slot], int(self._most_pages[slot]))
+        counts = self._lists.counts[slot].to(torch.int64)
+        pages = torch.nn.functional.pad(kept, (0, len(own_ids)))
+        column = torch.arange(pages.shape[2], device=pages.device)
+        pages *= column < counts[..., None]
+        if len(own_ids):
+            place = counts[..., None] + torch.arange(len(own_ids), device=pages.device)
+            pages.scatter_(2, place, self._pool.page_ids(own_ids))
+        return pages, counts + len(own_ids)
 
     def layer_rows(self, layer: int, slots: torch.Tensor, max_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the page ids [num_reqs, num_kv_heads, max_pages] int64 of constant rows in one layer, 0 behind the
-        last one, and how many there are [num_reqs, num_kv_heads] int64.
+        """Return the page lists [num_reqs, num_kv_heads, max_pages] int64 of one layer, 0 behind the last page, and how
+        long each is [num_reqs, num_kv_heads] int64.
+
+        slots: [num_reqs] int64
         """
-        return self._pages[layer, slots, :, :max_pages].to(torch.int64), self._num_pages[layer, slots]
+        counts = self._lists.counts[slots, layer].to(torch.int64)
+        pages = self._kept(slots[:, None, None], self._lists.starts[slots, layer], max_pages)
+        return pages * (torch.arange(max_pages, device=pages.device) < counts[..., None]), counts
 
-    def pages_of(self, req_id: str, num_tokens: int) -> list[list[list[int]]]:
-        """Return page ids [num_layers][num_kv_heads][pages in use] of a request of this many tokens, for checks."""
-        pages, num_pages = self.rows(req_id, num_tokens)
-        counts, rows = num_pages.tolist(), pages.tolist()
-        return [[row[:count] for row, count in zip(*layer, strict=True)] for layer in zip(rows, counts, strict=True)]
+    def _kept(self, slots: torch.Tensor | int, starts: torch.Tensor, num_pages: int) -> torch.Tensor:
+        """Return [*starts.shape, num_pages] int64, the first pages of lists, and whatever stands behind short ones.
 
-    def fold(
-        self, slots: torch.Tensor, seq_lens: torch.Tensor, query_lens: torch.Tensor, block_table: torch.Tensor
-    ) -> FoldedBatch:
-        """Return page tables and lengths for one decode step of the requests in ``slots``.
-
-        slots:       [num_reqs] int64
-        seq_lens:    [num_reqs] true lengths, the new tokens included
-        query_lens:  [num_reqs] new tokens: one, or more if drafts are to be verified
-        block_table: [num_reqs, max_blocks] vLLM's block table of these requests
+        slots: whose they are
         """
-        seq_lens = seq_lens.to(torch.int64)
-        blocks = (seq_lens - 1) // self._pool.block_size
-        if not self._still_folded(slots, blocks):
-            rows = self._enter_blocks(slots, seq_lens, (seq_lens - query_lens) // self._pool.block_size, block_table)
-            self._folded = _Folded(self.generation, slots, blocks, *rows, seq_lens, self._grows[slots])
-        folded = self._folded
-        new_tokens = ((seq_lens - folded.num_tokens) * folded.grows).to(torch.int32)
-        return FoldedBatch(folded.page_table, (folded.kv_lens + new_tokens[:, None]).flatten(1, 2))
+        num_lists = self._pool.num_layers * self._pool.num_kv_heads
+        place = starts[..., None].to(torch.int64) + torch.arange(num_pages, device=starts.device)
+        place = place.clamp(max=self._lists.block_ids.shape[1] * num_lists - 1)
+        kept_block = self._lists.block_ids[slots, place // num_lists].to(torch.int64)
+        return self._lists.arena[kept_block * num_lists + place % num_lists].to(torch.int64)
 
-    def _still_folded(self, slots: torch.Tensor, blocks: torch.Tensor) -> bool:
-        folded = self._folded
-        return (
-            folded.generation == self.generation
-            and torch.equal(folded.slots, slots)
-            and torch.equal(folded.blocks, blocks)
-        )
+    def most_pages(self, req_ids: list[str]) -> int:
+        """Return the pages of the longest list of these requests, in any layer and head."""
+        return int(self._most_pages[[self.slots[req_id] for req_id in req_ids]].max())
 
-    def _enter_blocks(
-        self, slots: torch.Tensor, seq_lens: torch.Tensor, first: torch.Tensor, block_table: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the pages of the blocks that each request writes now; those it has entered before are rewritten.
+    def most_tokens(self, slots: np.ndarray, num_tokens: np.ndarray) -> int:
+        """Return how many tokens the longest sequence of some requests has, in any layer and head, or more.
 
-        Returns the rows of these requests, [num_layers, num_reqs * num_kv_heads, max_pages], and their lengths.
+        slots:      [num_reqs]
+        num_tokens: [num_reqs], true lengths, or more
         """
-        num_blocks, grows = self._num_blocks[slots], self._grows[slots]
-        end = torch.where(grows, (seq_lens - 1) // self._pool.block_size + 1, first)
-        most_pages = int((self._most_pages[slots] + (end - num_blocks) * grows).max())
-        self._grow(most_pages)
-        batch = BatchBlocks(slots, num_blocks, first, end, (seq_lens - self._num_tokens[slots]) * grows, block_table)
-        width = min(cdiv(most_pages, _WIDTH_INCREMENT) * _WIDTH_INCREMENT, self._pages.shape[3])
-        offset, stride = self._pool.layer_offset, self._pool.block_stride
-        pages, kv_lens = page_table_update(self._pages, self._num_pages, self._kv_lens, offset, stride, batch, width)
-        return pages.flatten(1, 2), kv_lens
+        own = np.maximum(num_tokens - self._own_from[slots], 0)
+        return int((self._most_pages[slots] * self._pool.block_size + own).max())
 
-    def _grow(self, num_pages: int) -> None:
-        missing = num_pages - self._pages.shape[3]
-        if missing > 0:
-            self._pages = torch.nn.functional.pad(self._pages, (0, cdiv(missing, _PAGE_INCREMENT) * _PAGE_INCREMENT))
+    def are_alike(self, slots: np.ndarray) -> bool:
+        """Whether all layers of each of these requests hold equally many tokens, head by head.
 
+        It waits for the device.
+        """
+        counts = self._lists.counts[torch.from_numpy(slots).to(self._lists.counts.device).to(torch.int64)]
+        return torch.equal(counts, counts[:, :1].expand_as(counts))
 
-@dataclass(frozen=True)
-class _Folded:
-    """The last folded batch, good until a request enters a new block or the batch changes.
+    def expand(self, layer: int, batch: BatchRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the page table of some rows of a batch in one layer, and how many tokens each sequence has.
 
-    kv_lens: of its rows when its requests had ``num_tokens`` tokens
-    """
-
-    generation: int
-    slots: torch.Tensor
-    blocks: torch.Tensor
-    page_table: torch.Tensor
-    kv_lens: torch.Tensor
-    num_tokens: torch.Tensor
-    grows: torch.Tensor
+        Each KV head of a row is a sequence: [num_sequences, width] and [num_sequences] int32. Both are memory of this
+        object, which the next call overwrites. Behind the last page of a sequence stand pages of others.
+        """
+        expand_page_table(self._lists, batch, self._layers[layer], self._pages, self._kv_lens)
+        num_sequences = len(batch.rows) * self._pool.num_kv_heads
+        return self._pages[:num_sequences], self._kv_lens[:num_sequences]

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from vllm_kvevict.cache.request_slots import RequestSlots
+from vllm_kvevict.cache.staging import to_device
 
 
 @dataclass(frozen=True)
 class RingWrite:
     """Which queries of a batch are to be remembered, and where.
 
-    tokens: [num_queries] int64 into the batch, the last query of each request that has a slot
+    rows:   [num_queries] int64 of the batch, those of requests that have a slot
+    tokens: [num_queries] int64 into the batch, the last query of each of them
     slots:  [num_queries] int64, the slot of each query's request
     places: [num_queries] int64, its place in the ring of the request
     """
 
+    rows: torch.Tensor
     tokens: torch.Tensor
     slots: torch.Tensor
     places: torch.Tensor
@@ -30,8 +34,11 @@ class QueryRing:
     """
 
     def __init__(self, num_layers: int, max_num_reqs: int, depth: int, device: torch.device) -> None:
-        self.slots = RequestSlots(max_num_reqs, device)
+        self.slots = RequestSlots(max_num_reqs)
         self.depth = depth
+        self._device = device
+        # the last batch, by the slots of its requests and where its queries began
+        self._known: tuple[np.ndarray, np.ndarray, RingWrite] | None = None
         self._shape = (num_layers, max_num_reqs, depth)
         self._queries: torch.Tensor | None = None
 
@@ -40,21 +47,25 @@ class QueryRing:
         """Bytes that the queries take."""
         return 0 if self._queries is None else self._queries.numel() * self._queries.element_size()
 
-    def to_write(self, req_ids: list[str], query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> RingWrite | None:
+    def to_write(self, req_ids: list[str], query_start_loc: np.ndarray, seq_lens: torch.Tensor) -> RingWrite | None:
         """Return what a batch has to remember, None if it is nothing.
 
         req_ids:         [num_reqs]
         query_start_loc: [num_reqs + 1], where the queries of each request begin
-        seq_lens:        [num_reqs], tokens in the cache, the batch's included
+        seq_lens:        [num_reqs] on the device, tokens in the cache, the batch's included
         """
         if not len(self.slots):
             return None
         slots = self.slots.of(req_ids)
-        rows = (slots >= 0).nonzero()[:, 0]
-        if not len(rows):
-            return None
-        tokens = query_start_loc[1:].to(torch.int64)[rows] - 1
-        return RingWrite(tokens, slots[rows], (seq_lens.to(torch.int64)[rows] - 1) % self.depth)
+        if self._known is None or self._known[0] is not slots or not np.array_equal(self._known[1], query_start_loc):
+            rows = np.flatnonzero(slots >= 0)
+            if not len(rows):
+                return None
+            tokens = query_start_loc[1:][rows].astype(np.int64) - 1
+            parts = [to_device(part, self._device) for part in (rows, tokens, slots[rows].astype(np.int64))]
+            self._known = slots, query_start_loc.copy(), RingWrite(parts[0], parts[1], parts[2], places=parts[0])
+        where = self._known[2]
+        return replace(where, places=(seq_lens.to(torch.int64)[where.rows] - 1) % self.depth)
 
     def write(self, layer: int, queries: torch.Tensor, where: RingWrite) -> None:
         """Remember those queries of one layer's [num_tokens, num_heads, head_size] that ``where`` names."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
 
 class RequestSlots:
@@ -11,12 +11,11 @@ class RequestSlots:
     generation: changes whenever a request gets a slot or gives one back
     """
 
-    def __init__(self, max_num_reqs: int, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, max_num_reqs: int) -> None:
         self._free = list(range(max_num_reqs))[::-1]
         self._slots: dict[str, int] = {}
         self.generation = 0
-        self._found: tuple[list[str], int, torch.Tensor] = ([], -1, torch.empty(0, dtype=torch.int64))
+        self._found: tuple[list[str], int, np.ndarray] = ([], -1, np.empty(0, dtype=np.int32))
 
     def __contains__(self, req_id: object) -> bool:
         return req_id in self._slots
@@ -53,10 +52,10 @@ class RequestSlots:
         self.generation += 1
         return True
 
-    def of(self, req_ids: list[str]) -> torch.Tensor:
-        """Return [num_reqs] int64 slots, -1 where a request has none; looked up only when something has changed."""
+    def of(self, req_ids: list[str]) -> np.ndarray:
+        """Return [num_reqs] int32 slots, -1 where a request has none: the same array while nothing has changed."""
         known_ids, generation, slots = self._found
         if generation != self.generation or known_ids != req_ids:
-            slots = torch.tensor([self.get(req_id) for req_id in req_ids], device=self._device)
-            self._found = (req_ids, self.generation, slots)
+            slots = np.array([self.get(req_id) for req_id in req_ids], dtype=np.int32)
+            self._found = (list(req_ids), self.generation, slots)
         return slots

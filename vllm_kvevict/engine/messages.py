@@ -57,6 +57,19 @@ class StepEvictions:
     shrinking: dict[str, int] = field(default_factory=dict)
     chunks: dict[str, ChunkEnd] = field(default_factory=dict)
 
+    @property
+    def answers(self) -> dict[str, int]:
+        """Requests whose answer is looked at behind this step -> tokens."""
+        late = {req_id: end.plan.num_tokens for req_id, end in self.ending.items() if end.is_late}
+        return {**self.growing, **self.shrinking, **late}
+
+    @property
+    def planned(self) -> dict[str, int]:
+        """Requests with a decision about how many tokens they have behind this step -> tokens."""
+        plans = [(req_id, end.plan) for req_id, end in self.ending.items()]
+        plans += [(req_id, end.plan) for req_id, end in self.chunks.items()]
+        return self.answers | {req_id: plan.num_tokens for req_id, plan in plans}
+
 
 @dataclass(frozen=True)
 class EvictionReport:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.query_ring import QueryRing
 from vllm_kvevict.cache.residents import Residents
+from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import traits_of
@@ -77,7 +79,7 @@ class TokenEvictor:
         victims: [num_layers, num_kv_heads] int64, positions of the tokens that go first
         """
         slot = torch.tensor([self._page_table.slots[req_id]], device=victims.device)
-        max_pages = self._page_table.most_pages(slot)
+        max_pages = self._page_table.most_pages([req_id])
         for layer in range(self._pool.num_layers):
             _, slots, positions = self._held(layer, slot, max_pages)
             is_victim = positions[0] == victims[layer][:, None]
@@ -86,10 +88,10 @@ class TokenEvictor:
     def peers(self, method: Method, req_ids: list[str]) -> Peers:
         """Return what does not change from step to step of these requests."""
         device = self._holes.device
-        slots = torch.tensor([self._page_table.slots[req_id] for req_id in req_ids], device=device)
-        ring_slots = [self._ring.slots.get(req_id) for req_id in req_ids]
-        max_pages = self._page_table.most_pages(slots)
-        return Peers(method, req_ids, slots, torch.tensor(ring_slots, device=device), max_pages)
+        slots, ring_slots = (
+            to_device(of.slots.of(req_ids).astype(np.int64), device) for of in (self._page_table, self._ring)
+        )
+        return Peers(method, req_ids, slots, ring_slots, self._page_table.most_pages(req_ids))
 
     def prepare(self, peers: Peers, num_tokens: torch.Tensor, max_tokens: int, blocks: torch.Tensor) -> Replacement:
         """Return a step, and note which tokens the holes will hold.

@@ -55,6 +55,14 @@ class Eviction:
         self._scores = [None] * self.pool.num_layers
         self._measures = [torch.empty(0, dtype=torch.float64)] * self.pool.num_layers
 
+    @property
+    def full_block_ids(self) -> torch.Tensor:
+        """[plan.num_full_blocks] int64, the blocks whose pages are kept full."""
+        if self.fresh_block_ids is not None:
+            return self.fresh_block_ids
+        first = self.plan.first_kept_block
+        return self.block_ids[first : first + self.plan.num_full_blocks]
+
     def preselect_layer(
         self, layer: int, query: torch.Tensor, scale: float, weights: LayerWeights | None = None
     ) -> torch.Tensor:

@@ -37,18 +37,19 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(INT32, INT32, INT64, INT64, INT64, INT64, INT64, INT64, FLOAT, INT32),  # dtypes, sizes, scale, take_max
     ),
     "kvevict_count_best": (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT64),
+    "kvevict_expand_page_table": (
+        *[POINTER] * 5,  # the lists, as PageLists has them
+        *[INT64] * 5,  # num_entries, max_num_reqs, blocks of a request's lists, num_layers, num_kv_heads
+        *[POINTER] * 4,  # the batch, as BatchRows has it
+        *[INT64] * 4,  # num_rows, num_reqs; block_table: stride of a request, blocks of a request
+        *[INT64] * 4,  # layer, first_page, block_stride, block_size
+        *(POINTER, POINTER, INT64),  # pages, kv_lens, width
+    ),
     "kvevict_gather_tiled_tokens": (*_TILED_POOL, POINTER, POINTER, POINTER, INT64, INT64),
     "kvevict_key_moments": (*_ROTATED_KEYS, POINTER, POINTER),  # total, moment
     "kvevict_mapped_norms": (*_ROTATED_KEYS, POINTER, POINTER, INT64, POINTER),  # mean, map, columns, norms
     "kvevict_move_tiled_tokens": (*_TILED_POOL, POINTER, POINTER, INT64, INT64),
     "kvevict_move_tokens": _MOVE,
-    "kvevict_page_table_update": (
-        *[POINTER] * 4,  # pages, num_pages, kv_lens, layer_offset
-        *[POINTER] * 6,  # the batch, as BatchBlocks has it
-        *(INT64, INT64),  # block_table: stride of a request, blocks of a request
-        *(POINTER, POINTER),  # what is returned
-        *[INT64] * 7,  # num_layers, max_num_reqs, num_kv_heads, max_pages, num_reqs, block_stride, num_columns
-    ),
     "kvevict_select": _SELECT,
     "kvevict_streaming_sums": (
         *_QUERY,

@@ -18,6 +18,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _LIBRARY = torch.library.Library("kvevict", "DEF")
 
 
+def is_tracing() -> bool:
+    """Whether torch.compile looks on, and wants operators in place of functions."""
+    return torch.compiler.is_compiling()
+
+
 def operator(
     schema: str, fake: Callable[..., Any], groups: Mapping[int, type] | None = None
 ) -> Callable[[Function], Function]:
@@ -61,7 +66,7 @@ def operator(
 
         @functools.wraps(function)
         def call(*arguments: Any, **options: Any) -> Any:
-            if torch.compiler.is_compiling():
+            if is_tracing():
                 return registered(*flat(arguments), **options)
             return function(*arguments, **options)
 

@@ -81,11 +81,11 @@ def check_slots(name: str, slots: torch.Tensor, pages: torch.Tensor) -> None:
             raise ValueError(f"`{name}`: expected slots 0 to {last}, got {int(lowest)} to {int(highest)}.")
 
 
-def check_rows(name: str, table: torch.Tensor, device: torch.device) -> None:
-    """int64 in contiguous rows."""
-    if table.dtype != torch.int64 or table.device != device or table.stride(-1) != 1:
+def check_rows(name: str, table: torch.Tensor, device: torch.device, dtype: torch.dtype = torch.int64) -> None:
+    """That dtype in contiguous rows."""
+    if table.dtype != dtype or table.device != device or table.stride(-1) != 1:
         raise ValueError(
-            f"`{name}`: expected int64 on {device} with contiguous rows, "
+            f"`{name}`: expected {str(dtype).removeprefix('torch.')} on {device} with contiguous rows, "
             f"got {table.dtype} on {table.device}, strides {table.stride()}."
         )
 

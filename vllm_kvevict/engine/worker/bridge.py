@@ -6,6 +6,7 @@ import logging
 from collections.abc import Set
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -15,6 +16,7 @@ from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.query_ring import QueryRing
 from vllm_kvevict.cache.residents import Residents
+from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.checks import ring_depth
 from vllm_kvevict.engine.messages import STEP, EvictionReport, PrefillEnd, StepEvictions
@@ -25,7 +27,8 @@ from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.engine.worker.pseudo_passes import PseudoPasses
 from vllm_kvevict.engine.worker.replacing import Replacing
-from vllm_kvevict.engine.worker.rows import BatchFolder, StepRows
+from vllm_kvevict.engine.worker.rows import BatchFolder, StepRows, folded_launches, longest_lens
+from vllm_kvevict.engine.worker.step import Step, none, num_tokens_after
 from vllm_kvevict.engine.worker.watched import ChunkRow, PrefillRow, WatchedRequest
 from vllm_kvevict.eviction.per_token import TokenEvictor
 from vllm_kvevict.eviction.prompt import Eviction
@@ -37,9 +40,8 @@ logger = logging.getLogger("vllm.kvevict")
 class EvictionBridge:
     """Knows, in every step, the requests behind the rows. One per model; its attention builder asks it.
 
-    row_req_ids: of the last batch that was not all stock attention's
-    evictions:   of the requests whose prefill ended in the last step
-    failures:    of what a third party may have written
+    step:     the present one, or the last
+    failures: of what a third party may have written
 
     num_extra_tokens: tokens of a row beyond those that the scheduler counts
     """
@@ -52,26 +54,21 @@ class EvictionBridge:
         self.forget_weights()
         self.pool = pool
         self.layer_index = {name: index for index, name in enumerate(layer_names)}
-        self.page_table = PageTable(pool, max_num_reqs)
-        self._folder = BatchFolder(pool.num_kv_heads)
+        config, device = runner.vllm_config, pool.pages.device
+        self.page_table = PageTable(pool, max_num_reqs, config.model_config.max_model_len)
+        self._folder = BatchFolder(pool.num_kv_heads, 1 + config.num_speculative_tokens, device)
         self._watched: dict[str, WatchedRequest] = {}
-        self._step: StepEvictions | None = None
-        self.row_req_ids: list[str] = []
-        self.evictions: dict[str, Eviction] = {}
+        self.step = none()
         self.failures = Failures()
-        self._workers = Workers(runner.vllm_config.parallel_config)
+        self._workers = Workers(config.parallel_config)
         self._commands = Commands()
         # of requests that evict while they decode: queries since their last full block, and what their slots hold
-        self.ring = QueryRing(pool.num_layers, max_num_reqs, ring_depth(runner.vllm_config), pool.pages.device)
+        self.ring = QueryRing(pool.num_layers, max_num_reqs, ring_depth(config), device)
         self.residents = Residents(pool)
         tokens = TokenEvictor(pool, self.page_table, self.residents, self.ring, max_num_reqs)
         self._replacing = Replacing(tokens, self.page_table, self.failures)
-        self._full_rows: dict[str, torch.Tensor] = {}
-        self._again: dict[str, ResidentEviction] = {}
         self._auto_budgets = AutoBudgets(runner, self.failures)
-        self._chosen_rows: list[PrefillRow] = []
         self._pseudo_passes = PseudoPasses(runner, pool, layer_names, self.failures)
-        self._pseudo_rows: list[PrefillRow] = []
 
     def forget_weights(self) -> None:
         """The model has new weights: what policies read of the old ones is of no use any more."""
@@ -89,15 +86,10 @@ class EvictionBridge:
             self._watched.pop(req_id, None)
             self.failures.forget(req_id)
             self._commands.forget(req_id)
-        step: StepEvictions = getattr(output, STEP)
-        self._commands.take(step, output.num_scheduled_tokens.keys())
-        self._watch_new(step)
-        self._step = without(self._failed_before(), step)
-        self.evictions = {}
-        self._full_rows = {}
-        self._again = {}
-        self._pseudo_rows = []
-        self._chosen_rows = []
+        decisions: StepEvictions = getattr(output, STEP)
+        self._commands.take(decisions, output.num_scheduled_tokens.keys())
+        self._watch_new(decisions)
+        self.step = Step(without(self._failed_before(), decisions), num_tokens_after(output))
 
     def _failed_before(self) -> Set[str]:
         """Return the requests whose failure the scheduler did not know of when it planned this step.
@@ -106,9 +98,10 @@ class EvictionBridge:
         """
         return self.failures.known_to_all
 
-    def _watch_new(self, step: StepEvictions) -> None:
+    def _watch_new(self, decisions: StepEvictions) -> None:
         """Make the policies of requests that begin; workers whose batches differed would wait for each other."""
-        configs = step.prefilling | {req_id: end.config for req_id, end in step.ending.items() if not end.is_late}
+        ending = decisions.ending.items()
+        configs = decisions.prefilling | {req_id: end.config for req_id, end in ending if not end.is_late}
         new = [req_id for req_id in configs if req_id not in self._watched and req_id not in self.failures]
         for req_id in new:
             self.failures.ask(req_id, "making the policy", self._watch, req_id, configs[req_id])
@@ -116,48 +109,50 @@ class EvictionBridge:
 
     def forget_step(self) -> None:
         """Batches that come now are none of the scheduler's: stock attention serves all of them."""
-        self._step = None
+        self.step = none()
 
     def end_step(self) -> dict[str, EvictionReport]:
         """After the last layer: allocate, select and compact what the layers have scored.
 
         What a third party may have written comes first. When all workers know what of it failed, tokens move.
         """
-        step = self._step or StepEvictions()
+        step = self.step
         self._choose(step)
         evicted = self._commands.evicted() if self._workers.are_several else []
         self._workers.agree(self.failures, evicted)
         seconds = self._evict(step)
         self._workers.hand_on(self.failures, evicted)
-        plans = self._commands.plans | {req_id: eviction.plan for req_id, eviction in self.evictions.items()}
+        plans = self._commands.plans | {req_id: eviction.plan for req_id, eviction in step.evictions.items()}
         failed = self.failures.known_to_all & self._commands.scheduled
         for req_id in failed:
             self._replacing.remove(req_id)
-        self._step = None
+        step.is_over = True
         # what has no plan, and is replaced token by token or still observed, is reported only if it has failed
         return {
             req_id: EvictionReport(plans.get(req_id), seconds.get(req_id, 0.0), self.failures.get(req_id))
             for req_id in [*plans, *(failed - plans.keys())]
         }
 
-    def _choose(self, step: StepEvictions) -> None:
+    def _choose(self, step: Step) -> None:
         """Ask the policies and allocators what the requests of this step keep."""
-        if self._pseudo_rows:
-            self._pseudo_passes.score(self._pseudo_rows, self._weights)
-        for req_id, num_tokens in step.growing.items():
+        decisions = step.decisions
+        if step.pseudo_rows:
+            self._pseudo_passes.score(step.pseudo_rows, self._weights)
+        for req_id, num_tokens in decisions.growing.items():
             if req_id in self.ring.slots:
                 self._observe_answer(req_id, num_tokens, None)
-        for req_id, end in step.ending.items():
+        for req_id, end in decisions.ending.items():
             if end.is_late:
-                method, block_ids = self._watched[req_id].method, self._full_rows[req_id]
-                eviction = self.evictions[req_id] = Eviction(method, end.plan, self.pool, block_ids, self._fresh(end))
+                method, block_ids = self._watched[req_id].method, step.block_ids[req_id]
+                eviction = step.evictions[req_id] = Eviction(method, end.plan, self.pool, block_ids, self._fresh(end))
                 self._observe_answer(req_id, end.plan.num_tokens, eviction)
-        self._choose_budgets()
-        for req_id, eviction in self.evictions.items():
+        self._choose_budgets(step)
+        for req_id, eviction in step.evictions.items():
             self.failures.ask(req_id, "choosing what to keep", self._choose_kept, req_id, eviction)
-        for req_id, num_tokens in step.shrinking.items():
+        for req_id, num_tokens in decisions.shrinking.items():
             if not self._watched[req_id].method.schedule.per_token:  # whose tokens have left the block one by one
-                self._again[req_id] = self._resident_eviction(req_id, num_tokens)
+                block_ids = step.block_ids[req_id]
+                step.again[req_id] = self._resident_eviction(req_id, num_tokens, block_ids)
                 self.failures.ask(req_id, "scoring an answer", self._score_answer, req_id, num_tokens)
 
     def _choose_kept(self, req_id: str, eviction: Eviction) -> None:
@@ -168,28 +163,28 @@ class EvictionBridge:
 
     def _score_answer(self, req_id: str, num_tokens: int) -> None:
         """Let the policy look at all that an evicted request holds, the block that its answer has filled included."""
-        request, eviction = self._watched[req_id], self._again[req_id]
+        request, eviction = self._watched[req_id], self.step.again[req_id]
         for layer in range(self.pool.num_layers):
             chunk = self._new_queries(layer, req_id, num_tokens)
             last = request.queries.extend(layer, chunk)
             weights = self._weights.of(layer, request.needs)
             eviction.score_layer(layer, last, chunk, self._weights.scale(layer), weights)
 
-    def _evict(self, step: StepEvictions) -> dict[str, float]:
+    def _evict(self, step: Step) -> dict[str, float]:
         """Move what was chosen; return the seconds that each request took in all.
 
         Tokens move only into blocks that no other request reads.
         """
         seconds = {}
-        for req_id, eviction in self.evictions.items():
+        for req_id, eviction in step.evictions.items():
             request = self._watched[req_id]
             if req_id not in self.failures:
                 self._compact(req_id, eviction)
             seconds[req_id] = eviction.seconds + request.seconds
-            if not step.ending[req_id].goes_on:
+            if not step.decisions.ending[req_id].goes_on:
                 self._stop_watching(req_id)
-        for req_id, again in self._again.items():
-            chunk = step.chunks.get(req_id)
+        for req_id, again in step.again.items():
+            chunk = step.decisions.chunks.get(req_id)
             if req_id not in self.failures:
                 self._compact_again(req_id, again, None if chunk is None else chunk.plan)
             seconds[req_id] = again.seconds
@@ -202,15 +197,15 @@ class EvictionBridge:
         del self._watched[req_id]
         self.ring.slots.give_back(req_id)
 
-    def _choose_budgets(self) -> None:
+    def _choose_budgets(self, step: Step) -> None:
         """Choose how much the requests of this step keep whose budget is "auto"."""
-        self._auto_budgets.observe(self._chosen_rows)
-        self._auto_budgets.choose(self.evictions, self._watched)
+        self._auto_budgets.observe(step.auto_rows)
+        self._auto_budgets.choose(step.evictions, self._watched)
 
     def _compact(self, req_id: str, eviction: Eviction) -> None:
         """Carry out the first eviction of a request."""
         compaction, request = eviction.compact(), self._watched[req_id]
-        self.page_table.add(req_id, compaction, eviction.plan)
+        self.page_table.add(req_id, compaction, eviction.plan, eviction.full_block_ids)
         if request.method.schedule.is_bounded:
             known_bytes = self.residents.num_bytes
             self.residents.note(compaction, eviction.plan, eviction.block_ids, request.take_states())
@@ -244,7 +239,7 @@ class EvictionBridge:
         """Show the policy the queries since the last full block of a request whose prompt was not evicted."""
         if req_id in self.failures:
             return
-        request, block_ids = self._watched[req_id], self._full_rows[req_id]
+        request, block_ids = self._watched[req_id], self.step.block_ids[req_id]
         # before the first is observed: it counts as seen then
         chunks = [self._new_queries(layer, req_id, num_tokens) for layer in range(self.pool.num_layers)]
         for layer, chunk in enumerate(chunks):
@@ -258,8 +253,10 @@ class EvictionBridge:
             return request.queries.last(layer)[:0]
         return self.ring.last(layer, req_id, num_tokens, num_tokens - request.num_tokens)
 
-    def _resident_eviction(self, req_id: str, num_tokens: int, per_token: bool = False) -> ResidentEviction:
-        request, rows = self._watched[req_id], self.page_table.rows(req_id, num_tokens)
+    def _resident_eviction(
+        self, req_id: str, num_tokens: int, block_ids: torch.Tensor, per_token: bool = False
+    ) -> ResidentEviction:
+        request, rows = self._watched[req_id], self.page_table.rows(req_id, num_tokens, block_ids)
         num_new, num_full_pages = num_tokens - request.num_tokens, self.page_table.num_full_pages(req_id)
         return ResidentEviction(
             request.method, num_tokens, num_new, self.pool, self.residents, *rows, num_full_pages, per_token
@@ -267,38 +264,47 @@ class EvictionBridge:
 
     def rows(self, common: CommonAttentionMetadata) -> StepRows | None:
         """Return what is special about this batch, None if stock attention serves all of it."""
-        step = self._step
-        if step is None or not (len(self.page_table) or len(self.ring.slots) or step.prefilling or step.ending):
+        step = self.step
+        decisions = step.decisions
+        if step.is_over or not (
+            len(self.page_table) or len(self.ring.slots) or decisions.prefilling or decisions.ending
+        ):
             return None
-        req_ids = self.row_req_ids = self._row_req_ids(common)
-        slots = self.page_table.slots.of(req_ids)
-        split, queries = self._folder.split(slots, common)
-        prefills: list[PrefillRow | ChunkRow] = [*self._prefill_rows(req_ids, common, step)]
-        self._note_full_rows(req_ids, common, step)
-        remembered = self.ring.to_write(req_ids, common.query_start_loc, common.seq_lens)
-        if queries is None and not prefills and remembered is None:
+        req_ids = step.req_ids = self._row_req_ids(common)
+        split = self._folder.split(self.page_table.slots.of(req_ids), common)
+        self._check_lengths(common)
+        prefills: list[PrefillRow | ChunkRow] = [*self._prefill_rows(common, step)]
+        answers = decisions.answers
+        for row, req_id in enumerate(req_ids if answers else []):
+            if req_id in answers:
+                step.block_ids[req_id] = self._block_ids(common, row, answers[req_id])
+        query_start_loc = common.query_start_loc_cpu.numpy()[: len(req_ids) + 1]
+        remembered = self.ring.to_write(req_ids, query_start_loc, common.seq_lens)
+        if not split.evicted and not prefills and remembered is None:
             return None
-        if queries is None:
-            return StepRows(split, None, None, prefills, remembered, [])
-        evicted, block_table = split.evicted, common.block_table_tensor
-        folded = self.page_table.fold(
-            slots[evicted], common.seq_lens[evicted], queries.query_lens, block_table[evicted].to(torch.int64)
-        )
-        prefills += self._chunk_rows(req_ids, common, step)
+        if not split.evicted:
+            return StepRows(split, [], prefills, remembered, [])
+        prefills += self._chunk_rows(common, step)
         replacements = self._replacing.rows(req_ids, common)
-        return StepRows(split, queries, folded, prefills, remembered, replacements)
+        return StepRows(split, folded_launches(split, common, self.page_table), prefills, remembered, replacements)
 
-    def _chunk_rows(self, req_ids: list[str], common: CommonAttentionMetadata, step: StepEvictions) -> list[ChunkRow]:
-        """Prepare the evictions behind chunks of prompts; their pages are in the page table by now."""
-        if not step.chunks:
+    def _check_lengths(self, common: CommonAttentionMetadata) -> None:
+        if common.seq_lens_cpu_upper_bound is not None:
+            self.step.check_lengths(longest_lens(common))
+
+    def _chunk_rows(self, common: CommonAttentionMetadata, step: Step) -> list[ChunkRow]:
+        """Prepare the evictions behind chunks of prompts."""
+        chunks = step.decisions.chunks
+        if not chunks:
             return []
         rows = []
         bounds = common.query_start_loc_cpu.tolist()
-        for row, req_id in enumerate(req_ids):
-            if req_id in step.chunks:
-                plan = step.chunks[req_id].plan
-                _check_length(req_id, plan.num_tokens, int(common.seq_lens[row]))
-                eviction = self._again[req_id] = self._resident_eviction(req_id, plan.num_tokens, plan.per_token)
+        for row, req_id in enumerate(step.req_ids):
+            if req_id in chunks:
+                plan = chunks[req_id].plan
+                block_ids = self._block_ids(common, row, plan.num_tokens)
+                eviction = self._resident_eviction(req_id, plan.num_tokens, block_ids, plan.per_token)
+                step.again[req_id] = eviction
                 rows.append(ChunkRow(self._watched[req_id], bounds[row], bounds[row + 1], eviction))
         return rows
 
@@ -307,32 +313,30 @@ class EvictionBridge:
             return [self._runner.req_states.index_to_req_id[index] for index in common.req_idx.tolist()]
         return list(self._runner.input_batch.req_ids[: common.num_reqs])
 
-    def _prefill_rows(
-        self, req_ids: list[str], common: CommonAttentionMetadata, step: StepEvictions
-    ) -> list[PrefillRow]:
-        if not (step.prefilling or step.ending):
+    def _prefill_rows(self, common: CommonAttentionMetadata, step: Step) -> list[PrefillRow]:
+        decisions = step.decisions
+        if not (decisions.prefilling or decisions.ending):
             return []
         bounds = common.query_start_loc_cpu.tolist()
         rows: list[PrefillRow] = []
-        for row, req_id in enumerate(req_ids):
-            end = step.ending.get(req_id)
+        for row, req_id in enumerate(step.req_ids):
+            end = decisions.ending.get(req_id)
             request = self._watched.get(req_id)
             # a draft has none if its policy could not be made
-            if request is None or (req_id not in step.prefilling and (end is None or end.is_late)):
+            if request is None or (req_id not in decisions.prefilling and (end is None or end.is_late)):
                 continue
-            kv_len = int(common.seq_lens[row]) - self.num_extra_tokens
-            block_ids = common.block_table_tensor[row, : cdiv(kv_len, self.pool.block_size)].to(torch.int64)
+            kv_len = step.num_tokens[req_id]
+            block_ids = self._block_ids(common, row, kv_len)
             eviction = None
             if end is not None:
-                _check_length(req_id, end.plan.num_tokens, kv_len)
                 eviction = Eviction(request.method, end.plan, self.pool, block_ids, self._fresh(end))
-                self.evictions[req_id] = eviction
+                step.evictions[req_id] = eviction
             end_token = bounds[row + 1] - self.num_extra_tokens
             rows.append(PrefillRow(request, bounds[row], end_token, block_ids, kv_len, eviction))
             if request.auto_budget is not None:
-                self._chosen_rows.append(rows[-1])
+                step.auto_rows.append(rows[-1])
             if end is not None and request.num_pseudo_tokens:
-                self._pseudo_rows.append(rows[-1])
+                step.pseudo_rows.append(rows[-1])
         return rows
 
     def _watch(self, req_id: str, config: EvictionConfig) -> None:
@@ -342,23 +346,14 @@ class EvictionBridge:
             self.ring.slots.take(req_id)
         self._watched[req_id] = request
 
-    def _note_full_rows(self, req_ids: list[str], common: CommonAttentionMetadata, step: StepEvictions) -> None:
-        """Check the lengths of requests whose answer is looked at in this step, and keep the block tables of those
-        that are not evicted yet, for its end.
-        """
-        late = {req_id: end.plan.num_tokens for req_id, end in step.ending.items() if end.is_late}
-        full = {**step.growing, **step.shrinking, **late}
-        for row, req_id in enumerate(req_ids if full else []):
-            if req_id in full:
-                _check_length(req_id, full[req_id], int(common.seq_lens[row]))
-                if req_id in step.shrinking:  # its pages are in the page table
-                    continue
-                num_blocks = cdiv(full[req_id], self.pool.block_size)
-                self._full_rows[req_id] = common.block_table_tensor[row, :num_blocks].to(torch.int64)
+    def _block_ids(self, common: CommonAttentionMetadata, row: int, num_tokens: int) -> torch.Tensor:
+        """Return [num_blocks] int64, a copy of the block table of a row up to ``num_tokens`` tokens."""
+        num_blocks = cdiv(num_tokens, self.pool.block_size)
+        return common.block_table_tensor[row, :num_blocks].to(torch.int64)
 
     def _fresh(self, end: PrefillEnd) -> torch.Tensor | None:
         ids = end.fresh_block_ids
-        return None if ids is None else torch.tensor(ids, dtype=torch.int64, device=self.pool.pages.device)
+        return None if ids is None else to_device(np.array(ids, dtype=np.int64), self.pool.pages.device)
 
     def fill_holes(self, rows: StepRows, layer: int) -> None:
         """Before attention reads a layer: new tokens of some requests go where those were that they replace."""
@@ -388,8 +383,3 @@ class EvictionBridge:
         self, row: PrefillRow | ChunkRow, layer: int, query: torch.Tensor, output: torch.Tensor, scale: float
     ) -> None:
         row.observe(self.pool, layer, query, output, scale, self._weights.of(layer, row.request.needs))
-
-
-def _check_length(req_id: str, expected: int, actual: int) -> None:
-    if actual != expected:
-        raise RuntimeError(f"request {req_id}: the scheduler evicts it at {expected} tokens, the worker holds {actual}")

@@ -12,10 +12,11 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.engine.messages import PrefillEnd, StepEvictions
+from vllm_kvevict.engine.messages import PrefillEnd
 from vllm_kvevict.engine.worker.agreement import Workers
 from vllm_kvevict.engine.worker.bridge import EvictionBridge
 from vllm_kvevict.engine.worker.rows import StepRows
+from vllm_kvevict.engine.worker.step import Step
 from vllm_kvevict.engine.worker.watched import PrefillRow
 from vllm_kvevict.eviction.prompt import Eviction
 
@@ -56,21 +57,22 @@ class DraftBridge(EvictionBridge):
         return rows
 
     def _row_req_ids(self, common: CommonAttentionMetadata) -> list[str]:
-        return self._target.row_req_ids
+        return self._target.step.req_ids
 
-    def _prefill_rows(
-        self, req_ids: list[str], common: CommonAttentionMetadata, step: StepEvictions
-    ) -> list[PrefillRow]:
-        return super()._prefill_rows(req_ids, common, step) if self._is_first_pass else []
+    def _check_lengths(self, common: CommonAttentionMetadata) -> None:
+        """The target has: a drafter's passes run over other tokens than the step's."""
 
-    def _choose_budgets(self) -> None:
+    def _prefill_rows(self, common: CommonAttentionMetadata, step: Step) -> list[PrefillRow]:
+        return super()._prefill_rows(common, step) if self._is_first_pass else []
+
+    def _choose_budgets(self, step: Step) -> None:
         """What the target has chosen: both keep the same blocks."""
-        for req_id, eviction in self.evictions.items():
-            eviction.adopt(self._target.evictions[req_id].plan)
+        for req_id, eviction in step.evictions.items():
+            eviction.adopt(self._target.step.evictions[req_id].plan)
 
     def evict(self) -> dict[str, float]:
         """After the drafter's last pass: as ``end_step``, and return the seconds that each request took."""
-        ending = {} if self._step is None else dict(self._step.ending)
+        ending = {} if self.step.is_over else dict(self.step.decisions.ending)
         for req_id in ending:
             if (failure := self._target.failures.get(req_id)) is not None:
                 self.failures.note(req_id, failure)
@@ -85,12 +87,12 @@ class DraftBridge(EvictionBridge):
         """The drafter sat out, which vLLM has it do near the longest length it can take, or a policy failed."""
         logger.warning("request %s: the draft model keeps its last tokens, it could not be scored", req_id)
         method = EvictionConfig(policy="streaming_llm", budget=end.config.most_kept).method()
-        target = self._target.evictions[req_id]
+        target = self._target.step.evictions[req_id]
         eviction = Eviction(method, target.plan, self.pool, target.block_ids, target.fresh_block_ids)
         no_query = torch.empty(0, self.pool.num_kv_heads, self.pool.head_size, device=target.block_ids.device)
         for layer in range(self.pool.num_layers):
             eviction.score_layer(layer, no_query, scale=1.0)
-        self.page_table.add(req_id, eviction.finish(), target.plan)
+        self.page_table.add(req_id, eviction.finish(), target.plan, eviction.full_block_ids)
         self._watched.pop(req_id, None)
         self.failures.forget(req_id)
         return eviction.seconds

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kvevict.cache.page_table import PageTable
+from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.eviction.method import Method
@@ -47,7 +49,7 @@ class Replacing:
             groups = [
                 (
                     self._tokens.peers(self._methods[req_ids[those[0]]], [req_ids[row] for row in those]),
-                    common.seq_lens.new_tensor(those),
+                    to_device(np.array(those), common.seq_lens.device),
                 )
                 for those in rows.values()
             ]

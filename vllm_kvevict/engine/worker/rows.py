@@ -1,47 +1,93 @@
-"""One step's batch as attention must see it: whole rows, and evicted ones folded into a sequence for each KV head."""
+"""One step's batch as attention must see it: whole rows, and evicted ones folded into a sequence for each KV head.
+
+The host knows all of it but lengths and pages: nothing here waits for the device.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_kvevict.cache.page_table import FoldedBatch
+from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.cache.query_ring import RingWrite
+from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.engine.worker.watched import ChunkRow, PrefillRow
 from vllm_kvevict.eviction.per_token import Replacement
+from vllm_kvevict.kernels.expand_page_table import BatchRows
 
 
 @dataclass(frozen=True)
-class RowSplit:
-    """A batch as attention must see it.
+class WholeRows:
+    """The rows of a batch whose cache is complete, if some of the others are evicted.
 
-    whole:        rows [num_whole] int64 whose cache is complete
-    evicted:      rows [num_evicted] int64 that read their own page tables
-    whole_tokens: tokens [*] int64 of the whole rows, None if that is all of them
+    numbers:           [num_whole] int64 in the batch, rising
+    numbers_on_device: the same
+    tokens:            [*] int64 on the device, their tokens, rising
+    query_lens:        [num_whole] int64, how many each has
     """
 
-    whole: torch.Tensor
-    evicted: torch.Tensor
-    whole_tokens: torch.Tensor | None
+    numbers: np.ndarray
+    numbers_on_device: torch.Tensor
+    tokens: torch.Tensor
+    query_lens: np.ndarray
 
 
 @dataclass(frozen=True)
 class FoldedQueries:
     """The query tokens of evicted rows, sorted by row, then KV head, then position.
 
-    query_lens:      [num_evicted] int64, the tokens of each row
     index:           [num_queries] int64 into the batch's queries seen as [num_tokens * num_kv_heads, group, head_size];
                      None if they are sorted already, and all of them
-    query_start_loc: [num_evicted * num_kv_heads + 1] int32, where the queries of each row and head begin
-    max_query_len:   most queries of a row of the batch, evicted or not
+    query_start_loc: [num_sequences + 1] int32, where the queries of each row and head begin
+    max_query_len:   most queries of one of these rows
     """
 
-    query_lens: torch.Tensor
     index: torch.Tensor | None
     query_start_loc: torch.Tensor
     max_query_len: int
+
+
+@dataclass(frozen=True)
+class EvictedRows:
+    """The evicted rows of a batch that one launch serves.
+
+    numbers, slots: [num_rows] int32 in the batch, and of the page table
+    on_device:      the same two
+    """
+
+    numbers: np.ndarray
+    slots: np.ndarray
+    on_device: tuple[torch.Tensor, torch.Tensor]
+    queries: FoldedQueries
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """How a batch splits. Good for as long as the same requests decode a token each.
+
+    whole:   None if no row is evicted, or if all are
+    evicted: one launch each, none of which has short rows beside long ones
+    """
+
+    whole: WholeRows | None
+    evicted: list[EvictedRows]
+
+
+@dataclass(frozen=True)
+class FoldedLaunch:
+    """What attention over evicted rows needs, every KV head of a row being a sequence of its own.
+
+    batch:      for the page table, which is expanded layer by layer
+    max_kv_len: tokens of the longest sequence in any layer, or more
+    """
+
+    queries: FoldedQueries
+    batch: BatchRows
+    slots: np.ndarray
+    max_kv_len: int
 
 
 @dataclass(frozen=True)
@@ -53,8 +99,7 @@ class StepRows:
     """
 
     split: RowSplit
-    queries: FoldedQueries | None
-    folded: FoldedBatch | None
+    folded: list[FoldedLaunch]
     prefills: list[PrefillRow | ChunkRow]
     remembered: RingWrite | None
     replacements: list[Replacement]
@@ -64,54 +109,86 @@ class BatchFolder:
     """Splits batches and folds their queries. What it knows of a batch is good while the same requests decode a token.
 
     num_kv_heads: of one layer
+    most_decoded: tokens that a row may have in a step of its decode: more if drafts are verified
     """
 
-    def __init__(self, num_kv_heads: int) -> None:
+    def __init__(self, num_kv_heads: int, most_decoded: int, device: torch.device) -> None:
         self._num_kv_heads = num_kv_heads
-        self._decoding: torch.Tensor | None = None
-        self._known: tuple[RowSplit, FoldedQueries | None] | None = None
+        self._most_decoded = most_decoded
+        self._device = device
+        self._decoding: np.ndarray | None = None
+        self._known = RowSplit(None, [])
 
-    def split(self, slots: torch.Tensor, common: CommonAttentionMetadata) -> tuple[RowSplit, FoldedQueries | None]:
-        """Return how a batch splits, and the queries of its evicted rows, None if there are none.
+    def split(self, slots: np.ndarray, common: CommonAttentionMetadata) -> RowSplit:
+        """Return how a batch splits.
 
-        slots: [num_reqs] int64, where the page table has the request of each row; -1 for whole rows. The same tensor as
+        slots: [num_reqs] int32, where the page table has the request of each row; -1 for whole rows. The same array as
                in the last step if that is still so
         """
-        is_decoding = common.max_query_len == 1 and int(common.query_start_loc_cpu[-1]) == len(slots)
-        if self._known is not None and is_decoding and slots is self._decoding:
-            return self._known
-        split, queries = split_rows(slots, common), None
-        if len(split.evicted):
-            first_tokens = common.query_start_loc[:-1].to(torch.int64)[split.evicted]
-            query_lens = common.naive_query_lens().to(torch.int64)[split.evicted]
-            queries = fold_queries(first_tokens, query_lens, self._num_kv_heads, common.max_query_len)
-            if is_decoding and not len(split.whole):
-                queries = replace(queries, index=None)
-        self._decoding, self._known = slots if is_decoding else None, (split, queries)
+        starts = common.query_start_loc_cpu.numpy()[: len(slots) + 1]
+        is_decoding = common.max_query_len == 1 and int(starts[-1]) == len(slots)
+        if not is_decoding or slots is not self._decoding:
+            self._known = self._split(slots, starts.astype(np.int64), is_decoding)
+            self._decoding = slots if is_decoding else None
         return self._known
 
+    def _split(self, slots: np.ndarray, starts: np.ndarray, is_decoding: bool) -> RowSplit:
+        query_lens = np.diff(starts)
+        evicted, whole = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
+        if not len(evicted):
+            return RowSplit(None, [])
+        is_long = query_lens[evicted] > self._most_decoded
+        parts = [part for part in (evicted[~is_long], evicted[is_long]) if len(part)]
+        is_sorted = is_decoding and not len(whole)
+        launches = [self._launch(part, slots[part], starts[part], query_lens[part], is_sorted) for part in parts]
+        if not len(whole):
+            return RowSplit(None, launches)
+        tokens = np.flatnonzero(np.repeat(slots < 0, query_lens))
+        numbers, tokens_on_device = to_device(whole, self._device), to_device(tokens, self._device)
+        return RowSplit(WholeRows(whole, numbers, tokens_on_device, query_lens[whole]), launches)
 
-def split_rows(slots: torch.Tensor, common: CommonAttentionMetadata) -> RowSplit:
-    """slots: [num_reqs] int64, where the page table has the request of each row; -1 for whole rows."""
-    is_evicted = slots >= 0
-    evicted = is_evicted.nonzero()[:, 0]
-    whole = (~is_evicted).nonzero()[:, 0]
-    if not len(evicted):
-        return RowSplit(whole, evicted, None)
-    token_is_whole = torch.repeat_interleave(~is_evicted, common.naive_query_lens().to(torch.int64))
-    return RowSplit(whole, evicted, token_is_whole.nonzero()[:, 0])
+    def _launch(
+        self, numbers: np.ndarray, slots: np.ndarray, first_tokens: np.ndarray, query_lens: np.ndarray, is_sorted: bool
+    ) -> EvictedRows:
+        index, query_start_loc = fold_queries(first_tokens, query_lens, self._num_kv_heads)
+        numbers = numbers.astype(np.int32)
+        queries = FoldedQueries(
+            None if is_sorted else to_device(index, self._device),
+            to_device(query_start_loc, self._device),
+            int(query_lens.max()),
+        )
+        return EvictedRows(numbers, slots, (to_device(numbers, self._device), to_device(slots, self._device)), queries)
 
 
-def fold_queries(
-    first_tokens: torch.Tensor, query_lens: torch.Tensor, num_kv_heads: int, max_query_len: int
-) -> FoldedQueries:
-    """first_tokens, query_lens: [num_evicted] int64, where the tokens of each row begin, and how many there are."""
-    lens = query_lens.repeat_interleave(num_kv_heads)
-    query_start_loc = torch.nn.functional.pad(lens.cumsum(0), (1, 0))
-    head = torch.arange(num_kv_heads, device=lens.device).repeat(len(query_lens))
+def fold_queries(first_tokens: np.ndarray, query_lens: np.ndarray, num_kv_heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return ``index`` and ``query_start_loc`` of ``FoldedQueries``.
+
+    first_tokens, query_lens: [num_rows] int64, where the tokens of each row begin, and how many there are
+    """
+    lens = query_lens.repeat(num_kv_heads)
+    query_start_loc = np.concatenate([np.zeros(1, dtype=np.int64), lens.cumsum()])
+    head = np.tile(np.arange(num_kv_heads), len(query_lens))
     # a query's place in the batch, less its place in the folded order: the same for all queries of one row and head
-    shift = first_tokens.repeat_interleave(num_kv_heads) - query_start_loc[:-1]
-    place = torch.arange(int(query_start_loc[-1]), device=lens.device)
-    tokens = place + shift.repeat_interleave(lens)
-    index = tokens * num_kv_heads + head.repeat_interleave(lens)
-    return FoldedQueries(query_lens, index, query_start_loc.to(torch.int32), max_query_len)
+    shift = first_tokens.repeat(num_kv_heads) - query_start_loc[:-1]
+    tokens = np.arange(query_start_loc[-1]) + shift.repeat(lens)
+    return tokens * num_kv_heads + head.repeat(lens), query_start_loc.astype(np.int32)
+
+
+def folded_launches(split: RowSplit, common: CommonAttentionMetadata, page_table: PageTable) -> list[FoldedLaunch]:
+    """Return what attention over the evicted rows of a batch needs in this step."""
+    return [
+        FoldedLaunch(
+            rows.queries,
+            BatchRows(*rows.on_device, common.seq_lens, common.block_table_tensor),
+            rows.slots,
+            page_table.most_tokens(rows.slots, longest_lens(common)[rows.numbers]),
+        )
+        for rows in split.evicted
+    ]
+
+
+def longest_lens(common: CommonAttentionMetadata) -> np.ndarray:
+    """Return [num_reqs] tokens of each row as far as the host knows them: what they have, or more."""
+    if common.seq_lens_cpu_upper_bound is None:
+        return np.full(common.num_reqs, common.max_seq_len)
+    return common.seq_lens_cpu_upper_bound.numpy()

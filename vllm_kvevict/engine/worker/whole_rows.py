@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.engine.versions import UnsupportedVLLMError
+from vllm_kvevict.engine.worker.rows import WholeRows, longest_lens
 
 # [num_reqs, ...], tensors on any device or numpy arrays; None where the model or the runner has none
 BY_ROW = (
@@ -29,6 +31,16 @@ BY_ROW = (
     "dcp_local_seq_lens",
     "dcp_local_seq_lens_cpu_upper_bound",
     "causal",  # one flag for all rows is kept
+)
+# of these, the ones that are on the host whatever the device
+ON_HOST = frozenset(
+    (
+        "is_prefilling",
+        "seq_lens_cpu_upper_bound",
+        "replayssm_decode_base_cpu",
+        "encoder_seq_lens_cpu",
+        "dcp_local_seq_lens_cpu_upper_bound",
+    )
 )
 # [num_tokens, ...], with padding at their end or without
 BY_TOKEN = ("slot_mapping", "positions")
@@ -54,45 +66,37 @@ def check_fields(metadata: type = CommonAttentionMetadata) -> None:
         )
 
 
-def whole_rows(
-    common: CommonAttentionMetadata, whole: torch.Tensor, tokens: torch.Tensor | None
-) -> CommonAttentionMetadata:
-    """Return the description of a batch that has some of its rows only.
-
-    whole:  [num_whole] int64, their numbers, rising
-    tokens: [*] int64, their tokens, rising; None if that is the whole batch
-    """
-    if tokens is None:
-        return common
-    query_lens = common.naive_query_lens()[whole]
-    query_start_loc = torch.nn.functional.pad(query_lens.cumsum(0, dtype=torch.int32), (1, 0))
-    parts: dict[str, Any] = {name: _of_rows(getattr(common, name), whole) for name in BY_ROW}
+def whole_rows(common: CommonAttentionMetadata, whole: WholeRows) -> CommonAttentionMetadata:
+    """Return the description of a batch that has its whole rows only."""
+    starts = np.concatenate([np.zeros(1, dtype=np.int64), whole.query_lens.cumsum()]).astype(np.int32)
+    parts: dict[str, Any] = {name: _of_rows(name, getattr(common, name), whole) for name in BY_ROW}
     for name in BY_TOKEN:
         value = getattr(common, name)
-        parts[name] = None if value is None else value[tokens]
+        parts[name] = None if value is None else value[whole.tokens]
     for name in BY_ROW_NUMBER:
-        parts[name] = _of_row_numbers(getattr(common, name), whole)
+        parts[name] = _of_row_numbers(getattr(common, name), whole.numbers)
     return common.replace(
         **parts,
         **dict.fromkeys((*OF_SHARED_CACHES, *CACHES)),
-        query_start_loc=query_start_loc,
-        query_start_loc_cpu=query_start_loc.cpu(),
-        num_reqs=len(whole),
-        num_actual_tokens=len(tokens),
-        max_query_len=int(query_lens.max()),
-        max_seq_len=int(parts["seq_lens"].max()),
+        query_start_loc=to_device(starts, common.query_start_loc.device),
+        query_start_loc_cpu=torch.from_numpy(starts),
+        num_reqs=len(whole.numbers),
+        num_actual_tokens=len(whole.tokens),
+        max_query_len=int(whole.query_lens.max()),
+        max_seq_len=int(longest_lens(common)[whole.numbers].max()),
     )
 
 
-def _of_rows(value: Any, whole: torch.Tensor) -> Any:
+def _of_rows(name: str, value: Any, whole: WholeRows) -> Any:
     if isinstance(value, torch.Tensor):
-        return value[whole.to(value.device)]
+        is_on_host = name in ON_HOST or value.device != whole.numbers_on_device.device
+        return value[torch.from_numpy(whole.numbers) if is_on_host else whole.numbers_on_device]
     if isinstance(value, np.ndarray):
-        return value[whole.numpy(force=True)]
+        return value[whole.numbers]
     return value
 
 
-def _of_row_numbers(value: dict[int, Any] | None, whole: torch.Tensor) -> dict[int, Any] | None:
+def _of_row_numbers(value: dict[int, Any] | None, numbers: np.ndarray) -> dict[int, Any] | None:
     if value is None:
         return None
-    return {row: value[number] for row, number in enumerate(whole.tolist()) if number in value}
+    return {row: value[number] for row, number in enumerate(numbers.tolist()) if number in value}

@@ -26,12 +26,11 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_kvevict.cache.page_table import FoldedBatch
 from vllm_kvevict.cache.pages import Packing, PagePool
 from vllm_kvevict.engine.scheduler.managers import with_eviction_managers
 from vllm_kvevict.engine.worker.bridge import EvictionBridge
 from vllm_kvevict.engine.worker.pseudo_passes import PseudoPassMetadata
-from vllm_kvevict.engine.worker.rows import FoldedQueries, StepRows
+from vllm_kvevict.engine.worker.rows import FoldedLaunch, FoldedQueries, StepRows
 from vllm_kvevict.engine.worker.whole_rows import whole_rows
 
 
@@ -97,14 +96,29 @@ class InterleavedBackend(EvictionBackend):
 class EvictionMetadata:
     """A batch in which at least one row is evicted or to be scored.
 
-    whole:  stock metadata of the rows whose cache is complete, None if there are none
-    launch: what the backend's kernel needs to know of the folded rows beside ``rows``
+    whole:    stock metadata of the rows whose cache is complete, None if there are none
+    launches: of the folded rows, each with what the backend's kernel needs to know beside it
     """
 
     rows: StepRows
     bridge: EvictionBridge
     whole: Any
-    launch: Any
+    launches: list[tuple[FoldedLaunch, Any]]
+
+
+@dataclass(frozen=True)
+class PagesToRead:
+    """The page table of some folded rows in one layer.
+
+    page_table: [num_sequences, width] int32 into ``pool``
+    kv_lens:    [num_sequences] int32
+    max_kv_len: the largest of these, or more
+    """
+
+    pool: PagePool
+    page_table: torch.Tensor
+    kv_lens: torch.Tensor
+    max_kv_len: int
 
 
 class EvictionMetadataBuilder(AttentionMetadataBuilder[Any]):
@@ -129,12 +143,16 @@ class EvictionMetadataBuilder(AttentionMetadataBuilder[Any]):
         if self.bridge is None or rows is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         whole, split = None, rows.split
-        if len(split.whole):
-            common = whole_rows(common_attn_metadata, split.whole, split.whole_tokens)
+        if split.whole is not None or not split.evicted:
+            common = common_attn_metadata
+            if split.whole is not None:
+                common = whole_rows(common, split.whole)
             whole = super().build(common_prefix_len, common, fast_build)
-        return EvictionMetadata(rows, self.bridge, whole, self._launch(rows))
+        launches = [(folded, self._launch(folded)) for folded in rows.folded]
+        return EvictionMetadata(rows, self.bridge, whole, launches)
 
-    def _launch(self, rows: StepRows) -> Any:
+    def _launch(self, folded: FoldedLaunch) -> Any:
+        """Return what the backend's kernel needs to know of some folded rows in all layers."""
         return None
 
 
@@ -181,17 +199,18 @@ class EvictionImpl(AttentionImpl[Any]):
         if isinstance(attn_metadata, PseudoPassMetadata):
             output.copy_(attn_metadata.attend(query, key, value, self.scale))
             return output
-        rows, tokens = attn_metadata.rows, attn_metadata.rows.split.whole_tokens
+        rows, split = attn_metadata.rows, attn_metadata.rows.split
         index = attn_metadata.bridge.layer_index[layer.layer_name]
         attn_metadata.bridge.fill_holes(rows, index)
-        if attn_metadata.whole is not None and tokens is None:
+        if attn_metadata.whole is not None and split.whole is None:
             super().forward(layer, query, key, value, kv_cache, attn_metadata.whole, output)
-        elif attn_metadata.whole is not None:
+        elif split.whole is not None:
+            tokens = split.whole.tokens
             part_query = query[tokens]
             part = output.new_empty(len(part_query), *output.shape[1:])
             output[tokens] = super().forward(layer, part_query, key, value, kv_cache, attn_metadata.whole, part)
-        if rows.folded is not None and rows.queries is not None:
-            self._forward_folded(layer, rows.folded, rows.queries, index, query, attn_metadata, output)
+        for folded, launch in attn_metadata.launches:
+            self._forward_folded(layer, folded, launch, index, query, attn_metadata.bridge, output)
         attn_metadata.bridge.remember(rows, index, query)
         for prefill in rows.prefills:
             attn_metadata.bridge.observe(prefill, index, query, output, self.scale)
@@ -200,35 +219,32 @@ class EvictionImpl(AttentionImpl[Any]):
     def _forward_folded(
         self,
         layer: Any,
-        folded: FoldedBatch,
-        queries: FoldedQueries,
+        folded: FoldedLaunch,
+        launch: Any,
         index: int,
         query: torch.Tensor,
-        metadata: EvictionMetadata,
+        bridge: EvictionBridge,
         output: torch.Tensor,
     ) -> None:
         """query, output: [num_tokens, num_heads, head_size]; heads of one KV head are neighbours."""
         by_head = (-1, self.num_queries_per_kv, self.head_size)  # [num_tokens * num_kv_heads, group, head_size]
-        page_table, kv_lens = folded.page_table[index], folded.kv_lens[index]
-        if queries.index is None:  # one query for each sequence; behind them there may be padding
-            folded_query = query.reshape(by_head)[: len(kv_lens)].contiguous()
-            folded_output = output.view(by_head)[: len(kv_lens)]
+        pages = PagesToRead(bridge.pool, *bridge.page_table.expand(index, folded.batch), folded.max_kv_len)
+        order = folded.queries.index
+        if order is None:  # one query for each sequence; behind them there may be padding
+            folded_query = query.reshape(by_head)[: len(pages.kv_lens)].contiguous()
+            folded_output = output.view(by_head)[: len(pages.kv_lens)]
         else:
-            folded_query = query.reshape(by_head).index_select(0, queries.index)
+            folded_query = query.reshape(by_head).index_select(0, order)
             folded_output = torch.empty_like(folded_query)
-        self.attend_folded(
-            layer, folded_query, metadata.bridge.pool, page_table, kv_lens, queries, metadata.launch, folded_output
-        )
-        if queries.index is not None:
-            output.view(by_head)[queries.index] = folded_output
+        self.attend_folded(layer, folded_query, pages, folded.queries, launch, folded_output)
+        if order is not None:
+            output.view(by_head)[order] = folded_output
 
     def attend_folded(
         self,
         layer: Any,
         query: torch.Tensor,
-        pool: PagePool,
-        page_table: torch.Tensor,
-        kv_lens: torch.Tensor,
+        pages: PagesToRead,
         queries: FoldedQueries,
         launch: Any,
         output: torch.Tensor,
@@ -236,8 +252,6 @@ class EvictionImpl(AttentionImpl[Any]):
         """Run the backend's kernel over sequences of one KV head each; the last query sees the whole sequence.
 
         query, output: [num_queries, group, head_size]; ``queries.query_start_loc`` says which are whose
-        page_table:    [num_sequences, max_pages] int32 into ``pool``
-        kv_lens:       [num_sequences] int32
         launch:        what the metadata builder prepared
         """
         raise NotImplementedError

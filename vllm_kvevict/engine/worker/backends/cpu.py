@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
@@ -17,16 +18,18 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_kvevict.cache.pages import Packing, PagePool
+from vllm_kvevict.cache.page_table import PageTable
+from vllm_kvevict.cache.pages import Packing
 from vllm_kvevict.engine.cache_dtype import FLOAT8_DTYPES
 from vllm_kvevict.engine.scheduler.managers import EvictionSpec
 from vllm_kvevict.engine.worker.backends.base import (
     EvictionBackend,
     EvictionImpl,
     EvictionMetadataBuilder,
+    PagesToRead,
     backend_in_place_of,
 )
-from vllm_kvevict.engine.worker.rows import FoldedQueries, StepRows
+from vllm_kvevict.engine.worker.rows import FoldedLaunch, FoldedQueries
 
 # how pages are packed under the instruction sets of vLLM's kernel that we know; "vec" runs on every machine
 _PACKINGS: dict[str, Packing] = {"vec": "transposed", "amx": "tiled"}
@@ -51,6 +54,9 @@ class EvictionCPUMetadataBuilder(EvictionMetadataBuilder, CPUAttentionMetadataBu
     """Makes the kernel's scheduler metadata of the folded rows."""
 
     isa: str
+    # whether the layers of the last rows held equally many tokens, which those of other rows, or behind another
+    # eviction, may not
+    _known: tuple[np.ndarray, int, bool] | None = None
 
     def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, *args, **kwargs)
@@ -59,14 +65,18 @@ class EvictionCPUMetadataBuilder(EvictionMetadataBuilder, CPUAttentionMetadataBu
             self.isa = "vec"
             self._set_isa_to_layers(layer_names)
 
-    def _launch(self, rows: StepRows) -> SchedulerMetadata | None:
+    def _launch(self, folded: FoldedLaunch) -> SchedulerMetadata:
         """Uniform budgets: one serves every layer. Ragged ones: a layer makes its own when it runs."""
-        if rows.folded is None or rows.queries is None:
-            return None
-        first, kv_lens = rows.folded.kv_lens[0], rows.folded.kv_lens
-        is_uniform = torch.equal(kv_lens, first.expand_as(kv_lens))
-        shared = self.scheduler_metadata_of(first, rows.queries.query_start_loc) if is_uniform else None
-        return SchedulerMetadata(self, shared)
+        if self.bridge is None or not self._are_alike(folded.slots, self.bridge.page_table):
+            return SchedulerMetadata(self, None)
+        _, kv_lens = self.bridge.page_table.expand(0, folded.batch)
+        return SchedulerMetadata(self, self.scheduler_metadata_of(kv_lens, folded.queries.query_start_loc))
+
+    def _are_alike(self, slots: np.ndarray, page_table: PageTable) -> bool:
+        known = self._known
+        if known is None or known[0] is not slots or known[1] != page_table.generation:
+            known = self._known = slots, page_table.generation, page_table.are_alike(slots)
+        return known[2]
 
     def scheduler_metadata_of(self, kv_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
         return ops.cpu_attn_get_scheduler_metadata(
@@ -92,30 +102,28 @@ class EvictionCPUImpl(EvictionImpl, CPUAttentionBackendImpl):
         self,
         layer: Any,
         query: torch.Tensor,
-        pool: PagePool,
-        page_table: torch.Tensor,
-        kv_lens: torch.Tensor,
+        pages: PagesToRead,
         queries: FoldedQueries,
         launch: SchedulerMetadata,
         output: torch.Tensor,
     ) -> None:
         # the dtype that vLLM allocated, which for an fp8 cache is uint8
-        pages = pool.pages.view(layer.kv_cache.dtype).view(-1, 1, 2 * pool.block_size, self.head_size)
-        key_cache, value_cache = pages.chunk(2, dim=2)
+        elements, block_size = pages.pool.pages.view(layer.kv_cache.dtype), pages.pool.block_size
+        key_cache, value_cache = elements.view(-1, 1, 2 * block_size, self.head_size).chunk(2, dim=2)
         ops.cpu_attention_with_kv_cache(
             query=query,
             key_cache=key_cache,
             value_cache=value_cache,
             output=output,
             query_start_loc=queries.query_start_loc,
-            seq_lens=kv_lens,
+            seq_lens=pages.kv_lens,
             scale=self.scale,
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=page_table,
+            block_table=pages.page_table,
             softcap=0,
-            scheduler_metadata=launch.of(kv_lens, queries.query_start_loc),
+            scheduler_metadata=launch.of(pages.kv_lens, queries.query_start_loc),
             s_aux=None,
             k_scale=layer._k_scale_float,
             v_scale=layer._v_scale_float,

@@ -16,10 +16,14 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.engine.cache_dtype import FLOAT8_DTYPES, cache_dtypes
 from vllm_kvevict.engine.models import evicted_models
-from vllm_kvevict.engine.worker.backends.base import EvictionImpl, EvictionMetadataBuilder, InterleavedBackend
+from vllm_kvevict.engine.worker.backends.base import (
+    EvictionImpl,
+    EvictionMetadataBuilder,
+    InterleavedBackend,
+    PagesToRead,
+)
 from vllm_kvevict.engine.worker.rows import FoldedQueries
 
 _VERSIONS = (2, 3)
@@ -62,26 +66,24 @@ class EvictionFlashImpl(EvictionImpl, FlashAttentionImpl):
         self,
         layer: Any,
         query: torch.Tensor,
-        pool: PagePool,
-        page_table: torch.Tensor,
-        kv_lens: torch.Tensor,
+        pages: PagesToRead,
         queries: FoldedQueries,
         launch: None,
         output: torch.Tensor,
     ) -> None:
         flash_attn.flash_attn_varlen_func(
             q=query,
-            k=pool.keys.unsqueeze(2),  # [num_pages, block_size, 1, head_size]
-            v=pool.values.unsqueeze(2),
+            k=pages.pool.keys.unsqueeze(2),  # [num_pages, block_size, 1, head_size]
+            v=pages.pool.values.unsqueeze(2),
             out=output,
             cu_seqlens_q=queries.query_start_loc,
             max_seqlen_q=queries.max_query_len,
-            seqused_k=kv_lens,
-            max_seqlen_k=page_table.shape[1] * pool.block_size,
+            seqused_k=pages.kv_lens,
+            max_seqlen_k=pages.max_kv_len,
             softmax_scale=self.scale,
             causal=True,
             window_size=[-1, -1],
-            block_table=page_table,
+            block_table=pages.page_table,
             softcap=0.0,
             fa_version=self.vllm_flash_attn_version,
         )

@@ -18,9 +18,13 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
-from vllm_kvevict.cache.pages import PagePool
-from vllm_kvevict.engine.worker.backends.base import EvictionImpl, EvictionMetadataBuilder, InterleavedBackend
-from vllm_kvevict.engine.worker.rows import FoldedQueries, StepRows
+from vllm_kvevict.engine.worker.backends.base import (
+    EvictionImpl,
+    EvictionMetadataBuilder,
+    InterleavedBackend,
+    PagesToRead,
+)
+from vllm_kvevict.engine.worker.rows import FoldedLaunch, FoldedQueries
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Segments:
 class EvictionTritonMetadataBuilder(EvictionMetadataBuilder, TritonAttentionMetadataBuilder):
     """Lends folded rows the scratch memory that vLLM's builder has for whole ones, which run before them."""
 
-    def _launch(self, rows: StepRows) -> Segments:
+    def _launch(self, folded: FoldedLaunch) -> Segments:
         # of these layers: the model's others, or the model of a drafter, may have other heads than vLLM's builder saw
         num_kv_heads, head_size = self.kv_cache_spec.num_kv_heads, next_power_of_2(self.kv_cache_spec.head_size)
         group = self.num_heads_q // num_kv_heads
@@ -65,27 +69,25 @@ class EvictionTritonImpl(EvictionImpl, TritonAttentionImpl):
         self,
         layer: Any,
         query: torch.Tensor,
-        pool: PagePool,
-        page_table: torch.Tensor,
-        kv_lens: torch.Tensor,
+        pages: PagesToRead,
         queries: FoldedQueries,
         launch: Segments,
         output: torch.Tensor,
     ) -> None:
-        descale_shape = (len(kv_lens), 1)
+        descale_shape = (len(pages.kv_lens), 1)
         unified_attention(
             q=query,
-            k=pool.keys.unsqueeze(2),  # [num_pages, block_size, 1, head_size]
-            v=pool.values.unsqueeze(2),
+            k=pages.pool.keys.unsqueeze(2),  # [num_pages, block_size, 1, head_size]
+            v=pages.pool.values.unsqueeze(2),
             out=output,
             cu_seqlens_q=queries.query_start_loc,
             max_seqlen_q=queries.max_query_len,
-            seqused_k=kv_lens,
-            max_seqlen_k=page_table.shape[1] * pool.block_size,
+            seqused_k=pages.kv_lens,
+            max_seqlen_k=pages.max_kv_len,
             softmax_scale=self.scale,
             causal=True,
             window_size=(-1, -1),
-            block_table=page_table,
+            block_table=pages.page_table,
             softcap=0,
             q_descale=None,
             k_descale=layer._k_scale.expand(descale_shape),

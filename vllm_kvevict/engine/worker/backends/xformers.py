@@ -13,26 +13,31 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.kv_cache_interface import KVQuantMode
 
-from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.cache.plan import cdiv
+from vllm_kvevict.engine.worker.backends.base import PagesToRead
 from vllm_kvevict.engine.worker.backends.triton import (
     EvictionTritonBackend,
     EvictionTritonImpl,
     EvictionTritonMetadataBuilder,
 )
-from vllm_kvevict.engine.worker.rows import FoldedQueries, StepRows
+from vllm_kvevict.engine.worker.rows import FoldedLaunch, FoldedQueries
 from vllm_kvevict.kernels.optional_xformers import HAS_XFORMERS
 from vllm_kvevict.kernels.paged_attention import DTYPES, HEAD_SIZES, PagedRows, paged_attention
+
+_WIDTH_INCREMENT = 16  # pages: rows are prepared anew when this many more are needed
 
 
 @dataclass(frozen=True)
 class QueryRows:
     """A row of pages for each query of the folded sequences, since the kernel wants one query in each.
 
+    width:  pages of a row
     owner:  [num_queries] int64, the sequence of each query; None if each sequence has one
     behind: [num_queries] int32, how many tokens of its sequence come after it, which it does not see
     """
 
     paged: PagedRows
+    width: int
     owner: torch.Tensor | None
     behind: torch.Tensor | None
 
@@ -42,10 +47,8 @@ class EvictionXformersMetadataBuilder(EvictionTritonMetadataBuilder):
 
     _known: tuple[tuple[int, int], PagedRows] | None = None
 
-    def _launch(self, rows: StepRows) -> QueryRows | None:  # type: ignore[override]
-        if rows.folded is None or rows.queries is None:
-            return None
-        starts, index = rows.queries.query_start_loc, rows.queries.index
+    def _launch(self, folded: FoldedLaunch) -> QueryRows:  # type: ignore[override]
+        starts, index = folded.queries.query_start_loc, folded.queries.index
         owner = behind = None
         num_queries = len(starts) - 1
         if index is not None:
@@ -53,10 +56,11 @@ class EvictionXformersMetadataBuilder(EvictionTritonMetadataBuilder):
             every = torch.arange(len(starts) - 1, device=starts.device)
             owner = torch.repeat_interleave(every, starts.diff().long(), output_size=num_queries)
             behind = starts[1:][owner] - 1 - torch.arange(num_queries, dtype=torch.int32, device=starts.device)
-        size = num_queries, rows.folded.page_table.shape[2]
+        block_size = self.kv_cache_spec.block_size
+        size = num_queries, cdiv(folded.max_kv_len, _WIDTH_INCREMENT * block_size) * _WIDTH_INCREMENT
         if self._known is None or self._known[0] != size:
-            self._known = size, PagedRows.of(*size, self.kv_cache_spec.block_size, starts.device)
-        return QueryRows(self._known[1], owner, behind)
+            self._known = size, PagedRows.of(*size, block_size, starts.device)
+        return QueryRows(self._known[1], size[1], owner, behind)
 
 
 class EvictionXformersImpl(EvictionTritonImpl):
@@ -81,13 +85,12 @@ class EvictionXformersImpl(EvictionTritonImpl):
         self,
         layer: Any,
         query: torch.Tensor,
-        pool: PagePool,
-        page_table: torch.Tensor,
-        kv_lens: torch.Tensor,
+        pages: PagesToRead,
         queries: FoldedQueries,
         launch: QueryRows,  # type: ignore[override]
         output: torch.Tensor,
     ) -> None:
+        pool, page_table, kv_lens = pages.pool, pages.page_table[:, : launch.width].contiguous(), pages.kv_lens
         if launch.owner is not None and launch.behind is not None:
             page_table, kv_lens = page_table[launch.owner], kv_lens[launch.owner] - launch.behind
         output.copy_(paged_attention(query, pool.keys, pool.values, page_table, kv_lens, self.scale, launch.paged))

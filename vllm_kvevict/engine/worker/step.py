@@ -1,0 +1,68 @@
+"""All that a worker knows of one step, made anew for each: nothing of an earlier one is left in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from vllm_kvevict.engine.messages import StepEvictions
+from vllm_kvevict.engine.worker.watched import PrefillRow
+from vllm_kvevict.eviction.prompt import Eviction
+from vllm_kvevict.eviction.resident import ResidentEviction
+
+
+@dataclass
+class Step:
+    """The scheduler's decisions for one step, and what becomes of them.
+
+    decisions:   without those about requests that have failed before
+    num_tokens:  tokens of each request of the step, its own included; drafts count as if they were accepted
+    req_ids:     rows of the last batch that was not all stock attention's
+    block_ids:   [num_blocks] int64 of the requests whose answer is looked at, as of that batch
+    evictions:   of requests that are evicted for the first time
+    again:       of requests that have been evicted before
+    auto_rows:   chunks of prompts whose budget is "auto"
+    pseudo_rows: last chunks of prompts that pseudo tokens follow
+    is_over:     whether batches that come now are none of the scheduler's
+    """
+
+    decisions: StepEvictions
+    num_tokens: dict[str, int]
+    req_ids: list[str] = field(default_factory=list)
+    block_ids: dict[str, torch.Tensor] = field(default_factory=dict)
+    evictions: dict[str, Eviction] = field(default_factory=dict)
+    again: dict[str, ResidentEviction] = field(default_factory=dict)
+    auto_rows: list[PrefillRow] = field(default_factory=list)
+    pseudo_rows: list[PrefillRow] = field(default_factory=list)
+    is_over: bool = False
+
+    def check_lengths(self, held: np.ndarray) -> None:
+        """Raise RuntimeError if a request that is to be evicted has another length here than in the scheduler.
+
+        Such a request has no drafts in flight: the host knows its length.
+
+        held: [num_reqs] tokens of each row
+        """
+        planned = self.decisions.planned
+        for row, req_id in enumerate(self.req_ids if planned else []):
+            if req_id in planned and held[row] != planned[req_id]:
+                raise RuntimeError(
+                    f"request {req_id}: the scheduler evicts it at {planned[req_id]} tokens, the worker holds "
+                    f"{held[row]}"
+                )
+
+
+def none() -> Step:
+    """Return a step that nobody has planned: stock attention serves all of it."""
+    return Step(StepEvictions(), {}, is_over=True)
+
+
+def num_tokens_after(output: SchedulerOutput) -> dict[str, int]:
+    """Return how many tokens each request of a step has in the cache behind it."""
+    new, cached = output.scheduled_new_reqs, output.scheduled_cached_reqs
+    computed = {request.req_id: request.num_computed_tokens for request in new}
+    computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    return {req_id: computed[req_id] + count for req_id, count in output.num_scheduled_tokens.items()}
