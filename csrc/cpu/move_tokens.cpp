@@ -28,6 +28,8 @@ struct SizedPool : PagePool<void> {
 struct Moves {
   const int64_t *source, *destination;
   int64_t block_size;
+
+  KVEVICT_INLINE bool is_gap(int64_t i) const { return source[i] < 0 || destination[i] < 0; }
 };
 
 // Moves first .. last - 1, all from one line's worth of tokens of a page to one of another page.
@@ -48,7 +50,7 @@ KVEVICT_INLINE Run find_run(const Moves& moves, int64_t first, int64_t end) {
   const int64_t length = std::min(tokens, moves.block_size);
   const auto is_within = [&](int64_t slot, int64_t start) { return slot >= start && slot < start + length; };
   int64_t last = first + 1;
-  while (last < end && is_within(moves.source[last], source_slot + source_part) &&
+  while (last < end && !moves.is_gap(last) && is_within(moves.source[last], source_slot + source_part) &&
          is_within(moves.destination[last], destination_slot + destination_part) &&
          moves.source[last] < source_slot + moves.block_size &&
          moves.destination[last] < destination_slot + moves.block_size)
@@ -162,10 +164,16 @@ KVEVICT_INLINE void prefetch_tokens(const SizedPool& pool, const Moves& moves, c
 template <typename Element>
 void move_range(const SizedPool& keys, const SizedPool& values, const Moves& moves, int64_t begin, int64_t end) {
   const bool permutes = can_permute();
+  const auto next_move = [&](int64_t i) {
+    while (i < end && moves.is_gap(i)) ++i;
+    return i;
+  };
+  begin = next_move(begin);
   if (begin == end) return;
   for (Run run = find_run<Element>(moves, begin, end);;) {
-    const bool is_last = run.last == end;
-    const Run next = is_last ? run : find_run<Element>(moves, run.last, end);
+    const int64_t following = next_move(run.last);
+    const bool is_last = following == end;
+    const Run next = is_last ? run : find_run<Element>(moves, following, end);
     for (const SizedPool* pool : {&keys, &values}) {
       prefetch_tokens<Element>(*pool, moves, next);
       if (permutes && pool->stride_token == 1 && pool->stride_dim != 1)

@@ -104,19 +104,26 @@ KVEVICT_INLINE Threshold find_threshold(const int32_t* keys, int64_t count, Rang
   return {static_cast<int32_t>(low), above};
 }
 
-// A row of scores and what is asked of it. `first` and `last` bound the tokens that compete.
+// A row of scores and what is asked of it. `first` and `last` bound the tokens that compete; the row has room for
+// `max_kv_len`.
 struct Row {
   const float* scores;
-  int64_t kv_len, first, last, num_kept;
+  int64_t kv_len, max_kv_len, first, last, num_kept;
   uint8_t* kept;
 };
+
+Row make_row(const float* scores, int64_t kv_len, int64_t max_kv_len, int64_t num_sink, int64_t num_recent,
+             int64_t num_kept, uint8_t* kept) {
+  const int64_t first = std::min(num_sink, kv_len), last = std::max(kv_len - num_recent, first);
+  return {scores, kv_len, max_kv_len, first, last, num_kept, kept};
+}
 
 struct SelectRow {
   template <int LANES>
   KVEVICT_INLINE static void run(const Row& row, int32_t* keys) {
     const int64_t count = row.last - row.first, num_protected = row.kv_len - count;
     const int64_t wanted = row.num_kept - num_protected;
-    std::memset(row.kept, 0, static_cast<size_t>(row.kv_len));
+    std::memset(row.kept, 0, static_cast<size_t>(row.max_kv_len));
     if (wanted <= 0) {  // not even all protected ones
       const int64_t sinks = std::min(row.num_kept, row.first);
       std::memset(row.kept, 1, static_cast<size_t>(sinks));
@@ -174,15 +181,16 @@ int32_t for_each(int64_t num_items, int64_t num_keys, const Run& run) {
 }  // namespace kvevict
 
 // Returns 0, or 1 when scratch memory could not be allocated. All arrays are contiguous; the caller has checked that
-// num_sink + num_recent and every number to keep are at most kv_len, and that there is a row.
+// every number to keep is at most the tokens of its row, and that there is a row. kv_lens: tokens of each row, null if
+// all have max_kv_len.
 extern "C" __attribute__((visibility("default"))) int32_t kvevict_select(
-    const float* scores, const int64_t* num_kept, uint8_t* kept,
-    int64_t num_rows, int64_t kv_len, int64_t num_sink, int64_t num_recent) {
+    const float* scores, const int64_t* num_kept, const int64_t* kv_lens, uint8_t* kept,
+    int64_t num_rows, int64_t max_kv_len, int64_t num_sink, int64_t num_recent) {
   using namespace kvevict;
   const auto select_row = function_for<SelectRow>();
-  return for_each(num_rows, kv_len, [&](int64_t row, int32_t* keys) {
-    const Row job{scores + row * kv_len, kv_len, num_sink, kv_len - num_recent, num_kept[row], kept + row * kv_len};
-    select_row(job, keys);
+  return for_each(num_rows, max_kv_len, [&](int64_t row, int32_t* keys) {
+    const int64_t kv_len = kv_lens == nullptr ? max_kv_len : kv_lens[row], at = row * max_kv_len;
+    select_row(make_row(scores + at, kv_len, max_kv_len, num_sink, num_recent, num_kept[row], kept + at), keys);
   });
 }
 

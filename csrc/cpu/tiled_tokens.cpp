@@ -74,7 +74,8 @@ void gather(const TiledPages<Element>& pages, const int64_t* slots, void* keys, 
 template <typename Element>
 void move(const TiledPages<Element>& pages, const int64_t* source, const int64_t* destination, int64_t num_tokens) {
   for_each_part(num_tokens, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) move_token(pages, source[i], destination[i]);
+    for (int64_t i = begin; i < end; ++i)
+      if (source[i] >= 0 && destination[i] >= 0) move_token(pages, source[i], destination[i]);
   });
 }
 

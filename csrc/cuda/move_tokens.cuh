@@ -42,13 +42,16 @@ __global__ void __launch_bounds__(MOVE_THREADS) move_tokens_kernel(
 
   // one division for each slot, not one for each lane that copies some of it
   __shared__ int64_t offsets[2][MOVES_PER_BLOCK];
-  if (warp < 2 && begin + lane < end)
-    offsets[warp][lane] = offset_of(pool, (warp == 0 ? source : destination)[begin + lane], block_size);
+  if (warp < 2 && begin + lane < end) {
+    const int64_t slot = (warp == 0 ? source : destination)[begin + lane];
+    offsets[warp][lane] = slot < 0 ? -1 : offset_of(pool, slot, block_size);
+  }
   __syncthreads();
+  const auto is_gap = [&](int move) { return offsets[0][move] < 0 || offsets[1][move] < 0; };
 
   Element* data = static_cast<Element*>(pool.data);
   if (pool.stride_dim != 1) {
-    if (begin + lane >= end) return;
+    if (begin + lane >= end || is_gap(lane)) return;
     const Element* from = data + offsets[0][lane];
     Element* to = data + offsets[1][lane];
     for (int64_t dim = warp; dim < pool.head_size; dim += MOVE_WARPS)
@@ -56,6 +59,7 @@ __global__ void __launch_bounds__(MOVE_THREADS) move_tokens_kernel(
     return;
   }
   for (int move = warp; move < end - begin; move += MOVE_WARPS) {
+    if (is_gap(move)) continue;
     const Element* from = data + offsets[0][move];
     Element* to = data + offsets[1][move];
     if (pool.by_vectors) {

@@ -109,17 +109,22 @@ __device__ inline void mark(const SelectRow& row, SelectState& state, bool* kept
   }
 }
 
+// kv_lens: tokens of each row, null if all have max_kv_len.
 __global__ void __launch_bounds__(SELECT_THREADS) select_kernel(
-    const float* scores, const int64_t* num_kept, bool* kept, int64_t kv_len, int64_t first, int64_t last) {
+    const float* scores, const int64_t* num_kept, const int64_t* kv_lens, bool* kept, int64_t max_kv_len,
+    int64_t num_sink, int64_t num_recent) {
   __shared__ SelectState state;
   const int64_t head = blockIdx.x;
-  const SelectRow row{scores + head * kv_len, kv_len, first, last};
-  bool* kept_of_row = kept + head * kv_len;
+  const int64_t kv_len = kv_lens == nullptr ? max_kv_len : kv_lens[head];
+  const int64_t first = num_sink < kv_len ? num_sink : kv_len;
+  const int64_t last = kv_len - num_recent > first ? kv_len - num_recent : first;
+  const SelectRow row{scores + head * max_kv_len, kv_len, first, last};
+  bool* kept_of_row = kept + head * max_kv_len;
   const int64_t wanted = num_kept[head];
-  if (wanted == 0) {
-    for (int64_t index = threadIdx.x; index < kv_len; index += SELECT_THREADS) kept_of_row[index] = false;
-    return;
-  }
+  // what stands behind the tokens of a row is not kept, and of a row that keeps nothing all the rest
+  for (int64_t index = (wanted == 0 ? 0 : kv_len) + threadIdx.x; index < max_kv_len; index += SELECT_THREADS)
+    kept_of_row[index] = false;
+  if (wanted == 0) return;
   if (threadIdx.x == 0) {
     state.threshold = 0;
     state.remaining = wanted;

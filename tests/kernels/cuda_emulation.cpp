@@ -4,10 +4,10 @@
 #include "../../csrc/cuda/move_tokens.cuh"
 #include "../../csrc/cuda/select.cuh"
 
-extern "C" void emulated_select(const float* scores, const int64_t* num_kept, bool* kept, int64_t num_rows,
-                                int64_t kv_len, int64_t num_sink, int64_t num_recent) {
+extern "C" void emulated_select(const float* scores, const int64_t* num_kept, const int64_t* kv_lens, bool* kept,
+                                int64_t num_rows, int64_t max_kv_len, int64_t num_sink, int64_t num_recent) {
   emulation::launch(static_cast<uint32_t>(num_rows), 1, kvevict::SELECT_THREADS, [=] {
-    kvevict::select_kernel(scores, num_kept, kept, kv_len, num_sink, kv_len - num_recent);
+    kvevict::select_kernel(scores, num_kept, kv_lens, kept, max_kv_len, num_sink, num_recent);
   });
 }
 

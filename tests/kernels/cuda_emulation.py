@@ -24,13 +24,19 @@ def emulation() -> ctypes.CDLL:
         return ctypes.CDLL(built)
 
 
-def select(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int = 0, num_recent: int = 0) -> torch.Tensor:
-    scores, num_kept, kv_len = scores.contiguous(), num_kept.contiguous(), scores.shape[-1]
+def select(
+    scores: torch.Tensor,
+    num_kept: torch.Tensor,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    kv_lens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    scores, num_kept, kv_lens = selecting._contiguous(scores, num_kept, kv_lens)
     kept = torch.empty(scores.shape, dtype=torch.bool)
     function = emulation().emulated_select
     function.argtypes, function.restype = SIGNATURES["kvevict_select"], None
-    protection = selecting._clamp_protection(kv_len, num_sink, num_recent)
-    function(scores.data_ptr(), num_kept.data_ptr(), kept.data_ptr(), num_kept.numel(), kv_len, *protection)
+    pointers = selecting._pointers(scores, num_kept, kv_lens, kept)
+    function(*pointers, num_kept.numel(), scores.shape[-1], num_sink, num_recent)
     return kept
 
 

@@ -122,6 +122,29 @@ def test_moves_between_few_pages(move, packing, dtype, block_size):
     assert bits(values).equal(expected_values)
 
 
+@pytest.mark.parametrize("move", IMPLEMENTATIONS)
+@pytest.mark.parametrize("packing", ["plain", "transposed"])
+def test_gaps_move_nothing(move, packing):
+    """Gaps at both ends, in runs, and between neighbours of one page."""
+    generator = torch.Generator().manual_seed(3)
+    storage, keys, values = make_pool(8, 32, 16, torch.bfloat16, packing, generator)
+    slots = torch.arange(256).view(2, 128)
+    is_gap = torch.rand(128, generator=generator) < 0.4
+    is_gap[[0, 1, 63, 64, 126, 127]] = True
+    source, destination = slots.masked_fill(is_gap, -1).contiguous()
+    expected = storage.clone()
+    reference = [
+        expected.view(torch.bfloat16).as_strided(pool.shape, pool.stride(), pool.storage_offset())
+        for pool in (keys, values)
+    ]
+    move_tokens_reference(*reference, source[~is_gap].contiguous(), destination[~is_gap].contiguous())
+    move(keys, values, source, destination)
+    assert storage.equal(expected)
+    for gaps in ((source[is_gap], destination[is_gap] + 7), (source[is_gap] + 7, destination[is_gap])):
+        move(keys, values, *gaps)
+    assert storage.equal(expected)
+
+
 def test_nothing_to_move():
     keys, none = torch.randn(4, 16, 8), torch.empty(0, dtype=torch.int64)
     expected = keys.clone()
@@ -160,8 +183,8 @@ SLOTS = torch.tensor([1, 2])
         ((POOL, POOL, SLOTS.int(), SLOTS), "`source`: expected int64 on cpu, got torch.int32"),
         ((POOL, POOL, SLOTS, torch.arange(4)[::2]), "`destination`: expected contiguous slots"),
         ((POOL, POOL, SLOTS, SLOTS[:1]), "`destination`: expected as many slots as `source` .2., got 1"),
-        ((POOL, POOL, SLOTS - 2, SLOTS), "`source`: expected slots 0 to 63, got -1 to 0"),
-        ((POOL, POOL, SLOTS, SLOTS + 62), "`destination`: expected slots 0 to 63, got 63 to 64"),
+        ((POOL, POOL, SLOTS - 3, SLOTS), "`source`: expected slots -1 to 63, got -2 to -1"),
+        ((POOL, POOL, SLOTS, SLOTS + 62), "`destination`: expected slots -1 to 63, got 63 to 64"),
     ],
 )
 def test_wrong_arguments(arguments, message):

@@ -89,6 +89,22 @@ def test_equals_a_stable_sort(implementation, kind, kv_len, num_sink, num_recent
         assert kept.flatten(0, 1)[head].nonzero()[:, 0].tolist() == sorted(order[:count])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_sink, num_recent", [(0, 0), (4, 17), (0, 64)])
+def test_heads_of_different_lengths_are_as_each_alone(implementation, kind, num_sink, num_recent):
+    scores = make_scores(kind, 4, 389)
+    kv_lens = torch.tensor([[389, 388, 1, 0], [257, 256, 31, 300]])
+    num_kept = torch.tensor([[100, 388, 1, 0], [0, 200, 31, 7]])
+    for row, kv_len in zip(scores.flatten(0, 1), kv_lens.flatten().tolist(), strict=True):
+        row[kv_len:] = torch.tensor([NAN, INF, 1.0])[torch.arange(389 - kv_len) % 3]  # nothing of it is read
+    kept = implementation.select(scores, num_kept, num_sink, num_recent, kv_lens)
+    for head, kv_len in enumerate(kv_lens.flatten().tolist()):
+        alone = scores.flatten(0, 1)[head, :kv_len]
+        expected = REFERENCE.select(alone[None], num_kept.flatten()[head : head + 1], num_sink, num_recent)[0]
+        assert kept.flatten(0, 1)[head, :kv_len].equal(expected)
+        assert not kept.flatten(0, 1)[head, kv_len:].any()
+
+
 def _badness(score: float) -> tuple[bool, float]:
     return (True, 0.0) if score != score else (False, -score)
 
@@ -171,6 +187,9 @@ SCORES = torch.zeros(1, 2, 5)
         ((SCORES, torch.ones(1, 2)), "`num_kept`: expected int64"),
         ((SCORES, torch.tensor([[5, 6]])), "`num_kept`: expected 0 to 5 tokens, got 5 to 6"),
         ((SCORES, torch.tensor([[-1, 2]])), "`num_kept`: expected 0 to 5 tokens, got -1 to 2"),
+        ((SCORES, torch.ones(1, 2).long(), 0, 0, torch.ones(2).long()), r"`kv_lens`: expected int64 \(1, 2\)"),
+        ((SCORES, torch.ones(1, 2).long(), 0, 0, torch.tensor([[5, 6]])), "`kv_lens`: expected 0 to 5 tokens, got 5"),
+        ((SCORES, torch.ones(1, 2).long() * 3, 0, 0, torch.tensor([[4, 1]])), "`num_kept`: .* of each head, got 2 more"),
         ((SCORES, torch.ones(1, 2).long(), -1), "`num_sink`, `num_recent`: expected at least 0 tokens, got -1 and 0"),
     ],
 )

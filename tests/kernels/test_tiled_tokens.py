@@ -52,7 +52,9 @@ def test_gathers_and_moves_exactly(functions, block_size, head_size, dtype, num_
     order = torch.randperm(num_tokens, generator=generator)
     source, destination = order[: num_tokens // 2], order[num_tokens // 2 : num_tokens // 2 * 2]
     before = pool.pages.clone()
-    move(pool.keys, pool.values, slots[..., source].flatten(), slots[..., destination].flatten())
+    gaps = torch.full((7,), -1)
+    moves = (torch.cat([gaps, slots[..., half].flatten(), gaps]) for half in (source, destination))
+    move(pool.keys, pool.values, *moves)
     moved = keys.float().clone(), values.float().clone()
     for part in moved:
         part[:, :, destination] = part[:, :, source]
@@ -106,7 +108,7 @@ PAGES, SLOTS = torch.zeros(4, 16, 32), torch.tensor([1, 2])
         ((PAGES, PAGES[..., ::2], SLOTS, SLOTS), "`values`: expected contiguous pages"),
         ((PAGES, PAGES[:3], SLOTS, SLOTS), "`values`: expected what `keys` are"),
         ((PAGES, PAGES, SLOTS.int(), SLOTS), "`source`: expected int64 on cpu, got torch.int32"),
-        ((PAGES, PAGES, SLOTS, SLOTS + 62), "`destination`: expected slots 0 to 63, got 63 to 64"),
+        ((PAGES, PAGES, SLOTS, SLOTS + 62), "`destination`: expected slots -1 to 63, got 63 to 64"),
         ((PAGES, PAGES, SLOTS, SLOTS[:1]), "`destination`: expected slots .2,., got .1,."),
     ],
 )

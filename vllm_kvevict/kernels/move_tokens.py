@@ -22,7 +22,7 @@ def move_tokens(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, 
                  pool of pages, a page being block_size tokens of one KV head
     values:      [num_pages, block_size, value_head_size], as the keys; element size of the keys
     source:      [num_tokens] int64, contiguous; slot = page_id * block_size + offset
-    destination: [num_tokens] int64, contiguous
+    destination: [num_tokens] int64, contiguous. Where it or the source is -1 nothing is copied
 
     No slot may be both a source and a destination, and no destination may occur twice: tokens are copied in parallel,
     in no order, without scratch memory. This is not checked. ``num_tokens`` may be zero.
@@ -30,7 +30,8 @@ def move_tokens(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, 
     CPU tensors use csrc/cpu/move_tokens.cpp where it was built, CUDA tensors csrc/cuda/move_tokens.cu where it was,
     else the Triton kernel; everything else ``move_tokens_reference``.
 
-    Raises ValueError for a wrong shape, dtype, device or stride, or a slot outside the pool.
+    Raises ValueError for a wrong shape, dtype, device or stride and, on CPU, for a slot outside the pool, which would
+    have to wait for a GPU.
     """
     check_arguments(keys, values, source, destination)
     if source.numel() == 0:
@@ -65,7 +66,7 @@ def check_arguments(keys: torch.Tensor, values: torch.Tensor, source: torch.Tens
                 f"`{name}`: expected contiguous slots [num_tokens], "
                 f"got shape {tuple(slots.shape)}, strides {slots.stride()}."
             )
-        check_slots(name, slots, keys)
+        check_slots(name, slots, keys, least=-1)
     if source.shape != destination.shape:
         raise ValueError(
             f"`destination`: expected as many slots as `source` ({source.numel()}), got {destination.numel()}."
@@ -112,9 +113,9 @@ def _move_tokens_kernel(
 ):  # fmt: skip
     # one program: K or V of TOKENS moves
     move = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    is_move = move < num_tokens
-    source = tl.load(source_ptr + move, mask=is_move, other=0)
-    destination = tl.load(destination_ptr + move, mask=is_move, other=0)
+    source = tl.load(source_ptr + move, mask=move < num_tokens, other=-1)
+    destination = tl.load(destination_ptr + move, mask=move < num_tokens, other=-1)
+    is_move = (source >= 0) & (destination >= 0)
     if tl.program_id(1) == 0:
         _move_tile(
             key_ptr, key_stride_page, key_stride_token, key_stride_dim, key_head_size,
@@ -154,7 +155,8 @@ def move_tokens_reference(
     keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
 ) -> None:
     """In place: the definition of ``move_tokens`` in plain torch, same arguments."""
-    block_size = keys.shape[1]
+    block_size, is_move = keys.shape[1], (source >= 0) & (destination >= 0)
+    source, destination = source[is_move], destination[is_move]
     for pool in (keys, values):
         # indexing is not defined for every 8-bit float
         elements = pool.view(ELEMENT_VIEWS[pool.element_size()])

@@ -70,15 +70,15 @@ def check_page_ids(page_ids: torch.Tensor, num_pages: int) -> None:
         raise ValueError(f"`page_table`: expected page ids 0 to {num_pages - 1}, got {int(lowest)} to {int(highest)}.")
 
 
-def check_slots(name: str, slots: torch.Tensor, pages: torch.Tensor) -> None:
-    """Slots of a pool ``pages`` [num_pages, block_size, ...], on its device."""
+def check_slots(name: str, slots: torch.Tensor, pages: torch.Tensor, least: int = 0) -> None:
+    """Slots of a pool ``pages`` [num_pages, block_size, ...], on its device; numbers are looked at on CPU only."""
     if slots.dtype != torch.int64 or slots.device != pages.device:
         raise ValueError(f"`{name}`: expected int64 on {pages.device}, got {slots.dtype} on {slots.device}.")
-    if slots.numel() > 0:
+    if slots.numel() > 0 and slots.device.type == "cpu":
         last = pages.shape[0] * pages.shape[1] - 1
         lowest, highest = slots.aminmax()
-        if lowest < 0 or highest > last:
-            raise ValueError(f"`{name}`: expected slots 0 to {last}, got {int(lowest)} to {int(highest)}.")
+        if lowest < least or highest > last:
+            raise ValueError(f"`{name}`: expected slots {least} to {last}, got {int(lowest)} to {int(highest)}.")
 
 
 def check_rows(name: str, table: torch.Tensor, device: torch.device, dtype: torch.dtype = torch.int64) -> None:

@@ -14,46 +14,59 @@ _TILE, _COUNT_TILE, _NUM_WARPS = 2048, 1024, 8  # scores that a program looks at
 
 
 @operator(
-    "(Tensor scores, Tensor num_kept, int num_sink=0, int num_recent=0) -> Tensor",
+    "(Tensor scores, Tensor num_kept, int num_sink=0, int num_recent=0, Tensor? kv_lens=None) -> Tensor",
     fake=lambda scores, *arguments: scores.new_empty(scores.shape, dtype=torch.bool),
 )
-def select(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int = 0, num_recent: int = 0) -> torch.Tensor:
+def select(
+    scores: torch.Tensor,
+    num_kept: torch.Tensor,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    kv_lens: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Mark the ``num_kept`` highest scores of every head, protected tokens before all others.
 
     scores:     [*heads, kv_len] float32; NaN ranks last, both zeros alike. Of equal scores, and of protected tokens,
                 those of the lower cache index stay
-    num_kept:   [*heads] int64, 0 to kv_len
+    num_kept:   [*heads] int64, 0 to the tokens of its head
     num_sink:   first tokens that are protected, whatever their scores
     num_recent: last tokens that are protected; together they may be more than there are
+    kv_lens:    [*heads] int64, 0 to kv_len, tokens of every head: what lies behind them is neither read nor kept;
+                None: all heads have ``kv_len``
     returns:    [*heads, kv_len] bool, exactly num_kept each
 
     CPU tensors use csrc/cpu/select.cpp where it was built, with 4 bytes of scratch per token and thread; CUDA tensors
     csrc/cuda/select.cu where it was, else the Triton kernel; everything else ``select_reference``. All agree bit for
     bit.
 
-    Raises ValueError for a wrong shape or dtype, or a number to keep out of range; MemoryError if the scratch memory
-    cannot be had.
+    Raises ValueError for a wrong shape or dtype and, on CPU, for a number out of range, which would have to wait for a
+    GPU; MemoryError if the scratch memory cannot be had.
     """
     num_kept = num_kept.to(scores.device)
-    check_arguments(scores, num_kept, num_sink, num_recent)
+    check_arguments(scores, num_kept, num_sink, num_recent, kv_lens)
     if scores.numel() == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     if scores.device.type == "cuda":
         launch = select_triton if cuda_library() is None else select_cuda
-        return launch(scores, num_kept, num_sink, num_recent)
+        return launch(scores, num_kept, num_sink, num_recent, kv_lens)
     kernel = function("kvevict_select", scores.device)
     if kernel is None:
-        return select_reference(scores, num_kept, num_sink, num_recent)
-    scores, num_kept = scores.contiguous(), num_kept.contiguous()
+        return select_reference(scores, num_kept, num_sink, num_recent, kv_lens)
+    tensors = _contiguous(scores, num_kept, kv_lens)
     kept = torch.empty(scores.shape, dtype=torch.bool)
-    kv_len = scores.shape[-1]
-    status = kernel(
-        scores.data_ptr(), num_kept.data_ptr(), kept.data_ptr(),
-        num_kept.numel(), kv_len, *_clamp_protection(kv_len, num_sink, num_recent),
-    )  # fmt: skip
-    if status != 0:
-        raise MemoryError(f"select: no scratch memory for {kv_len} tokens per thread.")
+    if kernel(*_pointers(*tensors, kept), num_kept.numel(), scores.shape[-1], num_sink, num_recent) != 0:
+        raise MemoryError(f"select: no scratch memory for {scores.shape[-1]} tokens per thread.")
     return kept
+
+
+def _contiguous(
+    scores: torch.Tensor, num_kept: torch.Tensor, kv_lens: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    return scores.contiguous(), num_kept.contiguous(), None if kv_lens is None else kv_lens.contiguous()
+
+
+def _pointers(*tensors: torch.Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 @operator(
@@ -73,8 +86,8 @@ def count_best(scores: torch.Tensor, totals: torch.Tensor) -> tuple[torch.Tensor
 
     Implementations as for ``select``, but no CUDA C++, with 4 bytes of scratch per score of a group and thread.
 
-    Raises ValueError for a wrong shape or dtype, or a total out of range; MemoryError if the scratch memory cannot be
-    had.
+    Raises ValueError for a wrong shape or dtype and, on CPU, for a total out of range, as ``select`` does; MemoryError
+    if the scratch memory cannot be had.
     """
     totals = totals.to(scores.device)
     _check_groups(scores, totals)
@@ -91,20 +104,34 @@ def count_best(scores: torch.Tensor, totals: torch.Tensor) -> tuple[torch.Tensor
     return above, ties
 
 
-def check_arguments(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int, num_recent: int) -> None:
+def check_arguments(
+    scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int, num_recent: int, kv_lens: torch.Tensor | None = None
+) -> None:
     """Raise ValueError unless the arguments are as ``select`` documents them."""
     if scores.dim() == 0 or scores.dtype != torch.float32:
         raise ValueError(f"`scores`: expected float32 [*heads, kv_len], got {scores.dtype} {tuple(scores.shape)}.")
-    if num_kept.shape != scores.shape[:-1] or num_kept.dtype != torch.int64:
-        raise ValueError(
-            f"`num_kept`: expected int64 {tuple(scores.shape[:-1])}, got {num_kept.dtype} {tuple(num_kept.shape)}."
-        )
+    for name, numbers in (("num_kept", num_kept), ("kv_lens", kv_lens)):
+        if numbers is not None and (numbers.shape != scores.shape[:-1] or numbers.dtype != torch.int64):
+            raise ValueError(
+                f"`{name}`: expected int64 {tuple(scores.shape[:-1])}, got {numbers.dtype} {tuple(numbers.shape)}."
+            )
+    if kv_lens is not None and kv_lens.device != scores.device:
+        raise ValueError(f"`kv_lens`: expected them on {scores.device}, got {kv_lens.device}.")
     if min(num_sink, num_recent) < 0:
         raise ValueError(f"`num_sink`, `num_recent`: expected at least 0 tokens, got {num_sink} and {num_recent}.")
-    if num_kept.numel():
-        fewest, most = num_kept.aminmax()
-        if fewest < 0 or most > scores.shape[-1]:
-            raise ValueError(f"`num_kept`: expected 0 to {scores.shape[-1]} tokens, got {int(fewest)} to {int(most)}.")
+    if num_kept.numel() and scores.device.type == "cpu":
+        _check_numbers("num_kept", num_kept, scores.shape[-1])
+        if kv_lens is not None:
+            _check_numbers("kv_lens", kv_lens, scores.shape[-1])
+            if (num_kept > kv_lens).any():
+                most = int((num_kept - kv_lens).max())
+                raise ValueError(f"`num_kept`: expected at most the tokens of each head, got {most} more.")
+
+
+def _check_numbers(name: str, numbers: torch.Tensor, most: int) -> None:
+    fewest, largest = numbers.aminmax()
+    if fewest < 0 or largest > most:
+        raise ValueError(f"`{name}`: expected 0 to {most} tokens, got {int(fewest)} to {int(largest)}.")
 
 
 def _check_groups(scores: torch.Tensor, totals: torch.Tensor) -> None:
@@ -114,40 +141,43 @@ def _check_groups(scores: torch.Tensor, totals: torch.Tensor) -> None:
         )
     if totals.shape != scores.shape[:1] or totals.dtype != torch.int64:
         raise ValueError(f"`totals`: expected int64 ({len(scores)},), got {totals.dtype} {tuple(totals.shape)}.")
-    fewest, most = totals.aminmax()
-    if fewest < 1 or most > scores[0].numel():
-        raise ValueError(f"`totals`: expected 1 to {scores[0].numel()} scores, got {int(fewest)} to {int(most)}.")
+    if scores.device.type == "cpu":
+        fewest, most = totals.aminmax()
+        if fewest < 1 or most > scores[0].numel():
+            raise ValueError(f"`totals`: expected 1 to {scores[0].numel()} scores, got {int(fewest)} to {int(most)}.")
 
 
-def _clamp_protection(kv_len: int, num_sink: int, num_recent: int) -> tuple[int, int]:
-    """Return how many first and last tokens of ``kv_len`` are protected, none of them twice."""
-    num_sink = min(num_sink, kv_len)
-    return num_sink, min(num_recent, kv_len - num_sink)
-
-
-def select_triton(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int, num_recent: int) -> torch.Tensor:
-    """Launch the kernel of ``select``, one program for each head; same arguments, ``num_kept`` on the same device."""
-    scores, num_kept = scores.contiguous(), num_kept.contiguous()
+def select_triton(
+    scores: torch.Tensor,
+    num_kept: torch.Tensor,
+    num_sink: int,
+    num_recent: int,
+    kv_lens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Launch the kernel of ``select``, one program for each head; same arguments, all on one device."""
+    scores, num_kept, kv_lens = _contiguous(scores, num_kept, kv_lens)
     kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    kv_len = scores.shape[-1]
-    num_sink, num_recent = _clamp_protection(kv_len, num_sink, num_recent)
+    is_ragged = kv_lens is not None
     _select_kernel[(num_kept.numel(),)](
-        scores, num_kept, kept, kv_len, num_sink, kv_len - num_recent, TILE=_TILE, num_warps=_NUM_WARPS
-    )
+        scores, num_kept, kv_lens if is_ragged else num_kept, kept, scores.shape[-1], num_sink, num_recent,
+        IS_RAGGED=is_ragged, TILE=_TILE, num_warps=_NUM_WARPS,
+    )  # fmt: skip
     return kept
 
 
-def select_cuda(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int, num_recent: int) -> torch.Tensor:
+def select_cuda(
+    scores: torch.Tensor,
+    num_kept: torch.Tensor,
+    num_sink: int,
+    num_recent: int,
+    kv_lens: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Launch csrc/cuda/select.cu, which must have been built, one block for each head; as ``select_triton``."""
     kernel = cuda_function("kvevict_cuda_select")
-    scores, num_kept = scores.contiguous(), num_kept.contiguous()
+    tensors = _contiguous(scores, num_kept, kv_lens)
     kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    kv_len = scores.shape[-1]
     with torch.cuda.device(scores.device):
-        kernel(
-            scores.data_ptr(), num_kept.data_ptr(), kept.data_ptr(),
-            num_kept.numel(), kv_len, *_clamp_protection(kv_len, num_sink, num_recent),
-        )  # fmt: skip
+        kernel(*_pointers(*tensors, kept), num_kept.numel(), scores.shape[-1], num_sink, num_recent)
     return kept
 
 
@@ -201,19 +231,26 @@ def _find_threshold(row_ptr, kv_len, first, last, wanted, TILE: tl.constexpr):
 
 
 @triton.jit
-def _select_kernel(scores_ptr, num_kept_ptr, kept_ptr, kv_len, first, last, TILE: tl.constexpr):
+def _select_kernel(
+    scores_ptr, num_kept_ptr, kv_lens_ptr, kept_ptr, max_kv_len, num_sink, num_recent,
+    IS_RAGGED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     # one program: one head. Each of its five passes reads the row again, from the second on out of a cache
     head = tl.program_id(0).to(tl.int64)
-    row_ptr = scores_ptr + head * kv_len
+    row_ptr = scores_ptr + head * max_kv_len
     wanted = tl.load(num_kept_ptr + head).to(tl.int32)
+    kv_len = max_kv_len
+    if IS_RAGGED:
+        kv_len = tl.load(kv_lens_ptr + head).to(tl.int32)
+    first, last = tl.minimum(num_sink, kv_len), tl.maximum(kv_len - num_recent, tl.minimum(num_sink, kv_len))
     threshold, remaining = _find_threshold(row_ptr, kv_len, first, last, wanted, TILE)
-    for start in range(0, kv_len, TILE):
+    for start in range(0, max_kv_len, TILE):
         index = start + tl.arange(0, TILE)
         key = _load_keys(row_ptr, index, kv_len, first, last)
         is_tie = ((key == threshold) & (index < kv_len)).to(tl.int32)
         rank = tl.cumsum(is_tie)  # from 1 on
-        kept = (key > threshold) | ((is_tie != 0) & (rank <= remaining))
-        tl.store(kept_ptr + head * kv_len + index, kept & (wanted > 0), mask=index < kv_len)
+        kept = (index < kv_len) & ((key > threshold) | ((is_tie != 0) & (rank <= remaining)))
+        tl.store(kept_ptr + head * max_kv_len + index, kept & (wanted > 0), mask=index < max_kv_len)
         remaining -= tl.sum(is_tie)
 
 
@@ -246,25 +283,33 @@ def _count_best_kernel(scores_ptr, totals_ptr, above_ptr, ties_ptr, num_rows, kv
 
 def triton_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Return kernel, argument types, constants and warps of every kernel here, to compile it without a GPU."""
-    rows = {"scores_ptr": "*fp32", "num_kept_ptr": "*i64", "kept_ptr": "*i1"}
-    rows |= dict.fromkeys(("kv_len", "first", "last"), "i32")
+    rows = {"scores_ptr": "*fp32", "num_kept_ptr": "*i64", "kv_lens_ptr": "*i64", "kept_ptr": "*i1"}
+    rows |= dict.fromkeys(("max_kv_len", "num_sink", "num_recent"), "i32")
     groups = {"scores_ptr": "*fp32", "totals_ptr": "*i64", "above_ptr": "*i64", "ties_ptr": "*i64"}
     groups |= dict.fromkeys(("num_rows", "kv_len"), "i32")
     return [
-        (_select_kernel, rows, {"TILE": _TILE}, _NUM_WARPS),
+        (_select_kernel, rows, {"IS_RAGGED": True, "TILE": _TILE}, _NUM_WARPS),
         (_count_best_kernel, groups, {"TILE": _COUNT_TILE}, _NUM_WARPS),
     ]
 
 
-def select_reference(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int, num_recent: int) -> torch.Tensor:
+def select_reference(
+    scores: torch.Tensor,
+    num_kept: torch.Tensor,
+    num_sink: int,
+    num_recent: int,
+    kv_lens: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The definition of ``select`` in plain torch: same arguments and result."""
-    kv_len = scores.shape[-1]
-    num_sink, num_recent = _clamp_protection(kv_len, num_sink, num_recent)
-    index = torch.arange(kv_len, device=scores.device)
-    is_protected = (index < num_sink) | (index >= kv_len - num_recent)
-    # descending would put NaN first; protected tokens come before a score of +inf by the second, stable sort
+    index = torch.arange(scores.shape[-1], device=scores.device)
+    lens = torch.full_like(num_kept, scores.shape[-1]) if kv_lens is None else kv_lens
+    is_token = index < lens[..., None]
+    is_protected = is_token & ((index < num_sink) | (index >= lens[..., None] - num_recent))
+    # descending would put NaN first; two stable sorts put protected tokens before a score of +inf, and last what is
+    # none of the head's tokens
     order = (-scores).masked_fill(is_protected, float("-inf")).argsort(dim=-1, stable=True)
-    order = order.gather(-1, is_protected[order].int().argsort(dim=-1, descending=True, stable=True))
+    rank = is_protected.int() + is_token.int()
+    order = order.gather(-1, rank.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
     is_kept = index < num_kept.to(scores.device)[..., None]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, is_kept)
 

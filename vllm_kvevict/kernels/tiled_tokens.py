@@ -65,8 +65,8 @@ def move_tiled_tokens(
     Raises ValueError as ``gather_tiled_tokens`` does, or for slots of different numbers.
     """
     check_arguments(keys, values)
-    check_slots("source", source, keys)
-    check_slots("destination", destination, keys)
+    check_slots("source", source, keys, least=-1)
+    check_slots("destination", destination, keys, least=-1)
     if source.shape != destination.shape:
         raise ValueError(f"`destination`: expected slots {tuple(source.shape)}, got {tuple(destination.shape)}.")
     kernel = function("kvevict_move_tiled_tokens", keys.device)
@@ -122,6 +122,8 @@ def move_tiled_tokens_reference(
     keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
 ) -> None:
     """In place: the definition of ``move_tiled_tokens`` in plain torch, same arguments."""
+    is_move = (source >= 0) & (destination >= 0)
+    source, destination = source[is_move], destination[is_move]
     for pages, offsets in zip((keys, values), tiled_offsets(*keys.shape[1:]), strict=True):
         elements, places = _places(pages, offsets, source)
         moved = elements[(source // keys.shape[1])[..., None], places]
