@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan
+from vllm_kvevict.cache.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,30 @@ class Compaction:
     kv_lens: torch.Tensor
 
 
+
+@dataclass(frozen=True)
+class Compactions:
+    """What a ``Compaction`` is, of several requests together.
+
+    phases:     (source, destination) slots of all requests, int64 [num_moves] each, with gaps of -1
+    page_table: [num_reqs, num_layers, num_kv_heads, max_pages] int64
+    num_pages:  [num_reqs, num_layers, num_kv_heads] int64
+    kv_lens:    [num_reqs, num_layers, num_kv_heads] int64
+    widths:     per request, pages of its longest row
+    """
+
+    phases: list[tuple[torch.Tensor, torch.Tensor]]
+    page_table: torch.Tensor
+    num_pages: torch.Tensor
+    kv_lens: torch.Tensor
+    widths: list[int]
+
+    def of(self, req: int, phases: list[tuple[torch.Tensor, torch.Tensor]]) -> Compaction:
+        """Return that of one request, to whom these moves belong."""
+        page_table = self.page_table[req, :, :, : self.widths[req]]
+        return Compaction(phases, page_table, self.num_pages[req], self.kv_lens[req])
+
+
 def plan_compaction(
     kept: torch.Tensor,
     num_full_pages: torch.Tensor,
@@ -35,12 +61,7 @@ def plan_compaction(
     pool: PagePool,
     fresh_block_ids: torch.Tensor | None = None,
 ) -> Compaction:
-    """Lay the kept tokens of one request out in fresh blocks, or in place in the last blocks of its prompt.
-
-    The partly filled last block stays in both cases. A survivor in a page that its head keeps stays where it is.
-    Every other one moves, once, into a fresh page, a slot of an evicted token, or a page that another head of the
-    request gave away. Heads that give pages away come first: in place they write only into their own pages, and once
-    they are done what they gave is free.
+    """Return what ``plan_compactions`` does for a single request. Its moves have no gaps: this waits for the device.
 
     kept:            [num_layers, num_kv_heads, num_tokens] bool, exactly num_full_pages * block_size + tail each
     num_full_pages:  [num_layers, num_kv_heads] int64, sums to the pages of the plan's full blocks
@@ -49,112 +70,222 @@ def plan_compaction(
 
     Raises ValueError if the pages do not add up to the blocks of the plan, or a head keeps another number of tokens.
     """
-    device = kept.device
-    num_full_pages = num_full_pages.to(device)
-    heads = num_full_pages.numel()
-    if int(num_full_pages.sum()) != plan.num_full_blocks * heads:
+    num_full_pages = num_full_pages.cpu()
+    _check_pages(num_full_pages[None], [plan])
+    num_kept, expected = kept.sum(dim=-1).cpu(), num_full_pages * plan.block_size + plan.num_tail_tokens
+    if not num_kept.equal(expected):
         raise ValueError(
-            f"num_full_pages: expected a sum of {plan.num_full_blocks * heads} pages, got {int(num_full_pages.sum())}"
+            f"kept: expected as many survivors to move as holes in every head, which are {expected.tolist()} tokens "
+            f"with those that stay; got {num_kept.tolist()}"
         )
-    own = pool.page_ids(block_ids.to(device)).reshape(heads, plan.num_blocks)
-    want = num_full_pages.reshape(heads)
-    last = plan.first_kept_block + plan.num_full_blocks
-    if fresh_block_ids is None:
-        shared, num_staying = own[:, plan.first_kept_block : last], want.clamp(max=plan.num_full_blocks)
-    else:
-        shared = pool.page_ids(fresh_block_ids.to(device)).reshape(heads, plan.num_full_blocks)
-        num_staying = torch.zeros_like(want)
-    full_pages = _assign_pages(shared, want)
-    page_table = _append_tail(full_pages, want, own, plan)
-
-    # the pages that a head stays in are its last ones: what survives before them moves, and behind them if anything
-    first_staying = (last - num_staying) * plan.block_size
-    end_staying = last * plan.block_size if plan.per_token else plan.num_tokens
-    kept = kept.reshape(heads, plan.num_tokens)
-    head, source = _survivors(kept, first_staying, end_staying, own, plan)
-    hole_mask, hole_slots = _holes(kept, first_staying, end_staying, full_pages, want, num_staying, own, plan)
-    # head by head: what one has too many must not end up in the pages of another that lacks some
-    every_head = torch.arange(heads, device=device)
-    num_sources = torch.searchsorted(head, every_head, right=True) - torch.searchsorted(head, every_head)
-    num_holes = hole_mask.sum(dim=1)
-    if not torch.equal(num_sources, num_holes):
-        raise ValueError(
-            f"kept: expected as many survivors to move as holes in every head, {num_holes.tolist()}; "
-            f"got {num_sources.tolist()}"
-        )
-    destination = hole_slots[hole_mask]
-
-    giver = (want < plan.num_full_blocks)[head]
-    phases = [(source[group], destination[group]) for group in (giver, ~giver)]
-    shape = num_full_pages.shape
-    tail = int(plan.num_tail_tokens > 0)
-    return Compaction(
-        [phase for phase in phases if phase[0].numel()],
-        page_table.reshape(*shape, -1),
-        (want + tail).reshape(shape),
-        (want * plan.block_size + plan.num_tail_tokens).reshape(shape),
-    )
+    own = pool.page_ids(block_ids.to(kept.device))[None]
+    fresh = None if fresh_block_ids is None else pool.page_ids(fresh_block_ids.to(kept.device))[None]
+    planned = plan_compactions(kept[None], num_full_pages[None], own, [plan], fresh)
+    phases = [(source[source >= 0], destination[source >= 0]) for source, destination in planned.phases]
+    return planned.of(0, [phase for phase in phases if phase[0].numel()])
 
 
-def _assign_pages(own: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
-    """Return the full pages of each head [heads, max], 0 past its count.
-
-    A head keeps its own pages first, the latest of them; what it lacks comes from heads that want fewer.
-
-    own: [heads, num_full_blocks] pages to share out
-    """
-    num_blocks = own.shape[1]
-    keeps = torch.arange(num_blocks, device=own.device) >= num_blocks - want[:, None]
-    column = torch.arange(max(int(want.max()), 1), device=own.device)
-    pages = torch.zeros(len(own), column.numel(), dtype=torch.int64, device=own.device)
-    num_own = want.clamp(max=num_blocks)[:, None]
-    pages[column < num_own] = own[keeps]
-    pages[(column >= num_own) & (column < want[:, None])] = own[~keeps]
-    return pages
-
-
-def _append_tail(pages: torch.Tensor, want: torch.Tensor, own: torch.Tensor, plan: EvictionPlan) -> torch.Tensor:
-    if plan.num_tail_tokens == 0:
-        return pages
-    table = torch.cat([pages, torch.zeros_like(pages[:, :1])], dim=1)
-    return table.scatter_(1, want[:, None], own[:, -1:])
-
-
-def _survivors(
-    kept: torch.Tensor, first_staying: torch.Tensor, end_staying: int, own: torch.Tensor, plan: EvictionPlan
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return head and slot [num_moves] of the kept tokens that leave their page, head by head."""
-    end = int(first_staying.max()) if end_staying == plan.num_tokens else plan.num_tokens
-    token = torch.arange(end, device=kept.device)
-    leaves = (token < first_staying[:, None]) | (token >= end_staying)
-    head, token = (kept[:, :end] & leaves).nonzero(as_tuple=True)
-    return head, own[head, token // plan.block_size] * plan.block_size + token % plan.block_size
-
-
-def _holes(
+def plan_compactions(
     kept: torch.Tensor,
-    first_staying: torch.Tensor,
-    end_staying: int,
-    full_pages: torch.Tensor,
-    want: torch.Tensor,
-    num_staying: torch.Tensor,
+    num_full_pages: torch.Tensor,
     own: torch.Tensor,
-    plan: EvictionPlan,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a mask and slot ids [heads, places] of the places each head has to fill.
+    plans: Sequence[EvictionPlan],
+    fresh: torch.Tensor | None = None,
+) -> Compactions:
+    """Lay the kept tokens of several requests out in fresh blocks, or in place in the last blocks of their prompts.
 
-    Holes in the pages it stays in, and all slots of the pages it takes: fresh ones, or those of other heads.
+    The partly filled last block stays in both cases. A survivor in a page that its head keeps stays where it is.
+    Every other one moves, once, into a fresh page, a slot of an evicted token, or a page that another head of the
+    request gave away. Heads that give pages away come first: in place they write only into their own pages, and once
+    they are done what they gave is free.
+
+    The number of launches does not depend on that of the requests, and nothing waits for the device.
+
+    kept:           [num_reqs, num_layers, num_kv_heads, max_tokens] bool, exactly num_full_pages * block_size + tail
+                    each, False behind the tokens of a request
+    num_full_pages: [num_reqs, num_layers, num_kv_heads] int64 on the CPU; those of a request sum to the pages of its
+                    plan's full blocks
+    own:            [num_reqs, num_layers, num_kv_heads, max_blocks] int64, the pages of the requests' blocks
+    plans:          [num_reqs] alike in ``block_size`` and ``per_token``
+    fresh:          [num_reqs, num_layers, num_kv_heads, max_full_blocks] int64, pages that hold nothing yet; None to
+                    compact in place
+
+    Raises ValueError if the pages do not add up to the blocks of the plans.
     """
-    heads, block_size, device = len(kept), plan.block_size, kept.device
-    first = int(first_staying.min())
-    token = torch.arange(first, end_staying, device=device)
-    own_holes = ~kept[:, first:end_staying] & (token >= first_staying[:, None])
-    own_slots = own[:, token // block_size] * block_size + token % block_size
-    column = torch.arange(int(num_staying.min()), full_pages.shape[1], device=device)
-    taken = (column >= num_staying[:, None]) & (column < want[:, None])
-    lane = torch.arange(block_size, device=device)
-    taken_slots = full_pages[:, column, None] * block_size + lane
-    return (
-        torch.cat([own_holes, taken.repeat_interleave(block_size, dim=1)], dim=1),
-        torch.cat([own_slots, taken_slots.reshape(heads, -1)], dim=1),
+    _check_pages(num_full_pages, plans)
+    layout = _Layout.of(num_full_pages, own, plans, fresh)
+    kept = kept.flatten(1, 2)
+    req, head, sources = layout.survivors(kept)
+    destinations = layout.holes(kept)
+    parts = [req >= 0]
+    if fresh is None:
+        gives = (layout.want < layout.num_full)[req, head]
+        parts = [parts[0] & gives, parts[0] & ~gives]
+    widths = [
+        max(most, 1) + (plan.num_tail_tokens > 0)
+        for most, plan in zip(num_full_pages.flatten(1).amax(dim=1).tolist(), plans, strict=True)
+    ]
+    shape = num_full_pages.shape
+    return Compactions(
+        [(sources.masked_fill(~part, -1), destinations.masked_fill(~part, -1)) for part in parts],
+        layout.page_table()[..., : max(widths)].view(*shape, -1),
+        (layout.want + (layout.num_tail > 0)).view(shape),
+        (layout.want * layout.block_size + layout.num_tail).view(shape),
+        widths,
     )
+
+
+def _check_pages(num_full_pages: torch.Tensor, plans: Sequence[EvictionPlan]) -> None:
+    heads = num_full_pages[0].numel()
+    for pages, plan in zip(num_full_pages.flatten(1).sum(dim=1).tolist(), plans, strict=True):
+        if pages != plan.num_full_blocks * heads:
+            raise ValueError(f"num_full_pages: expected a sum of {plan.num_full_blocks * heads} pages, got {pages}")
+
+
+def _last(plan: EvictionPlan) -> int:
+    """Return the block behind the full ones that a request keeps."""
+    return plan.first_kept_block + plan.num_full_blocks
+
+
+def _end_staying(plan: EvictionPlan) -> int:
+    """Return the token behind those that may stay where they are."""
+    return _last(plan) * plan.block_size if plan.per_token else plan.num_tokens
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which pages each head gets, of several requests. Here ``heads`` are those of all layers.
+
+    own:         [num_reqs, heads, max_blocks] pages of the requests' blocks
+    full_pages:  [num_reqs, heads, 1 + most pages of a head], 0 past its count
+    want:        [num_reqs, heads] full pages of each head
+    num_staying: [num_reqs, heads] of these, pages in which its tokens are already: the last ones of its prompt
+    num_full:    [num_reqs, 1] pages that the heads of a request get on average
+    num_tail:    [num_reqs, 1] tokens of the partly filled last page
+    last:        [num_reqs, 1] block behind the full ones that stay
+    end_staying: [num_reqs, 1] token behind those that may stay where they are
+    fewest, most: per request, of ``num_staying``; they and the plans are known to the host
+    """
+
+    plans: Sequence[EvictionPlan]
+    own: torch.Tensor
+    full_pages: torch.Tensor
+    want: torch.Tensor
+    num_staying: torch.Tensor
+    num_full: torch.Tensor
+    num_tail: torch.Tensor
+    last: torch.Tensor
+    end_staying: torch.Tensor
+    fewest: list[int]
+    most: list[int]
+
+    @classmethod
+    def of(
+        cls, num_full_pages: torch.Tensor, own: torch.Tensor, plans: Sequence[EvictionPlan], fresh: torch.Tensor | None
+    ) -> _Layout:
+        """The arguments are those of ``plan_compactions``."""
+        want = num_full_pages.flatten(1)
+        staying = want.minimum(torch.tensor([[plan.num_full_blocks * (fresh is None)] for plan in plans]))
+        sizes = [[plan.num_full_blocks, plan.num_tail_tokens, _last(plan), _end_staying(plan)] for plan in plans]
+        copied = to_device(torch.cat([torch.tensor(sizes), want, staying], dim=1), own.device)
+        num_full, num_tail, last, end_staying, on_device, num_staying = copied.split(
+            [1, 1, 1, 1, want.shape[1], want.shape[1]], dim=1
+        )
+        own = own.flatten(1, 2)
+        # the pages that are shared out: own ones, or fresh ones
+        shared, first = own, last - num_full
+        if fresh is not None and fresh.shape[3]:
+            shared, first = fresh.flatten(1, 2), torch.zeros_like(last)
+        full_pages = _assign_pages(shared, first, num_full, on_device, int(want.max()) + 1)
+        ends = staying.amin(dim=1).tolist(), staying.amax(dim=1).tolist()
+        return cls(plans, own, full_pages, on_device, num_staying, num_full, num_tail, last, end_staying, *ends)
+
+    @property
+    def block_size(self) -> int:
+        return self.plans[0].block_size
+
+    @property
+    def _most_moves(self) -> int:
+        return sum(plan.num_kept_tokens for plan in self.plans) * self.want.shape[1]
+
+    @property
+    def _first_staying(self) -> torch.Tensor:
+        """[num_reqs, heads, 1] first token of the pages that a head stays in."""
+        return ((self.last - self.num_staying) * self.block_size)[..., None]
+
+    def page_table(self) -> torch.Tensor:
+        """Return [num_reqs, heads, max_pages], full pages, then the tail page, then 0."""
+        if not any(plan.num_tail_tokens for plan in self.plans):
+            return self.full_pages
+        last_block = self.last.clamp(max=self.own.shape[2] - 1)[..., None].expand(-1, self.want.shape[1], -1)
+        tail_page = self.own.gather(2, last_block).masked_fill(self.num_tail[..., None] == 0, 0)
+        return self.full_pages.scatter(2, self.want[..., None], tail_page)
+
+    def survivors(self, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return request, head and slot [num_moves] of the kept tokens that leave their page, head by head; then -1.
+
+        kept: [num_reqs, heads, max_tokens]
+        """
+        ends = [
+            plan.num_tokens if plan.per_token else (_last(plan) - fewest) * plan.block_size
+            for plan, fewest in zip(self.plans, self.fewest, strict=True)
+        ]
+        token = torch.arange(max(ends), device=kept.device)
+        leaves = (token < self._first_staying) | (token >= self.end_staying[..., None])
+        found = (kept[..., : len(token)] & leaves).nonzero_static(size=self._most_moves)
+        req, head, token = found.unbind(dim=1)
+        return req, head, self._own_slots(req, head, token)
+
+    def holes(self, kept: torch.Tensor) -> torch.Tensor:
+        """Return the slots [num_moves] of the places that each head has to fill, head by head; then -1.
+
+        Holes in the pages it stays in, and all slots of the pages it takes: fresh ones, or those of other heads.
+
+        kept: [num_reqs, heads, max_tokens]
+        """
+        first = [(_last(plan) - most) * plan.block_size for plan, most in zip(self.plans, self.most, strict=True)]
+        width = max(_end_staying(plan) - start for plan, start in zip(self.plans, first, strict=True))
+        first_token = to_device(torch.tensor(first), kept.device)
+        token = (first_token[:, None] + torch.arange(width, device=kept.device))[:, None]  # [num_reqs, 1, width]
+        is_staying = (token >= self._first_staying) & (token < self.end_staying[..., None])
+        marks = kept.gather(2, token.clamp(max=kept.shape[2] - 1).expand(-1, kept.shape[1], -1))
+
+        first_column = min(self.fewest)
+        column = torch.arange(first_column, self.full_pages.shape[2], device=kept.device)
+        taken = (column >= self.num_staying[..., None]) & (column < self.want[..., None])
+        taken_slots = taken[..., None].expand(-1, -1, -1, self.block_size).flatten(2)
+        holes = torch.cat([is_staying & ~marks, taken_slots], dim=2)
+        req, head, place = holes.nonzero_static(size=self._most_moves).unbind(dim=1)
+        behind = (place - width).clamp(min=0)
+        column, lane = first_column + behind // self.block_size, behind % self.block_size
+        of_taken = self.full_pages[req, head, column] * self.block_size + lane
+        of_own = self._own_slots(req, head, first_token[req] + place.clamp(max=width - 1))
+        return torch.where(place < width, of_own, of_taken).masked_fill(req < 0, -1)
+
+    def _own_slots(self, req: torch.Tensor, head: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        block = token // self.block_size
+        return self.own[req, head, block] * self.block_size + token % self.block_size
+
+
+def _assign_pages(
+    shared: torch.Tensor, first: torch.Tensor, num_blocks: torch.Tensor, want: torch.Tensor, width: int
+) -> torch.Tensor:
+    """Return the full pages of each head [num_reqs, heads, width], 0 past its count.
+
+    A head keeps its own pages first, the latest of them; what it lacks comes from heads of its request that want fewer.
+
+    shared:     [num_reqs, heads, max_blocks] pages, of which ``num_blocks`` [num_reqs, 1] from ``first`` [num_reqs, 1]
+                on are shared out
+    want:       [num_reqs, heads]
+    """
+    block, column = (torch.arange(size, device=shared.device) for size in (shared.shape[2], width))
+    num_own = want.minimum(num_blocks)[..., None]
+    first_own = (first + num_blocks)[..., None] - num_own
+    given = ((block >= first[..., None]) & (block < first_own)).flatten(1)
+    place = torch.where(given, given.cumsum(dim=1) - 1, given.shape[1])
+    given_pages = shared.new_zeros(len(shared), given.shape[1] + 1).scatter_(1, place, shared.flatten(1))
+    is_taken = (column >= num_own) & (column < want[..., None])
+    place = (is_taken.flatten(1).cumsum(dim=1) - 1).clamp(min=0)
+    taken = given_pages.gather(1, place).view(is_taken.shape)
+    own = shared.gather(2, (first_own + column).clamp(max=shared.shape[2] - 1))
+    return torch.where(is_taken, taken, own.masked_fill(column >= num_own, 0))
