@@ -189,7 +189,10 @@ SCORES = torch.zeros(1, 2, 5)
         ((SCORES, torch.tensor([[-1, 2]])), "`num_kept`: expected 0 to 5 tokens, got -1 to 2"),
         ((SCORES, torch.ones(1, 2).long(), 0, 0, torch.ones(2).long()), r"`kv_lens`: expected int64 \(1, 2\)"),
         ((SCORES, torch.ones(1, 2).long(), 0, 0, torch.tensor([[5, 6]])), "`kv_lens`: expected 0 to 5 tokens, got 5"),
-        ((SCORES, torch.ones(1, 2).long() * 3, 0, 0, torch.tensor([[4, 1]])), "`num_kept`: .* of each head, got 2 more"),
+        (
+            (SCORES, torch.ones(1, 2).long() * 3, 0, 0, torch.tensor([[4, 1]])),
+            "`num_kept`: .* of each head, got 2 more",
+        ),
         ((SCORES, torch.ones(1, 2).long(), -1), "`num_sink`, `num_recent`: expected at least 0 tokens, got -1 and 0"),
     ],
 )

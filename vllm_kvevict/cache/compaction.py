@@ -29,7 +29,6 @@ class Compaction:
     kv_lens: torch.Tensor
 
 
-
 @dataclass(frozen=True)
 class Compactions:
     """What a ``Compaction`` is, of several requests together.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,6 +73,30 @@ class PagePool:
         kv = gather_tiled_tokens(self.keys, self.values, page_ids[..., None] * self.block_size + lane)
         keys, values = (part.flatten(0, -3) for part in kv)
         return keys, values, torch.arange(len(keys), device=page_ids.device).view(page_ids.shape)
+
+    def in_order(self, slots: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor], torch.Tensor]:
+        """Return keys, and a function that returns values, [*, tokens, head_size] to read the tokens of these slots
+        from, in this order, and page ids [..., num_pages] there.
+
+        Of the pool itself, a page being one token, where all tokens lie at one distance; else of a copy in pages of
+        ``block_size`` tokens, that of the values made when they are asked for.
+
+        slots: [..., num_slots] int64, whole pages of them
+        """
+        parts = (self.keys, self.values)
+        if not self.is_tiled and all(part.stride(0) == self.block_size * part.stride(1) for part in parts):
+            keys, values = (part.flatten(0, 1)[:, None] for part in parts)
+            return keys, lambda: values, slots
+        page_ids = torch.arange(slots.numel() // self.block_size, device=slots.device).view(*slots.shape[:-1], -1)
+        if self.is_tiled:
+            keys, values = (self._in_pages(part) for part in self.gather(slots))
+            return keys, lambda: values, page_ids
+        keys = self._in_pages(_gather_tokens(self.keys, slots))
+        return keys, lambda: self._in_pages(_gather_tokens(self.values, slots)), page_ids
+
+    def _in_pages(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return [*, block_size, head_size] of [..., num_tokens, head_size]."""
+        return tokens.reshape(-1, self.block_size, tokens.shape[-1])
 
     def gather(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V [*slots.shape, head_size], a copy of what these slots hold, as it is stored.

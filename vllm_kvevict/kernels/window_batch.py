@@ -109,10 +109,12 @@ def check_arguments(batch: WindowBatch, reduction: Reduction) -> None:
 def check_lengths(batch: WindowBatch) -> None:
     """Raise ValueError unless every length and every page id that is read is as documented."""
     window, (num_pages, block_size) = batch.query.shape[1], batch.keys.shape[:2]
-    kv_lens = batch.kv_lens.tolist()
-    is_same = kv_lens.count(kv_lens[0]) == len(kv_lens)
-    for req, kv_len in enumerate(kv_lens[:1] if is_same else kv_lens):
-        if not window <= kv_len <= batch.max_kv_len:
-            raise ValueError(f"`kv_lens`: expected {window} (window) to {batch.max_kv_len} tokens, got {kv_len}.")
-        pages = batch.page_table if is_same else batch.page_table[req]
-        check_page_ids(pages[..., : -(-kv_len // block_size)], num_pages)
+    fewest, most = map(int, batch.kv_lens.aminmax())
+    if fewest < window or most > batch.max_kv_len:
+        wrong = fewest if fewest < window else most
+        raise ValueError(f"`kv_lens`: expected {window} (window) to {batch.max_kv_len} tokens, got {wrong}.")
+    page_ids = batch.page_table[..., : -(-most // block_size)]
+    if fewest < most:
+        first_token = torch.arange(page_ids.shape[2]) * block_size
+        page_ids = page_ids.masked_fill(first_token >= batch.kv_lens[:, None, None], 0)
+    check_page_ids(page_ids, num_pages)

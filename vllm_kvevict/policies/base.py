@@ -14,6 +14,7 @@ import torch
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.kernels.window_scores import window_scores
+from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.options import check_options
 from vllm_kvevict.registry import Registry
 
@@ -122,23 +123,20 @@ class ScoreInputs:
         return window_scores(batch, reduction)[0]
 
     @staticmethod
-    def window_scores_of_layers(layers: Sequence[ScoreInputs], reduction: Reduction) -> torch.Tensor:
-        """Return [num_layers, num_kv_heads, kv_len] float32, ``window_scores`` of their queries in one call.
-
-        layers: of one prompt, with the same scales
-        """
+    def together(layers: Sequence[ScoreInputs]) -> ScoreBatch:
+        """Return a batch of some layers of one prompt, which have the same scales."""
         first = layers[0]
-        batch = WindowBatch(
-            torch.stack([inputs.query for inputs in layers]),
+        return ScoreBatch(
+            torch.stack([inputs.query for inputs in layers])[None],
             first.keys,
-            first.values,
-            torch.stack([inputs.page_table for inputs in layers]),
-            torch.full((len(layers),), first.kv_len, device=first.query.device),
+            lambda: first.values,
+            torch.stack([inputs.page_table for inputs in layers])[None],
+            torch.full((1, len(layers), first.num_kv_heads), first.kv_len, device=first.query.device),
             first.kv_len,
             first.scale * first.weights.key_scale,
             first.weights.value_scale,
+            alike=True,
         )
-        return window_scores(batch, reduction)
 
     def tiles(self, start: int = 0, end: int | None = None, size: int = 1024) -> Iterator[tuple[int, int]]:
         """Yield bounds of tiles of at most ``size`` tokens, so that scratch memory does not grow with the prompt."""
@@ -348,6 +346,22 @@ class EvictionPolicy(ABC):
     def score_layers(self, layers: Sequence[ScoreInputs]) -> list[torch.Tensor]:
         """Return what ``score`` would for each of several layers of one prompt."""
         return [self.score(inputs) for inputs in layers]
+
+    def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        """Return [num_reqs, num_layers, num_kv_heads, max_kv_len] float32: in every row what ``score`` would return of
+        that head, and anything behind its tokens.
+
+        A policy that has it is asked for all requests that are evicted in a step together, in a number of launches that
+        does not depend on how many they are, and without waiting for the device; the others request by request.
+        """
+        raise NotImplementedError
+
+    def observe_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        """Return [num_reqs, num_layers, num_kv_heads, max_kv_len] float32, the next ``batch.state``: as ``observe``.
+
+        For a policy that has ``score_batch`` and observes all queries.
+        """
+        raise NotImplementedError
 
 
 POLICIES: Registry[EvictionPolicy] = Registry(

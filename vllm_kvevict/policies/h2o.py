@@ -8,7 +8,9 @@ from typing import Annotated, Any, ClassVar
 import torch
 
 from vllm_kvevict.kernels.streaming_sums import streaming_sums
+from vllm_kvevict.kernels.window_batch import Reduction
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs, StepInputs
+from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.options import at_least
 
 
@@ -57,6 +59,17 @@ class H2O(EvictionPolicy):
         if not self.normalize:
             return sums
         return sums / torch.arange(inputs.kv_len, 0, -1, dtype=torch.float32, device=sums.device)
+
+    def observe_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        # the mean over the queries, as the kernel has it, times their number
+        received = batch.window_scores(Reduction("mean", own_columns=True)) * batch.query.shape[2]
+        state: torch.Tensor = batch.state
+        return state + received
+
+    def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        """Of requests that are evicted again, for which ``normalize`` is refused."""
+        sums: torch.Tensor = batch.state
+        return sums
 
     def score_step(self, inputs: StepInputs) -> torch.Tensor:
         newest = inputs.grouped_query[:, :, :, -1:]

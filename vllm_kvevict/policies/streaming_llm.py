@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 import torch
 
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs, StepInputs
+from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.options import at_least
 
 
@@ -36,6 +37,9 @@ class StreamingLLM(EvictionPolicy):
         # exact in float32 up to 16,777,216 tokens
         positions = torch.arange(inputs.kv_len, dtype=torch.float32, device=inputs.keys.device)
         return positions.expand(inputs.num_kv_heads, -1)
+
+    def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        return torch.arange(batch.max_kv_len, dtype=torch.float32, device=batch.keys.device).expand(batch.shape)
 
     def score_step(self, inputs: StepInputs) -> torch.Tensor:
         return inputs.positions.float()

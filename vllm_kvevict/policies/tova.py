@@ -9,6 +9,7 @@ import torch
 
 from vllm_kvevict.kernels.window_batch import Reduction
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs, StepInputs
+from vllm_kvevict.policies.batch import ScoreBatch
 
 
 @POLICIES.register("tova")
@@ -33,9 +34,18 @@ class Tova(EvictionPolicy):
         return 1
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        scores = inputs.window_scores(inputs.query, inputs.kv_len, Reduction("mean")).mean(dim=0)
-        scores[-1] = scores.amax()
-        return scores.expand(inputs.num_kv_heads, -1)
+        return self.score_batch(ScoreInputs.together([inputs]))[0, 0]
+
+    def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        scores = batch.window_scores(Reduction("mean"))
+        if batch.alike:
+            scores = scores.mean(dim=2, keepdim=True)
+        else:  # heads that hold as many tokens hold the same ones, with the allocator of the paper
+            of_heads, to_heads = batch.kv_lens[:, :, None, :, None], batch.kv_lens[:, :, :, None, None]
+            are_peers = of_heads == to_heads
+            summed = (scores[:, :, None] * are_peers).sum(dim=3)
+            scores = summed / are_peers.sum(dim=3)
+        return batch.fill_last(scores, scores.amax(dim=(2, 3), keepdim=True)).expand(batch.shape)
 
     def score_step(self, inputs: StepInputs) -> torch.Tensor:
         newest = inputs.grouped_query[:, :, :, -1:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 
 from vllm_kvevict.kernels.window_batch import Reduction
 from vllm_kvevict.policies.base import EvictionPolicy, ScoreInputs
+from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.options import ODD, at_least
 
 
@@ -45,10 +45,6 @@ class ObservationWindow(EvictionPolicy):
         return pool1d(scores, self.pool_kernel, stride=1, padding=self.pool_kernel // 2)
 
 
-def _scales(inputs: ScoreInputs) -> tuple[float, float, float]:
-    return inputs.scale, inputs.weights.key_scale, inputs.weights.value_scale
-
-
 @dataclass(frozen=True)
 class WindowPolicy(ObservationWindow):
     """Ranks tokens by what the last ``window`` queries of the prompt attend to.
@@ -62,23 +58,15 @@ class WindowPolicy(ObservationWindow):
         """How attention becomes scores of the tokens before the window."""
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        return self.score_layers([inputs])[0]
+        return self.score_batch(ScoreInputs.together([inputs]))[0, 0]
 
     @property
     def layers_at_once(self) -> int:
         return 16
 
-    def score_layers(self, layers: Sequence[ScoreInputs]) -> list[torch.Tensor]:
-        first = layers[0]
-        window, scales = len(first.query), [_scales(inputs) for inputs in layers]
-        if window >= first.kv_len:  # every token observes: none is to be judged
-            zeros = first.query.new_zeros(len(layers), first.num_kv_heads, first.kv_len, dtype=torch.float32)
-            return list(zeros.unbind(0))
-        if scales.count(scales[0]) < len(layers):  # those of an fp8 cache may differ from layer to layer
-            return [self.score(inputs) for inputs in layers]
-        scores = ScoreInputs.window_scores_of_layers(layers, self.reduction)
-        scores[:, :, -window:] = scores.amax(dim=(1, 2), keepdim=True)
-        return list(scores.unbind(0))
+    def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        scores = batch.window_scores(self.reduction)
+        return batch.fill_last(scores, scores.amax(dim=(2, 3), keepdim=True))
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         return 8 * num_kv_heads  # the scores, and what they were before they were pooled

@@ -1,0 +1,197 @@
+"""Requests that are evicted again together: each as if it were alone, and all with as few launches as one."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.launches import counted
+from tests.paged import LAYOUTS, PACKINGS, PagedCache, make_pool, scrambled_blocks
+from vllm_kvevict.budgets.uniform import Uniform
+from vllm_kvevict.cache.residents import Residents
+from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.resident import ResidentEvictions
+from vllm_kvevict.kernels.tiled_tokens import tiled_offsets
+from vllm_kvevict.policies import POLICIES
+from vllm_kvevict.policies.base import LayerWeights, Need
+from vllm_kvevict.policies.batch import scores_batches
+
+LAYERS, KV_HEADS, GROUP, HEAD_SIZE, BLOCK, SCALE = 3, 2, 2, 16, 16, 0.25
+HEADS = list(product(range(LAYERS), range(KV_HEADS)))
+WITHOUT_BATCHES = ("keydiff", "knorm", "morphkv", "random")  # of those below
+
+
+@dataclass
+class Answers:
+    """Several requests in one pool, with new tokens since their last evictions; whatever nobody owns is NaN."""
+
+    cache: PagedCache
+    residents: Residents
+    num_tokens: list[int]
+    num_new: list[int]
+    page_table: torch.Tensor
+    num_pages: torch.Tensor
+    num_full_pages: torch.Tensor
+    query: torch.Tensor
+
+    def evict(self, policy_name: str, per_token: bool, reqs: list[int]) -> ResidentEvictions:
+        policy = POLICIES.get(policy_name)()
+        method = Method(policy, Uniform(), policy.num_sink, policy.num_recent)
+        eviction = ResidentEvictions(
+            method,
+            [self.num_tokens[req] for req in reqs],
+            [self.num_new[req] for req in reqs],
+            self.cache.pool,
+            self.residents,
+            self.page_table[reqs],
+            self.num_pages[reqs],
+            self.num_full_pages[reqs],
+            per_token,
+        )
+        num_new = min(eviction.num_new) if Need.ALL_QUERIES in policy.needs else 0
+        chunk = self.query[reqs][:, :, self.query.shape[2] - num_new :]
+        scales = [LayerWeights(), LayerWeights(), LayerWeights(key_scale=0.5)]  # as an fp8 cache may have them
+        eviction.score_layers(range(LAYERS), self.query[reqs], chunk, [SCALE] * LAYERS, scales)
+        eviction.compact()
+        return eviction
+
+
+def answers(num_reqs: int, seed: int, packing: str, layout: str, ragged: bool = True, same_new: bool = True) -> Answers:
+    """The same seed draws the same requests; those of smaller numbers are the first ones of larger ones."""
+    sizes, generators = random.Random(seed), [torch.Generator().manual_seed(seed + req) for req in range(num_reqs)]
+    most_blocks, num_blocks = 8, 12 * num_reqs + 4
+    cache = make_pool(LAYERS, KV_HEADS, num_blocks, BLOCK, HEAD_SIZE, packing, layout)
+    block_ids = scrambled_blocks(cache, num_blocks - 4, torch.Generator().manual_seed(seed)).view(num_reqs, 12)
+    residents = Residents(cache.pool)
+    shape = num_reqs, LAYERS, KV_HEADS
+    table = torch.zeros(*shape, 4 * most_blocks, dtype=torch.int64)
+    num_pages, num_full = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    query, num_tokens, all_new = torch.zeros(num_reqs, LAYERS, 32, KV_HEADS * GROUP, HEAD_SIZE), [], []
+    new_of_all = sizes.choice([BLOCK, 2 * BLOCK, 21])
+    for req, generator in enumerate(generators):
+        num_kept = sizes.randint(3, most_blocks)
+        num_new = new_of_all if same_new else sizes.choice([BLOCK, 7, 2 * BLOCK, 21])
+        old_tail = (-num_new) % BLOCK if sizes.random() < 0.5 or num_new % BLOCK else sizes.randint(0, BLOCK - 1)
+        total = 40 * BLOCK + old_tail + num_new
+        own = cache.pool.page_ids(block_ids[req])
+        shares = [num_kept] * len(HEADS)
+        for _ in range(2 * len(HEADS) if ragged else 0):
+            giver, taker = sizes.sample(range(len(HEADS)), 2)
+            if shares[giver] > 3:
+                shares[giver], shares[taker] = shares[giver] - 1, shares[taker] + 1
+        pages = iter(own[..., :num_kept].flatten().tolist())
+        for (layer, head), share in zip(HEADS, shares, strict=True):
+            behind = -(-(old_tail + num_new) // BLOCK)
+            row = [next(pages) for _ in range(share)] + own[layer, head, num_kept : num_kept + behind].tolist()
+            table[req, layer, head, : len(row)] = torch.tensor(row)
+            num_pages[req, layer, head], num_full[req, layer, head] = len(row), share
+            held = share * BLOCK + old_tail + num_new
+            slots = (torch.tensor(row)[:, None] * BLOCK + torch.arange(BLOCK)).flatten()[:held]
+            places = torch.randperm(40 * BLOCK - 64, generator=generator)[: share * BLOCK]
+            residents.positions[slots[: share * BLOCK]] = places.int()
+            known = slots[share * BLOCK : share * BLOCK + old_tail]
+            residents.positions[known] = torch.arange(total - num_new - old_tail, total - num_new).int()
+            residents.sums[slots[: held - num_new]] = torch.rand(held - num_new, generator=generator)
+            kv = torch.randn(2, held, HEAD_SIZE, generator=generator)
+            _write(cache, slots, *kv)
+        num_tokens.append(total)
+        all_new.append(num_new)
+        query[req] = torch.randn(query.shape[1:], generator=generator)
+    width = int(num_pages.max())
+    return Answers(cache, residents, num_tokens, all_new, table[..., :width], num_pages, num_full, query)
+
+
+def _write(cache: PagedCache, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    pool = cache.pool
+    if pool.is_tiled:
+        for (part, tokens), offsets in zip(
+            ((pool.keys, keys), (pool.values, values)), tiled_offsets(BLOCK, HEAD_SIZE), strict=True
+        ):
+            part.flatten(1)[(slots // BLOCK)[:, None], offsets[slots % BLOCK]] = tokens
+    else:
+        pool.keys[slots // BLOCK, slots % BLOCK], pool.values[slots // BLOCK, slots % BLOCK] = keys, values
+
+
+POLICY_NAMES = ("snapkv", "lava", "vatp", "tova", "h2o", "streaming_llm", *WITHOUT_BATCHES)
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**20),
+    packing=st.sampled_from(PACKINGS),
+    layout=st.sampled_from(LAYOUTS),
+    per_token=st.booleans(),
+    ragged=st.booleans(),
+)
+def test_each_keeps_and_moves_what_it_would_alone(policy, seed, packing, layout, per_token, ragged):
+    same_new = Need.ALL_QUERIES in POLICIES.get(policy)().needs
+    per_token &= all(new % BLOCK == 0 for new in answers(3, seed, packing, layout, ragged, same_new).num_new)
+    together, alone = (answers(3, seed, packing, layout, ragged, same_new) for _ in range(2))
+    batch = together.evict(policy, per_token, [0, 1, 2])
+    singles = [alone.evict(policy, per_token, [req]) for req in range(3)]
+    assert together.cache.pool.pages.view(torch.int32).equal(alone.cache.pool.pages.view(torch.int32))
+    assert together.residents.positions.equal(alone.residents.positions)
+    assert together.residents.sums.equal(alone.residents.sums)
+    if per_token:
+        assert batch.next_victims.equal(torch.cat([single.next_victims for single in singles]))
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICY_NAMES if name not in WITHOUT_BATCHES])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_launches_do_not_depend_on_how_many_there_are_and_nothing_waits(policy, packing, monkeypatch):
+    """The heads are ragged, and so no two requests are alike. Of one request more tables are contiguous already."""
+    of_one, of_two, of_five = (_launches(num_reqs, policy, packing, monkeypatch) for num_reqs in (1, 2, 5))
+    assert of_two.counts == of_five.counts
+    assert of_one.counts <= of_two.counts
+    assert of_two.counts.total() < 200
+    assert of_five.waits == []
+    moves = "kvevict_move_tiled_tokens" if packing == "tiled" else "kvevict_move_tokens"
+    assert (of_five.counts["kvevict_select"], of_five.counts[moves]) == (1, 1)
+    assert of_five.counts["kvevict_window_scores"] == (0 if policy == "streaming_llm" else 2)  # two pairs of scales
+
+
+def _launches(num_reqs, policy, packing, monkeypatch):
+    requests = answers(num_reqs, 3, packing, "LBHNC")
+    with counted(monkeypatch) as launches:
+        requests.evict(policy, True, list(range(num_reqs)))
+    return launches
+
+
+def test_all_others_are_asked_request_by_request():
+    """Exempt by name: whoever adds a policy decides on which side it stands."""
+    batched = {name for name in POLICIES.names() if scores_batches(POLICIES.get(name))}
+    assert batched == {"h2o", "lava", "snapkv", "streaming_llm", "tova", "vatp"}
+    assert not batched & set(WITHOUT_BATCHES)
+
+
+def test_a_subclass_that_changes_score_is_asked_for_it():
+    class Changed(POLICIES.get("snapkv")):
+        def score(self, inputs):
+            return super().score(inputs)
+
+    class Inherited(POLICIES.get("snapkv")):
+        pass
+
+    assert scores_batches(Inherited)
+    assert not scores_batches(Changed)
+
+
+def test_an_answer_that_was_not_scored_is_an_error_and_nothing_moves():
+    requests = answers(2, 1, "transposed", "LBHNC")
+    policy = POLICIES.get("snapkv")()
+    tables = requests.page_table, requests.num_pages, requests.num_full_pages
+    numbers = requests.num_tokens, requests.num_new
+    method = Method(policy, Uniform(), 0, policy.num_recent)
+    eviction = ResidentEvictions(method, *numbers, requests.cache.pool, requests.residents, *tables)
+    eviction.score_layers(range(1), requests.query[:, :1], requests.query[:, :1, :0], [SCALE], [LayerWeights()])
+    before = requests.cache.pool.pages.clone()
+    with pytest.raises(RuntimeError, match="some layers of an answer were not scored"):
+        eviction.compact()
+    assert requests.cache.pool.pages.view(torch.int32).equal(before.view(torch.int32))

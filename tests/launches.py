@@ -1,0 +1,69 @@
+"""Counts what a piece of code launches: operators of torch, and our own kernels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vllm_kvevict.kernels import move_tokens, select, streaming_sums, tiled_tokens, window_scores
+
+_KERNELS = (move_tokens, select, streaming_sums, tiled_tokens, window_scores)
+# what only makes another view of memory launches nothing
+_VIEWS = {
+    "_unsafe_view", "alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "split_with_sizes",
+    "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+}  # fmt: skip
+# what a GPU could only answer by letting the host wait
+_WAITS = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "unique_dim", "_unique2"}
+
+
+class Launches(TorchDispatchMode):
+    """counts: of the operators and kernels that ran; waits: those whose result the host had to wait for"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in _VIEWS:
+            self.counts[name] += 1
+        index = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else []
+        if name in _WAITS or any(part is not None and part.dtype == torch.bool for part in index):
+            self.waits.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+    """Count the launches of the code inside, as they would be on a GPU: there nobody looks at numbers to check them."""
+    launches = Launches()
+
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def found(name: str, device: torch.device) -> Any:
+            kernel = function(name, device)
+            if kernel is None:
+                pytest.skip("the CPU kernels are not built: run `python setup.py build_ext --inplace`")
+
+            def launch(*arguments: Any) -> Any:
+                launches.counts[name] += 1
+                return kernel(*arguments)
+
+            return launch
+
+        return found
+
+    with monkeypatch.context() as patched, launches:
+        for module in _KERNELS:
+            patched.setattr(module, "function", counting(module.function))
+        for module, check in ((select, "check_arguments"), (move_tokens, "check_slots"), (tiled_tokens, "check_slots")):
+            patched.setattr(module, check, lambda *arguments, **options: None)
+        patched.setattr(window_scores, "check_lengths", lambda batch: None)
+        yield launches
