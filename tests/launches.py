@@ -16,8 +16,8 @@ from vllm_kvevict.kernels import move_tokens, select, streaming_sums, tiled_toke
 _KERNELS = (move_tokens, select, streaming_sums, tiled_tokens, window_scores)
 # what only makes another view of memory launches nothing
 _VIEWS = {
-    "_unsafe_view", "alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "split_with_sizes",
-    "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+    "_unsafe_view", "alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split",
+    "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
 }  # fmt: skip
 # what a GPU could only answer by letting the host wait
 _WAITS = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "unique_dim", "_unique2"}
@@ -63,7 +63,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     with monkeypatch.context() as patched, launches:
         for module in _KERNELS:
             patched.setattr(module, "function", counting(module.function))
-        for module, check in ((select, "check_arguments"), (move_tokens, "check_slots"), (tiled_tokens, "check_slots")):
+        checks = [(select, "check_arguments"), (select, "_check_groups")]
+        checks += [(move_tokens, "check_slots"), (tiled_tokens, "check_slots")]
+        for module, check in checks:
             patched.setattr(module, check, lambda *arguments, **options: None)
         patched.setattr(window_scores, "check_lengths", lambda batch: None)
         yield launches

@@ -63,7 +63,7 @@ def test_an_observer_sees_the_choice_before_anything_moves_and_then_what_moved()
         compaction = eviction.compact()
     assert notes.compactions == [(choice, compaction, eviction.seconds)]
     assert choice.method is METHOD and choice.plan is eviction.plan and choice.pool is prompt.cache.pool
-    assert choice.scores.equal(torch.stack(eviction._scores))
+    assert choice.scores.equal(eviction.alone._scores.scores[0])
     for layer, of_layer in enumerate(choice.kept):
         for head, kept in enumerate(of_layer):
             assert prompt.kept_tokens(compaction, layer, head) == kept.nonzero()[:, 0].tolist()
@@ -169,5 +169,5 @@ def test_evictions_are_recorded_in_the_order_in_which_they_end():
     assert [record.plan.num_tokens for record in records] == [160, 200], "of the early one nobody has seen the scores"
     record = records[1]
     assert record.kept_tokens.equal(compaction.kv_lens) and record.num_pages.equal(compaction.num_pages)
-    assert record.scores.equal(torch.stack(first._scores)) and record.seconds == first.seconds
+    assert record.scores.equal(first.alone._scores.scores[0]) and record.seconds == first.seconds
     assert (record.num_first, record.num_last, record.page_bytes) == (2, 8, 16 * 2 * 16 * 4)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
 
-from vllm_kvevict.budgets.base import ALLOCATORS, BudgetAllocator, joint_counts
-from vllm_kvevict.kernels.select import select
+from vllm_kvevict.budgets.base import ALLOCATORS
+from vllm_kvevict.budgets.batch import BatchAllocator, WishBatch, WishFacts, joint_shares, joint_summary
+from vllm_kvevict.kernels.select import count_best, select
 from vllm_kvevict.policies.options import between
 
 
 @ALLOCATORS.register("adakv")
 @dataclass(frozen=True)
-class AdaKV(BudgetAllocator):
+class AdaKV(BatchAllocator):
     """Every layer keeps the same number of tokens: the best of all its heads together, after a share for each head.
 
     Paper: Feng et al. 2024, arXiv:2407.11550. The safeguard is the one of kvpress's AdaKVPress: each head's best
@@ -28,8 +30,20 @@ class AdaKV(BudgetAllocator):
     alpha: Annotated[float, between(0, 1)] = 0.2
     name: ClassVar[str] = "adakv"
 
-    def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
-        sure = int(num_tokens * self.alpha)
-        num_layers, num_heads, _ = scores.shape
-        guarded = scores.masked_fill(select(scores, torch.full((num_layers, num_heads), sure)), float("inf"))
-        return joint_counts(guarded, torch.full((num_layers,), num_tokens * num_heads))
+    def summarise(self, batch: WishBatch) -> torch.Tensor:
+        guarded = guard_best(batch, [int(num_tokens * self.alpha) for num_tokens in batch.num_tokens])
+        num_reqs, num_layers, num_heads, _ = guarded.shape
+        totals = batch.on_device([num_tokens * num_heads for num_tokens in batch.num_tokens])
+        of_layers = totals[:, None].expand(num_reqs, num_layers)
+        return joint_summary(*count_best(guarded.flatten(0, 1), of_layers.flatten()), num_reqs)
+
+    def share(self, summary: torch.Tensor, facts: WishFacts) -> torch.Tensor:
+        return joint_shares(summary, torch.full((facts.num_layers,), facts.num_tokens * facts.num_kv_heads))
+
+
+def guard_best(batch: WishBatch, counts: Sequence[int]) -> torch.Tensor:
+    """Return the scores with the ``counts`` [num_reqs] highest of every head at +inf."""
+    shape = batch.scores.shape[:3]
+    num_sure, lens = (numbers[:, None, None].expand(shape) for numbers in (batch.on_device(counts), batch.lens))
+    best = select(batch.scores, num_sure, 0, 0, lens if batch.is_ragged else None)
+    return batch.scores.masked_fill(best, float("inf"))

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 
-from vllm_kvevict.kernels.select import count_best
 from vllm_kvevict.policies.base import ScoreInputs
 from vllm_kvevict.policies.options import check_options
 from vllm_kvevict.registry import Registry
@@ -104,23 +103,3 @@ def _clamped_shares(wish: torch.Tensor, total: int, minimum: int, maximum: int) 
     part = (total - sums[before]) / rise if rise > 0 else 0.0
     scale = torch.lerp(scales[before], scales[after], part)
     return (weights * scale).clamp(minimum, maximum)
-
-
-def joint_counts(scores: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
-    """Return [num_groups, num_rows] float64 on the CPU, how many of its group's highest scores every row has.
-
-    Rows that tie at the threshold share what is left in proportion to their ties, so that no order of rows matters.
-
-    scores: [num_groups, num_rows, kv_len] float32
-    totals: [num_groups] int64, how many scores of a group count; none below 1, and all if there are no more
-    """
-    wanted = totals.cpu().clamp(1, scores[0].numel())
-    above, ties = (count.to("cpu", torch.float64) for count in count_best(scores, wanted))
-    missing = wanted - above.sum(dim=1)
-    counts = above + ties * (missing / ties.sum(dim=1).clamp(min=1))[:, None]
-    return counts * (totals.cpu() > 0)[:, None]
-
-
-def num_protected(scores: torch.Tensor) -> int:
-    """Return how many tokens of every head are protected. scores: [num_layers, num_kv_heads, kv_len]"""
-    return int(torch.isposinf(scores[0, 0]).sum())

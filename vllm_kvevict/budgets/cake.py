@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from vllm_kvevict.budgets.base import ALLOCATORS, BudgetAllocator, num_protected
+from vllm_kvevict.budgets.base import ALLOCATORS
+from vllm_kvevict.budgets.batch import BatchAllocator, WishBatch, WishFacts
 from vllm_kvevict.policies.attention import attention_tiles
 from vllm_kvevict.policies.base import ScoreInputs
 from vllm_kvevict.policies.options import above, at_least
@@ -15,7 +16,7 @@ from vllm_kvevict.policies.options import above, at_least
 
 @ALLOCATORS.register("cake")
 @dataclass(frozen=True)
-class Cake(BudgetAllocator):
+class Cake(BatchAllocator):
     """A layer's budget grows with the entropy H and the variance V of its attention: H^(1/tau1) * V^(1/tau2).
 
     Paper: Qin et al. 2025 (CAKE), arXiv:2503.12491. H sums -p log p and V the variance of a key's attention between
@@ -42,23 +43,25 @@ class Cake(BudgetAllocator):
         """Return [2] float64: H and V of one layer."""
         num_queries = len(inputs.query)
         before = inputs.kv_len - num_queries
-        entropy, variance = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        entropy, variance = torch.zeros(2, dtype=torch.float64, device=inputs.query.device).unbind(0)
         for tile in attention_tiles(inputs):
             attention = tile.probabilities[..., : max(before - tile.start, 0)]
-            entropy += torch.special.entr(attention).sum(dtype=torch.float64).cpu()
-            variance += attention.var(dim=2, correction=0).sum(dtype=torch.float64).cpu()
+            entropy = entropy + torch.special.entr(attention).sum(dtype=torch.float64)
+            variance = variance + attention.var(dim=2, correction=0).sum(dtype=torch.float64)
         return torch.stack([entropy, variance])
 
-    def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
-        num_layers, num_heads, kv_len = scores.shape
-        protected = num_protected(scores)
-        entropy, variance = measures.clamp(min=0).unbind(dim=1)
+    def summarise(self, batch: WishBatch) -> torch.Tensor:
+        return batch.measures.flatten(1)
+
+    def share(self, summary: torch.Tensor, facts: WishFacts) -> torch.Tensor:
+        num_layers, protected = facts.num_layers, facts.num_protected
+        entropy, variance = summary.view(num_layers, 2).clamp(min=0).unbind(dim=1)
         preference = entropy ** (1 / self.tau1) * variance ** (1 / self.tau2)
         if preference.sum() == 0:
             preference = torch.ones_like(preference)
-        free = preference / preference.sum() * (num_tokens - protected) * num_layers
-        layers = _spread_excess(free, kv_len - protected) + protected
-        return layers[:, None].expand(num_layers, num_heads)
+        free = preference / preference.sum() * (facts.num_tokens - protected) * num_layers
+        layers = _spread_excess(free, facts.kv_len - protected) + protected
+        return layers[:, None].expand(num_layers, facts.num_kv_heads)
 
 
 def _spread_excess(tokens: torch.Tensor, most: int) -> torch.Tensor:

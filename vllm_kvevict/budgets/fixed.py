@@ -10,12 +10,13 @@ from typing import ClassVar
 
 import torch
 
-from vllm_kvevict.budgets.base import ALLOCATORS, BudgetAllocator
+from vllm_kvevict.budgets.base import ALLOCATORS
+from vllm_kvevict.budgets.batch import BatchAllocator, WishFacts
 
 
 @ALLOCATORS.register("fixed")
 @dataclass(frozen=True)
-class Fixed(BudgetAllocator):
+class Fixed(BatchAllocator):
     """Share the pages by the weights in a JSON file: one number per layer, or one list of numbers per layer.
 
     file: [num_layers] or [num_layers][num_kv_heads] numbers of at least 0, any scale
@@ -37,8 +38,8 @@ class Fixed(BudgetAllocator):
                 f"got {tuple(shape)}"
             )
 
-    def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
-        layers, heads = scores.shape[:2]
+    def share(self, summary: torch.Tensor, facts: WishFacts) -> torch.Tensor:
+        layers, heads = facts.num_layers, facts.num_kv_heads
         self.check_model(layers, heads)
         weights = self._weights
         return (weights[:, None] if weights.ndim == 1 else weights).expand(layers, heads)

@@ -7,13 +7,14 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from vllm_kvevict.budgets.base import ALLOCATORS, BudgetAllocator, num_protected
+from vllm_kvevict.budgets.base import ALLOCATORS
+from vllm_kvevict.budgets.batch import BatchAllocator, WishFacts
 from vllm_kvevict.policies.options import at_least
 
 
 @ALLOCATORS.register("pyramid")
 @dataclass(frozen=True)
-class Pyramid(BudgetAllocator):
+class Pyramid(BatchAllocator):
     """A linear fall over the layers, the same for every head of a layer.
 
     Paper: Cai et al. 2024, arXiv:2406.02069. With the clamps of kvpress's PyramidKVPress, the protected tokens in the
@@ -28,9 +29,8 @@ class Pyramid(BudgetAllocator):
     beta: Annotated[float, at_least(1)] = 20
     name: ClassVar[str] = "pyramid"
 
-    def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
-        num_layers, num_heads, kv_len = scores.shape
-        protected = num_protected(scores)
+    def share(self, summary: torch.Tensor, facts: WishFacts) -> torch.Tensor:
+        kv_len, num_tokens, protected = facts.kv_len, facts.num_tokens, facts.num_protected
         lowest = num_tokens / self.beta
         highest = 2 * num_tokens - lowest
         if highest >= kv_len - protected:
@@ -38,5 +38,5 @@ class Pyramid(BudgetAllocator):
             lowest = 2 * num_tokens - highest
         if not kv_len >= highest >= lowest >= protected:
             highest = lowest = num_tokens
-        layers = torch.linspace(highest, lowest, num_layers, dtype=torch.float64)
-        return layers[:, None].expand(num_layers, num_heads)
+        layers = torch.linspace(highest, lowest, facts.num_layers, dtype=torch.float64)
+        return layers[:, None].expand(facts.num_layers, facts.num_kv_heads)

@@ -7,15 +7,16 @@ from typing import ClassVar
 
 import torch
 
-from vllm_kvevict.budgets.base import ALLOCATORS, BudgetAllocator
+from vllm_kvevict.budgets.base import ALLOCATORS
+from vllm_kvevict.budgets.batch import BatchAllocator, WishFacts
 
 
 @ALLOCATORS.register("uniform")
 @dataclass(frozen=True)
-class Uniform(BudgetAllocator):
+class Uniform(BatchAllocator):
     """Share the pages equally, as SnapKV and most prefill-time methods publish it."""
 
     name: ClassVar[str] = "uniform"
 
-    def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
-        return torch.full(scores.shape[:2], num_tokens, dtype=torch.float64)
+    def share(self, summary: torch.Tensor, facts: WishFacts) -> torch.Tensor:
+        return torch.full((facts.num_layers, facts.num_kv_heads), facts.num_tokens, dtype=torch.float64)

@@ -195,7 +195,7 @@ class _Layout:
         shared, first = own, last - num_full
         if fresh is not None and fresh.shape[3]:
             shared, first = fresh.flatten(1, 2), torch.zeros_like(last)
-        full_pages = _assign_pages(shared, first, num_full, on_device, int(want.max()) + 1)
+        full_pages = _assign_pages(shared, first, num_full, on_device, max(map(max, want.tolist())) + 1)
         ends = staying.amin(dim=1).tolist(), staying.amax(dim=1).tolist()
         return cls(plans, own, full_pages, on_device, num_staying, num_full, num_tail, last, end_staying, *ends)
 
@@ -262,7 +262,7 @@ class _Layout:
         return torch.where(place < width, of_own, of_taken).masked_fill(req < 0, -1)
 
     def _own_slots(self, req: torch.Tensor, head: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-        block = token // self.block_size
+        block = (token // self.block_size).clamp(max=self.own.shape[2] - 1)  # of a token that is none
         return self.own[req, head, block] * self.block_size + token % self.block_size
 
 

@@ -1,4 +1,4 @@
-"""Tensors that the host makes, for the device: copied without a wait."""
+"""Copies between the host and the device: those that wait for it are made here, and no other."""
 
 from __future__ import annotations
 
@@ -10,3 +10,8 @@ def to_device(made_here: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return made_here
     return made_here.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(made_there: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on the CPU; if it is on a GPU, the host waits until it is made."""
+    return made_there.cpu()

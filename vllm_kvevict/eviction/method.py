@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from vllm_kvevict.budgets import BudgetAllocator
 from vllm_kvevict.eviction.schedule import Schedule
 from vllm_kvevict.eviction.traits import allocator_traits_of, traits_of
+from vllm_kvevict.foreign.code import contained
 from vllm_kvevict.policies.base import EvictionPolicy, Need
 
 _AT_THE_END = Schedule()
@@ -45,3 +46,10 @@ class Method:
         token takes the slot of another one, that one is neither.
         """
         return max(self.num_protected, self.query_window) + self.schedule.per_token
+
+
+def are_equal(one: Method, other: Method) -> bool:
+    """Return whether both evict alike. A third party's options may be tensors, whose equality is no truth value."""
+    with contained():
+        return one is other or one == other
+    return False

@@ -1,38 +1,51 @@
 """The five verbs of an eviction, in order: score -> allocate -> select -> compact -> free.  READ THIS FIRST.
 
-*Score* happens layer by layer while the last chunk of a prompt passes (``Eviction.score_layer``, called from the
-attention backend); *allocate* and *select* once after the last layer (``Eviction.choose``), and then *compact*
-(``Eviction.compact``), in which nobody else's code has a part; *free* is vLLM's own: its scheduler returns the blocks
+*Score* happens layer by layer while the last chunk of a prompt passes (``Evictions.score_layer``, called from the
+attention backend); *allocate* and *select* once after the last layer (``Evictions.choose``), and then *compact*
+(``Evictions.compact``), in which nobody else's code has a part; *free* is vLLM's own: its scheduler returns the blocks
 to its pool in which nothing of the request lives any more.
+
+Prompts of one method that end in one step go through the verbs together: what is launched for them does not depend on
+how many they are, and the host waits for the device once, between *allocate* and *select*. Policies and allocators that
+see one request at a time, as a third party's may, are asked for each of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from time import perf_counter
 from typing import Any
+from weakref import proxy
 
 import torch
 
-from vllm_kvevict.budgets import BudgetAllocator, round_to_pages
-from vllm_kvevict.cache.compaction import Compaction, plan_compaction
+from vllm_kvevict.cache.compaction import Compaction, Compactions, plan_compactions
 from vllm_kvevict.cache.pages import PagePool
-from vllm_kvevict.cache.plan import EvictionPlan, cdiv
+from vllm_kvevict.cache.plan import EvictionPlan
+from vllm_kvevict.cache.residents import Residents
+from vllm_kvevict.cache.transfer import to_device
+from vllm_kvevict.eviction.allocation import allocate
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.observer import Choice, is_observed, show
-from vllm_kvevict.eviction.results import checked, checked_tokens, checked_wish
+from vllm_kvevict.eviction.results import checked_tokens
+from vllm_kvevict.eviction.scoring import PromptScores, last_queries
 from vllm_kvevict.eviction.selection import protect, select
-from vllm_kvevict.eviction.traits import allocator_traits_of, traits_of
-from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, ScoreInputs
+from vllm_kvevict.eviction.traits import traits_of
+from vllm_kvevict.policies.base import LayerWeights, ScoreInputs
 
 
 @dataclass
 class Eviction:
     """One request's eviction, from its first scored layer to its compacted cache.
 
+    It is evicted by its own methods, or as one of several ``Evictions``.
+
     block_ids:       [num_blocks] int64, the request's block table
     fresh_block_ids: [num_full_blocks] int64, where the kept tokens go; None for the last blocks of the prompt
-    seconds:         what observing, scoring, allocation, selection and compaction took so far
+    seconds:         what observing, scoring, allocation, selection and compaction took so far; of what is done for
+                     several requests together, an equal part
     next_victims:    [num_layers, num_kv_heads] int64, positions of the lowest scores that were kept: the next tokens to
                      go, if from now on each new token takes the slot of one that goes
     """
@@ -44,16 +57,29 @@ class Eviction:
     fresh_block_ids: torch.Tensor | None = None
     seconds: float = 0.0
     next_victims: torch.Tensor | None = None
-    _scores: list[torch.Tensor | None] = field(init=False)
-    _measures: list[torch.Tensor] = field(init=False)
-    _waiting: list[ScoreInputs] = field(init=False, default_factory=list)
-    _compaction: Compaction = field(init=False)
     _shown: Choice | None = field(init=False, default=None)
+    _alone: Evictions | None = field(init=False, default=None)
 
-    def __post_init__(self) -> None:
-        self._page_ids = self.pool.page_ids(self.block_ids)  # [num_layers, num_kv_heads, num_blocks]
-        self._scores = [None] * self.pool.num_layers
-        self._measures = [torch.empty(0, dtype=torch.float64)] * self.pool.num_layers
+    @property
+    def alone(self) -> Evictions:
+        """The ``Evictions`` of this request only."""
+        if self._alone is None:
+            self._alone = Evictions([proxy(self)])  # in a circle scores would stay until Python looks for circles
+        return self._alone
+
+    def go_on(self, alone: Evictions) -> None:
+        """Go on with what was seen of this request together with others."""
+        self._alone = alone
+
+    def show_chosen(self, choice: Choice) -> None:
+        """Let those see it who look on."""
+        self._shown = choice
+        show(lambda observer: observer.chosen(choice))
+
+    def show_compacted(self, compaction: Compaction) -> None:
+        """Let those see it who have seen what was chosen."""
+        if (choice := self._shown) is not None:
+            show(lambda observer: observer.compacted(choice, compaction, self.seconds))
 
     @property
     def full_block_ids(self) -> torch.Tensor:
@@ -71,11 +97,21 @@ class Eviction:
         query, weights: as for ``score_layer``
         """
         start = perf_counter()
-        policy, inputs = self.method.policy, self._readable([self._inputs(layer, query, scale, weights)])[0]
-        found = policy.preselect(_last_queries(inputs, traits_of(policy).query_window))
-        tokens = checked_tokens(f"{_name(policy)}.preselect", found, self.pool.num_kv_heads, inputs.kv_len)
+        policy = self.method.policy
+        pages = self.pool.layer_page_ids(layer, self.block_ids)
+        inputs = ScoreInputs(
+            query,
+            *self.pool.readable(pages),
+            self.plan.num_tokens,
+            scale,
+            weights=weights or LayerWeights(),
+            num_kept=self.plan.num_kept_tokens,
+            layer=layer,
+        )
+        found = policy.preselect(last_queries(inputs, traits_of(policy).query_window))
+        tokens = checked_tokens(f"{type(policy).__name__}.preselect", found, self.pool.num_kv_heads, inputs.kv_len)
         block_size = self.pool.block_size
-        slots = self._page_ids[layer].gather(1, tokens // block_size) * block_size + tokens % block_size
+        slots = pages.gather(1, tokens // block_size) * block_size + tokens % block_size
         self.seconds += perf_counter() - start
         return slots
 
@@ -94,59 +130,7 @@ class Eviction:
         The arguments are as in ``ScoreInputs`` and must stay as they are; query: the last ones that the policy and the
         allocator need
         """
-        start = perf_counter()
-        self._waiting.append(self._inputs(layer, query, scale, weights, output, state, pseudo_query))
-        if len(self._waiting) >= traits_of(self.method.policy).layers_at_once:
-            self._score_waiting()
-        self.seconds += perf_counter() - start
-
-    def _score_waiting(self) -> None:
-        waiting, self._waiting = self._readable(self._waiting), []
-        policy, allocator = self.method.policy, self.method.allocator
-        window = traits_of(policy).query_window
-        scores = policy.score_layers([_last_queries(inputs, window) for inputs in waiting])
-        shape = self.pool.num_kv_heads, self.plan.num_tokens
-        for inputs, of_layer in zip(waiting, scores, strict=True):
-            self._scores[inputs.layer] = checked(f"{_name(policy)}.score", of_layer, shape, self.pool.pages.device)
-        if type(allocator).measure is not BudgetAllocator.measure:
-            window = allocator_traits_of(allocator).query_window
-            for inputs in waiting:
-                self._measures[inputs.layer] = allocator.measure(_last_queries(inputs, window))
-
-    def _readable(self, layers: list[ScoreInputs]) -> list[ScoreInputs]:
-        """Return inputs in which a policy can read the pages."""
-        if not self.pool.is_tiled:
-            return layers
-        keys, values, page_tables = self.pool.readable(torch.stack([inputs.page_table for inputs in layers]))
-        return [
-            replace(inputs, keys=keys, values=values, page_table=page_table)
-            for inputs, page_table in zip(layers, page_tables, strict=True)
-        ]
-
-    def _inputs(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        scale: float,
-        weights: LayerWeights | None,
-        output: torch.Tensor | None = None,
-        state: Any = None,
-        pseudo_query: torch.Tensor | None = None,
-    ) -> ScoreInputs:
-        return ScoreInputs(
-            query,
-            self.pool.keys,
-            self.pool.values,
-            self._page_ids[layer],
-            self.plan.num_tokens,
-            scale,
-            output,
-            weights or LayerWeights(),
-            state,
-            self.plan.num_kept_tokens,
-            layer,
-            pseudo_query,
-        )
+        self.alone.score_layer(layer, [query], scale, [output], weights, [state], [pseudo_query])
 
     def adopt(self, plan: EvictionPlan) -> None:
         """Go on with a plan that keeps fewer blocks, of the same prompt."""
@@ -165,75 +149,140 @@ class Eviction:
         Raises RuntimeError if a layer was not scored, and whatever they raise; ValueError or TypeError if they return
         what is none of an answer.
         """
-        start = perf_counter()
-        scores, protection = self._all_scores(), (self.method.num_sink, self.method.num_recent)
-        protected = protect(scores, *protection)
-        num_full_pages = self._allocate(protected)
-        kept = select(scores, num_full_pages * self.plan.block_size + self.plan.num_tail_tokens, *protection)
-        if self.plan.per_token:
-            self.next_victims = protected.masked_fill(~kept, float("inf")).argmin(dim=-1)
-        self._compaction = plan_compaction(
-            kept, num_full_pages, self.block_ids, self.plan, self.pool, self.fresh_block_ids
-        )
-        self.seconds += perf_counter() - start
-        if is_observed():
-            choice = self._shown = Choice(self.method, self.plan, self.pool, scores, kept)
-            show(lambda observer: observer.chosen(choice))
+        self.alone.choose()
 
     def compact(self) -> Compaction:
         """Move what was chosen. The pool's pages change; the caller puts the result in its page table."""
-        start = perf_counter()
-        for source, destination in self._compaction.phases:
-            self.pool.move(source, destination)
-        self.seconds += perf_counter() - start
-        if (choice := self._shown) is not None:
-            show(lambda observer: observer.compacted(choice, self._compaction, self.seconds))
-        return self._compaction
+        return self.alone.compact()[0]
 
-    def _all_scores(self) -> torch.Tensor:
-        if self._waiting:
-            self._score_waiting()
-        missing = [layer for layer, scores in enumerate(self._scores) if scores is None]
+
+class Evictions:
+    """The first evictions of several requests by one method, whose prompts end in one step.
+
+    members: in order; all of them in place, or all of them into fresh blocks, and alike in ``per_token``
+    """
+
+    def __init__(self, members: Sequence[Eviction], scores: PromptScores | None = None) -> None:
+        self.members = list(members)
+        self._method, self._pool = members[0].method, members[0].pool
+        if scores is None:
+            page_ids = self._pages_of([eviction.block_ids for eviction in members])
+            scores = PromptScores(self._method, self._pool, [eviction.plan for eviction in members], page_ids)
+        self._scores = scores
+        self._compactions: Compactions
+
+    def _pages_of(self, block_ids: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return [num_reqs, num_layers, num_kv_heads, max_blocks] int64, pages of blocks; of the null block behind."""
+        if len(block_ids) == 1:
+            return self._pool.page_ids(block_ids[0])[None]
+        ends = list(accumulate(map(len, block_ids)))
+        width, null = max(map(len, block_ids)), ends[-1]
+        index = [
+            [*range(end - len(ids), end), *[null] * (width - len(ids))]
+            for ids, end in zip(block_ids, ends, strict=True)
+        ]
+        together = torch.cat([*block_ids, block_ids[0].new_zeros(1)])
+        table = together[to_device(torch.tensor(index, dtype=torch.int64), together.device)]
+        return self._pool.page_ids(table).permute(2, 0, 1, 3)
+
+    def break_up(self) -> None:
+        """Let each member go on alone, by its own methods, with what has been seen and scored so far."""
+        if len(self.members) > 1:
+            for req, eviction in enumerate(self.members):
+                eviction.go_on(Evictions([proxy(eviction)], self._scores.only(req)))
+
+    @classmethod
+    def joined(cls, evictions: Sequence[Eviction]) -> Evictions:
+        """Return evictions together that went on alone, with what each has seen and scored."""
+        if len(evictions) == 1:
+            return evictions[0].alone
+        joined = cls(evictions)
+        for req, eviction in enumerate(evictions):
+            joined._scores.take(req, eviction.alone._scores)
+        return joined
+
+    def _took(self, start: float) -> None:
+        for eviction in self.members:
+            eviction.seconds += (perf_counter() - start) / len(self.members)
+
+    def score_layer(
+        self,
+        layer: int,
+        query: Sequence[torch.Tensor],
+        scale: float,
+        output: Sequence[torch.Tensor | None] | None = None,
+        weights: LayerWeights | None = None,
+        state: Sequence[Any] | None = None,
+        pseudo_query: Sequence[torch.Tensor | None] | None = None,
+    ) -> None:
+        """Score one layer of every member, now or together with the next ones: ``Eviction.score_layer`` for all."""
+        start = perf_counter()
+        nothing = [None] * len(self.members)
+        self._scores.score_layer(
+            layer, query, scale, output or nothing, weights, state or nothing, pseudo_query or nothing
+        )
+        self._took(start)
+
+    def choose(self) -> None:
+        """``Eviction.choose`` for all members."""
+        start = perf_counter()
+        self._scores.score_waiting()
+        missing = [layer for layer in range(self._pool.num_layers) if layer not in self._scores.scored]
         if missing:
             raise RuntimeError(f"layers {missing} were not scored at the end of the prefill; nothing was evicted")
-        return torch.stack([scores for scores in self._scores if scores is not None])
+        plans, scores = [eviction.plan for eviction in self.members], self._scores.scores
+        is_ragged = len({plan.num_tokens for plan in plans}) > 1
+        lens = self._scores.lens(self._pool.num_layers) if is_ragged else None
+        protection = self._method.num_sink, self._method.num_recent
+        protected = protect(scores, *protection, lens)
+        num_full_pages = allocate(self._method, plans, protected, self._scores.measures)
+        tails = torch.tensor([plan.num_tail_tokens for plan in plans])[:, None, None]
+        num_kept = to_device(num_full_pages * self._pool.block_size + tails, scores.device)
+        kept = select(scores, num_kept, *protection, lens)
+        if plans[0].per_token:
+            victims = protected.masked_fill_(~kept, float("inf")).argmin(dim=-1)
+            for eviction, of_request in zip(self.members, victims, strict=True):
+                eviction.next_victims = of_request
+        self._compactions = plan_compactions(kept, num_full_pages, self._scores.page_ids, plans, self._fresh_pages())
+        self._took(start)
+        if is_observed():
+            self._show(kept)
 
-    def _allocate(self, scores: torch.Tensor) -> torch.Tensor:
-        plan = self.plan
-        num_heads = scores.shape[0] * scores.shape[1]
-        wish = self._wish(scores)
-        tokens = wish * (plan.num_kept_tokens * num_heads / wish.sum())
-        # once the block of the tail is full it is emptied into the other pages: they must hold what is protected then
-        tail = 0 if self.method.schedule.is_bounded else plan.num_tail_tokens
-        minimum = cdiv(max(self.method.num_protected + self.method.schedule.per_token - tail, 0), plan.block_size)
-        return round_to_pages(
-            (tokens - plan.num_tail_tokens).clamp(min=0),  # every head holds the tail, in a page of its own
-            plan.num_full_blocks * num_heads,
-            min(minimum, plan.num_full_blocks),
-            plan.num_tokens // plan.block_size,
-        )
+    def _fresh_pages(self) -> torch.Tensor | None:
+        fresh = [eviction.fresh_block_ids for eviction in self.members if eviction.fresh_block_ids is not None]
+        return self._pages_of(fresh) if fresh else None
 
-    def _wish(self, scores: torch.Tensor) -> torch.Tensor:
-        """Return [num_layers, num_kv_heads] float64 on the CPU, what the allocator wishes.
+    def _show(self, kept: torch.Tensor) -> None:
+        for req, eviction in enumerate(self.members):
+            of_prompt = slice(eviction.plan.num_tokens)
+            scores = self._scores.scores[req, ..., of_prompt]
+            choice = Choice(self._method, eviction.plan, self._pool, scores, kept[req, ..., of_prompt])
+            eviction.show_chosen(choice)
 
-        One key that is not finite spoils what is measured of its layer; then nothing is known of how layers differ,
-        and all heads get the same.
+    def compact(self) -> list[Compaction]:
+        """Move what was chosen of all members. The pool's pages change; the caller fills its page table.
+
+        The moves of a single one are in its result; those of several are done, and ``note`` follows them.
         """
-        allocator, measures = self.method.allocator, torch.stack(self._measures)
-        if not torch.isfinite(measures).all():
-            return torch.ones(scores.shape[:2], dtype=torch.float64)
-        wish = allocator.wish(scores, self.plan.num_kept_tokens, measures)
-        return checked_wish(f"{_name(allocator)}.wish", wish, scores.shape[:2])
+        start = perf_counter()
+        for source, destination in self._compactions.phases:
+            self._pool.move(source, destination)
+        self._took(start)
+        phases = self._followed() if len(self.members) == 1 else []
+        compactions = [self._compactions.of(req, phases) for req in range(len(self.members))]
+        for eviction, compaction in zip(self.members, compactions, strict=True):
+            eviction.show_compacted(compaction)
+        return compactions
 
+    def _followed(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the moves as plain indices of slots: a gap moves the first slot of the null page to itself."""
+        return [(source.clamp(min=0), destination.clamp(min=0)) for source, destination in self._compactions.phases]
 
-def _name(of: EvictionPolicy | BudgetAllocator) -> str:
-    return type(of).__name__
-
-
-def _last_queries(inputs: ScoreInputs, window: int) -> ScoreInputs:
-    """Return ``inputs`` with as many of its queries as one of its readers asked for."""
-    first = max(len(inputs.query) - window, 0)
-    if first == 0:
-        return inputs
-    output = None if inputs.output is None else inputs.output[first:]
-    return replace(inputs, query=inputs.query[first:], output=output)
+    def note(self, residents: Residents) -> None:
+        """Note what the compacted caches hold, for policies that sum up nothing: ``Residents.note`` for all members."""
+        page_ids, block_size = self._scores.page_ids, self._pool.block_size
+        slots = page_ids[..., None] * block_size + torch.arange(block_size, device=page_ids.device)
+        positions = torch.arange(page_ids.shape[3] * block_size, dtype=torch.int32, device=slots.device)
+        residents.positions[slots.flatten(3)] = positions
+        for source, destination in self._followed():
+            residents.move(source, destination)

@@ -24,7 +24,7 @@ from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.selection import protect, select
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
-from vllm_kvevict.policies.batch import ScoreBatch, scores_batches
+from vllm_kvevict.policies.batch import ScoreBatch, scored_at_once, scores_batches
 
 # Elements of keys, values and scores that are held at once while several layers are scored.
 _MAX_SCRATCH = 1 << 25
@@ -143,13 +143,7 @@ class ResidentEvictions:
         """Yield bounds of layers that are scored together: they have the same scales, and fit into the scratch."""
         kinds = [(scale, weight.key_scale, weight.value_scale) for scale, weight in zip(scales, weights, strict=True)]
         per_layer = self._slots[:, 0].numel() * (2 * self.pool.head_size + 4)
-        at_once, first = max(_MAX_SCRATCH // per_layer, 1), 0
-        while first < len(kinds):
-            end = first + 1
-            while end < min(len(kinds), first + at_once) and kinds[end] == kinds[first]:
-                end += 1
-            yield first, end
-            first = end
+        return scored_at_once(kinds, max(_MAX_SCRATCH // per_layer, 1))
 
     def _score_together(
         self, layers: range, query: torch.Tensor, chunk: torch.Tensor, scale: float, weights: LayerWeights
@@ -256,7 +250,7 @@ class ResidentEvictions:
         # head by head as many of the ones as of the others: what is kept fills the slots that stay
         moves = self._marked(kept & ~self._stays), self._marked(~kept & is_held & self._stays)
         self.pool.move(*moves)
-        self.residents.move(*moves)  # a gap of -1 is the last slot, which then stays what it is
+        self.residents.move(*(slots.clamp(min=0) for slots in moves))  # gaps move the null page's first slot to itself
         self.seconds += perf_counter() - start
 
     def _marked(self, marks: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,239 @@
+"""Prompts that end in one step are evicted together: each as if it were alone, with as few launches as one."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import _disable_current_modes
+
+from tests.launches import Launches, counted
+from tests.paged import LAYOUTS, PACKINGS, PagedCache, make_pool, random_kv, scrambled_blocks
+from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
+from vllm_kvevict.cache.plan import EvictionPlan, plan_eviction, plan_per_token
+from vllm_kvevict.cache.residents import Residents
+from vllm_kvevict.eviction import allocation, grouping
+from vllm_kvevict.eviction.grouping import chosen_together, scored_together
+from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.prompt import Eviction, Evictions
+from vllm_kvevict.eviction.schedule import DuringDecode, Schedule
+from vllm_kvevict.policies import POLICIES
+from vllm_kvevict.policies.base import LayerWeights
+
+LAYERS, KV_HEADS, GROUP, HEAD_SIZE, BLOCK, SCALE = 3, 2, 2, 16, 16, 0.25
+WITHOUT_BATCHES = ("keydiff", "morphkv", "random")
+OPTIONS = {"global": {"head_floor": 0.2, "layer_floor": 0.5}, "lava": {"floor_alpha": 0.2}}
+ALLOCATOR_NAMES = [name for name in ALLOCATORS.names() if name != "fixed"]  # which needs a file
+
+
+@dataclass
+class Prompts:
+    """Several prefilled requests in one pool; whatever nobody owns is NaN."""
+
+    cache: PagedCache
+    evictions: list[Eviction]
+    queries: torch.Tensor
+
+    def score(self, parts: list[Evictions]) -> None:
+        for part in parts:
+            for layer in range(LAYERS):
+                reqs = [self.number_of(eviction) for eviction in part.members]
+                weights = LayerWeights(key_scale=0.5 if layer == 1 else 1.0)  # as an fp8 cache may have them
+                part.score_layer(layer, [self.queries[req, layer] for req in reqs], SCALE, weights=weights)
+
+    def number_of(self, eviction: Eviction) -> int:
+        return next(req for req, known in enumerate(self.evictions) if known.block_ids is eviction.block_ids)
+
+
+def method_of(policy: str, allocator: str, per_token: bool = False) -> Method:
+    scorer = POLICIES.get(policy)()
+    schedule = Schedule(during_decode=DuringDecode.BY_TOKEN) if per_token else Schedule()
+    allocator_options = OPTIONS.get(allocator, {})
+    return Method(scorer, ALLOCATORS.get(allocator)(**allocator_options), 2, scorer.num_recent, schedule)
+
+
+def prompts(
+    method: Method, num_reqs: int, seed: int, packing: str = "transposed", layout: str = "LBHNC", fresh: bool = False
+) -> Prompts:
+    """The same seed draws the same prompts; those of smaller numbers are the first ones of larger ones."""
+    sizes, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    cache = make_pool(LAYERS, KV_HEADS, 30 * num_reqs + 4, BLOCK, HEAD_SIZE, packing, layout)
+    all_ids = scrambled_blocks(cache, 30 * num_reqs, generator).view(num_reqs, 30)
+    evictions = []
+    for block_ids in all_ids:
+        num_tokens = sizes.randint(80, 300)
+        plan = plan_of(method, num_tokens, sizes.choice([60, 0.3, 0.6]))
+        own, others = block_ids[: plan.num_blocks], block_ids[plan.num_blocks :]
+        cache.write(*random_kv(LAYERS, KV_HEADS, num_tokens, HEAD_SIZE, generator), own)
+        fresh_ids = others[: plan.num_full_blocks] if fresh else None
+        evictions.append(Eviction(method, plan, cache.pool, own, fresh_ids))
+    queries = torch.randn(num_reqs, LAYERS, 40, KV_HEADS * GROUP, HEAD_SIZE, generator=generator)
+    return Prompts(cache, evictions, queries)
+
+
+def plan_of(method: Method, num_tokens: int, budget: int | float) -> EvictionPlan:
+    if method.schedule.per_token:
+        return plan_per_token(num_tokens, 60, BLOCK, method.min_tokens)
+    plan = plan_eviction(num_tokens, budget, BLOCK, method.min_tokens)
+    return plan or EvictionPlan(num_tokens, -(-num_tokens // BLOCK) - 1, BLOCK)
+
+
+POLICY_NAMES = ("snapkv", "lava", "vatp", "tova", "streaming_llm", *WITHOUT_BATCHES)
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**20),
+    allocator=st.sampled_from(ALLOCATOR_NAMES),
+    packing=st.sampled_from(PACKINGS),
+    layout=st.sampled_from(LAYOUTS),
+    fresh=st.booleans(),
+    per_token=st.booleans(),
+)
+def test_each_keeps_and_moves_what_it_would_alone(policy, seed, allocator, packing, layout, fresh, per_token):
+    method = method_of(policy, allocator, per_token)
+    together, alone = (prompts(method, 3, seed, packing, layout, fresh) for _ in range(2))
+    groups = scored_together(together.evictions)
+    if policy in WITHOUT_BATCHES:
+        assert groups == []
+        together.score([eviction.alone for eviction in together.evictions])
+        groups = chosen_together(together.evictions)
+    else:
+        together.score(groups)
+    (group,) = groups
+    group.choose()
+    compactions, noted = group.compact(), Residents(together.cache.pool)
+    group.note(noted)
+    expected = Residents(alone.cache.pool)
+    for eviction, single, compaction in zip(together.evictions, alone.evictions, compactions, strict=True):
+        alone.score([single.alone])
+        of_single = single.finish()
+        expected.note(of_single, single.plan, single.block_ids, None)
+        for name in ("page_table", "num_pages", "kv_lens"):
+            assert getattr(compaction, name).equal(getattr(of_single, name))
+        assert not per_token or eviction.next_victims.equal(single.next_victims)
+        held = slots_of(compaction)
+        assert noted.positions[held].equal(expected.positions[held])
+    assert together.cache.pool.pages.view(torch.int32).equal(alone.cache.pool.pages.view(torch.int32))
+
+
+def slots_of(compaction) -> torch.Tensor:
+    slots = (compaction.page_table[..., None] * BLOCK + torch.arange(BLOCK)).flatten(2)
+    return slots[torch.arange(slots.shape[2]) < compaction.kv_lens[..., None]]
+
+
+def on_the_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Numbers of the host launch nothing."""
+
+    @functools.wraps(function)
+    def uncounted(*arguments: Any) -> Any:
+        with _disable_current_modes():
+            return function(*arguments)
+
+    return uncounted
+
+
+@pytest.mark.parametrize("allocator", [name for name in ALLOCATOR_NAMES if name != "cake"])
+@pytest.mark.parametrize("policy", [name for name in POLICY_NAMES if name not in WITHOUT_BATCHES])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_launches_do_not_depend_on_how_many_there_are_and_the_host_waits_once(policy, allocator, fresh, monkeypatch):
+    """Cake is exempt by name: it measures layer by layer and request by request."""
+    method = method_of(policy, allocator)
+    of_two, of_five = (launches(method, num_reqs, fresh, monkeypatch) for num_reqs in (2, 5))
+    assert of_two.counts == of_five.counts
+    assert of_two.counts.total() < 300
+    assert of_five.counts["to_host"] == (allocator not in ("pyramid", "uniform"))
+    assert of_five.waits == []
+    selects = {"adakv": 2, "global": 2}.get(allocator, 1)
+    assert (of_five.counts["kvevict_select"], of_five.counts["kvevict_move_tokens"]) == (selects, 2 - fresh)
+
+
+def launches(method: Method, num_reqs: int, fresh: bool, monkeypatch: pytest.MonkeyPatch) -> Launches:
+    several = prompts(method, num_reqs, 5, fresh=fresh)
+    with counted(monkeypatch) as launches, monkeypatch.context() as patched:
+        allocator = type(method.allocator)
+        for owner, name in ((allocation, "_pages"), (allocation, "checked_wish"), (allocator, "share")):
+            patched.setattr(owner, name, on_the_host(getattr(owner, name)))
+
+        def to_host(tensor: torch.Tensor) -> torch.Tensor:
+            launches.counts["to_host"] += 1
+            return tensor
+
+        patched.setattr(allocation, "to_host", to_host)
+        (group,) = scored_together(several.evictions)
+        several.score([group])
+        group.choose()
+        group.compact()
+        group.note(Residents(several.cache.pool))
+    return launches
+
+
+@dataclass(frozen=True)
+class OneByOne(BudgetAllocator):
+    """A third party's: it sees one request at a time, and its scores are those of that request."""
+
+    seen: list[tuple[int, ...]]
+    refused: int = 0
+
+    def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
+        self.seen.append(tuple(scores.shape))
+        assert not scores.isnan().any()
+        if scores.shape[2] == self.refused:
+            raise LookupError(f"{self.refused} tokens")
+        return torch.ones(scores.shape[:2])
+
+
+def test_a_third_party_s_allocator_is_asked_request_by_request():
+    method = replace(method_of("snapkv", "uniform"), allocator=OneByOne([]))
+    several = prompts(method, 3, 2)
+    (group,) = scored_together(several.evictions)
+    several.score([group])
+    group.choose()
+    lengths = [eviction.plan.num_tokens for eviction in several.evictions]
+    assert method.allocator.seen == [(LAYERS, KV_HEADS, length) for length in lengths]
+    assert len(set(lengths)) > 1
+
+
+def test_those_that_break_up_go_on_with_what_was_seen_and_one_fails_alone():
+    """In the middle of the layers, some of which wait to be scored; and after one of them has failed to choose."""
+    method = method_of("snapkv", "uniform")
+    lengths = [eviction.plan.num_tokens for eviction in prompts(method, 3, 9).evictions]
+    method = replace(method, allocator=OneByOne([], lengths[1]))
+    together, alone = prompts(method, 3, 9), prompts(method, 3, 9)
+    (group,) = scored_together(together.evictions)
+    group.score_layer(0, list(together.queries[:, 0]), SCALE)
+    group.break_up()
+    for several, first in ((together, 1), (alone, 0)):
+        for eviction, queries in zip(several.evictions, several.queries, strict=True):
+            for layer in range(first, LAYERS):
+                eviction.score_layer(layer, queries[layer], SCALE)
+    (again,) = chosen_together(together.evictions)
+    with pytest.raises(LookupError):
+        again.choose()
+    again.break_up()
+    for eviction, single in zip(together.evictions, alone.evictions, strict=True):
+        if eviction.plan.num_tokens == lengths[1]:
+            with pytest.raises(LookupError):
+                eviction.choose()
+        else:
+            assert eviction.finish().page_table.equal(single.finish().page_table)
+    assert together.cache.pool.pages.view(torch.int32).equal(alone.cache.pool.pages.view(torch.int32))
+
+
+def test_those_are_together_that_one_method_evicts_alike_and_whose_lengths_are_not_too_far_apart():
+    method = method_of("snapkv", "uniform")
+    several = prompts(method, 5, 4).evictions
+    several[1].method = method_of("snapkv", "lava")
+    several[2].fresh_block_ids = several[2].block_ids[:3]
+    several[3].plan = replace(several[3].plan, per_token=True)
+    assert [len(group.members) for group in scored_together(several)] == [2, 1, 1, 1]
+    long = [replace(several[0], plan=EvictionPlan(length, 2, BLOCK)) for length in (20, 4096, 4097, 8192, 8193)]
+    assert [len(group) for group in grouping._grouped(long)] == [2, 2, 1]

@@ -1,0 +1,192 @@
+"""The scores of prompts that end in one step, made layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from vllm_kvevict.budgets import BudgetAllocator
+from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.cache.plan import EvictionPlan, cdiv
+from vllm_kvevict.cache.transfer import to_device
+from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.results import checked
+from vllm_kvevict.eviction.traits import allocator_traits_of, traits_of
+from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
+from vllm_kvevict.policies.batch import ScoreBatch, scored_at_once, scores_batches
+
+# Scores of several layers that are made at once, if there are prompts so long.
+_MAX_SCORES = 1 << 24
+
+
+class PromptScores:
+    """What a policy thinks of several prompts, and what an allocator has measured of them.
+
+    page_ids: [num_reqs, num_layers, num_kv_heads, max_blocks] int64, the pages of their blocks
+    scores:   [num_reqs, num_layers, num_kv_heads, max_tokens] float32; anything behind the tokens of a prompt
+    scored:   layers that are in it
+    """
+
+    def __init__(self, method: Method, pool: PagePool, plans: Sequence[EvictionPlan], page_ids: torch.Tensor) -> None:
+        self._method, self._pool, self._plans = method, pool, plans
+        self.page_ids = page_ids
+        self._kv_lens = [plan.num_tokens for plan in plans]
+        self.scores = torch.empty(*page_ids.shape[:3], max(self._kv_lens), device=page_ids.device)
+        self.scored: set[int] = set()
+        no_measure = torch.empty(0, dtype=torch.float64)
+        self._measures = [[no_measure] * pool.num_layers for _ in plans]
+        self._waiting: list[list[ScoreInputs]] = []
+        self._lens: torch.Tensor | None = None
+
+    @property
+    def measures(self) -> torch.Tensor:
+        """[num_reqs, num_layers, num_measures] float64"""
+        measures = torch.stack([measure for of_request in self._measures for measure in of_request])
+        return measures.view(len(self._plans), self._pool.num_layers, measures.shape[1])
+
+    def only(self, req: int) -> PromptScores:
+        """Return those of one prompt, which goes on alone."""
+        plan = self._plans[req]
+        page_ids = self.page_ids[req : req + 1, :, :, : cdiv(plan.num_tokens, self._pool.block_size)]
+        alone = PromptScores(self._method, self._pool, [plan], page_ids)
+        alone.scores = self.scores[req : req + 1, :, :, : plan.num_tokens]
+        alone.scored = set(self.scored)
+        alone._measures = [self._measures[req]]
+        alone._waiting = [[of_layer[req]] for of_layer in self._waiting]
+        return alone
+
+    def take(self, req: int, alone: PromptScores) -> None:
+        """Take over the scores of one prompt, beginning with the first."""
+        alone.score_waiting()
+        self.scores[req, :, :, : alone.scores.shape[3]] = alone.scores[0]
+        self._measures[req] = alone._measures[0]
+        self.scored = self.scored & alone.scored if req else set(alone.scored)
+
+    def lens(self, num_layers: int) -> torch.Tensor:
+        """Return [num_reqs, num_layers, num_kv_heads] int64, the tokens of each head."""
+        if self._lens is None:
+            self._lens = to_device(torch.tensor(self._kv_lens), self.page_ids.device)
+        shape = len(self._plans), num_layers, self._pool.num_kv_heads
+        return self._lens[:, None, None].expand(shape).contiguous()
+
+    def score_layer(
+        self,
+        layer: int,
+        query: Sequence[torch.Tensor],
+        scale: float,
+        output: Sequence[torch.Tensor | None],
+        weights: LayerWeights | None,
+        state: Sequence[Any],
+        pseudo_query: Sequence[torch.Tensor | None],
+    ) -> None:
+        """Score a layer of all prompts, now or together with the next ones; the arguments are as in ``Eviction``."""
+        of_layer = [
+            ScoreInputs(
+                query[req],
+                self._pool.keys,
+                self._pool.values,
+                self.page_ids[req, layer],
+                plan.num_tokens,
+                scale,
+                output[req],
+                weights or LayerWeights(),
+                state[req],
+                plan.num_kept_tokens,
+                layer,
+                pseudo_query[req],
+            )
+            for req, plan in enumerate(self._plans)
+        ]
+        self._waiting.append(of_layer)
+        most = _MAX_SCORES // self.scores[:, 0].numel()
+        if len(self._waiting) >= max(min(traits_of(self._method.policy).layers_at_once, most), 1):
+            self.score_waiting()
+
+    def score_waiting(self) -> None:
+        """Score the layers that wait; they go on waiting if one of them fails."""
+        if not self._waiting:
+            return
+        if self._are_scored_together():
+            kinds = [_scales(of_layer[0]) for of_layer in self._waiting]
+            for first, end in scored_at_once(kinds, len(kinds)):
+                self._score_together(self._waiting[first:end])
+        else:
+            for req in range(len(self._plans)):
+                self._score_alone(req, self._readable([of_layer[req] for of_layer in self._waiting]))
+        self._measure()
+        self.scored.update(of_layer[0].layer for of_layer in self._waiting)
+        self._waiting = []
+
+    def _are_scored_together(self) -> bool:
+        """Whether one call scores all prompts: equally many queries of each, and nothing else, are looked at."""
+        traits = traits_of(self._method.policy)
+        counts = {min(len(inputs.query), traits.query_window) for of_layer in self._waiting for inputs in of_layer}
+        asks_for_more = Need.ALL_QUERIES in traits.needs  # what was summed up of each prompt is a tensor of its own
+        return scores_batches(type(self._method.policy)) and len(counts) == 1 and not asks_for_more
+
+    def _score_together(self, waiting: list[list[ScoreInputs]]) -> None:
+        policy, first = self._method.policy, waiting[0][0]
+        window, layers = traits_of(policy).query_window, [of_layer[0].layer for of_layer in waiting]
+        queries = [last_queries(of_layer[req], window).query for req in range(len(self._plans)) for of_layer in waiting]
+        page_ids = torch.stack([self.page_ids[:, layer] for layer in layers], dim=1)
+        keys, values, page_table = self._pool.readable(page_ids)
+        batch = ScoreBatch(
+            torch.stack(queries).unflatten(0, (-1, len(layers))),
+            keys,
+            lambda: values,
+            page_table,
+            self.lens(len(layers)),
+            self.scores.shape[3],
+            first.scale * first.weights.key_scale,
+            first.weights.value_scale,
+            alike=True,
+        )
+        name = f"{type(policy).__name__}.score_batch"
+        scores = checked(name, policy.score_batch(batch), batch.shape, self.scores.device)
+        for place, layer in enumerate(layers):
+            self.scores[:, layer] = scores[:, place]
+
+    def _score_alone(self, req: int, waiting: list[ScoreInputs]) -> None:
+        policy, shape = self._method.policy, (self._pool.num_kv_heads, self._kv_lens[req])
+        window, name = traits_of(policy).query_window, f"{type(policy).__name__}.score"
+        scores = policy.score_layers([last_queries(inputs, window) for inputs in waiting])
+        for inputs, of_layer in zip(waiting, scores, strict=True):
+            self.scores[req, inputs.layer, :, : shape[1]] = checked(name, of_layer, shape, self.scores.device)
+
+    def _measure(self) -> None:
+        allocator = self._method.allocator
+        if type(allocator).measure is BudgetAllocator.measure:
+            return
+        window = allocator_traits_of(allocator).query_window
+        for req in range(len(self._plans)):
+            for inputs in self._readable([of_layer[req] for of_layer in self._waiting]):
+                self._measures[req][inputs.layer] = allocator.measure(last_queries(inputs, window))
+
+    def _readable(self, layers: list[ScoreInputs]) -> list[ScoreInputs]:
+        """Return inputs of one prompt in which a policy can read the pages."""
+        num_blocks = cdiv(layers[0].kv_len, self._pool.block_size)
+        if not self._pool.is_tiled:
+            return [replace(inputs, page_table=inputs.page_table[:, :num_blocks]) for inputs in layers]
+        keys, values, page_tables = self._pool.readable(
+            torch.stack([inputs.page_table[:, :num_blocks] for inputs in layers])
+        )
+        return [
+            replace(inputs, keys=keys, values=values, page_table=page_table)
+            for inputs, page_table in zip(layers, page_tables, strict=True)
+        ]
+
+
+def _scales(inputs: ScoreInputs) -> tuple[float, float, float]:
+    return inputs.scale, inputs.weights.key_scale, inputs.weights.value_scale
+
+
+def last_queries(inputs: ScoreInputs, window: int) -> ScoreInputs:
+    """Return ``inputs`` with as many of its queries as one of its readers asked for."""
+    first = max(len(inputs.query) - window, 0)
+    if first == 0:
+        return inputs
+    output = None if inputs.output is None else inputs.output[first:]
+    return replace(inputs, query=inputs.query[first:], output=output)
