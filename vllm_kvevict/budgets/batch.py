@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
+import numpy as np
 import torch
 
 from vllm_kvevict.budgets.base import BudgetAllocator
-from vllm_kvevict.cache.transfer import to_device
+from vllm_kvevict.cache.staging import to_device
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class WishBatch:
 
     def on_device(self, numbers: Sequence[int]) -> torch.Tensor:
         """Return [num_reqs] int64 on the device of the scores."""
-        return to_device(torch.tensor(numbers, dtype=torch.int64), self.scores.device)
+        return to_device(np.array(numbers, dtype=np.int64), self.scores.device)
 
     def facts(self, req: int) -> WishFacts:
         """Return what the host knows of a request."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan
-from vllm_kvevict.cache.transfer import to_device
+from vllm_kvevict.cache.staging import to_device
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class _Layout:
         want = num_full_pages.flatten(1)
         staying = want.minimum(torch.tensor([[plan.num_full_blocks * (fresh is None)] for plan in plans]))
         sizes = [[plan.num_full_blocks, plan.num_tail_tokens, _last(plan), _end_staying(plan)] for plan in plans]
-        copied = to_device(torch.cat([torch.tensor(sizes), want, staying], dim=1), own.device)
+        copied = to_device(torch.cat([torch.tensor(sizes), want, staying], dim=1).numpy(), own.device)
         num_full, num_tail, last, end_staying, on_device, num_staying = copied.split(
             [1, 1, 1, 1, want.shape[1], want.shape[1]], dim=1
         )
@@ -244,7 +245,7 @@ class _Layout:
         """
         first = [(_last(plan) - most) * plan.block_size for plan, most in zip(self.plans, self.most, strict=True)]
         width = max(_end_staying(plan) - start for plan, start in zip(self.plans, first, strict=True))
-        first_token = to_device(torch.tensor(first), kept.device)
+        first_token = to_device(np.array(first, dtype=np.int64), kept.device)
         token = (first_token[:, None] + torch.arange(width, device=kept.device))[:, None]  # [num_reqs, 1, width]
         is_staying = (token >= self._first_staying) & (token < self.end_staying[..., None])
         marks = kept.gather(2, token.clamp(max=kept.shape[2] - 1).expand(-1, kept.shape[1], -1))

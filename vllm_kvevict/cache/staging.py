@@ -1,4 +1,4 @@
-"""How numbers that the host knows get to the device without anybody waiting for it."""
+"""How numbers that the host knows get to the device without anybody waiting for it, and how others come back."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)  # torch keeps pinned memory until the copy is through
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on the CPU: here the host waits until the device has made it."""
+    return tensor.cpu()

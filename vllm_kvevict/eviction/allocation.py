@@ -9,7 +9,7 @@ import torch
 from vllm_kvevict.budgets import round_to_pages
 from vllm_kvevict.budgets.batch import BatchAllocator, WishBatch, wishes_for_batches
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
-from vllm_kvevict.cache.transfer import to_host
+from vllm_kvevict.cache.staging import to_host
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.results import checked_wish
 

@@ -19,13 +19,14 @@ from time import perf_counter
 from typing import Any
 from weakref import proxy
 
+import numpy as np
 import torch
 
 from vllm_kvevict.cache.compaction import Compaction, Compactions, plan_compactions
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.cache.residents import Residents
-from vllm_kvevict.cache.transfer import to_device
+from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.eviction.allocation import allocate
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.observer import Choice, is_observed, show
@@ -182,7 +183,7 @@ class Evictions:
             for ids, end in zip(block_ids, ends, strict=True)
         ]
         together = torch.cat([*block_ids, block_ids[0].new_zeros(1)])
-        table = together[to_device(torch.tensor(index, dtype=torch.int64), together.device)]
+        table = together[to_device(np.array(index, dtype=np.int64), together.device)]
         return self._pool.page_ids(table).permute(2, 0, 1, 3)
 
     def break_up(self) -> None:
@@ -237,7 +238,7 @@ class Evictions:
         protected = protect(scores, *protection, lens)
         num_full_pages = allocate(self._method, plans, protected, self._scores.measures)
         tails = torch.tensor([plan.num_tail_tokens for plan in plans])[:, None, None]
-        num_kept = to_device(num_full_pages * self._pool.block_size + tails, scores.device)
+        num_kept = to_device((num_full_pages * self._pool.block_size + tails).numpy(), scores.device)
         kept = select(scores, num_kept, *protection, lens)
         if plans[0].per_token:
             victims = protected.masked_fill_(~kept, float("inf")).argmin(dim=-1)

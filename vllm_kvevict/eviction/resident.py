@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
+import numpy as np
 import torch
 
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import cdiv
 from vllm_kvevict.cache.residents import Residents
-from vllm_kvevict.cache.transfer import to_device
+from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.selection import protect, select
@@ -69,7 +70,7 @@ class ResidentEvictions:
         start = perf_counter()
         device, block_size = self.page_table.device, self.pool.block_size
         tails = [0 if self.per_token else num_tokens % block_size for num_tokens in self.num_tokens]
-        facts = to_device(torch.tensor([self.num_tokens, self.num_new, tails]), device)
+        facts = to_device(np.array([self.num_tokens, self.num_new, tails], dtype=np.int64), device)
         num_tokens, num_new, self._num_tail = facts[..., None, None].unbind(0)  # [num_reqs, 1, 1] each
         self._kv_lens = self.num_pages * block_size - -num_tokens % block_size
         slots = (self.page_table[..., None] * block_size + torch.arange(block_size, device=device)).flatten(3)

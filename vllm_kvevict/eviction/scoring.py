@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_kvevict.budgets import BudgetAllocator
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
-from vllm_kvevict.cache.transfer import to_device
+from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import allocator_traits_of, traits_of
@@ -68,7 +69,7 @@ class PromptScores:
     def lens(self, num_layers: int) -> torch.Tensor:
         """Return [num_reqs, num_layers, num_kv_heads] int64, the tokens of each head."""
         if self._lens is None:
-            self._lens = to_device(torch.tensor(self._kv_lens), self.page_ids.device)
+            self._lens = to_device(np.array(self._kv_lens, dtype=np.int64), self.page_ids.device)
         shape = len(self._plans), num_layers, self._pool.num_kv_heads
         return self._lens[:, None, None].expand(shape).contiguous()
 
