@@ -111,7 +111,7 @@ def test_each_keeps_and_moves_what_it_would_alone(policy, seed, allocator, packi
     (group,) = groups
     group.choose()
     compactions, noted = group.compact(), Residents(together.cache.pool)
-    group.note(noted)
+    group.note(noted, [None] * 3)
     expected = Residents(alone.cache.pool)
     for eviction, single, compaction in zip(together.evictions, alone.evictions, compactions, strict=True):
         alone.score([single.alone])
@@ -172,7 +172,7 @@ def launches(method: Method, num_reqs: int, fresh: bool, monkeypatch: pytest.Mon
         several.score([group])
         group.choose()
         group.compact()
-        group.note(Residents(several.cache.pool))
+        group.note(Residents(several.cache.pool), [None] * num_reqs)
     return launches
 
 
@@ -194,7 +194,9 @@ class OneByOne(BudgetAllocator):
 def test_a_third_party_s_allocator_is_asked_request_by_request():
     method = replace(method_of("snapkv", "uniform"), allocator=OneByOne([]))
     several = prompts(method, 3, 2)
-    (group,) = scored_together(several.evictions)
+    assert scored_together(several.evictions) == []
+    assert [len(group.members) for group in chosen_together(several.evictions)] == [1, 1, 1]
+    group = Evictions(several.evictions)
     several.score([group])
     group.choose()
     lengths = [eviction.plan.num_tokens for eviction in several.evictions]
@@ -208,14 +210,14 @@ def test_those_that_break_up_go_on_with_what_was_seen_and_one_fails_alone():
     lengths = [eviction.plan.num_tokens for eviction in prompts(method, 3, 9).evictions]
     method = replace(method, allocator=OneByOne([], lengths[1]))
     together, alone = prompts(method, 3, 9), prompts(method, 3, 9)
-    (group,) = scored_together(together.evictions)
+    group = Evictions(together.evictions)
     group.score_layer(0, list(together.queries[:, 0]), SCALE)
     group.break_up()
     for several, first in ((together, 1), (alone, 0)):
         for eviction, queries in zip(several.evictions, several.queries, strict=True):
             for layer in range(first, LAYERS):
                 eviction.score_layer(layer, queries[layer], SCALE)
-    (again,) = chosen_together(together.evictions)
+    again = Evictions.joined(together.evictions)
     with pytest.raises(LookupError):
         again.choose()
     again.break_up()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vllm_kvevict.budgets.batch import wishes_for_batches
 from vllm_kvevict.eviction.method import are_equal
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.policies.batch import scores_batches
@@ -16,15 +17,22 @@ _SHORT = 1 << 12
 def scored_together(evictions: Sequence[Eviction]) -> list[Evictions]:
     """Return groups whose layers are scored together; no eviction has been scored yet.
 
-    Those of policies that see one request at a time are not among them: they are scored by their own methods.
+    Those of policies and allocators that see one request at a time are not among them: they go by their own methods.
     """
-    batched = [eviction for eviction in evictions if scores_batches(type(eviction.method.policy))]
+    batched = [eviction for eviction in evictions if scores_batches(type(eviction.method.policy)) and _shares(eviction)]
     return [Evictions(group) for group in _grouped(batched)]
 
 
 def chosen_together(evictions: Sequence[Eviction]) -> list[Evictions]:
-    """Return groups of evictions that have been scored by their own methods."""
-    return [Evictions.joined(group) for group in _grouped(evictions)]
+    """Return groups of evictions that have been scored by their own methods, no two of whose allocators see one request
+    at a time.
+    """
+    alone = [eviction.alone for eviction in evictions if not _shares(eviction)]
+    return alone + [Evictions.joined(group) for group in _grouped(list(filter(_shares, evictions)))]
+
+
+def _shares(eviction: Eviction) -> bool:
+    return wishes_for_batches(type(eviction.method.allocator))
 
 
 def _grouped(evictions: Sequence[Eviction]) -> list[list[Eviction]]:

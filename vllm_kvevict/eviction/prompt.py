@@ -133,6 +133,10 @@ class Eviction:
         """
         self.alone.score_layer(layer, [query], scale, [output], weights, [state], [pseudo_query])
 
+    def score_waiting(self) -> None:
+        """Score now what waits for the next layers."""
+        self.alone.score_waiting()
+
     def adopt(self, plan: EvictionPlan) -> None:
         """Go on with a plan that keeps fewer blocks, of the same prompt."""
         self.plan = plan
@@ -224,6 +228,12 @@ class Evictions:
         )
         self._took(start)
 
+    def score_waiting(self) -> None:
+        """``Eviction.score_waiting`` for all members."""
+        start = perf_counter()
+        self._scores.score_waiting()
+        self._took(start)
+
     def choose(self) -> None:
         """``Eviction.choose`` for all members."""
         start = perf_counter()
@@ -279,11 +289,17 @@ class Evictions:
         """Return the moves as plain indices of slots: a gap moves the first slot of the null page to itself."""
         return [(source.clamp(min=0), destination.clamp(min=0)) for source, destination in self._compactions.phases]
 
-    def note(self, residents: Residents) -> None:
-        """Note what the compacted caches hold, for policies that sum up nothing: ``Residents.note`` for all members."""
+    def note(self, residents: Residents, states: Sequence[list[torch.Tensor] | None]) -> None:
+        """Note what the compacted caches hold: ``Residents.note`` for all members.
+
+        states: of each, per layer [num_kv_heads, num_tokens] float32, what the policy summed up; None if nothing
+        """
         page_ids, block_size = self._scores.page_ids, self._pool.block_size
-        slots = page_ids[..., None] * block_size + torch.arange(block_size, device=page_ids.device)
-        positions = torch.arange(page_ids.shape[3] * block_size, dtype=torch.int32, device=slots.device)
-        residents.positions[slots.flatten(3)] = positions
+        lane = torch.arange(block_size, device=page_ids.device)
+        slots = (page_ids[..., None] * block_size + lane).flatten(3)
+        residents.positions[slots] = torch.arange(slots.shape[3], dtype=torch.int32, device=slots.device)
+        for of_request, sums in zip(slots, states, strict=True):
+            if sums is not None:
+                residents.sums[of_request[..., : sums[0].shape[1]]] = torch.stack(sums)
         for source, destination in self._followed():
             residents.move(source, destination)
