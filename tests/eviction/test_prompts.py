@@ -19,8 +19,8 @@ from tests.paged import LAYOUTS, PACKINGS, PagedCache, make_pool, random_kv, scr
 from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
 from vllm_kvevict.cache.plan import EvictionPlan, plan_eviction, plan_per_token
 from vllm_kvevict.cache.residents import Residents
-from vllm_kvevict.eviction import allocation, grouping
-from vllm_kvevict.eviction.grouping import chosen_together, scored_together
+from vllm_kvevict.eviction import allocation, grouping, scoring
+from vllm_kvevict.eviction.grouping import chosen_together, scored_again_together, scored_together
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.eviction.schedule import DuringDecode, Schedule
@@ -40,6 +40,10 @@ class Prompts:
     cache: PagedCache
     evictions: list[Eviction]
     queries: torch.Tensor
+
+    @property
+    def by_name(self) -> dict[str, Eviction]:
+        return {str(req): eviction for req, eviction in enumerate(self.evictions)}
 
     def score(self, parts: list[Evictions]) -> None:
         for part in parts:
@@ -101,14 +105,15 @@ POLICY_NAMES = ("snapkv", "lava", "vatp", "tova", "streaming_llm", *WITHOUT_BATC
 def test_each_keeps_and_moves_what_it_would_alone(policy, seed, allocator, packing, layout, fresh, per_token):
     method = method_of(policy, allocator, per_token)
     together, alone = (prompts(method, 3, seed, packing, layout, fresh) for _ in range(2))
-    groups = scored_together(together.evictions)
+    groups = scored_together(together.by_name)
     if policy in WITHOUT_BATCHES:
         assert groups == []
         together.score([eviction.alone for eviction in together.evictions])
-        groups = chosen_together(together.evictions)
+        groups = chosen_together(together.by_name)
     else:
-        together.score(groups)
-    (group,) = groups
+        together.score([group for _, group in groups])
+    ((names, group),) = groups
+    assert names == list(together.by_name)
     group.choose()
     compactions, noted = group.compact(), Residents(together.cache.pool)
     group.note(noted, [None] * 3)
@@ -123,6 +128,20 @@ def test_each_keeps_and_moves_what_it_would_alone(policy, seed, allocator, packi
         held = slots_of(compaction)
         assert noted.positions[held].equal(expected.positions[held])
     assert together.cache.pool.pages.view(torch.int32).equal(alone.cache.pool.pages.view(torch.int32))
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICY_NAMES if name not in WITHOUT_BATCHES])
+def test_what_is_scored_together_is_what_a_policy_says_of_each_layer(policy, monkeypatch):
+    method = method_of(policy, "uniform")
+    together, alone = prompts(method, 4, 21), prompts(method, 4, 21)
+    ((_, group),) = scored_together(together.by_name)
+    together.score([group])
+    group.choose()
+    monkeypatch.setattr(scoring, "scores_batches", lambda policy: False)
+    alone.score([eviction.alone for eviction in alone.evictions])
+    for of_request, single in zip(group._scores.scores, alone.evictions, strict=True):
+        single.choose()
+        assert of_request[..., : single.plan.num_tokens].equal(single.alone._scores.scores[0])
 
 
 def slots_of(compaction) -> torch.Tensor:
@@ -168,7 +187,7 @@ def launches(method: Method, num_reqs: int, fresh: bool, monkeypatch: pytest.Mon
             return tensor
 
         patched.setattr(allocation, "to_host", to_host)
-        (group,) = scored_together(several.evictions)
+        ((_, group),) = scored_together(several.by_name)
         several.score([group])
         group.choose()
         group.compact()
@@ -194,8 +213,8 @@ class OneByOne(BudgetAllocator):
 def test_a_third_party_s_allocator_is_asked_request_by_request():
     method = replace(method_of("snapkv", "uniform"), allocator=OneByOne([]))
     several = prompts(method, 3, 2)
-    assert scored_together(several.evictions) == []
-    assert [len(group.members) for group in chosen_together(several.evictions)] == [1, 1, 1]
+    assert scored_together(several.by_name) == []
+    assert [names for names, _ in chosen_together(several.by_name)] == [["0"], ["1"], ["2"]]
     group = Evictions(several.evictions)
     several.score([group])
     group.choose()
@@ -213,6 +232,7 @@ def test_those_that_break_up_go_on_with_what_was_seen_and_one_fails_alone():
     group = Evictions(together.evictions)
     group.score_layer(0, list(together.queries[:, 0]), SCALE)
     group.break_up()
+    group.break_up()  # once more changes nothing
     for several, first in ((together, 1), (alone, 0)):
         for eviction, queries in zip(several.evictions, several.queries, strict=True):
             for layer in range(first, LAYERS):
@@ -232,10 +252,22 @@ def test_those_that_break_up_go_on_with_what_was_seen_and_one_fails_alone():
 
 def test_those_are_together_that_one_method_evicts_alike_and_whose_lengths_are_not_too_far_apart():
     method = method_of("snapkv", "uniform")
-    several = prompts(method, 5, 4).evictions
-    several[1].method = method_of("snapkv", "lava")
-    several[2].fresh_block_ids = several[2].block_ids[:3]
-    several[3].plan = replace(several[3].plan, per_token=True)
-    assert [len(group.members) for group in scored_together(several)] == [2, 1, 1, 1]
-    long = [replace(several[0], plan=EvictionPlan(length, 2, BLOCK)) for length in (20, 4096, 4097, 8192, 8193)]
-    assert [len(group) for group in grouping._grouped(long)] == [2, 2, 1]
+    several = prompts(method, 5, 4)
+    several.evictions[1].method = method_of("snapkv", "lava")
+    several.evictions[2].fresh_block_ids = several.evictions[2].block_ids[:3]
+    several.evictions[3].plan = replace(several.evictions[3].plan, per_token=True)
+    assert [names for names, _ in scored_together(several.by_name)] == [["0", "4"]]
+    observed = prompts(method_of("h2o", "uniform"), 2, 4)
+    assert scored_together(observed.by_name) == [], "their queries are summed up one by one"
+    lengths = (20, 4096, 4097, 8192, 8193)
+    long = {str(length): replace(several.evictions[0], plan=EvictionPlan(length, 2, BLOCK)) for length in lengths}
+    assert grouping._grouped(long, grouping._fit) == [["20", "4096"], ["4097", "8192"], ["8193"]]
+
+
+def test_answers_are_together_that_one_method_evicts_and_whose_queries_are_as_many_if_all_are_observed():
+    methods = [
+        method_of(policy, "uniform") for policy in ("snapkv", "snapkv", "h2o", "h2o", "h2o", "keydiff", "keydiff")
+    ]
+    due = {str(place): (method, 16 + (place == 4)) for place, method in enumerate(methods)}
+    due["1"] = (methods[1], 9)
+    assert scored_again_together(due) == [["0", "1"], ["2", "3"], ["4"], ["5"], ["6"]]

@@ -15,6 +15,7 @@ from tests.launches import counted
 from tests.paged import LAYOUTS, PACKINGS, PagedCache, make_pool, scrambled_blocks
 from vllm_kvevict.budgets.uniform import Uniform
 from vllm_kvevict.cache.residents import Residents
+from vllm_kvevict.eviction import resident as module
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.kernels.tiled_tokens import tiled_offsets
@@ -141,6 +142,32 @@ def test_each_keeps_and_moves_what_it_would_alone(policy, seed, packing, layout,
     assert together.residents.sums.equal(alone.residents.sums)
     if per_token:
         assert batch.next_victims.equal(torch.cat([single.next_victims for single in singles]))
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICY_NAMES if name not in WITHOUT_BATCHES])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_what_is_scored_together_is_what_a_policy_says_of_each_head(policy, packing, monkeypatch):
+    """``score`` and ``observe`` see heads that hold equally many tokens, request by request and layer by layer."""
+    together, alone = (answers(4, 11, packing, "BLHNC") for _ in range(2))
+    together.evict(policy, False, [0, 1, 2, 3])
+    monkeypatch.setattr(module, "scores_batches", lambda policy: False)
+    alone.evict(policy, False, [0, 1, 2, 3])
+    assert together.cache.pool.pages.view(torch.int32).equal(alone.cache.pool.pages.view(torch.int32))
+    assert together.residents.positions.equal(alone.residents.positions)
+    torch.testing.assert_close(together.residents.sums, alone.residents.sums, rtol=1e-5, atol=1e-6)
+
+
+def test_sums_grow_by_what_the_new_queries_pay_and_are_those_of_the_tokens(monkeypatch):
+    """Every query pays 1 in all, mean over its group. Where nothing moves the sums stand where the tokens are."""
+    requests = answers(3, 11, "interleaved", "LBHNC")
+    before, num_new = requests.residents.sums.clone(), requests.num_new[0]
+    monkeypatch.setattr(Residents, "move", lambda *arguments: None)
+    eviction = requests.evict("h2o", False, [0, 1, 2])
+    is_held = torch.arange(eviction._slots.shape[3]) < eviction._kv_lens[..., None]
+    is_earlier = torch.arange(eviction._slots.shape[3]) < eviction._kv_lens[..., None] - num_new
+    sums = requests.residents.sums[eviction._slots].masked_fill(~is_held, 0).sum(dim=3)
+    earlier = before[eviction._slots].masked_fill(~is_earlier, 0).sum(dim=3)
+    torch.testing.assert_close(sums, earlier + num_new, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("policy", [name for name in POLICY_NAMES if name not in WITHOUT_BATCHES])

@@ -1,49 +1,73 @@
-"""Which prompts that end in one step are evicted together."""
+"""Which requests are evicted together, of those that are due in a step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from vllm_kvevict.budgets.batch import wishes_for_batches
-from vllm_kvevict.eviction.method import are_equal
+from vllm_kvevict.eviction.method import Method, are_equal
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
+from vllm_kvevict.eviction.traits import traits_of
+from vllm_kvevict.policies.base import Need
 from vllm_kvevict.policies.batch import scores_batches
 
 # Prompts of at most so many tokens share a group, whatever their lengths; of longer ones those that are less than twice
 # as long as each other, so that tables of a group are at most twice what its prompts fill.
 _SHORT = 1 << 12
 
+_T = TypeVar("_T")
 
-def scored_together(evictions: Sequence[Eviction]) -> list[Evictions]:
-    """Return groups whose layers are scored together; no eviction has been scored yet.
 
-    Those of policies and allocators that see one request at a time are not among them: they go by their own methods.
+def scored_together(evictions: Mapping[str, Eviction]) -> list[tuple[list[str], Evictions]]:
+    """Return groups whose layers are scored together, each with the names of its members; none has been scored yet.
+
+    Who is the only one of a kind is not among them, nor are those of policies and allocators that see one request at a
+    time, as ``observe`` does: they go by their own methods.
     """
-    batched = [eviction for eviction in evictions if scores_batches(type(eviction.method.policy)) and _shares(eviction)]
-    return [Evictions(group) for group in _grouped(batched)]
+    batched = {
+        name: eviction
+        for name, eviction in evictions.items()
+        if scores_batches(type(eviction.method.policy)) and not _observes(eviction.method) and _shares(eviction)
+    }
+    groups = [names for names in _grouped(batched, _fit) if len(names) > 1]
+    return [(names, Evictions([batched[name] for name in names])) for names in groups]
 
 
-def chosen_together(evictions: Sequence[Eviction]) -> list[Evictions]:
-    """Return groups of evictions that have been scored by their own methods, no two of whose allocators see one request
-    at a time.
+def chosen_together(evictions: Mapping[str, Eviction]) -> list[tuple[list[str], Evictions]]:
+    """Return groups of evictions that have been scored by their own methods, each with the names of its members.
+
+    Allocators that see one request at a time have groups of one.
     """
-    alone = [eviction.alone for eviction in evictions if not _shares(eviction)]
-    return alone + [Evictions.joined(group) for group in _grouped(list(filter(_shares, evictions)))]
+    groups = _grouped(evictions, lambda one, other: _shares(one) and _fit(one, other))
+    return [(names, Evictions.joined([evictions[name] for name in names])) for names in groups]
+
+
+def scored_again_together(due: Mapping[str, tuple[Method, int]]) -> list[list[str]]:
+    """Return the names of requests that are scored together while they decode.
+
+    due: of each its method and how many tokens it has had since its last eviction
+    """
+    return _grouped(due, _fit_again)
+
+
+def _grouped(members: Mapping[str, _T], fit: Callable[[_T, _T], bool]) -> list[list[str]]:
+    groups: list[list[str]] = []
+    for name, member in members.items():
+        fitting = next((group for group in groups if fit(members[group[0]], member)), None)
+        if fitting is None:
+            groups.append([name])
+        else:
+            fitting.append(name)
+    return groups
 
 
 def _shares(eviction: Eviction) -> bool:
     return wishes_for_batches(type(eviction.method.allocator))
 
 
-def _grouped(evictions: Sequence[Eviction]) -> list[list[Eviction]]:
-    groups: list[list[Eviction]] = []
-    for eviction in evictions:
-        fitting = next((group for group in groups if _fit(group[0], eviction)), None)
-        if fitting is None:
-            groups.append([eviction])
-        else:
-            fitting.append(eviction)
-    return groups
+def _observes(method: Method) -> bool:
+    return Need.ALL_QUERIES in traits_of(method.policy).needs
 
 
 def _fit(one: Eviction, other: Eviction) -> bool:
@@ -56,3 +80,9 @@ def _fit(one: Eviction, other: Eviction) -> bool:
 
 def _length_class(num_tokens: int) -> int:
     return max(num_tokens - 1, _SHORT - 1).bit_length()
+
+
+def _fit_again(one: tuple[Method, int], other: tuple[Method, int]) -> bool:
+    if not scores_batches(type(one[0].policy)) or not are_equal(one[0], other[0]):
+        return False
+    return one[1] == other[1] or not _observes(one[0])

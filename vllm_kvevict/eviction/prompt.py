@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from time import perf_counter
 from typing import Any
-from weakref import proxy
+from weakref import ProxyType, proxy
 
 import numpy as np
 import torch
@@ -192,8 +192,8 @@ class Evictions:
 
     def break_up(self) -> None:
         """Let each member go on alone, by its own methods, with what has been seen and scored so far."""
-        if len(self.members) > 1:
-            for req, eviction in enumerate(self.members):
+        for req, eviction in enumerate(self.members):
+            if not isinstance(eviction, ProxyType):  # which is alone already
                 eviction.go_on(Evictions([proxy(eviction)], self._scores.only(req)))
 
     @classmethod
