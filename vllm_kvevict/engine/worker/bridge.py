@@ -21,7 +21,9 @@ from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.checks import ring_depth
 from vllm_kvevict.engine.messages import STEP, EvictionReport, PrefillEnd, StepEvictions
 from vllm_kvevict.engine.worker.agreement import Workers
+from vllm_kvevict.engine.worker.answers import Answers
 from vllm_kvevict.engine.worker.auto_budgets import AutoBudgets
+from vllm_kvevict.engine.worker.choosing import choose_kept, in_groups
 from vllm_kvevict.engine.worker.commands import Commands, without
 from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.model import ModelWeights
@@ -29,9 +31,9 @@ from vllm_kvevict.engine.worker.pseudo_passes import PseudoPasses
 from vllm_kvevict.engine.worker.replacing import Replacing
 from vllm_kvevict.engine.worker.rows import BatchFolder, StepRows, folded_launches, longest_lens
 from vllm_kvevict.engine.worker.step import Step, none, num_tokens_after
-from vllm_kvevict.engine.worker.watched import ChunkRow, PrefillRow, WatchedRequest
+from vllm_kvevict.engine.worker.watched import ChunkRow, PrefillGroup, PrefillRow, WatchedRequest
 from vllm_kvevict.eviction.per_token import TokenEvictor
-from vllm_kvevict.eviction.prompt import Eviction
+from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.eviction.resident import ResidentEviction
 
 logger = logging.getLogger("vllm.kvevict")
@@ -67,6 +69,7 @@ class EvictionBridge:
         self.residents = Residents(pool)
         tokens = TokenEvictor(pool, self.page_table, self.residents, self.ring, max_num_reqs)
         self._replacing = Replacing(tokens, self.page_table, self.failures)
+        self._answers = Answers(pool, self.page_table, self.residents, self.ring, self.failures)
         self._auto_budgets = AutoBudgets(runner, self.failures)
         self._pseudo_passes = PseudoPasses(runner, pool, layer_names, self.failures)
 
@@ -147,28 +150,8 @@ class EvictionBridge:
                 eviction = step.evictions[req_id] = Eviction(method, end.plan, self.pool, block_ids, self._fresh(end))
                 self._observe_answer(req_id, end.plan.num_tokens, eviction)
         self._choose_budgets(step)
-        for req_id, eviction in step.evictions.items():
-            self.failures.ask(req_id, "choosing what to keep", self._choose_kept, req_id, eviction)
-        for req_id, num_tokens in decisions.shrinking.items():
-            if not self._watched[req_id].method.schedule.per_token:  # whose tokens have left the block one by one
-                block_ids = step.block_ids[req_id]
-                step.again[req_id] = self._resident_eviction(req_id, num_tokens, block_ids)
-                self.failures.ask(req_id, "scoring an answer", self._score_answer, req_id, num_tokens)
-
-    def _choose_kept(self, req_id: str, eviction: Eviction) -> None:
-        eviction.choose()
-        request = self._watched[req_id]
-        if request.method.schedule.is_bounded:
-            request.check_states((self.pool.num_kv_heads, eviction.plan.num_tokens), self.pool.pages.device)
-
-    def _score_answer(self, req_id: str, num_tokens: int) -> None:
-        """Let the policy look at all that an evicted request holds, the block that its answer has filled included."""
-        request, eviction = self._watched[req_id], self.step.again[req_id]
-        for layer in range(self.pool.num_layers):
-            chunk = self._new_queries(layer, req_id, num_tokens)
-            last = request.queries.extend(layer, chunk)
-            weights = self._weights.of(layer, request.needs)
-            eviction.score_layer(layer, last, chunk, self._weights.scale(layer), weights)
+        choose_kept(step, self._watched, self.pool, self.failures)
+        self._answers.score(step, self._watched, self._weights)
 
     def _evict(self, step: Step) -> dict[str, float]:
         """Move what was chosen; return the seconds that each request took in all.
@@ -176,21 +159,35 @@ class EvictionBridge:
         Tokens move only into blocks that no other request reads.
         """
         seconds = {}
+        for req_ids, evictions in step.chosen:
+            if not all(req_id in self.failures for req_id in req_ids):
+                self._compact(req_ids, evictions)
         for req_id, eviction in step.evictions.items():
-            request = self._watched[req_id]
-            if req_id not in self.failures:
-                self._compact(req_id, eviction)
-            seconds[req_id] = eviction.seconds + request.seconds
+            seconds[req_id] = eviction.seconds + self._watched[req_id].seconds
             if not step.decisions.ending[req_id].goes_on:
                 self._stop_watching(req_id)
         for req_id, again in step.again.items():
-            chunk = step.decisions.chunks.get(req_id)
+            chunk = step.decisions.chunks[req_id]
             if req_id not in self.failures:
-                self._compact_again(req_id, again, None if chunk is None else chunk.plan)
+                again.compact()
+                self._shrink(req_id, again.num_tokens, again.per_token)
+                if chunk.plan.per_token:
+                    self._go_on_per_token(req_id, chunk.plan, again.next_victims)
             seconds[req_id] = again.seconds
-            if chunk is not None and not chunk.goes_on:
+            if not chunk.goes_on:
                 self._stop_watching(req_id)
+        for req_ids, answers in step.answers:
+            if not all(req_id in self.failures for req_id in req_ids):
+                answers.compact()
+                for req_id, num_tokens in zip(req_ids, answers.num_tokens, strict=True):
+                    self._shrink(req_id, num_tokens, per_token=False)
+            seconds |= dict.fromkeys(req_ids, answers.seconds / len(req_ids))
         return seconds
+
+    def _shrink(self, req_id: str, num_tokens: int, per_token: bool) -> None:
+        """The block that an answer has filled is empty, or those that a chunk of a prompt has, all but the last one."""
+        self._watched[req_id].num_tokens = num_tokens
+        self.page_table.shrink(req_id, num_tokens, per_token)
 
     def _stop_watching(self, req_id: str) -> None:
         """A request will not be evicted again."""
@@ -202,31 +199,23 @@ class EvictionBridge:
         self._auto_budgets.observe(step.auto_rows)
         self._auto_budgets.choose(step.evictions, self._watched)
 
-    def _compact(self, req_id: str, eviction: Eviction) -> None:
-        """Carry out the first eviction of a request."""
-        compaction, request = eviction.compact(), self._watched[req_id]
-        self.page_table.add(req_id, compaction, eviction.plan, eviction.full_block_ids)
-        if request.method.schedule.is_bounded:
-            known_bytes = self.residents.num_bytes
-            self.residents.note(compaction, eviction.plan, eviction.block_ids, request.take_states())
-            if self.residents.num_bytes > known_bytes:
-                logger.info(
-                    "Eviction during decode notes the tokens of answers, in %.1f MiB beside the KV cache",
-                    self.residents.num_bytes / 2**20,
-                )
+    def _compact(self, req_ids: list[str], evictions: Evictions) -> None:
+        """Carry out the first evictions of some requests."""
+        compactions, requests = evictions.compact(), [self._watched[req_id] for req_id in req_ids]
+        for req_id, compaction, eviction in zip(req_ids, compactions, evictions.members, strict=True):
+            self.page_table.add(req_id, compaction, eviction.plan, eviction.full_block_ids)
+        if not requests[0].method.schedule.is_bounded:
+            return
+        known_bytes = self.residents.num_bytes
+        evictions.note(self.residents, [request.take_states() for request in requests])
+        if self.residents.num_bytes > known_bytes:
+            logger.info(
+                "Eviction during decode notes the tokens of answers, in %.1f MiB beside the KV cache",
+                self.residents.num_bytes / 2**20,
+            )
+        for req_id, eviction in zip(req_ids, evictions.members, strict=True):
             if eviction.next_victims is not None:
                 self._go_on_per_token(req_id, eviction.plan, eviction.next_victims)
-
-    def _compact_again(self, req_id: str, eviction: ResidentEviction, plan: EvictionPlan | None) -> None:
-        """Empty the block that an answer has filled, or those that a chunk of a prompt has, all but the last one.
-
-        plan: of the chunk
-        """
-        eviction.compact()
-        self._watched[req_id].num_tokens = eviction.num_tokens
-        self.page_table.shrink(req_id, eviction.num_tokens, eviction.per_token)
-        if plan is not None and plan.per_token:
-            self._go_on_per_token(req_id, plan, eviction.next_victims)
 
     def _go_on_per_token(self, req_id: str, plan: EvictionPlan, victims: torch.Tensor) -> None:
         """From its next token on a request replaces what it holds; the ring has its last queries then."""
@@ -241,17 +230,10 @@ class EvictionBridge:
             return
         request, block_ids = self._watched[req_id], self.step.block_ids[req_id]
         # before the first is observed: it counts as seen then
-        chunks = [self._new_queries(layer, req_id, num_tokens) for layer in range(self.pool.num_layers)]
+        chunks = self._answers.new_queries(request, num_tokens)
         for layer, chunk in enumerate(chunks):
             row = PrefillRow(request, 0, len(chunk), block_ids, num_tokens, eviction)
             self.observe(row, layer, chunk, chunk, self._weights.scale(layer))
-
-    def _new_queries(self, layer: int, req_id: str, num_tokens: int) -> torch.Tensor:
-        """Return [num_new, num_heads, head_size], the queries since the last full block; none if no policy asks."""
-        request = self._watched[req_id]
-        if req_id not in self.ring.slots:
-            return request.queries.last(layer)[:0]
-        return self.ring.last(layer, req_id, num_tokens, num_tokens - request.num_tokens)
 
     def _resident_eviction(
         self, req_id: str, num_tokens: int, block_ids: torch.Tensor, per_token: bool = False
@@ -273,7 +255,7 @@ class EvictionBridge:
         req_ids = step.req_ids = self._row_req_ids(common)
         split = self._folder.split(self.page_table.slots.of(req_ids), common)
         self._check_lengths(common)
-        prefills: list[PrefillRow | ChunkRow] = [*self._prefill_rows(common, step)]
+        prefills: list[PrefillGroup | PrefillRow | ChunkRow] = [*in_groups(self._prefill_rows(common, step), step)]
         answers = decisions.answers
         for row, req_id in enumerate(req_ids if answers else []):
             if req_id in answers:
@@ -374,10 +356,29 @@ class EvictionBridge:
         self._replacing.choose_holes(rows.replacements, layer, self._weights)
 
     def observe(
-        self, row: PrefillRow | ChunkRow, layer: int, query: torch.Tensor, output: torch.Tensor, scale: float
+        self,
+        row: PrefillGroup | PrefillRow | ChunkRow,
+        layer: int,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        scale: float,
     ) -> None:
-        """Show a layer's queries and outputs [num_tokens, num_heads, head_size] to one row of the batch."""
-        self.failures.ask(row.request.req_id, f"scoring layer {layer}", self._observe, row, layer, query, output, scale)
+        """Show a layer's queries and outputs [num_tokens, num_heads, head_size] to one row of the batch, or to some."""
+        doing = f"scoring layer {layer}"
+        if not isinstance(row, PrefillGroup):
+            self.failures.ask(row.request.req_id, doing, self._observe, row, layer, query, output, scale)
+            return
+        if any(req_id in self.failures for req_id in row.req_ids):
+            row.break_up()
+        if not row.is_whole:
+            for one in row.rows:
+                self.observe(one, layer, query, output, scale)
+            return
+        weights = self._weights.of(layer, row.rows[0].request.needs)
+        if not self.failures.together(doing, row.observe, self.pool, layer, query, output, scale, weights):
+            row.break_up()
+            for one in row.rows:
+                self.failures.ask(one.request.req_id, doing, self.step.evictions[one.request.req_id].score_waiting)
 
     def _observe(
         self, row: PrefillRow | ChunkRow, layer: int, query: torch.Tensor, output: torch.Tensor, scale: float

@@ -67,6 +67,18 @@ class Failures:
                 return question(*args, **kwargs)
         return None
 
+    def together(self, doing: str, question: Callable[_P, object], *args: _P.args, **kwargs: _P.kwargs) -> bool:
+        """Ask a question about several requests; return whether it was answered. If it raises, nobody fails by that:
+        each of them is to be asked alone, and who is to blame fails then.
+        """
+        with contained(partial(self._log_together, doing)), apart:
+            question(*args, **kwargs)
+            return True
+        return False
+
+    def _log_together(self, doing: str, error: BaseException) -> None:
+        _log(f"{doing} failed for several requests together, which are asked one by one:\n{with_traceback(error)}")
+
     def note(self, req_id: str, what: str) -> None:
         """A request has failed, if it has not before."""
         self._raised.setdefault(req_id, what)

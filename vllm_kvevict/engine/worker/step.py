@@ -9,9 +9,9 @@ import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvevict.engine.messages import StepEvictions
-from vllm_kvevict.engine.worker.watched import PrefillRow
-from vllm_kvevict.eviction.prompt import Eviction
-from vllm_kvevict.eviction.resident import ResidentEviction
+from vllm_kvevict.engine.worker.watched import PrefillGroup, PrefillRow
+from vllm_kvevict.eviction.prompt import Eviction, Evictions
+from vllm_kvevict.eviction.resident import ResidentEviction, ResidentEvictions
 
 
 @dataclass
@@ -23,7 +23,10 @@ class Step:
     req_ids:     rows of the last batch that was not all stock attention's
     block_ids:   [num_blocks] int64 of the requests whose answer is looked at, as of that batch
     evictions:   of requests that are evicted for the first time
-    again:       of requests that have been evicted before
+    groups:      of those in ``evictions``, the ones whose layers are scored together
+    chosen:      of those in ``evictions``, the ones that keep what was chosen, as they move
+    again:       of requests that are evicted again behind a chunk of their prompt
+    answers:     of requests that are evicted again while they decode, as they were scored
     auto_rows:   chunks of prompts whose budget is "auto"
     pseudo_rows: last chunks of prompts that pseudo tokens follow
     is_over:     whether batches that come now are none of the scheduler's
@@ -34,7 +37,10 @@ class Step:
     req_ids: list[str] = field(default_factory=list)
     block_ids: dict[str, torch.Tensor] = field(default_factory=dict)
     evictions: dict[str, Eviction] = field(default_factory=dict)
+    groups: list[PrefillGroup] = field(default_factory=list)
+    chosen: list[tuple[list[str], Evictions]] = field(default_factory=list)
     again: dict[str, ResidentEviction] = field(default_factory=dict)
+    answers: list[tuple[list[str], ResidentEvictions]] = field(default_factory=list)
     auto_rows: list[PrefillRow] = field(default_factory=list)
     pseudo_rows: list[PrefillRow] = field(default_factory=list)
     is_over: bool = False

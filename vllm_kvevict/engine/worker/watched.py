@@ -11,7 +11,7 @@ import torch
 from vllm_kvevict.budgets.auto import AutoBudget
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.eviction.method import Method
-from vllm_kvevict.eviction.prompt import Eviction
+from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.eviction.resident import ResidentEviction
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import traits_of
@@ -118,6 +118,8 @@ class PrefillRow:
     block_ids:  [num_blocks] int64, the block table up to the end of the chunk
     kv_len:     tokens in the cache at the end of the chunk
     eviction:   set if the chunk is the last one
+    last:       of the layer that was seen last, the queries that the policy or the allocator looks at
+    outputs:    likewise, what attention returned for them, if the policy asks for it
     selected:   of the last chunk, per layer [num_kv_heads, num_selected] int64: slots that pseudo tokens see
     """
 
@@ -128,6 +130,8 @@ class PrefillRow:
     kv_len: int
     eviction: Eviction | None
     selected: list[torch.Tensor] = field(default_factory=list)
+    last: torch.Tensor = field(init=False)
+    outputs: torch.Tensor | None = field(init=False, default=None)
 
     def observe(
         self,
@@ -139,12 +143,30 @@ class PrefillRow:
         weights: LayerWeights,
     ) -> None:
         """See a layer's queries and outputs [num_tokens, num_heads, head_size] of the whole batch, after it ran."""
+        self.see(pool, layer, query, output, scale, weights)
+        if self.eviction is not None and self.request.num_pseudo_tokens:
+            slots = self.eviction.preselect_layer(layer, self.last, scale, weights)
+            if self.selected and slots.shape != self.selected[0].shape:
+                raise ValueError(f"expected as many selected tokens in every layer, got {slots.shape[1]} in {layer}")
+            self.selected.append(slots)
+        elif self.eviction is not None:
+            self.eviction.score_layer(layer, self.last, scale, self.outputs, weights, self.request.states[layer])
+
+    def see(
+        self,
+        pool: PagePool,
+        layer: int,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        scale: float,
+        weights: LayerWeights,
+    ) -> None:
+        """As ``observe``, but score nothing."""
         request = self.request
         chunk = query[self.start : self.end]
         request.num_tokens = self.kv_len
-        outputs = None
         if Need.OUTPUTS in request.needs:
-            outputs = request.outputs.extend(layer, output[self.start : self.end])
+            self.outputs = request.outputs.extend(layer, output[self.start : self.end])
         if Need.ALL_QUERIES in request.needs:
             start = perf_counter()
             inputs = ScoreInputs(
@@ -157,14 +179,7 @@ class PrefillRow:
             )
             request.states[layer] = request.method.policy.observe(request.states[layer], inputs)
             request.seconds += perf_counter() - start
-        last = request.queries.extend(layer, chunk)
-        if self.eviction is not None and request.num_pseudo_tokens:
-            slots = self.eviction.preselect_layer(layer, last, scale, weights)
-            if self.selected and slots.shape != self.selected[0].shape:
-                raise ValueError(f"expected as many selected tokens in every layer, got {slots.shape[1]} in {layer}")
-            self.selected.append(slots)
-        elif self.eviction is not None:
-            self.eviction.score_layer(layer, last, scale, outputs, weights, request.states[layer])
+        self.last = request.queries.extend(layer, chunk)
 
     def score(self, layer: int, scale: float, weights: LayerWeights, pseudo_query: torch.Tensor) -> None:
         """Score a layer of a prompt that pseudo tokens [num_tokens, num_heads, head_size] have followed."""
@@ -173,3 +188,40 @@ class PrefillRow:
             outputs = request.outputs.last(layer) if Need.OUTPUTS in request.needs else None
             last, state = request.queries.last(layer), request.states[layer]
             self.eviction.score_layer(layer, last, scale, outputs, weights, state, pseudo_query)
+
+
+@dataclass
+class PrefillGroup:
+    """Last chunks of prompts whose layers are scored together.
+
+    rows:     of the batch, in the order of the members of ``evictions``
+    is_whole: False once they go on one by one
+    """
+
+    rows: list[PrefillRow]
+    evictions: Evictions
+    is_whole: bool = True
+
+    @property
+    def req_ids(self) -> list[str]:
+        return [row.request.req_id for row in self.rows]
+
+    def observe(
+        self,
+        pool: PagePool,
+        layer: int,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        scale: float,
+        weights: LayerWeights,
+    ) -> None:
+        """As ``PrefillRow.observe``, of all rows."""
+        for row in self.rows:
+            row.see(pool, layer, query, output, scale, weights)
+        self.evictions.score_layer(layer, [row.last for row in self.rows], scale, weights=weights)
+
+    def break_up(self) -> None:
+        """From now on each row is observed by itself."""
+        if self.is_whole:
+            self.evictions.break_up()
+            self.is_whole = False

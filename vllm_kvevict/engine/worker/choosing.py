@@ -1,0 +1,50 @@
+"""Requests that are evicted for the first time in a step: who is scored with whom, and what each keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.engine.worker.guard import Failures
+from vllm_kvevict.engine.worker.step import Step
+from vllm_kvevict.engine.worker.watched import PrefillGroup, PrefillRow, WatchedRequest
+from vllm_kvevict.eviction.grouping import chosen_together, scored_together
+
+_DOING = "choosing what to keep"
+
+
+def in_groups(rows: list[PrefillRow], step: Step) -> list[PrefillGroup | PrefillRow]:
+    """Return ``rows``, those in groups whose layers are scored together; the step notes the groups."""
+    ending = {row.request.req_id: row for row in rows if row.eviction is not None}
+    groups = [
+        PrefillGroup([ending[req_id] for req_id in req_ids], evictions)
+        for req_ids, evictions in scored_together({req_id: step.evictions[req_id] for req_id in ending})
+    ]
+    step.groups += groups
+    grouped = {req_id for group in groups for req_id in group.req_ids}
+    return [*groups, *(row for row in rows if row.request.req_id not in grouped)]
+
+
+def choose_kept(step: Step, watched: Mapping[str, WatchedRequest], pool: PagePool, failures: Failures) -> None:
+    """Choose for all together that can, and one by one where that fails; the step notes who moves with whom."""
+    for group in step.groups:
+        if any(req_id in failures for req_id in group.req_ids):
+            group.break_up()
+    whole = [(group.req_ids, group.evictions) for group in step.groups if group.is_whole]
+    grouped = {req_id for req_ids, _ in whole for req_id in req_ids}
+    alone = {req_id: eviction for req_id, eviction in step.evictions.items() if req_id not in grouped}
+    for req_id, eviction in alone.items():
+        failures.ask(req_id, _DOING, eviction.score_waiting)
+    scored = {req_id: eviction for req_id, eviction in alone.items() if req_id not in failures}
+    for req_ids, evictions in [*whole, *chosen_together(scored)]:
+        if len(req_ids) > 1 and failures.together(_DOING, evictions.choose):
+            step.chosen.append((req_ids, evictions))
+            continue
+        evictions.break_up()
+        for req_id in req_ids:
+            failures.ask(req_id, _DOING, step.evictions[req_id].choose)
+            step.chosen.append(([req_id], step.evictions[req_id].alone))
+    for req_id, eviction in step.evictions.items():
+        if watched[req_id].method.schedule.is_bounded:
+            shape = pool.num_kv_heads, eviction.plan.num_tokens
+            failures.ask(req_id, _DOING, watched[req_id].check_states, shape, pool.pages.device)
