@@ -44,7 +44,7 @@ def cases() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "move_tokens": (move_tokens, (keys, keys.clone(), torch.tensor([3, 4]), torch.tensor([40, 41]))),
         "expand_page_table": (
             expand_page_table,
-            (lists, rows, LayerPages(1, 100, 90, 16), torch.zeros(2, 8, dtype=torch.int32), one.repeat(2)),
+            (lists, rows, LayerPages(1, one.long() * 100, 90, 16), torch.zeros(1, 2, 8).int(), one.repeat(1, 2)),
         ),
     }
 

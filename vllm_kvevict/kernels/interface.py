@@ -42,7 +42,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         *[INT64] * 5,  # num_entries, max_num_reqs, blocks of a request's lists, num_layers, num_kv_heads
         *[POINTER] * 4,  # the batch, as BatchRows has it
         *[INT64] * 4,  # num_rows, num_reqs; block_table: stride of a request, blocks of a request
-        *[INT64] * 4,  # layer, first_page, block_stride, block_size
+        *(INT64, POINTER, INT64, INT64, INT64),  # first_layer, first_pages, layers, block_stride, block_size
         *(POINTER, POINTER, INT64),  # pages, kv_lens, width
     ),
     "kvevict_gather_tiled_tokens": (*_TILED_POOL, POINTER, POINTER, POINTER, INT64, INT64),

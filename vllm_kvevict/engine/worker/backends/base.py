@@ -228,7 +228,7 @@ class EvictionImpl(AttentionImpl[Any]):
     ) -> None:
         """query, output: [num_tokens, num_heads, head_size]; heads of one KV head are neighbours."""
         by_head = (-1, self.num_queries_per_kv, self.head_size)  # [num_tokens * num_kv_heads, group, head_size]
-        pages = PagesToRead(bridge.pool, *bridge.page_table.expand(index, folded.batch), folded.max_kv_len)
+        pages = PagesToRead(bridge.pool, *folded.pages.of(index), folded.max_kv_len)
         order = folded.queries.index
         if order is None:  # one query for each sequence; behind them there may be padding
             folded_query = query.reshape(by_head)[: len(pages.kv_lens)].contiguous()
