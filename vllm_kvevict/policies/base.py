@@ -86,6 +86,10 @@ class ScoreInputs:
         """[num_kv_heads, group, num_queries, head_size] float32, the queries by the KV head they read."""
         return _by_kv_head(self.query, self.num_kv_heads)
 
+    def new_scores(self) -> torch.Tensor:
+        """Return [num_kv_heads, kv_len] float32 to be filled, tile by tile."""
+        return self.keys.new_empty(self.num_kv_heads, self.kv_len, dtype=torch.float32)
+
     def gather_keys(self, start: int, end: int) -> torch.Tensor:
         """Return [num_kv_heads, end - start, head_size] float32, the keys of tokens ``start`` to ``end``."""
         return self._gather(self.keys, self.weights.key_scale, start, end)

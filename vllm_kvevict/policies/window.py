@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from vllm_kvevict.kernels.window_batch import Reduction
 from vllm_kvevict.policies.base import EvictionPolicy, ScoreInputs
 from vllm_kvevict.policies.options import ODD, at_least
+from vllm_kvevict.policies.scratch import fits
+
+_POOL_TILE = 2**11  # tokens
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,27 @@ class ObservationWindow(EvictionPolicy):
     def num_recent(self) -> int:
         return self.window
 
-    def pooled(self, scores: torch.Tensor, pool: str) -> torch.Tensor:
-        """Return ``scores`` [num_kv_heads, num_tokens], each the maximum or the mean of its neighbourhood.
+    def pool_scores(self, scores: torch.Tensor, pool: str) -> None:
+        """In place, as ``pool_in_place`` with the width of this policy."""
+        pool_in_place(scores, pool, self.pool_kernel)
 
-        pool: "max", or "avg", for which zero padding counts at the edges
-        """
-        pool1d = F.max_pool1d if pool == "max" else F.avg_pool1d
-        return pool1d(scores, self.pool_kernel, stride=1, padding=self.pool_kernel // 2)
+
+def pool_in_place(scores: torch.Tensor, pool: str, width: int) -> None:
+    """In place: exchange each of ``scores`` [num_rows, num_tokens] for the maximum or the mean of its neighbourhood.
+
+    pool:  "max", or "avg", for which zero padding counts at the edges
+    width: of a neighbourhood in tokens, odd
+    """
+    reach, num_tokens = width // 2, scores.shape[1]
+    pool1d, outside = (F.max_pool1d, float("-inf")) if pool == "max" else (F.avg_pool1d, 0.0)
+    edge = scores.new_full((len(scores), reach), outside)
+    before = edge
+    for start in range(0, num_tokens, _POOL_TILE):
+        end = min(start + _POOL_TILE, num_tokens)
+        behind = scores[:, end : end + reach]
+        around = torch.cat([before, scores[:, start:end], behind, edge[:, behind.shape[1] :]], dim=1)
+        scores[:, start:end] = pool1d(around, width, stride=1)
+        before = around[:, end - start : end - start + reach]  # as they were
 
 
 def _scales(inputs: ScoreInputs) -> tuple[float, float, float]:
@@ -76,6 +93,10 @@ class WindowPolicy(ObservationWindow):
             return list(zeros.unbind(0))
         if scales.count(scales[0]) < len(layers):  # those of an fp8 cache may differ from layer to layer
             return [self.score(inputs) for inputs in layers]
+        num_bytes = 4 * first.num_kv_heads * first.kv_len
+        if len(layers) > 1 and not fits(len(layers) * num_bytes):
+            half = len(layers) // 2
+            return [*self.score_layers(layers[:half]), *self.score_layers(layers[half:])]
         scores = ScoreInputs.window_scores_of_layers(layers, self.reduction)
         scores[:, :, -window:] = scores.amax(dim=(1, 2), keepdim=True)
         return list(scores.unbind(0))
