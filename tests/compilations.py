@@ -23,15 +23,25 @@ import torch
 import vllm_kvevict
 from tests.paged import make_pool
 from vllm_kvevict.budgets import ALLOCATORS
+from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.cache.pages import PagePool
-from vllm_kvevict.cache.plan import min_kept_blocks
+from vllm_kvevict.cache.plan import EvictionPlan, min_kept_blocks
 from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.eviction.rehearsal import Rehearsal
 from vllm_kvevict.eviction.resident import ResidentEviction
-from vllm_kvevict.kernels import chunk_attention, leverage, move_tokens, select, streaming_sums, window_scores
+from vllm_kvevict.kernels import (
+    chunk_attention,
+    expand_page_table,
+    leverage,
+    move_tokens,
+    select,
+    streaming_sums,
+    window_scores,
+)
+from vllm_kvevict.kernels.expand_page_table import BatchRows
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.policies import POLICIES, Need, ScoreInputs
@@ -50,6 +60,7 @@ LAUNCHERS: dict[Callable[..., Any], Callable[..., Any]] = {
     select.select: _select,
     select.count_best: select.count_best_triton,
     move_tokens.move_tokens: move_tokens.move_tokens_triton,
+    expand_page_table.expand_page_table: expand_page_table.expand_page_table_triton,
 }
 MODELS = [(2, 8, 2, 64), (3, 5, 1, 128), (2, 3, 3, 96)]  # layers, query heads, KV heads, head size
 BLOCK_SIZE, DTYPE, SCALE = 16, torch.bfloat16, 0.25
@@ -146,9 +157,24 @@ def serve(method: Method, pool: PagePool, num_heads: int, num_evicted: int, num_
         if pseudo_query is not None:
             eviction.preselect_layer(layer, last, SCALE, weights)
         eviction.score_layer(layer, last, SCALE, last, weights, state, pseudo_query)
-    eviction.finish()
+    read(pool, plan, eviction, num_chunks)
     if method.schedule.is_bounded:
         serve_answer(method, pool, query, weights, num_chunks)
+
+
+def read(pool: PagePool, plan: EvictionPlan, eviction: Eviction, num_rows: int) -> None:
+    """Expand the page tables of a batch that has the request in each row, of all layers together and one by one."""
+    compaction, block_ids = eviction.finish(), eviction.full_block_ids
+    table = PageTable(pool, 2 * num_rows, plan.num_tokens)
+    table.add("", compaction, plan, block_ids)
+    rows = torch.arange(num_rows, dtype=torch.int32)
+    block_table = eviction.block_ids.to(torch.int32).repeat(num_rows, 1)
+    batch = BatchRows(rows, rows * 0, torch.full_like(rows, plan.num_tokens), block_table)
+    table.expand([(batch, plan.num_tokens), (batch, plan.num_tokens)])
+    table._pages = table._pages[: len(table._pages) // 256]
+    for layer in range(pool.num_layers):
+        for pages in table.expand([(batch, plan.num_tokens), (batch, plan.num_tokens)]):
+            pages.of(layer)
 
 
 def serve_answer(method: Method, pool: PagePool, query: torch.Tensor, weights: LayerWeights, num_pages: int) -> None:

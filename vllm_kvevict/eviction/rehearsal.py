@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, min_kept_blocks
 from vllm_kvevict.cache.residents import Residents
@@ -18,6 +19,7 @@ from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.eviction.resident import ResidentEviction
 from vllm_kvevict.eviction.traits import traits_of
+from vllm_kvevict.kernels.expand_page_table import BatchRows
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs, StepInputs
 
 _NUM_EVICTED_BLOCKS = 2
@@ -81,7 +83,15 @@ class Rehearsal:
                 eviction.preselect_layer(layer, last, self._scale, weights)
                 pseudo_query = self._query[:num_pseudo_tokens]
             eviction.score_layer(layer, last, self._scale, last, weights, state, pseudo_query)
-        eviction.finish()
+        self._read(eviction)
+
+    def _read(self, eviction: Eviction) -> None:
+        """As attention does in a step that follows."""
+        table = PageTable(self._pool, 1, self._plan.num_tokens)
+        table.add("", eviction.finish(), self._plan, eviction.full_block_ids)
+        row = torch.zeros(1, dtype=torch.int32, device=self._block_ids.device)
+        rows = BatchRows(row, row, row + self._plan.num_tokens, self._block_ids[None].to(torch.int32))
+        table.expand([(rows, self._plan.num_tokens)])
 
     def _observe(self, layer: int) -> Any:
         if Need.ALL_QUERIES not in self._traits.needs:

@@ -169,7 +169,10 @@ _SIZES = (
 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=list(_SIZES))
+_VIEWS = ("first_pages_ptr", "pages_ptr", "kv_lens_ptr")  # of larger tensors
+
+
+@triton.jit(do_not_specialize=list(_SIZES), do_not_specialize_on_alignment=list(_VIEWS))
 def _expand_page_table_kernel(
     arena_ptr, block_ids_ptr, starts_ptr, counts_ptr, own_from_ptr, list_blocks, num_layers, num_kv_heads,
     rows_ptr, slots_ptr, seq_lens_ptr, block_table_ptr, num_rows, block_table_stride, max_blocks,
