@@ -38,6 +38,7 @@ from vllm_kvevict.kernels import (
     leverage,
     move_tokens,
     select,
+    slot_scores,
     streaming_sums,
     window_scores,
 )
@@ -45,7 +46,7 @@ from vllm_kvevict.kernels.expand_page_table import BatchRows
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.policies import POLICIES, Need, ScoreInputs
-from vllm_kvevict.policies.base import LayerWeights
+from vllm_kvevict.policies.base import LayerWeights, StepInputs
 
 
 def _select(scores: torch.Tensor, num_kept: torch.Tensor, num_sink: int = 0, num_recent: int = 0) -> torch.Tensor:
@@ -60,6 +61,7 @@ LAUNCHERS: dict[Callable[..., Any], Callable[..., Any]] = {
     select.select: _select,
     select.count_best: select.count_best_triton,
     move_tokens.move_tokens: move_tokens.move_tokens_triton,
+    slot_scores.slot_scores: slot_scores.slot_scores_triton,
     expand_page_table.expand_page_table: expand_page_table.expand_page_table_triton,
 }
 MODELS = [(2, 8, 2, 64), (3, 5, 1, 128), (2, 3, 3, 96)]  # layers, query heads, KV heads, head size
@@ -160,6 +162,8 @@ def serve(method: Method, pool: PagePool, num_heads: int, num_evicted: int, num_
     read(pool, plan, eviction, num_chunks)
     if method.schedule.is_bounded:
         serve_answer(method, pool, query, weights, num_chunks)
+    if method.schedule.per_token:
+        serve_step(method, pool, num_heads, num_chunks)
 
 
 def read(pool: PagePool, plan: EvictionPlan, eviction: Eviction, num_rows: int) -> None:
@@ -188,6 +192,19 @@ def serve_answer(method: Method, pool: PagePool, query: torch.Tensor, weights: L
         last = query[len(query) - max(method.query_window, 1) :]
         eviction.score_layer(layer, last, query[:BLOCK_SIZE], SCALE, weights)
     eviction.compact()
+
+
+def serve_step(method: Method, pool: PagePool, num_heads: int, num_reqs: int) -> None:
+    """Score what some requests hold, whose heads have some pages in common tables, which are views of larger ones."""
+    num_pages = 2 * num_reqs + 1
+    shape = num_reqs, pool.num_kv_heads, num_pages
+    table = torch.randint(len(pool.pages), (2, *shape[:2], num_pages + 1))[1, :, :, :num_pages]
+    num_queries = max(method.policy.query_window, 1)
+    query = torch.randn(num_reqs, num_queries, num_heads, pool.head_size).to(DTYPE)
+    positions = torch.arange(num_pages * BLOCK_SIZE).repeat(*shape[:2], 1)
+    lengths, state = torch.full(shape[:1], num_pages * BLOCK_SIZE), torch.zeros(positions.shape)
+    steps = StepInputs(query, pool.keys, table, positions, lengths, num_pages * BLOCK_SIZE, SCALE, state=state)
+    method.policy.score_step(steps)
 
 
 def serve_batch(pool: PagePool, num_heads: int, window: int, num_reqs: int, num_pages: int) -> None:

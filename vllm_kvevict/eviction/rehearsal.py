@@ -127,7 +127,7 @@ class Rehearsal:
         observes = Need.ALL_QUERIES in self._traits.needs
         query = self._last_queries(max(self._traits.query_window, int(observes)))[None]
         num_slots = len(block_ids) * self._plan.block_size
-        positions = torch.arange(num_slots, device=query.device).expand(1, self._pool.num_kv_heads, -1)
+        positions = torch.arange(num_slots, device=query.device).repeat(1, self._pool.num_kv_heads, 1)
         state = torch.zeros(positions.shape, device=query.device) if observes else None
         for layer in range(self._pool.num_layers):
             keys, _, page_table = self._pool.readable(self._pool.layer_page_ids(layer, block_ids)[None])

@@ -51,6 +51,14 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "kvevict_move_tiled_tokens": (*_TILED_POOL, POINTER, POINTER, INT64, INT64),
     "kvevict_move_tokens": _MOVE,
     "kvevict_select": _SELECT,
+    "kvevict_slot_scores": (
+        *(POINTER, INT64, INT64, INT64),  # query: data, strides
+        *_PAGES,  # keys
+        *(POINTER, INT64, INT64),  # page_table: data, strides
+        *(POINTER, POINTER, POINTER),  # positions, last_seen, scores
+        *(INT32, INT32, *(INT64,) * 7),  # dtypes, sizes
+        *(FLOAT, FLOAT, INT32, INT32),  # scale, query_weight, codes of the reductions
+    ),
     "kvevict_streaming_sums": (
         *_QUERY,
         *_PAGES,
@@ -67,9 +75,11 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(FLOAT, FLOAT, FLOAT),  # scale, query_weight, value_scale
         *(INT32, INT32, INT32, INT64),  # codes of the reduction, pool_kernel
     ),
-    # for tests: limits the instruction set to so many floats per vector, allows AMX; both return what is then used
+    # for tests: limits the instruction set to so many floats per vector, allows AMX, allows products of pairs of
+    # bfloat16; all return what is then used
     "kvevict_limit_lanes": (INT32,),
     "kvevict_allow_tiles": (INT32,),
+    "kvevict_allow_pairs": (INT32,),
 }
 CUDA_SIGNATURES: dict[str, tuple[Any, ...]] = {  # the last argument is the stream
     "kvevict_cuda_move_tokens": (*_MOVE, POINTER),

@@ -32,7 +32,8 @@ def move_tokens(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, 
     CPU tensors use csrc/cpu/move_tokens.cpp where it was built, CUDA tensors csrc/cuda/move_tokens.cu where it was,
     else the Triton kernel; everything else ``move_tokens_reference``.
 
-    Raises ValueError for a wrong shape, dtype, device or stride, or a slot outside the pool.
+    Raises ValueError for a wrong shape, dtype, device or stride and, on CPU, for a slot outside the pool, which would
+    have to wait for a GPU.
     """
     check_arguments(keys, values, source, destination)
     if source.numel() == 0:

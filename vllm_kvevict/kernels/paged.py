@@ -71,10 +71,10 @@ def check_page_ids(page_ids: torch.Tensor, num_pages: int) -> None:
 
 
 def check_slots(name: str, slots: torch.Tensor, pages: torch.Tensor) -> None:
-    """Slots of a pool ``pages`` [num_pages, block_size, ...], on its device."""
+    """Slots of a pool ``pages`` [num_pages, block_size, ...], on its device; their numbers are read on CPU only."""
     if slots.dtype != torch.int64 or slots.device != pages.device:
         raise ValueError(f"`{name}`: expected int64 on {pages.device}, got {slots.dtype} on {slots.device}.")
-    if slots.numel() > 0:
+    if slots.numel() > 0 and slots.device.type == "cpu":
         last = pages.shape[0] * pages.shape[1] - 1
         lowest, highest = slots.aminmax()
         if lowest < 0 or highest > last:

@@ -131,7 +131,7 @@ def _rows(count: int, row_bytes: int) -> int:
 
 
 @triton.jit
-def _load_tokens(
+def load_tokens(
     table_ptr, table_stride_req, table_stride_head, block_size, item, num_kv_heads,
     pool_ptr, stride_page, stride_token, stride_dim, size, token, live,
     SIZE: tl.constexpr,
@@ -149,7 +149,7 @@ def _load_tokens(
 
 
 @triton.jit
-def _load_query(
+def load_query(
     query_ptr, query_stride_token, query_stride_head, head, row, live_row, size,
     SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -181,7 +181,7 @@ def _softmax_kernel(
     kv_len = tl.load(kv_lens_ptr + req).to(tl.int32)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     live_row = row < group * window
-    query = _load_query(
+    query = load_query(
         query_ptr + req * query_stride_req, query_stride_token, query_stride_head,
         kv_head * group + row // window, row % window, live_row, head_size, HEAD,
     )  # fmt: skip
@@ -191,7 +191,7 @@ def _softmax_kernel(
     first = split * split_tokens
     for start in range(first, tl.minimum(first + split_tokens, kv_len), TILE):
         token = start + tl.arange(0, TILE)
-        keys = _load_tokens(
+        keys = load_tokens(
             table_ptr, table_stride_req, table_stride_head, block_size, item, num_kv_heads,
             key_ptr, key_stride_page, key_stride_token, key_stride_dim, head_size, token, token < kv_len, HEAD,
         )  # fmt: skip
@@ -207,7 +207,7 @@ def _softmax_kernel(
         num_scored = kv_len - num_unscored
         for start in range(first, tl.minimum(first + split_tokens, num_scored), TILE):
             token = start + tl.arange(0, TILE)
-            values = _load_tokens(
+            values = load_tokens(
                 table_ptr, table_stride_req, table_stride_head, block_size, item, num_kv_heads,
                 value_ptr, value_stride_page, value_stride_token, value_stride_dim, value_head_size,
                 token, token < num_scored, VALUE_HEAD,
@@ -248,7 +248,7 @@ def _columns_kernel(
     req, kv_head = (item // num_kv_heads).to(tl.int64), item % num_kv_heads
     kv_len = tl.load(kv_lens_ptr + req).to(tl.int32)
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    keys = _load_tokens(
+    keys = load_tokens(
         table_ptr, table_stride_req, table_stride_head, block_size, item, num_kv_heads,
         key_ptr, key_stride_page, key_stride_token, key_stride_dim, head_size, token, token < kv_len, HEAD,
     )  # fmt: skip
@@ -258,7 +258,7 @@ def _columns_kernel(
         for first_row in range(0, window, ROWS):
             row = first_row + tl.arange(0, ROWS)
             live_row = row < window
-            query = _load_query(
+            query = load_query(
                 query_ptr + req * query_stride_req, query_stride_token, query_stride_head,
                 kv_head * group + in_group + row * 0, row, live_row, head_size, HEAD,
             )  # fmt: skip
@@ -300,7 +300,7 @@ def _finish_kernel(
         else:
             scores += column / POOL_KERNEL
     if WEIGHT == 1:
-        values = _load_tokens(
+        values = load_tokens(
             table_ptr, table_stride_req, table_stride_head, block_size, item, num_kv_heads,
             value_ptr, value_stride_page, value_stride_token, value_stride_dim, value_head_size,
             token, token < num_scored, VALUE_HEAD,
