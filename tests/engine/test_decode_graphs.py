@@ -146,7 +146,7 @@ def served_eagerly(tiny_llama: Path, stock: Engine) -> list[tuple[list[int], lis
 
 @pytest.fixture(scope="module")
 def evicting(tiny_llama: Path, served_eagerly: object) -> Iterator[Engine]:
-    """``stock`` must have ended, since two engines share what is there once in a process."""
+    """After the others: an engine that ends takes with it what is there once in a process."""
     with triton_engine(tiny_llama, SIZES, "snapkv", budget=64) as running:
         yield running
 
@@ -166,7 +166,7 @@ def num_replays(running: Engine) -> dict[str, int]:
 
 # the step before which a request joins, tokens of its prompt and of its answer, its options
 JOINS: list[tuple[int, int, int, dict[str, Any]]] = [
-    (0, 20, 70, {"kv_eviction": "none"}),
+    (0, 20, 80, {"kv_eviction": "none"}),
     (4, 100, 20, {"kv_budget_allocator": "lava"}),
     (8, 70, 50, {"kv_eviction": "streaming_llm", "kv_evict_during_decode": True}),
     (26, 110, 30, {"kv_budget_allocator": "pyramid"}),
