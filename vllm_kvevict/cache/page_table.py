@@ -199,8 +199,19 @@ class PageTable:
             pages = self._pages[first : first + num_entries].view(shape)
             kv_lens = self._kv_lens[first_len : first_len + num_lens].view(shape[:2])
             expanded.append(ExpandedPages(self._lists, self._pool, rows, pages, kv_lens))
+            if at_once == layers:
+                expanded[-1].expand_all()
             first, first_len = first + num_entries, first_len + num_lens
         return expanded
+
+    def expand_layer_by_layer(self, rows: BatchRows) -> ExpandedPages:
+        """Return the page tables of some rows of a batch, each layer's when it is asked for, in memory that is the same
+        in every step and enough for sequences of any length: for a graph, which asks again whenever it is replayed.
+        """
+        num_sequences = len(rows.rows) * self._pool.num_kv_heads
+        shape = 1, num_sequences, self._max_width
+        pages = self._pages[: num_sequences * self._max_width].view(shape)
+        return ExpandedPages(self._lists, self._pool, rows, pages, self._kv_lens[:num_sequences].view(shape[:2]))
 
 
 def _width(num_pages: int) -> int:
@@ -218,9 +229,12 @@ class ExpandedPages:
         """
         self._lists, self._pool, self._rows = lists, pool, rows
         self._pages, self._kv_lens = pages, kv_lens
-        self._has_all = len(pages) == pool.num_layers
-        if self._has_all:
-            self._expand(0, pool.layer_offset)
+        self._has_all = False
+
+    def expand_all(self) -> None:
+        """Expand all layers, for which there is memory."""
+        self._expand(0, self._pool.layer_offset)
+        self._has_all = True
 
     def of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the page table [num_sequences, width] int32 of a layer, and how many tokens each sequence has

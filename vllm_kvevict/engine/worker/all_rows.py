@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.engine.worker.rows import FoldedLaunch, FoldedQueries
 from vllm_kvevict.kernels.expand_page_table import BatchRows
@@ -25,7 +26,7 @@ class AllRows:
         self._staged: np.ndarray | None = None
         self._query_start_loc = torch.arange(max_num_reqs * num_kv_heads + 1, dtype=torch.int32, device=device)
 
-    def fold(self, slots: np.ndarray, common: CommonAttentionMetadata) -> FoldedLaunch:
+    def fold(self, slots: np.ndarray, common: CommonAttentionMetadata, page_table: PageTable) -> FoldedLaunch:
         """slots: [num_reqs] int32, where the page table has the request of each row; -1 for whole rows. The same array
         as for the last batch if that is still so
         """
@@ -37,4 +38,5 @@ class AllRows:
         num_rows = common.num_reqs
         batch = BatchRows(self._rows[:num_rows], self._slots[:num_rows], common.seq_lens, common.block_table_tensor)
         queries = FoldedQueries(None, self._query_start_loc[: num_rows * self._num_kv_heads + 1], 1)
-        return FoldedLaunch(queries, batch, slots, self._max_tokens)
+        pages = page_table.expand_layer_by_layer(batch)
+        return FoldedLaunch(queries, slots, pages, self._max_tokens)

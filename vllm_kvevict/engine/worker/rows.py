@@ -93,14 +93,13 @@ class FoldedLaunch:
 
 @dataclass(frozen=True)
 class StepRows:
-    """One step's batch: how it splits, what its evicted rows ask and read, and which of its rows are to be scored.
+    """One step's batch: how it splits, and which of its rows are to be scored.
 
     remembered: queries of requests that evict while they decode, None if there are none
     replacements: of requests that do so token by token
     """
 
     split: RowSplit
-    folded: list[FoldedLaunch]
     prefills: list[PrefillRow | ChunkRow]
     remembered: RingWrite | None
     replacements: list[Replacement]

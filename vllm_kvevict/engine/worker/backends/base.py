@@ -32,7 +32,13 @@ from vllm_kvevict.engine.scheduler.managers import with_eviction_managers
 from vllm_kvevict.engine.worker.all_rows import AllRows
 from vllm_kvevict.engine.worker.bridge import EvictionBridge
 from vllm_kvevict.engine.worker.pseudo_passes import PseudoPassMetadata
-from vllm_kvevict.engine.worker.rows import FoldedLaunch, FoldedQueries, RowSplit, StepRows
+from vllm_kvevict.engine.worker.rows import (
+    FoldedLaunch,
+    FoldedQueries,
+    RowSplit,
+    StepRows,
+    folded_launches,
+)
 from vllm_kvevict.engine.worker.whole_rows import whole_rows
 
 
@@ -169,7 +175,8 @@ class EvictionMetadataBuilder(AttentionMetadataBuilder[Any]):
             if split.whole is not None:
                 common = whole_rows(common, split.whole)
             whole = super().build(common_prefix_len, common, fast_build)
-        launches = [(folded, self._launch(folded)) for folded in rows.folded]
+        folded_rows = folded_launches(split, common_attn_metadata, self.bridge.page_table)
+        launches = [(folded, self._launch(folded)) for folded in folded_rows]
         return EvictionMetadata(rows, self.bridge, whole, launches)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
@@ -186,8 +193,8 @@ class EvictionMetadataBuilder(AttentionMetadataBuilder[Any]):
             heads, device = bridge.pool.num_kv_heads, bridge.pool.pages.device
             self._all_rows = AllRows(max_num_reqs, max_tokens, heads, device)
         self.is_folded = True
-        folded = self._all_rows.fold(slots, common)
-        rows = StepRows(RowSplit(None, []), [folded], [], None, [])
+        folded = self._all_rows.fold(slots, common, bridge.page_table)
+        rows = StepRows(RowSplit(None, []), [], None, [])
         return EvictionMetadata(rows, bridge, None, [(folded, self._launch(folded))])
 
     def _launch(self, folded: FoldedLaunch) -> Any:
