@@ -87,7 +87,8 @@ def token_by_token(
             ring.write(layer, queries[layer, PROMPT + step, None], remembered)
             evictor.choose_holes(layer, replacement, SCALE, LayerWeights())
         holes.append(replacement.holes)
-    expanded = [part.clone() for layer in range(LAYERS) for part in table.expand(layer, _step(table, block_ids))]
+    (pages,) = table.expand([(_step(table, block_ids), PROMPT + ANSWER)])
+    expanded = [part for layer in range(LAYERS) for part in pages.of(layer)]
     return [torch.stack(holes), *expanded]
 
 

@@ -56,6 +56,10 @@ class Registry(Generic[Base]):
         """Return all names in order, those of other packages included, those of families not."""
         return sorted(self._classes.keys() | self._entry_points.keys())
 
+    def names_in(self, package: str) -> list[str]:
+        """Return the names of classes that a package has registered by now, in order; nothing is imported."""
+        return sorted(name for name, cls in self._classes.items() if cls.__module__.split(".")[0] == package)
+
     def get(self, name: str) -> type[Base]:
         """Return the class called ``name``.
 

@@ -34,9 +34,9 @@ def setup(arguments: argparse.Namespace) -> Inputs:
     seq_lens = own_from[slots] + arguments.own_pages * arguments.block_size
     block_table = torch.randint(1, 2**12, (batch, arguments.max_pages))
     rows = BatchRows(*(each.int() for each in (torch.arange(batch), slots, seq_lens, block_table)))
-    pages = torch.zeros(batch * heads, arguments.max_pages, dtype=torch.int32)
-    at = LayerPages(layers // 2, 0, layers * heads, arguments.block_size)
-    return lists, rows, at, pages, torch.zeros(len(pages), dtype=torch.int32)
+    pages = torch.zeros(layers, batch * heads, arguments.columns, dtype=torch.int32)
+    at = LayerPages(0, torch.arange(layers) * heads, layers * heads, arguments.block_size)
+    return lists, rows, at, pages, torch.zeros(pages.shape[:2], dtype=torch.int32)
 
 
 def check(inputs: Inputs) -> int:
@@ -59,10 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
     native = measure(lambda: expand_page_table(*inputs), arguments.repeats)
     reference = measure(lambda: expand_page_table_reference(*inputs), max(5, arguments.repeats // 10))
 
-    print(
-        f"one layer of {arguments.batch} evicted requests, {arguments.kv_heads} KV heads, {num_pages} pages, ", end=""
-    )
-    print(f"{torch.get_num_threads()} threads")
+    print(f"{arguments.layers} layers of {arguments.batch} evicted requests, {arguments.kv_heads} KV heads, ", end="")
+    print(f"{num_pages} pages, {torch.get_num_threads()} threads")
     num_bytes = 2 * num_pages * inputs[3].element_size()
     print(f"page ids read and written: {num_bytes / 1e3:.1f} kB; {shares(native.median, num_bytes)}")
     print("operations: none, page ids are copied; more than the copy bandwidth means that caches hold them")
@@ -78,7 +76,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=30, help="of SmolLM2-135M, as the KV heads")
     parser.add_argument("--kv-heads", type=int, default=3)
     parser.add_argument("--max-num-reqs", type=int, default=256, help="requests that there are lists for")
-    parser.add_argument("--max-pages", type=int, default=256, help="pages that a row has room for")
+    parser.add_argument("--max-pages", type=int, default=256, help="pages of the longest request")
+    parser.add_argument("--columns", type=int, default=48, help="of the page tables")
     parser.add_argument("--kept-pages", type=int, default=16, help="pages of a list on average: 512 tokens")
     parser.add_argument("--own-pages", type=int, default=8, help="pages of the answer")
     parser.add_argument("--block-size", type=int, default=32, help="tokens of a page")

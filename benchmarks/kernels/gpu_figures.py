@@ -119,13 +119,18 @@ def triton_kernels(only: list[str]) -> Iterator[tuple[Any, dict[str, str], dict[
 def compile_triton(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, capability: int
 ) -> Figures:
-    """Compile for a GPU that need not be there. Pointers are multiples of 16 bytes, as those of whole tensors are."""
+    """Compile for a GPU that need not be there.
+
+    Pointers are multiples of 16 bytes, as those of whole tensors are, but for those that a kernel says may be none.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     aligned = {
-        (place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind.startswith("*")
+        (parameter.num,): [["tt.divisibility", 16]]
+        for parameter in kernel.params
+        if signature[parameter.name].startswith("*") and not parameter.do_not_specialize_on_alignment
     }
     source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP_SIZE), options={"num_warps": warps})

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from itertools import product
+from collections.abc import Sequence
+from itertools import chain, product
+from math import nan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +26,12 @@ from benchmarks.timing import write_row
 WHOLE = "none"
 BY_BLOCK = ("streaming_llm", "knorm", "tova", "snapkv", "morphkv", "h2o")
 BY_TOKEN = ("streaming_llm", "tova", "morphkv", "h2o")
-ARMS = ((WHOLE, BLOCK_SIZE), *product(BY_BLOCK, (BLOCK_SIZE,)), *product(BY_TOKEN, (1,)))
+
+
+def arms(intervals: Sequence[int]) -> list[tuple[str, int]]:
+    """Return the policies that are measured, and their intervals; whole requests first."""
+    of_intervals = [product(BY_TOKEN if interval == 1 else BY_BLOCK, (interval,)) for interval in intervals]
+    return [(WHOLE, BLOCK_SIZE), *chain.from_iterable(of_intervals)]
 
 
 def answer(llm: LLM, policy: str, interval: int, arguments: argparse.Namespace, seed: int) -> tuple[float, int]:
@@ -55,6 +62,11 @@ def answer(llm: LLM, policy: str, interval: int, arguments: argparse.Namespace, 
     return sum(steps) / len(steps), most_blocks
 
 
+def median_ratio(some: list[tuple[float, int]], others: list[tuple[float, int]]) -> float:
+    """Return the median over the rounds of how the seconds of two arms compare; NaN if the others were not measured."""
+    return median([one / other for (one, _), (other, _) in zip(some, others, strict=False)] or [nan])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL)
@@ -62,25 +74,40 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=300)
     parser.add_argument("--output", type=int, default=1000)
     parser.add_argument("--budget", type=int, default=512)
+    parser.add_argument(
+        "--interval",
+        type=int,
+        nargs="+",
+        choices=(BLOCK_SIZE, 1),
+        default=[BLOCK_SIZE, 1],
+        help="tokens of an answer between evictions: those of a block, 1 for token by token, or both in turn (default)",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    results: dict[tuple[str, int], list[tuple[float, int]]] = {arm: [] for arm in ARMS}
+    measured_arms = arms(arguments.interval)
+    results: dict[tuple[str, int], list[tuple[float, int]]] = {arm: [] for arm in measured_arms}
     size: dict[str, Any] = {"kv_cache_memory_bytes": 1 << 30, "enable_prefix_caching": False}
     with engine(arguments.model, arguments.budget, **size) as llm:
         for round_ in range(arguments.rounds):
-            for arm in ARMS[round_ % len(ARMS) :] + ARMS[: round_ % len(ARMS)]:
+            first = round_ % len(measured_arms)
+            for arm in measured_arms[first:] + measured_arms[:first]:
                 results[arm].append(answer(llm, *arm, arguments, 1000 * round_))
-    settings = {key: value for key, value in vars(arguments).items() if key != "model"}
-    whole_requests = results[WHOLE, BLOCK_SIZE]
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("model", "interval")}
     for (policy, interval), measured in results.items():
         step = median(seconds for seconds, _ in measured)
-        ratio = median(whole / ours for (whole, _), (ours, _) in zip(whole_requests, measured, strict=True))
+        ratio = median_ratio(results[WHOLE, BLOCK_SIZE], measured)
+        of_blocks = median_ratio(measured, results.get((policy, BLOCK_SIZE), []))
         tokens = max(blocks for _, blocks in measured) * BLOCK_SIZE / arguments.batch
         print(
             f"{policy:14} {interval:3} {step * 1e3:7.2f} ms a step, {ratio:.2f}x the speed of whole requests, ", end=""
         )
-        print(f"{tokens:.0f} tokens held")
-        row = {"step_ms": round(step * 1e3, 3), "relative_speed": round(ratio, 3), "tokens_held": round(tokens)}
+        print(f"{of_blocks:.2f} times the step by blocks, {tokens:.0f} tokens held")
+        row = {
+            "step_ms": round(step * 1e3, 3),
+            "relative_speed": round(ratio, 3),
+            "times_step_by_blocks": round(of_blocks, 3),
+            "tokens_held": round(tokens),
+        }
         write_row("long_answers", {"policy": policy, "interval": interval, **settings, **row})
 
 

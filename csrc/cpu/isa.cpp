@@ -44,3 +44,9 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_allow_tiles(in
   kvevict::may_use_tiles = allow != 0;
   return kvevict::usable_tiles();
 }
+
+// Allows or forbids later calls to multiply bfloat16 in pairs, for tests, and returns whether they will.
+extern "C" __attribute__((visibility("default"))) int32_t kvevict_allow_pairs(int32_t allow) {
+  kvevict::may_use_pairs = allow != 0;
+  return kvevict::usable_pairs();
+}

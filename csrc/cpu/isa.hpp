@@ -11,17 +11,22 @@ namespace kvevict {
 
 // Tests lower it to run what narrower machines run.
 inline int32_t most_lanes = 16;
+// Whether tests want bfloat16 to be multiplied in pairs where that can be.
+inline bool may_use_pairs = true;
 
 #if defined(__x86_64__)
 inline int32_t usable_lanes() {
   const int32_t widest = __builtin_cpu_supports("x86-64-v4") ? 16 : __builtin_cpu_supports("x86-64-v3") ? 8 : 4;
   return std::min(widest, most_lanes);
 }
+// Whether vectors of pairs of bfloat16 are multiplied by one instruction (AVX512_BF16).
+inline bool usable_pairs() { return may_use_pairs && usable_lanes() == 16 && __builtin_cpu_supports("avx512bf16"); }
 // AVX-512 has 32 of them.
 template <int LANES>
 constexpr int VECTOR_REGISTERS = LANES == 16 ? 32 : 16;
 #else
 inline int32_t usable_lanes() { return 4; }
+inline bool usable_pairs() { return false; }
 template <int LANES>
 constexpr int VECTOR_REGISTERS = 32;
 #endif

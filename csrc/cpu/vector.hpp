@@ -61,13 +61,19 @@ KVEVICT_INLINE Float<LANES> magnitude(Float<LANES> value) {
   return reinterpret_cast<Float<LANES>>(reinterpret_cast<Bits<LANES>>(value) & 0x7fffffffu);
 }
 
+// -infinity in the lanes where `room` is negative.
+template <int LANES>
+KVEVICT_INLINE Float<LANES> keep_where_room(Float<LANES> value, Int<LANES> room) {
+  const Int<LANES> hidden = room >> 31;
+  return reinterpret_cast<Float<LANES>>((reinterpret_cast<Int<LANES>>(value) & ~hidden) | (hidden & static_cast<int32_t>(0xff800000)));
+}
+
 // -infinity in the lanes from `count` on, which may be negative.
 template <int LANES>
 KVEVICT_INLINE Float<LANES> keep_first(Float<LANES> value, int32_t count) {
   Int<LANES> lane;
   for (int i = 0; i < LANES; ++i) lane[i] = i;
-  const Int<LANES> hidden = (count - 1 - lane) >> 31;
-  return reinterpret_cast<Float<LANES>>((reinterpret_cast<Int<LANES>>(value) & ~hidden) | (hidden & static_cast<int32_t>(0xff800000)));
+  return keep_where_room<LANES>(value, count - 1 - lane);
 }
 
 // 2^x for x from -0.5 to 0.5.

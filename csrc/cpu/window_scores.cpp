@@ -13,7 +13,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #include <omp.h>
 
@@ -21,6 +20,7 @@
 #include "element.hpp"
 #include "isa.hpp"
 #include "pages.hpp"
+#include "products.hpp"
 #include "tiles.hpp"
 #include "vector.hpp"
 
@@ -29,11 +29,6 @@ namespace {
 
 // Work is split by token count only, so results do not depend on the number of threads.
 constexpr int64_t TASK_TOKENS = 256;
-// Rows that share a load of keys. With VECS vectors of keys each: ROWS * VECS accumulators, VECS keys and one query
-// must fit in the registers, 32 with AVX-512 and NEON, else 16.
-constexpr int ROWS = 4;
-// Lowest finite float rather than -infinity: a row that sees no key of a task must not compute inf - inf.
-constexpr float NO_LOGIT = std::numeric_limits<float>::lowest();
 // A row's exponents are taken relative to one of its logits, not to the largest: that may exceed it by this power of two
 // before the sum is rescaled, which then happens a few times per task only.
 constexpr float SLACK = 16.0f;
@@ -123,30 +118,6 @@ KVEVICT_INLINE void pack_tiled_query(const Job& job, int64_t item) {
   }
 }
 
-// Writes keys as float32 [head_size, TILE_TOKENS]. AMX takes half of that, as bfloat16, and its products the other half.
-template <typename Element, int LANES>
-KVEVICT_INLINE void load_keys(const Job& job, const Span& span, float* data) {
-  // The last vector may reach past `count`: those products must be finite to be masked.
-  if (span.count < TILE_TOKENS) std::fill(data, data + TILE_TOKENS * job.head_size, 0.0f);
-  const PagePool<const void>& keys = job.keys;
-  for_each_run<Element>(keys, job.tokens_of(span),
-                        [&](int64_t done, int64_t length, const Element* source) KVEVICT_INLINE_LAMBDA {
-    if (keys.stride_token == 1) {
-      for (int64_t dim = 0; dim < job.head_size; ++dim) {
-        float* out = data + dim * TILE_TOKENS + done;
-        const Element* from = source + dim * keys.stride_dim;
-        int64_t token = 0;
-        for (; token + LANES <= length; token += LANES) store<LANES>(out + token, convert<LANES>(from + token));
-        for (; token < length; ++token) out[token] = to_float(from[token]);
-      }
-    } else {
-      for (int64_t token = 0; token < length; ++token)
-        for (int64_t dim = 0; dim < job.head_size; ++dim)
-          data[dim * TILE_TOKENS + done + token] = to_float(source[token * keys.stride_token + dim * keys.stride_dim]);
-    }
-  });
-}
-
 // Writes keys as AMX takes them: bfloat16 [TILE_TOKENS / TILE_COLUMNS, head_size / 2, TILE_COLUMNS, 2].
 KVEVICT_INLINE void load_tiled_keys(const Job& job, const Span& span, uint32_t* pairs) {
   const int64_t num_pairs = job.head_size / 2;
@@ -171,14 +142,13 @@ KVEVICT_INLINE void load_tiled_keys(const Job& job, const Span& span, uint32_t* 
   });
 }
 
-// Loads keys into a thread's scratch as `compute_logits` reads them.
+// Loads keys into a thread's scratch as `compute_logits` reads them. AMX takes half of it, and its products the other half.
 template <int LANES, bool TILES>
 KVEVICT_INLINE void load_tile(const Job& job, const Span& tile, float* keys) {
   if constexpr (TILES) {
     load_tiled_keys(job, tile, reinterpret_cast<uint32_t*>(keys));
   } else {
-    with_cache_type(job.key_dtype,
-                    [&](auto element) KVEVICT_INLINE_LAMBDA { load_keys<decltype(element), LANES>(job, tile, keys); });
+    load_keys_by_dimension<LANES>(job.keys, job.key_dtype, job.tokens_of(tile), job.head_size, keys);
   }
 }
 
@@ -206,28 +176,6 @@ KVEVICT_INLINE void load_value_norms(const Job& job, const Span& span, float* no
   });
 }
 
-// Logits of VECS vectors of keys against one block of rows, none masked.
-template <int LANES, int VECS>
-KVEVICT_INLINE void multiply_vectors(const Job& job, const Span& tile, const float* keys, int64_t token, int64_t row,
-                                     Float<LANES> (&logits)[ROWS][VECS]) {
-  const float* query = job.packed_query + (tile.item * job.group_rows() + row) * job.head_size;
-#pragma GCC unroll 4
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < VECS; ++v) logits[r][v] = Float<LANES>{};
-  for (int64_t dim = 0; dim < job.head_size; ++dim) {
-    Float<LANES> lanes[VECS];
-#pragma GCC unroll 4
-    for (int v = 0; v < VECS; ++v) lanes[v] = load<LANES>(keys + dim * TILE_TOKENS + token + v * LANES);
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) {
-      const float of_row = query[dim * ROWS + r];
-#pragma GCC unroll 4
-      for (int v = 0; v < VECS; ++v) logits[r][v] += lanes[v] * of_row;
-    }
-  }
-}
-
 // Logits of VECS vectors of keys against one block of rows; masked ones are -infinity.
 //
 // With TILES the first of every TILE_ROWS rows computes the products of all of them, behind the keys.
@@ -246,7 +194,8 @@ KVEVICT_INLINE void compute_logits(const Job& job, const Span& tile, float* keys
       for (int v = 0; v < VECS; ++v)
         logits[r][v] = load<LANES>(products + r * TILE_TOKENS + v * LANES) * job.logit_scale();
   } else {
-    multiply_vectors<LANES, VECS>(job, tile, keys, token, row, logits);
+    const float* query = job.packed_query + (tile.item * job.group_rows() + row) * job.head_size;
+    multiply_rows<LANES, VECS>(query, keys + token, job.head_size, logits);
   }
   const int64_t first_query = job.kv_len(tile.item) - job.window;
   if (tile.first + token + VECS * LANES <= first_query + 1) return;

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.paged import LAYOUTS, PagedCache, make_pool, pages_of
+from vllm_kvevict.cache import page_table
 from vllm_kvevict.cache.compaction import Compaction
 from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.cache.plan import EvictionPlan
@@ -114,7 +115,10 @@ def expanded(table: PageTable, batch: dict[str, RequestModel]) -> list[tuple[lis
     slots = torch.from_numpy(table.slots.of(list(batch)))
     seq_lens = torch.tensor([length for model in batch.values() for length in (9, model.seq_len)], dtype=torch.int32)
     rows = BatchRows(torch.arange(1, len(seq_lens), 2, dtype=torch.int32), slots, seq_lens, block_table)
-    return [tuple(part.tolist() for part in table.expand(layer, rows)) for layer in range(LAYERS)]
+    lens = np.array([model.seq_len for model in batch.values()])
+    max_kv_len = table.most_tokens(table.slots.of(list(batch)), lens)
+    (pages,) = table.expand([(rows, max_kv_len)])
+    return [tuple(part.tolist() for part in pages.of(layer)) for layer in range(LAYERS)]
 
 
 def check(table: PageTable, batch: dict[str, RequestModel], block_size: int) -> None:
@@ -238,13 +242,42 @@ def test_memory_is_taken_once_and_is_what_it_says(rng, blocks):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table = PageTable(cache.pool, 8, 1000)
     held = {name: tensor.data_ptr() for name, tensor in table._lists._asdict().items()}
-    max_blocks, width = 63, 64
-    arena, lists = BLOCKS * LAYERS * HEADS, 8 * (max_blocks + 2 * LAYERS * HEADS + 1)
-    assert table.num_bytes == 4 * (arena + lists + 8 * HEADS * (width + 1))
+    arena, lists = BLOCKS * LAYERS * HEADS, 8 * (63 + 2 * LAYERS * HEADS + 1)
+    assert table.num_bytes == 4 * (arena + lists + 2**20 + 8 * LAYERS * HEADS)
+    # the page table of a layer, as wide as the longest request, if that takes more than there is in any case
+    longest = PageTable(cache.pool, 8, 16 * 50_000).num_bytes
+    assert longest == 4 * (arena + lists + 8 * (50_000 - 63) + 8 * HEADS * 50_016 + 8 * LAYERS * HEADS)
     compaction, plan, kept, model = evict(cache, rng, blocks, 40)
     table.add("a", compaction, plan, kept)
     decode(table, cache, {"a": model}, blocks)
     assert held == {name: tensor.data_ptr() for name, tensor in table._lists._asdict().items()}
+
+
+@pytest.mark.parametrize("room", [2**20, 100])
+def test_several_launches_of_a_step_share_memory(rng, blocks, monkeypatch, room):
+    """All layers at once where there is room, else one after the other."""
+    monkeypatch.setattr(page_table, "_MIN_ENTRIES", room)
+    cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
+    table, models = PageTable(cache.pool, 3, 16 * 20), {}
+    for req_id in "abc":
+        compaction, plan, kept, models[req_id] = evict(cache, rng, blocks, 9)
+        table.add(req_id, compaction, plan, kept)
+    parts = [["b"], ["c", "a"]]
+    launches = []
+    for names in parts:
+        slots = torch.from_numpy(table.slots.of(names).copy())
+        seq_lens = torch.tensor([models[name].seq_len for name in names], dtype=torch.int32)
+        width = max(len(models[name].blocks) for name in names)
+        table_of = [models[name].blocks + [0] * (width - len(models[name].blocks)) for name in names]
+        rows = BatchRows(torch.arange(len(names)).int(), slots, seq_lens, torch.tensor(table_of).int())
+        launches.append((rows, table.most_tokens(slots.numpy(), seq_lens.numpy())))
+    expanded = table.expand(launches)
+    for layer in range(LAYERS):
+        for names, pages in zip(parts, expanded, strict=True):
+            found, lens = pages.of(layer)
+            rows = [row for name in names for row in models[name].pages[layer]]
+            assert lens.tolist() == [max(n, 1) for name in names for n in models[name].kv_lens[layer]]
+            assert [row[: len(want)] for row, want in zip(found.tolist(), rows, strict=True)] == rows
 
 
 def test_a_reused_slot_shows_nothing_of_its_last_owner(rng, blocks):

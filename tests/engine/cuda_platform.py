@@ -94,11 +94,12 @@ def build_layer(vllm_config: VllmConfig, model: ModelConfig, layer: int, prefix:
 
 def graph_modes(vllm_config: VllmConfig, builders: list[tuple[Any, Any]]) -> dict[str, str]:
     """Return what vLLM's two model runners make of the graph mode, for these (builder class, cache spec)."""
-    support = min(
-        (builder.get_cudagraph_support(vllm_config, spec) for builder, spec in builders), key=lambda s: s.value
-    )
-    modes = {"asked": vllm_config.compilation_config.cudagraph_mode.name}
+    modes, use_v2 = {"asked": vllm_config.compilation_config.cudagraph_mode.name}, VllmConfig.use_v2_model_runner
     for runner in ("V1", "V2"):
+        VllmConfig.use_v2_model_runner = property(lambda self, is_v2=runner == "V2": is_v2)
+        supports = [builder.get_cudagraph_support(vllm_config, spec) for builder, spec in builders]
+        support = min(supports, key=lambda s: s.value)
+        VllmConfig.use_v2_model_runner = use_v2
         compilation_config = copy.copy(vllm_config.compilation_config)
         mode = compilation_config.resolve_cudagraph_mode_and_sizes(
             support, "ours", use_v2_model_runner=runner == "V2", max_num_reqs=vllm_config.scheduler_config.max_num_seqs

@@ -49,8 +49,10 @@ ATTRIBUTES = {
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager": ["enable_caching", "kv_cache_group_id"],
     "vllm.v1.kv_cache_interface:SlidingWindowSpec": ["max_admission_blocks_per_request"],
     "vllm.v1.worker.gpu_input_batch:InputBatch": ["req_ids"],
+    "vllm.v1.worker.gpu.model_runner:BatchReqState": ["req_ids"],
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": [
         "attn_groups",
+        "cudagraph_manager",
         "execute_model_state",
         "get_model",
         "req_states",

@@ -91,17 +91,18 @@ def make_batch(generator, lists, num_reqs, block_size, has_idle):
     return BatchRows(rows.int(), slots.int(), seq_lens.int(), block_table)
 
 
-def walk(pages, lists, batch, at, num_heads):
-    """What the documentation says, one page at a time: page ids and length of every sequence."""
+def walk(pages, lists, batch, at, layer, num_heads):
+    """What the documentation says, one page at a time: page ids and length of every sequence of a layer."""
     found, lens = [], []
+    first_page = int(at.first_pages[layer])
     for row, slot in zip(batch.rows.tolist(), batch.slots.tolist(), strict=True):
         seq_len = int(batch.seq_lens[row])
         own_from = 0 if slot < 0 else int(lists.own_from[slot])
         for head in range(num_heads):
-            kept = [] if slot < 0 else pages[slot][at.layer][head]
+            kept = [] if slot < 0 else pages[slot][at.first_layer + layer][head]
             num_new = max(seq_len - own_from, 0)
             blocks = batch.block_table[row, own_from // at.block_size :][: -(-num_new // at.block_size)].tolist()
-            own = [at.first_page + head + block * at.block_stride for block in blocks if num_new]
+            own = [first_page + head + block * at.block_stride for block in blocks if num_new]
             kv_len = len(kept) * at.block_size + num_new
             found.append(kept + own if kv_len else [0])
             lens.append(max(kv_len, 1))
@@ -112,16 +113,18 @@ def check(expand, seed, max_num_reqs, num_reqs, num_layers, num_heads, most_page
     generator = torch.Generator().manual_seed(seed)
     lists, pages = make_lists(generator, max_num_reqs, num_layers, num_heads, most_pages, block_size)
     batch = make_batch(generator, lists, min(num_reqs, max_num_reqs), block_size, has_idle)
-    layer = int(draw(generator, num_layers))
-    at = LayerPages(layer, int(draw(generator, 1000)), int(draw(generator, 1000, low=1)), block_size)
-    expected, lens = walk(pages, lists, batch, at, num_heads)
-    width, extra = max(map(len, expected)) + seed % 3, seed % 4
-    table = torch.full((len(lens) + extra, width), GARBAGE, dtype=torch.int32)
-    kv_lens = torch.full((len(lens) + extra,), GARBAGE, dtype=torch.int32)
+    first_layer = int(draw(generator, num_layers))
+    first_pages = draw(generator, 1000, (int(draw(generator, num_layers - first_layer + 1, low=1)),))
+    at = LayerPages(first_layer, first_pages, int(draw(generator, 1000, low=1)), block_size)
+    expected = [walk(pages, lists, batch, at, layer, num_heads) for layer in range(len(first_pages))]
+    width = max((len(row) for rows, _ in expected for row in rows), default=1) + seed % 3
+    shape = (len(first_pages), len(batch.rows) * num_heads, width)
+    table = torch.full(shape, GARBAGE, dtype=torch.int32)
+    kv_lens = torch.full(shape[:2], GARBAGE, dtype=torch.int32)
     before = [tensor.clone() for tensor in (*lists, *batch)]
     expand(lists, batch, at, table, kv_lens)
-    assert kv_lens.tolist() == lens + [GARBAGE] * extra
-    assert table.tolist() == [row + [GARBAGE] * (width - len(row)) for row in expected + [[]] * extra]
+    assert kv_lens.tolist() == [lens for _, lens in expected]
+    assert table.tolist() == [[row + [GARBAGE] * (width - len(row)) for row in rows] for rows, _ in expected]
     for tensor, old in zip((*lists, *batch), before, strict=True):
         assert tensor.equal(old)
 
@@ -165,11 +168,15 @@ def small(num_rows=2, **changes):
         torch.ones(80, dtype=torch.int32), int32([[1, 2], [3, 4], [5, 6]]), starts, counts, int32([4] * 3)
     )
     batch = BatchRows(int32([0, 1])[:num_rows], int32([0, 2])[:num_rows], int32([5, 7]), int32([[1] * 8] * 2))
-    named = {"pages": int32([[-7] * 8] * 4), "kv_lens": int32([-7] * 4)}
+    first_pages = changes.get("first_pages", torch.tensor([0]))
+    named = {
+        "pages": torch.full((1, 2 * num_rows, 8), -7, dtype=torch.int32),
+        "kv_lens": torch.full((1, 2 * num_rows), -7, dtype=torch.int32),
+    }
     named |= {name: value for name, value in changes.items() if name in named}
     lists = lists._replace(**{name: value for name, value in changes.items() if name in PageLists._fields})
     batch = batch._replace(**{name: value for name, value in changes.items() if name in BatchRows._fields})
-    return lists, batch, LayerPages(1, 0, 4, 2), *named.values()
+    return lists, batch, LayerPages(changes.get("first_layer", 1), first_pages, 4, 2), *named.values()
 
 
 @pytest.mark.parametrize("expand", [REFERENCE, NATIVE, TRITON])
@@ -184,7 +191,7 @@ OUTSIDE = [
     pytest.param({"rows": int32([0, 2])}, id="row past the batch"),
     pytest.param({"rows": int32([-1, 0])}, id="row before it"),
     pytest.param({"seq_lens": int32([5, 4 + 2 * 8])}, id="block past the block table"),
-    pytest.param({"pages": int32([[-7] * 3] * 4)}, id="column past the page table"),
+    pytest.param({"pages": int32([[[-7] * 3] * 4])}, id="column past the page table"),
     pytest.param({"block_ids": int32([[1, 2], [3, 4], [5, 20]])}, id="kept block past the arena"),
     pytest.param({"block_ids": int32([[1, 2], [3, 4], [5, -1]])}, id="kept block before it"),
     pytest.param({"counts": torch.full((3, 2, 2), 4, dtype=torch.int32)}, id="list past the kept blocks"),
@@ -216,8 +223,11 @@ def test_what_is_outside_is_an_error_before_anything_changes(expand, change):
         ({"seq_lens": int32([1])}, "`seq_lens`: expected contiguous torch.int32 .2."),
         ({"block_table": torch.ones(2, 8).long()}, "`block_table`: expected int32 on cpu .* got torch.int64"),
         ({"block_table": int32([[1] * 2] * 8).T}, "`block_table`: expected .* contiguous rows"),
-        ({"pages": int32([[1] * 8] * 3)}, "`pages`: expected .4 or more, width., got shape .3, 8."),
-        ({"kv_lens": int32([1] * 3)}, "`kv_lens`: expected contiguous torch.int32 .4."),
+        ({"first_layer": 2}, "`first_layer`: expected 0 to 1, got 2"),
+        ({"first_pages": int32([0])}, "`first_pages`: expected contiguous torch.int64 .1."),
+        ({"pages": int32([[1] * 8] * 4)}, "`pages`: expected .1, 4, width., got shape .4, 8."),
+        ({"pages": int32([[[1] * 8] * 3])}, "`pages`: expected contiguous torch.int32 .1, 4, 8."),
+        ({"kv_lens": int32([[1] * 3])}, "`kv_lens`: expected contiguous torch.int32 .1, 4."),
     ],
 )
 def test_wrong_arguments(changes, message):

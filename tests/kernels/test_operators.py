@@ -13,6 +13,7 @@ from vllm_kvevict.kernels.leverage import leverage
 from vllm_kvevict.kernels.move_tokens import move_tokens
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.kernels.select import count_best, select
+from vllm_kvevict.kernels.slot_scores import SlotBatch, slot_scores
 from vllm_kvevict.kernels.streaming_sums import streaming_sums
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.kernels.window_scores import window_scores
@@ -27,6 +28,8 @@ def cases() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     keys, table = keys.nan_to_num(), table[:, : -(-TOKENS // BLOCK_SIZE)].clone()  # opcheck compares what is unused too
     query, scale = torch.randn(8, 2 * HEADS, HEAD_SIZE), HEAD_SIZE**-0.5
     batch = WindowBatch(query[None], keys, keys.clone(), table[None], torch.tensor([TOKENS]), TOKENS, scale)
+    positions = torch.randperm(HEADS * table.numel() * BLOCK_SIZE)[: table.numel() * BLOCK_SIZE].view(1, HEADS, -1)
+    slots = SlotBatch(query[None], keys, table[None], positions, torch.full((1, 8), 90), scale)
     angles = torch.arange(TOKENS)[:, None] * torch.tensor([1.0, 0.1])
     rotary = Rotary(torch.cat([angles.cos(), angles.sin()], dim=1), True)
     scores, one = torch.rand(3, 2, TOKENS), torch.ones(1, dtype=torch.int32)
@@ -36,6 +39,7 @@ def cases() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     rows = BatchRows(one - 1, one, one * 50, one.repeat(1, 8) * 7)
     return {
         "window_scores": (window_scores, (batch, Reduction("max", "max", 3, "value_norm"))),
+        "slot_scores": (slot_scores, (slots, "max", "sum")),
         "streaming_sums": (streaming_sums, (query, keys, table, TOKENS, scale, torch.zeros(HEADS, TOKENS))),
         "chunk_attention": (chunk_attention, (query, keys, table, 5, scale, "mean")),
         "leverage": (leverage, (keys, table, 5, TOKENS, rotary, torch.randn(HEAD_SIZE, 8).double(), 0.5)),
@@ -44,7 +48,7 @@ def cases() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "move_tokens": (move_tokens, (keys, keys.clone(), torch.tensor([3, 4]), torch.tensor([40, 41]))),
         "expand_page_table": (
             expand_page_table,
-            (lists, rows, LayerPages(1, 100, 90, 16), torch.zeros(2, 8, dtype=torch.int32), one.repeat(2)),
+            (lists, rows, LayerPages(1, one.long() * 100, 90, 16), torch.zeros(1, 2, 8).int(), one.repeat(1, 2)),
         ),
     }
 
@@ -52,7 +56,7 @@ def cases() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
 def flat(arguments: tuple[Any, ...]) -> list[Any]:
     values: list[Any] = []
     for argument in arguments:
-        is_group = isinstance(argument, WindowBatch | Reduction | Rotary)
+        is_group = isinstance(argument, SlotBatch | WindowBatch | Reduction | Rotary)
         if is_group:
             values += list(vars(argument).values())
         else:
@@ -73,6 +77,7 @@ def test_compiled_code_computes_and_changes_the_same(name):
     function, expected_arguments = cases()[name]
     _, actual_arguments = cases()[name]
     expected = function(*expected_arguments)
+    torch.compiler.reset()  # all cases share one lambda, which is not compiled any number of times
     actual = torch.compile(lambda *values: function(*values), fullgraph=True, backend="aot_eager")(*actual_arguments)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     for one, other in zip(flat(actual_arguments), flat(expected_arguments), strict=True):

@@ -146,12 +146,12 @@ def test_equals_the_formula(options, num_tokens):
 def test_leverage_sums_to_the_rank(num_tokens, rank, block, expected):
     layer = make_llama_layer(num_tokens, seed=0)
     policy = Compactor(sketch_rank=rank, leverage_block=block)
-    leverage = policy._leverage(layer.inputs(policy), 0, num_tokens)
     blocks = leverage_blocks(num_tokens, block)
     assert list(policy._blocks(0, num_tokens)) == blocks
+    inputs, with_ridge = layer.inputs(policy), replace(policy, ridge=1.0)
+    leverage, ridged = (torch.cat([p._leverage(inputs, *bounds) for bounds in blocks], 1) for p in (policy, with_ridge))
     for start, end in blocks:
         torch.testing.assert_close(leverage[:, start:end].sum(1), torch.full((2,), float(expected)), rtol=1e-5, atol=0)
-    ridged = replace(policy, ridge=1.0)._leverage(layer.inputs(policy), 0, num_tokens)
     if num_tokens > 1:
         for start, end in blocks:
             assert (ridged[:, start:end].sum(1) < expected - 1e-3).all()

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from tests.gpu import HAS_GPU, on_gpu
 from tests.paged import LAYOUTS, PACKINGS, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.kernels.rotary import Rotary
-from vllm_kvevict.policies import POLICIES, Need, ScoreInputs
+from vllm_kvevict.policies import POLICIES, Need, ScoreInputs, scratch
 from vllm_kvevict.policies.base import LayerWeights
 
 KV_HEADS, GROUP, HEAD_SIZE, LAYER = 2, 3, 16, 1
@@ -215,8 +215,9 @@ def held_bytes(policy, kv_len):
     return max(held.most, observing.most)
 
 
-def test_scoring_holds_no_more_bytes_per_token_than_it_says(policy):
+def test_scoring_holds_no_more_bytes_per_token_than_it_says(policy, monkeypatch):
     """The growth between two lengths, both long enough for what does not depend on the prompt to be little of it."""
+    monkeypatch.setattr(scratch, "MOST_BYTES", 2**10)
     stated = policy.scratch_bytes(KV_HEADS * GROUP, KV_HEADS, HEAD_SIZE)
     # observing takes time that grows with the square of the length
     length = 3_072 if Need.ALL_QUERIES in policy.needs else 15_360

@@ -96,7 +96,7 @@ class TestLeverageScores:
     def test_they_sum_to_the_rank(self, rank):
         layer = make_llama_layer(333, 0)
         policy = CurDKV(**{**PAPER, "projection_rank": rank})
-        scores = policy._shares(layer.inputs(policy), layer.inputs(policy).gather_keys)
+        scores = policy._shares(layer.inputs(policy), layer.inputs(policy).gather_keys)(0, 333)
         torch.testing.assert_close(scores.sum(dim=1), torch.full((2,), float(rank or 32)), rtol=1e-5, atol=0)
         assert scores.amax() <= 1 + 1e-6
 
@@ -107,7 +107,7 @@ class TestLeverageScores:
         layer = replace(layer, keys=low_rank + 1e-6 * torch.randn(2, 333, 32))
         for rank in (20, 0):
             policy = CurDKV(**{**PAPER, "projection_rank": rank})
-            scores = policy._shares(layer.inputs(policy), layer.inputs(policy).gather_keys)
+            scores = policy._shares(layer.inputs(policy), layer.inputs(policy).gather_keys)(0, 333)
             torch.testing.assert_close(scores.sum(dim=1), torch.full((2,), 5.0), rtol=1e-5, atol=0)
 
     @pytest.mark.parametrize("num_tokens", [1, 2, 7, 20])

@@ -16,6 +16,7 @@ from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.eviction.selection import protect, select
 from vllm_kvevict.kernels.rotary import Rotary
+from vllm_kvevict.policies import scratch
 from vllm_kvevict.policies.base import LayerWeights
 from vllm_kvevict.policies.expected_attention import ExpectedAttention
 
@@ -245,3 +246,22 @@ class TestAgainstKvpress:
         for head, pages in enumerate(compaction.page_table[0]):
             kept = cache.read(pages, int(compaction.kv_lens[0, head]))[1][:, 0].sort().values
             assert kept.tolist() == theirs[head].tolist()
+
+
+def test_logits_of_a_long_prompt_are_computed_twice(monkeypatch):
+    """Rather than held; the scores are the same, bit by bit."""
+    policy, layer = ExpectedAttention(), make_llama_layer(1500, seed=0)
+    inputs = make_inputs(layer, policy, [700])
+    found, logits = [], ExpectedAttention._logits
+
+    def recorded(self, inputs, mean, covariance, start, end):
+        found.append((start, end))
+        return logits(self, inputs, mean, covariance, start, end)
+
+    monkeypatch.setattr(ExpectedAttention, "_logits", recorded)
+    held = policy.score(inputs)
+    tiles = [(4, 1028), (1028, 1500)]
+    assert found == tiles
+    monkeypatch.setattr(scratch, "MOST_BYTES", 4 * NUM_HEADS * 1500 - 1)
+    assert policy.score(inputs).equal(held)
+    assert found == 3 * tiles

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tools.gpu.__main__ import main
-from tools.gpu.compare import BACKENDS, LOGPROB, NEAR_TIE, Check, checks, verdict_of
+from tools.gpu.compare import BACKENDS, GRAPHS, LOGPROB, NEAR_TIE, Check, checks, verdict_of
 from tools.gpu.results import RESULTS, Answer, Measured, Record, append, read
 from tools.gpu.runs import REFERENCE, RUNS, Run
 
@@ -33,7 +33,7 @@ def measured(run: Run) -> Measured:
     return Measured(
         worker="Worker" if run.policy is None else "EvictionGPUWorker",
         runner=RUNNERS[run.runner],
-        graphs="PIECEWISE" if run.graphs else "NONE",
+        graphs=GRAPHS[run.runner] if run.graphs else "NONE",
         attention=BACKENDS[str(run.attention)][run.policy is not None],
         peak_gib=1.0,
         weights="abc",
@@ -161,7 +161,7 @@ def test_an_evicted_run_that_holds_as_many_blocks_as_stock_fails() -> None:
         pytest.param({"runner": RUNNERS[1]}, id="fell back to V1"),
         pytest.param({"worker": "Worker"}, id="stock worker"),
         pytest.param({"graphs": "NONE"}, id="without graphs"),
-        pytest.param({"graphs": "FULL_AND_PIECEWISE"}, id="graphs that replay stock attention"),
+        pytest.param({"graphs": "PIECEWISE"}, id="without full graphs"),
         pytest.param({"attention": "EvictionTritonBackend"}, id="another attention backend"),
     ],
 )

@@ -37,8 +37,10 @@ AGREE = (
 )
 RUNNERS = {
     1: ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.cpu_model_runner"),
-    2: ("vllm.v1.worker.gpu.model_runner",),
+    2: ("vllm.v1.worker.gpu.model_runner", "vllm_kvevict.engine.worker.graphs"),
 }
+# of engines with eviction: V1's full ones would replay stock attention for evicted rows
+GRAPHS = {1: "PIECEWISE", 2: "FULL_AND_PIECEWISE"}
 # --attention-backend: the class that stock vLLM takes for it, and ours
 BACKENDS = {
     "FLASH_ATTN": ("FlashAttentionBackend", "EvictionFlashBackend"),
@@ -121,8 +123,8 @@ def _who_ran(run: Run, found: Measured) -> Check:
     backend = found.attention if run.attention is None else BACKENDS[run.attention][is_ours]
     as_asked = (is_ours, has_graphs) == (run.policy is not None, run.graphs) and found.runner in RUNNERS[run.runner]
     as_asked = as_asked and found.attention == backend
-    if is_ours and has_graphs:  # a full one would replay stock attention for evicted rows
-        as_asked = as_asked and found.graphs == "PIECEWISE"
+    if is_ours and has_graphs:
+        as_asked = as_asked and found.graphs == GRAPHS[run.runner]
     who = f"{found.worker}, {found.runner}, {found.attention}, graphs {found.graphs}"
     asked = (
         f"{'our' if run.policy else 'stock'} worker, V{run.runner}, {backend}, graphs {'on' if run.graphs else 'off'}"

@@ -11,7 +11,11 @@ from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.request_slots import RequestSlots
 from vllm_kvevict.kernels.expand_page_table import NEVER, BatchRows, LayerPages, PageLists, expand_page_table
 
-_WIDTH_INCREMENT = 32  # columns of the page table: a kernel's tile of tokens may end some pages behind the last one
+_WIDTH_INCREMENT = 16  # columns of a page table: Triton then compiles attention for one kind of stride
+# a kernel's tile of tokens may end some pages behind the last one
+_EXTRA_COLUMNS = 1
+# entries of page tables that there is room for in any case: those of all layers of a small batch
+_MIN_ENTRIES = 2**20
 
 
 class PageTable:
@@ -41,13 +45,10 @@ class PageTable:
             counts=torch.zeros(max_num_reqs, layers, heads, dtype=torch.int32, device=device),
             own_from=torch.zeros(max_num_reqs, dtype=torch.int32, device=device),
         )
-        width = cdiv(max_blocks + 1, _WIDTH_INCREMENT) * _WIDTH_INCREMENT
-        self._pages = torch.zeros(max_num_reqs * heads, width, dtype=torch.int32, device=device)
-        self._kv_lens = torch.ones(max_num_reqs * heads, dtype=torch.int32, device=device)
-        self._layers = [
-            LayerPages(layer, first, pool.block_stride, pool.block_size)
-            for layer, first in enumerate(pool.layer_offset.tolist())
-        ]
+        self._max_width = _width(max_blocks)
+        num_entries = max(max_num_reqs * heads * self._max_width, _MIN_ENTRIES)
+        self._pages = torch.zeros(num_entries, dtype=torch.int32, device=device)
+        self._kv_lens = torch.ones(layers * max_num_reqs * heads, dtype=torch.int32, device=device)
         # known to the host, per slot: pages of the longest list, and from which token on its own blocks hold them
         self._most_pages = np.zeros(max_num_reqs, dtype=np.int64)
         self._own_from = np.zeros(max_num_reqs, dtype=np.int64)
@@ -178,12 +179,74 @@ class PageTable:
         counts = self._lists.counts[torch.from_numpy(slots).to(self._lists.counts.device).to(torch.int64)]
         return torch.equal(counts, counts[:, :1].expand_as(counts))
 
-    def expand(self, layer: int, batch: BatchRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the page table of some rows of a batch in one layer, and how many tokens each sequence has.
+    def expand(self, launches: list[tuple[BatchRows, int]]) -> list[ExpandedPages]:
+        """Return the page tables of a step in which attention over evicted rows is launched several times per layer.
 
-        Each KV head of a row is a sequence: [num_sequences, width] and [num_sequences] int32. Both are memory of this
-        object, which the next call overwrites. Behind the last page of a sequence stand pages of others.
+        launches: some rows of the batch, and the tokens of their longest sequence in any layer, or more
+
+        They share memory of this object, which the next step overwrites: all layers at once where it is enough for all,
+        else each layer's when it is asked for.
         """
-        expand_page_table(self._lists, batch, self._layers[layer], self._pages, self._kv_lens)
-        num_sequences = len(batch.rows) * self._pool.num_kv_heads
-        return self._pages[:num_sequences], self._kv_lens[:num_sequences]
+        layers, heads = self._pool.num_layers, self._pool.num_kv_heads
+        block_size = self._pool.block_size
+        widths = [min(_width(cdiv(max_kv_len, block_size)), self._max_width) for _, max_kv_len in launches]
+        sizes = [len(rows.rows) * heads * width for (rows, _), width in zip(launches, widths, strict=True)]
+        at_once = layers if layers * sum(sizes) <= len(self._pages) else 1
+        expanded, first, first_len = [], 0, 0
+        for (rows, _), width, size in zip(launches, widths, sizes, strict=True):
+            shape = at_once, len(rows.rows) * heads, width
+            num_entries, num_lens = at_once * size, at_once * shape[1]
+            pages = self._pages[first : first + num_entries].view(shape)
+            kv_lens = self._kv_lens[first_len : first_len + num_lens].view(shape[:2])
+            expanded.append(ExpandedPages(self._lists, self._pool, rows, pages, kv_lens))
+            if at_once == layers:
+                expanded[-1].expand_all()
+            first, first_len = first + num_entries, first_len + num_lens
+        return expanded
+
+    def expand_layer_by_layer(self, rows: BatchRows) -> ExpandedPages:
+        """Return the page tables of some rows of a batch, each layer's when it is asked for, in memory that is the same
+        in every step and enough for sequences of any length: for a graph, which asks again whenever it is replayed.
+        """
+        num_sequences = len(rows.rows) * self._pool.num_kv_heads
+        shape = 1, num_sequences, self._max_width
+        pages = self._pages[: num_sequences * self._max_width].view(shape)
+        return ExpandedPages(self._lists, self._pool, rows, pages, self._kv_lens[:num_sequences].view(shape[:2]))
+
+
+def _width(num_pages: int) -> int:
+    return cdiv(num_pages + _EXTRA_COLUMNS, _WIDTH_INCREMENT) * _WIDTH_INCREMENT
+
+
+class ExpandedPages:
+    """What attention over some rows of a batch reads, layer by layer; each KV head of a row is a sequence."""
+
+    def __init__(
+        self, lists: PageLists, pool: PagePool, rows: BatchRows, pages: torch.Tensor, kv_lens: torch.Tensor
+    ) -> None:
+        """pages, kv_lens: memory for all layers, [num_layers, num_sequences, width] and [num_layers, num_sequences]
+        int32, or for one layer at a time.
+        """
+        self._lists, self._pool, self._rows = lists, pool, rows
+        self._pages, self._kv_lens = pages, kv_lens
+        self._has_all = False
+
+    def expand_all(self) -> None:
+        """Expand all layers, for which there is memory."""
+        self._expand(0, self._pool.layer_offset)
+        self._has_all = True
+
+    def of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the page table [num_sequences, width] int32 of a layer, and how many tokens each sequence has
+        [num_sequences] int32.
+
+        Behind the last page of a sequence stand pages of others.
+        """
+        if self._has_all:
+            return self._pages[layer], self._kv_lens[layer]
+        self._expand(layer, self._pool.layer_offset[layer : layer + 1])
+        return self._pages[0], self._kv_lens[0]
+
+    def _expand(self, first_layer: int, first_pages: torch.Tensor) -> None:
+        at = LayerPages(first_layer, first_pages, self._pool.block_stride, self._pool.block_size)
+        expand_page_table(self._lists, self._rows, at, self._pages, self._kv_lens)

@@ -78,20 +78,22 @@ class TokenEvictor:
 
         victims: [num_layers, num_kv_heads] int64, positions of the tokens that go first
         """
-        slot = torch.tensor([self._page_table.slots[req_id]], device=victims.device)
+        slot = self._staged([self._page_table.slots[req_id]])
         max_pages = self._page_table.most_pages([req_id])
         for layer in range(self._pool.num_layers):
-            _, slots, positions = self._held(layer, slot, max_pages)
+            pages, positions = self._held(layer, slot, max_pages)
             is_victim = positions[0] == victims[layer][:, None]
-            self._holes[layer, slot[0]] = slots[0].gather(1, is_victim.int().argmax(dim=1, keepdim=True))[:, 0]
+            self._holes[layer, slot] = self._slots_of(pages, is_victim.int().argmax(dim=1)[None, :, None])
 
     def peers(self, method: Method, req_ids: list[str]) -> Peers:
         """Return what does not change from step to step of these requests."""
-        device = self._holes.device
-        slots, ring_slots = (
-            to_device(of.slots.of(req_ids).astype(np.int64), device) for of in (self._page_table, self._ring)
-        )
-        return Peers(method, req_ids, slots, ring_slots, self._page_table.most_pages(req_ids))
+        slots = [self._page_table.slots[req_id] for req_id in req_ids]
+        ring_slots = [self._ring.slots.get(req_id) for req_id in req_ids]
+        most_pages = self._page_table.most_pages(req_ids)
+        return Peers(method, req_ids, self._staged(slots), self._staged(ring_slots), most_pages)
+
+    def _staged(self, slots: list[int]) -> torch.Tensor:
+        return to_device(np.array(slots, dtype=np.int64), self._holes.device)
 
     def prepare(self, peers: Peers, num_tokens: torch.Tensor, max_tokens: int, blocks: torch.Tensor) -> Replacement:
         """Return a step, and note which tokens the holes will hold.
@@ -115,13 +117,12 @@ class TokenEvictor:
     def choose_holes(self, layer: int, step: Replacement, scale: float, weights: LayerWeights) -> None:
         """Score what the heads of one layer hold, and choose the next holes. The newest query is in the ring."""
         peers, method, policy = step.peers, step.peers.method, step.peers.method.policy
-        page_ids, slots, positions = self._held(layer, peers.slots, peers.max_pages)
-        keys, _, page_table = self._pool.readable(page_ids)
+        pages, positions = self._held(layer, peers.slots, peers.max_pages)
+        keys, _, page_table = self._pool.readable(pages)
         traits = traits_of(policy)
         observes = Need.ALL_QUERIES in traits.needs
-        num_queries = max(traits.query_window, int(observes))
         inputs = StepInputs(
-            self._ring.last_of(layer, peers.ring_slots, step.num_tokens, num_queries),
+            self._ring.last_of(layer, peers.ring_slots, step.num_tokens, max(traits.query_window, int(observes))),
             keys,
             page_table,
             positions,
@@ -129,29 +130,36 @@ class TokenEvictor:
             step.max_tokens,
             scale,
             weights,
-            self._residents.sums[slots] if observes else None,
+            self._residents.sums.view(-1, self.block_size)[pages].flatten(2) if observes else None,
         )
         source = f"{type(policy).__name__}.score_step"
         scores = checked(source, policy.score_step(inputs), positions.shape, positions.device)
         if observes:
-            held = inputs.is_held
-            self._residents.sums[slots[held]] = scores[held]
+            # page 0, which stands behind those of shorter heads, keeps its own
+            sums = torch.where(inputs.is_held, scores, inputs.state)
+            self._residents.sums.view(-1, self.block_size)[pages] = sums.unflatten(2, (-1, self.block_size))
         recent = (step.num_tokens - method.num_recent)[:, None, None]
-        stays = (positions < method.num_sink) | (positions >= recent)
         # what is not held has position -1, and is no candidate either
-        candidates = torch.nan_to_num(scores, nan=-torch.inf).masked_fill(stays | ~inputs.is_held, torch.inf)
-        victims = candidates.argmin(dim=2, keepdim=True)
-        self._holes[layer, peers.slots] = slots.gather(2, victims)[..., 0]
+        is_candidate = (positions >= method.num_sink) & (positions < recent)
+        candidates = torch.where(is_candidate, torch.nan_to_num(scores, nan=-torch.inf), torch.inf)
+        self._holes[layer, peers.slots] = self._slots_of(pages, candidates.argmin(dim=2, keepdim=True))
 
-    def _held(self, layer: int, rows: torch.Tensor, max_pages: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the pages [num_reqs, num_kv_heads, max_pages] int64 of one layer, and of each of their slots the place
-        in the pool and the position of its token [num_reqs, num_kv_heads, num_slots] int64.
+    def _held(self, layer: int, rows: torch.Tensor, max_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the pages [num_reqs, num_kv_heads, max_pages] int64 of one layer, and which token is in each of their
+        slots [num_reqs, num_kv_heads, max_pages * block_size] int64: its position, -1 behind the last page of a head.
 
-        rows: [num_reqs] int64 of the page table. Positions are -1 behind the pages of a head that has fewer.
+        rows: [num_reqs] int64 of the page table
         """
-        block_size = self._pool.block_size
         pages, num_pages = self._page_table.layer_rows(layer, rows, max_pages)
-        lane = torch.arange(block_size, device=pages.device)
-        slots = (pages[..., None] * block_size + lane).flatten(2)
-        is_held = torch.arange(slots.shape[2], device=slots.device) < num_pages[..., None] * block_size
-        return pages, slots, self._residents.positions[slots].to(torch.int64).masked_fill(~is_held, -1)
+        is_held = torch.arange(max_pages, device=pages.device) < num_pages[..., None]
+        positions = self._residents.positions.view(-1, self.block_size)[pages].to(torch.int64)
+        return pages, positions.masked_fill_(~is_held[..., None], -1).flatten(2)
+
+    def _slots_of(self, pages: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Return [num_reqs, num_kv_heads] int64, the slots of the pool that stand at ``places`` of these pages.
+
+        pages:  [num_reqs, num_kv_heads, max_pages] int64
+        places: [num_reqs, num_kv_heads, 1] int64, page by page
+        """
+        page = pages.gather(2, torch.div(places, self.block_size, rounding_mode="floor"))
+        return (page * self.block_size + places.remainder(self.block_size))[..., 0]

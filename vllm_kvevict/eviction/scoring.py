@@ -18,9 +18,7 @@ from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import allocator_traits_of, traits_of
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
 from vllm_kvevict.policies.batch import ScoreBatch, scored_at_once, scores_batches
-
-# Scores of several layers that are made at once, if there are prompts so long.
-_MAX_SCORES = 1 << 24
+from vllm_kvevict.policies.scratch import MOST_BYTES
 
 
 class PromptScores:
@@ -102,7 +100,7 @@ class PromptScores:
             for req, plan in enumerate(self._plans)
         ]
         self._waiting.append(of_layer)
-        most = _MAX_SCORES // self.scores[:, 0].numel()
+        most = MOST_BYTES // self.scores[:, 0].nbytes
         if len(self._waiting) >= max(min(traits_of(self._method.policy).layers_at_once, most), 1):
             self.score_waiting()
 

@@ -13,6 +13,8 @@ from vllm_kvevict.kernels.paged import DTYPE_CODES, LOG2_E
 from vllm_kvevict.kernels.streaming_sums import (
     BLOCK_TOKENS,
     NUM_WARPS,
+    UNALIGNED,
+    VARYING,
     attention_arguments,
     attention_constants,
     check_arguments,
@@ -104,7 +106,7 @@ def _launch(
     return received
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=UNALIGNED)
 def _received_kernel(
     query, keys, page_table,
     query_stride_token, query_stride_head, key_stride_page, key_stride_token, key_stride_dim, table_stride_head,

@@ -42,7 +42,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         *[INT64] * 5,  # num_entries, max_num_reqs, blocks of a request's lists, num_layers, num_kv_heads
         *[POINTER] * 4,  # the batch, as BatchRows has it
         *[INT64] * 4,  # num_rows, num_reqs; block_table: stride of a request, blocks of a request
-        *[INT64] * 4,  # layer, first_page, block_stride, block_size
+        *(INT64, POINTER, INT64, INT64, INT64),  # first_layer, first_pages, layers, block_stride, block_size
         *(POINTER, POINTER, INT64),  # pages, kv_lens, width
     ),
     "kvevict_gather_tiled_tokens": (*_TILED_POOL, POINTER, POINTER, POINTER, INT64, INT64),
@@ -51,6 +51,14 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "kvevict_move_tiled_tokens": (*_TILED_POOL, POINTER, POINTER, INT64, INT64),
     "kvevict_move_tokens": _MOVE,
     "kvevict_select": _SELECT,
+    "kvevict_slot_scores": (
+        *(POINTER, INT64, INT64, INT64),  # query: data, strides
+        *_PAGES,  # keys
+        *(POINTER, INT64, INT64),  # page_table: data, strides
+        *(POINTER, POINTER, POINTER),  # positions, last_seen, scores
+        *(INT32, INT32, *(INT64,) * 7),  # dtypes, sizes
+        *(FLOAT, FLOAT, INT32, INT32),  # scale, query_weight, codes of the reductions
+    ),
     "kvevict_streaming_sums": (
         *_QUERY,
         *_PAGES,
@@ -67,9 +75,11 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(FLOAT, FLOAT, FLOAT),  # scale, query_weight, value_scale
         *(INT32, INT32, INT32, INT64),  # codes of the reduction, pool_kernel
     ),
-    # for tests: limits the instruction set to so many floats per vector, allows AMX; both return what is then used
+    # for tests: limits the instruction set to so many floats per vector, allows AMX, allows products of pairs of
+    # bfloat16; all return what is then used
     "kvevict_limit_lanes": (INT32,),
     "kvevict_allow_tiles": (INT32,),
+    "kvevict_allow_pairs": (INT32,),
 }
 CUDA_SIGNATURES: dict[str, tuple[Any, ...]] = {  # the last argument is the stream
     "kvevict_cuda_move_tokens": (*_MOVE, POINTER),

@@ -16,6 +16,9 @@ from vllm_kvevict.kernels.rotary import Rotary
 REFERENCE_TOKENS = 1024
 # Of the Triton kernels: programs that share the tokens in the first pass, its rows of moments, tokens and columns.
 MOST_PARTS, BLOCK_DIMS, BLOCK_TOKENS, BLOCK_RANK, NUM_WARPS = 128, 16, 64, 32, 8
+# What differs from request to request and from chunk to chunk: a kernel is compiled for none of it.
+_VARYING = ("table_stride_head", "start", "end", "part_tokens")
+_UNALIGNED = ("page_table",)  # a view into the table of all layers
 
 
 @operator(
@@ -198,7 +201,7 @@ def unrotated(
     return (own * (cos / squared_magnitude) - other * sine).to(tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def _moments_kernel(
     keys, page_table, cos_sin, key_stride_page, key_stride_token, key_stride_dim, table_stride_head, cos_sin_stride,
     start, end, key_scale, head_size,
@@ -231,7 +234,7 @@ def _moments_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def _norms_kernel(
     keys, page_table, cos_sin, key_stride_page, key_stride_token, key_stride_dim, table_stride_head, cos_sin_stride,
     start, end, key_scale, head_size,

@@ -12,6 +12,8 @@ from vllm_kvevict.kernels.optional_triton import tl, triton
 from vllm_kvevict.kernels.paged import ELEMENT_VIEWS, check_slots
 
 _TOKENS, _DIMS, _NUM_WARPS = 32, 32, 4  # a program copies 32 elements of 32 tokens at once
+# The kernel is compiled for no number of tokens, and for slots that may be a view of those of all layers.
+_VARYING, _UNALIGNED = ("num_tokens",), ("source_ptr", "destination_ptr")
 
 
 @operator("(Tensor(a!) keys, Tensor(b!) values, Tensor source, Tensor destination) -> ()", fake=lambda *arguments: None)
@@ -104,7 +106,7 @@ def _flat(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, destin
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def _move_tokens_kernel(
     key_ptr, key_stride_page, key_stride_token, key_stride_dim, key_head_size,
     value_ptr, value_stride_page, value_stride_token, value_stride_dim, value_head_size,

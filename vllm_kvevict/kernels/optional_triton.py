@@ -15,8 +15,8 @@ except ImportError:
         """What a module with kernels touches when it is imported."""
 
         @staticmethod
-        def jit(kernel: Callable[..., Any]) -> Callable[..., Any]:
-            return kernel
+        def jit(kernel: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+            return triton.jit if kernel is None else kernel
 
 
 __all__ = ["tl", "triton"]

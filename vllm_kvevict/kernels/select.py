@@ -11,6 +11,9 @@ from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
 
 _TILE, _COUNT_TILE, _NUM_WARPS = 2048, 1024, 8  # scores that a program looks at at once; more spill on sm_80
+# What differs from request to request: a kernel is compiled for none of it.
+_VARYING = ("num_rows", "kv_len", "max_kv_len", "num_sink", "num_recent")
+_UNALIGNED = ("scores_ptr", "num_kept_ptr", "kv_lens_ptr", "totals_ptr")  # some are views of a layer or a group
 
 
 @operator(
@@ -230,7 +233,7 @@ def _find_threshold(row_ptr, kv_len, first, last, wanted, TILE: tl.constexpr):
     return threshold, remaining
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def _select_kernel(
     scores_ptr, num_kept_ptr, kv_lens_ptr, kept_ptr, max_kv_len, num_sink, num_recent,
     IS_RAGGED: tl.constexpr, TILE: tl.constexpr,
@@ -254,7 +257,7 @@ def _select_kernel(
         remaining -= tl.sum(is_tie)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def _count_best_kernel(scores_ptr, totals_ptr, above_ptr, ties_ptr, num_rows, kv_len, TILE: tl.constexpr):
     # one program: one group
     group = tl.program_id(0).to(tl.int64)

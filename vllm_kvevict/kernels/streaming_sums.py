@@ -25,6 +25,9 @@ REFERENCE_QUERIES = 256
 LEAST_PARTS = 16
 # Of the Triton kernels: rows of queries and keys of a tile.
 BLOCK_ROWS, BLOCK_TOKENS, NUM_WARPS = 64, 64, 8
+# What differs from request to request and from chunk to chunk: a kernel is compiled for none of it.
+VARYING = ("table_stride_head", "num_queries", "begin", "end", "kv_len", "sums_stride_head")
+UNALIGNED = ("page_table", "sums")  # views into tables of all layers
 
 
 @operator(
@@ -170,7 +173,7 @@ def load_queries(
     return queries.to(tl.float32) if UPCAST else queries
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=UNALIGNED)
 def _log_sums_kernel(
     query, keys, page_table,
     query_stride_token, query_stride_head, key_stride_page, key_stride_token, key_stride_dim, table_stride_head,
@@ -211,7 +214,7 @@ def _log_sums_kernel(
     tl.store(log_sums + kv_head * num_rows + row, row_max + tl.log2(row_sum), mask=row < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=UNALIGNED)
 def _column_sums_kernel(
     query, keys, page_table,
     query_stride_token, query_stride_head, key_stride_page, key_stride_token, key_stride_dim, table_stride_head,

@@ -25,6 +25,12 @@ MAX_SPLITS = 32  # partial softmaxes of a row
 TILE = 64  # tokens of a Triton program
 MAX_ROWS, MAX_ROW_BYTES = 128, 2**15  # query rows of one of its products, and what they take of shared memory
 NUM_WARPS = 8  # 4 are faster on an H100 in the pass over the columns, but spill registers on sm_100
+# What differs from request to request and from batch to batch: a kernel is compiled for none of it.
+_VARYING = (
+    "table_stride_req", "table_stride_head", "num_kv_heads", "max_kv_len", "window", "num_rows", "num_splits",
+    "split_tokens", "num_unscored",
+)  # fmt: skip
+_UNALIGNED = ("table_ptr", "kv_lens_ptr", "row_sum_ptr", "weights_ptr")  # views into larger tensors
 
 
 @operator(
@@ -95,7 +101,7 @@ def window_scores_triton(batch: WindowBatch, reduction: Reduction) -> torch.Tens
     inputs = (query, *query.stride()[:3], keys, *keys.stride(), window, group, head_size, batch.scale * LOG2_E)
     value_pages = (values, *values.stride(), value_head_size)
     head, value_head = max(triton.next_power_of_2(head_size), 16), triton.next_power_of_2(value_head_size)
-    row_bytes, splits = head * query.element_size(), triton.next_power_of_2(num_splits)
+    row_bytes = head * query.element_size()
     rows = _rows(group * window, row_bytes)
     _softmax_kernel[num_splits, triton.cdiv(group * window, rows), num_items](
         *tokens, *inputs, *value_pages, row_max, row_sum, largest_norms, num_splits, split_tokens, num_unscored,
@@ -104,7 +110,7 @@ def window_scores_triton(batch: WindowBatch, reduction: Reduction) -> torch.Tens
     )  # fmt: skip
     _merge_kernel[triton.cdiv(group * window, rows), num_items](
         row_max, row_sum, maxima, weights, group * window, num_splits, query_weight,
-        ROWS=rows, SPLITS=splits, num_warps=NUM_WARPS,
+        ROWS=rows, SPLITS=MAX_SPLITS, num_warps=NUM_WARPS,
     )  # fmt: skip
     _columns_kernel[num_tiles, num_items](
         *tokens, *inputs, maxima, weights, columns, num_unscored,
@@ -114,7 +120,7 @@ def window_scores_triton(batch: WindowBatch, reduction: Reduction) -> torch.Tens
     _finish_kernel[num_tiles, num_items](
         *tokens, *value_pages, columns, largest_norms, scores, num_splits, num_unscored, batch.value_scale,
         POOL_MAX=reduction.pool == "max", POOL_KERNEL=reduction.pool_kernel, WEIGHT=WEIGHT_CODES[reduction.weight],
-        TILE=TILE, VALUE_HEAD=value_head, SPLITS=splits, num_warps=NUM_WARPS,
+        TILE=TILE, VALUE_HEAD=value_head, SPLITS=MAX_SPLITS, num_warps=NUM_WARPS,
     )  # fmt: skip
     return scores
 
@@ -125,7 +131,7 @@ def _rows(count: int, row_bytes: int) -> int:
 
 
 @triton.jit
-def _load_tokens(
+def load_tokens(
     table_ptr, table_stride_req, table_stride_head, block_size, item, num_kv_heads,
     pool_ptr, stride_page, stride_token, stride_dim, size, token, live,
     SIZE: tl.constexpr,
@@ -143,7 +149,7 @@ def _load_tokens(
 
 
 @triton.jit
-def _load_query(
+def load_query(
     query_ptr, query_stride_token, query_stride_head, head, row, live_row, size,
     SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +164,7 @@ def _compute_logits(query, last_seen, keys, token, scale):
     return tl.where(token[None, :] <= last_seen[:, None], logits, float("-inf"))  # [ROWS, TILE]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def _softmax_kernel(
     table_ptr, table_stride_req, table_stride_head, block_size, kv_lens_ptr, num_kv_heads, max_kv_len,
     query_ptr, query_stride_req, query_stride_token, query_stride_head,
@@ -175,7 +181,7 @@ def _softmax_kernel(
     kv_len = tl.load(kv_lens_ptr + req).to(tl.int32)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     live_row = row < group * window
-    query = _load_query(
+    query = load_query(
         query_ptr + req * query_stride_req, query_stride_token, query_stride_head,
         kv_head * group + row // window, row % window, live_row, head_size, HEAD,
     )  # fmt: skip
@@ -185,7 +191,7 @@ def _softmax_kernel(
     first = split * split_tokens
     for start in range(first, tl.minimum(first + split_tokens, kv_len), TILE):
         token = start + tl.arange(0, TILE)
-        keys = _load_tokens(
+        keys = load_tokens(
             table_ptr, table_stride_req, table_stride_head, block_size, item, num_kv_heads,
             key_ptr, key_stride_page, key_stride_token, key_stride_dim, head_size, token, token < kv_len, HEAD,
         )  # fmt: skip
@@ -201,7 +207,7 @@ def _softmax_kernel(
         num_scored = kv_len - num_unscored
         for start in range(first, tl.minimum(first + split_tokens, num_scored), TILE):
             token = start + tl.arange(0, TILE)
-            values = _load_tokens(
+            values = load_tokens(
                 table_ptr, table_stride_req, table_stride_head, block_size, item, num_kv_heads,
                 value_ptr, value_stride_page, value_stride_token, value_stride_dim, value_head_size,
                 token, token < num_scored, VALUE_HEAD,
@@ -210,7 +216,7 @@ def _softmax_kernel(
         tl.store(norms_ptr + partial, tl.max(largest_norm, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def _merge_kernel(
     row_max_ptr, row_sum_ptr, maxima_ptr, weights_ptr, num_rows, num_splits, query_weight,
     ROWS: tl.constexpr, SPLITS: tl.constexpr,
@@ -227,7 +233,7 @@ def _merge_kernel(
     tl.store(weights_ptr + item * num_rows + row, query_weight / row_sum, mask=row < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def _columns_kernel(
     table_ptr, table_stride_req, table_stride_head, block_size, kv_lens_ptr, num_kv_heads, max_kv_len,
     query_ptr, query_stride_req, query_stride_token, query_stride_head,
@@ -242,7 +248,7 @@ def _columns_kernel(
     req, kv_head = (item // num_kv_heads).to(tl.int64), item % num_kv_heads
     kv_len = tl.load(kv_lens_ptr + req).to(tl.int32)
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    keys = _load_tokens(
+    keys = load_tokens(
         table_ptr, table_stride_req, table_stride_head, block_size, item, num_kv_heads,
         key_ptr, key_stride_page, key_stride_token, key_stride_dim, head_size, token, token < kv_len, HEAD,
     )  # fmt: skip
@@ -252,7 +258,7 @@ def _columns_kernel(
         for first_row in range(0, window, ROWS):
             row = first_row + tl.arange(0, ROWS)
             live_row = row < window
-            query = _load_query(
+            query = load_query(
                 query_ptr + req * query_stride_req, query_stride_token, query_stride_head,
                 kv_head * group + in_group + row * 0, row, live_row, head_size, HEAD,
             )  # fmt: skip
@@ -270,7 +276,7 @@ def _columns_kernel(
     tl.store(columns_ptr + item.to(tl.int64) * max_kv_len + token, columns, mask=token < max_kv_len)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def _finish_kernel(
     table_ptr, table_stride_req, table_stride_head, block_size, kv_lens_ptr, num_kv_heads, max_kv_len,
     value_ptr, value_stride_page, value_stride_token, value_stride_dim, value_head_size,
@@ -294,7 +300,7 @@ def _finish_kernel(
         else:
             scores += column / POOL_KERNEL
     if WEIGHT == 1:
-        values = _load_tokens(
+        values = load_tokens(
             table_ptr, table_stride_req, table_stride_head, block_size, item, num_kv_heads,
             value_ptr, value_stride_page, value_stride_token, value_stride_dim, value_head_size,
             token, token < num_scored, VALUE_HEAD,

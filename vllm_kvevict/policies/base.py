@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from vllm_kvevict.kernels.rotary import Rotary
+from vllm_kvevict.kernels.slot_scores import Fusion, Group, SlotBatch, slot_scores
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.kernels.window_scores import window_scores
 from vllm_kvevict.policies.batch import ScoreBatch
@@ -86,6 +87,10 @@ class ScoreInputs:
     def grouped_query(self) -> torch.Tensor:
         """[num_kv_heads, group, num_queries, head_size] float32, the queries by the KV head they read."""
         return _by_kv_head(self.query, self.num_kv_heads)
+
+    def new_scores(self) -> torch.Tensor:
+        """Return [num_kv_heads, kv_len] float32 to be filled, tile by tile."""
+        return self.keys.new_empty(self.num_kv_heads, self.kv_len, dtype=torch.float32)
 
     def gather_keys(self, start: int, end: int) -> torch.Tensor:
         """Return [num_kv_heads, end - start, head_size] float32, the keys of tokens ``start`` to ``end``."""
@@ -178,27 +183,31 @@ class StepInputs:
         """[num_reqs, num_kv_heads, num_slots] bool, the slots in which a token of the request is."""
         return self.positions >= 0
 
-    def attention(self, query: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """Return [num_reqs, num_kv_heads, group, num_queries, num_slots] float32, the softmax of what ``query`` sees.
+    def slot_scores(self, query: torch.Tensor, last_seen: torch.Tensor, group: Group, fusion: Fusion) -> torch.Tensor:
+        """Return [num_reqs, num_kv_heads, num_slots] float32, scores by the attention that ``query`` pays to each slot.
 
-        query:   [num_reqs, num_kv_heads, group, num_queries, head_size] float32; any group
-        visible: [num_reqs, num_kv_heads or 1, 1, num_queries or 1, num_slots] bool, some token for every query
+        query:     [num_reqs, num_queries, num_heads, head_size], any number of heads for each KV head
+        last_seen: [num_reqs, num_queries] int64, a query sees what the head holds up to this position
+        group:     over the query heads of one KV head, of each query by itself
+        fusion:    over the queries, then; "none" returns [num_reqs, num_kv_heads, num_queries, num_slots]
         """
-        keys = self.keys[self.page_table].float().flatten(2, 3)
-        logits = query @ keys.transpose(2, 3)[:, :, None] * (self.scale * self.weights.key_scale)
-        # pages that are not the request's may hold anything
-        return logits.masked_fill_(~visible, float("-inf")).softmax(-1)
+        scale = self.scale * self.weights.key_scale
+        batch = SlotBatch(query, self.keys, self.page_table, self.positions, last_seen.contiguous(), scale)
+        return slot_scores(batch, group, fusion)
+
+    def newest_attention(self) -> torch.Tensor:
+        """Return [num_reqs, num_kv_heads, num_slots] float32, what the newest query pays, mean over each group."""
+        return self.slot_scores(self.query[:, -1:], self.num_tokens[:, None] - 1, "mean", "sum")
 
     def sum_over_heads(self, of_heads: torch.Tensor) -> torch.Tensor:
         """Return [num_reqs, num_kv_heads, num_queries, num_slots], for every token the sum over the heads that hold it.
 
         of_heads: likewise, of one head each; 0 where a head holds nothing
         """
-        positions = self.positions.clamp(min=0).transpose(1, 2).flatten(1)  # slots of all heads, any order will do
-        by_query = of_heads.permute(0, 2, 3, 1).flatten(2)
-        index = positions[:, None].expand_as(by_query)
+        by_query = of_heads.transpose(1, 2).flatten(2)
+        index = self.positions.clamp(min=0).flatten(1)[:, None].expand_as(by_query)
         of_tokens = by_query.new_zeros(*by_query.shape[:2], self.max_tokens).scatter_add_(2, index, by_query)
-        summed: torch.Tensor = of_tokens.gather(2, index).unflatten(2, (-1, of_heads.shape[1])).permute(0, 3, 1, 2)
+        summed: torch.Tensor = of_tokens.gather(2, index).unflatten(2, (of_heads.shape[1], -1)).transpose(1, 2)
         return summed
 
     @property

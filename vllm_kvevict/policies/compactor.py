@@ -9,12 +9,12 @@ from functools import lru_cache
 from typing import Annotated, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 
 from vllm_kvevict.kernels.chunk_attention import chunk_attention
 from vllm_kvevict.kernels.leverage import leverage
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
 from vllm_kvevict.policies.options import ODD, at_least
+from vllm_kvevict.policies.window import pool_in_place
 
 _NO_BUDGET_WEIGHT = 0.35  # kvpress's weight where it knows no compression ratio
 
@@ -107,8 +107,7 @@ class Compactor(EvictionPolicy):
         return "adakv"
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        # attention, leverage, the square of one of them, and the sum
-        return 16 * num_kv_heads
+        return 8 * num_kv_heads  # the scores, and the leverage or the attention that go into them
 
     def state_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         # the attention of complete chunks; the queries of the incomplete one do not grow with the prompt
@@ -133,14 +132,16 @@ class Compactor(EvictionPolicy):
         last = max(inputs.kv_len - self._num_excluded[1], first)
         if first == last:
             return inputs.query.new_zeros(inputs.num_kv_heads, inputs.kv_len, dtype=torch.float32)
-        scores = self._leverage(inputs, first, last)
+        scores = inputs.new_scores()
+        judged = scores[:, first:last]
+        for start, end in self._blocks(first, last):
+            scores[:, start:end] = self._leverage(inputs, start, end)
         blocks = list(self._blocks(0, last - first))
-        self._standardise(scores, blocks if self.z_scope == "block" else [(0, last - first)])
-        scores *= self._weight(inputs)
-        scores += self._chunk_attention(inputs, last)
-        top = scores.amax()
-        before, after = (top.expand(inputs.num_kv_heads, num_tokens) for num_tokens in (first, inputs.kv_len - last))
-        return torch.cat([before, scores, after], dim=1)
+        self._standardise(judged, blocks if self.z_scope == "block" else [(0, last - first)])
+        judged *= self._weight(inputs)
+        judged += self._chunk_attention(inputs, last)
+        scores[:, :first] = scores[:, last:] = judged.amax()
+        return scores
 
     @property
     def _num_excluded(self) -> tuple[int, int]:
@@ -159,9 +160,7 @@ class Compactor(EvictionPolicy):
         if start < last:
             received.append(self._attention(observed.queries[: last - start], inputs, start))
         attention = torch.cat(received, dim=1)
-        del received
-        if self.pool_kernel > 1:
-            attention = F.avg_pool1d(attention, self.pool_kernel, stride=1, padding=self.pool_kernel // 2)
+        pool_in_place(attention, "avg", self.pool_kernel)
         self._standardise(attention, [(0, attention.shape[1])])
         return attention
 
@@ -181,17 +180,14 @@ class Compactor(EvictionPolicy):
             start = first + index * size
             yield start, start + size if index < count - 1 else last
 
-    def _leverage(self, inputs: ScoreInputs, first: int, last: int) -> torch.Tensor:
-        """Return [num_kv_heads, last - first] float32, the leverage of the keys inside their blocks."""
+    def _leverage(self, inputs: ScoreInputs, start: int, end: int) -> torch.Tensor:
+        """Return [num_kv_heads, end - start] float32, the leverage of the keys inside a block of them."""
         rotary = inputs.weights.rotary
         if rotary is None:
             raise ValueError("compactor: expected the rotary embedding among the weights, got none")
         sketch = gaussian_sketch(inputs.keys.shape[2], self.sketch_rank, self.seed).to(inputs.keys.device)
-        parts = [
-            leverage(inputs.keys, inputs.page_table, *block, rotary, sketch, self.ridge, inputs.weights.key_scale)
-            for block in self._blocks(first, last)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        scale = inputs.weights.key_scale
+        return leverage(inputs.keys, inputs.page_table, start, end, rotary, sketch, self.ridge, scale)
 
     def _standardise(self, scores: torch.Tensor, blocks: list[tuple[int, int]]) -> None:
         """Shift and scale ``scores`` [num_kv_heads, num_tokens] in place, per block, to mean 0 and variance 1.
@@ -205,8 +201,9 @@ class Compactor(EvictionPolicy):
             count = part.shape[1] * (1 if self.z_scope == "head" else len(part))
             mean = part.mean(dim=dims, keepdim=True)
             part -= mean
-            variance = part.square().sum(dim=dims, keepdim=True) / max(count - 1, 1)
-            part /= torch.maximum(variance.sqrt(), 1e-4 * mean.abs()).clamp(min=1e-12)
+            length = torch.linalg.vector_norm(part, dim=dims, keepdim=True)
+            deviation = length / math.sqrt(max(count - 1, 1))
+            part /= torch.maximum(deviation, 1e-4 * mean.abs()).clamp(min=1e-12)
 
 
 @lru_cache(maxsize=16)

@@ -48,8 +48,8 @@ class CriticalKV(WrapperPolicy):
         return self.wrapped.default_allocator
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        # its scores, ours, and the best of the first stage with their indices: at most 12 bytes for each token
-        return max(self.wrapped.scratch_bytes(num_heads, num_kv_heads, head_size), 20 * num_kv_heads)
+        # its scores, ours, and the best of the first stage of one head with their indices
+        return max(self.wrapped.scratch_bytes(num_heads, num_kv_heads, head_size), 8 * num_kv_heads + 12)
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         by_host = self.wrapped.score(inputs)
@@ -59,8 +59,10 @@ class CriticalKV(WrapperPolicy):
             critical[:, start:end] = weighted
         num_first = self._num_first(inputs)
         if num_first:
-            best = by_host.topk(num_first, dim=-1).indices
-            critical.scatter_add_(-1, best, (critical.amax() - critical.amin()).expand(best.shape))
+            span = critical.amax() - critical.amin()
+            for of_head, ours in zip(by_host, critical, strict=True):
+                best = of_head.topk(num_first).indices
+                ours.scatter_add_(0, best, span.expand(best.shape))
         return critical
 
     def _num_first(self, inputs: ScoreInputs) -> int:
@@ -81,7 +83,7 @@ def projected_value_norm(inputs: ScoreInputs, start: int, end: int) -> torch.Ten
     values = inputs.gather_values(start, end)
     by_head = projection.t().unflatten(0, (inputs.num_kv_heads, -1, values.shape[2]))  # [kv heads, group, D, hidden]
     norms = [
-        torch.stack([(value @ head.float()).abs().sum(dim=-1) for head in heads]).mean(dim=0)
+        torch.stack([(value @ head.float()).abs_().sum(dim=-1) for head in heads]).mean(dim=0)
         for value, heads in zip(values, by_head, strict=True)
     ]
     return torch.stack(norms)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
 from vllm_kvevict.policies.options import at_least
 
-Gather = Callable[[int, int], torch.Tensor]  # ScoreInputs.gather_keys or gather_values
+Gather = Callable[[int, int], torch.Tensor]  # such as ScoreInputs.gather_keys
 
 TILE = 1024  # tokens, or as many whole neighbourhoods as they hold
 SMALLEST = torch.finfo(torch.float32).tiny
@@ -57,25 +58,26 @@ class CurDKV(EvictionPolicy):
     old_names: ClassVar[Mapping[str, str]] = {"n_sink": "num_sink"}
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        if self.combine == "key":
-            scores = self._shares(inputs, inputs.gather_keys)
-        elif self.combine == "value":
-            scores = self._shares(inputs, inputs.gather_values)
-        else:
-            kappa, nu = self._shares(inputs, inputs.gather_keys), self._shares(inputs, inputs.gather_values)
-            scores = kappa * nu if self.combine == "product" else kappa + nu  # a half would not outlive the next line
+        gathers = {"key": inputs.gather_keys, "value": inputs.gather_values}
+        named = [self.combine] if self.combine in gathers else list(gathers)
+        shares = [self._shares(inputs, gathers[name]) for name in named]
+        join = torch.mul if self.combine == "product" else torch.add  # a half would not outlive the last line
+        window, scores = self.local_window or 1, inputs.new_scores()
+        for start, end in inputs.tiles(size=max(TILE // window, 1) * window):  # no neighbourhood is cut
+            scores[:, start:end] = reduce(join, [share(start, end) for share in shares])
         return scores.div_(scores.sum(dim=1, keepdim=True).clamp_min(SMALLEST))
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        return 12 * num_kv_heads  # shares of the keys, of the values, and their combination
+        return 4 * num_kv_heads  # the scores; all else is a tile
 
-    def _shares(self, inputs: ScoreInputs, gather: Gather) -> torch.Tensor:
-        """Return [num_kv_heads, kv_len] float32, the measure of each key or value as a share of its neighbourhood."""
+    def _shares(self, inputs: ScoreInputs, gather: Gather) -> Gather:
+        """Return a function of some tokens, ``start`` to ``end``, which cut no neighbourhood.
+
+        It returns [num_kv_heads, end - start] float32, the measures of keys or values as shares of a neighbourhood.
+        """
         projection = self._projection(inputs)
         metric = _inverse_gram(inputs, gather, projection) if self.measure == "leverage" else None
-        window = self.local_window or 1
-        tiles = inputs.tiles(size=max(TILE // window, 1) * window)  # no neighbourhood is cut
-        return torch.cat([_share(_measure(gather(*tile), projection, metric), self.local_window) for tile in tiles], 1)
+        return lambda start, end: _share(_measure(gather(start, end), projection, metric), self.local_window)
 
     def _projection(self, inputs: ScoreInputs) -> torch.Tensor | None:
         """Return [head_size, projection_rank] float32, entries from N(0, 1 / projection_rank); None if there is none.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
 from vllm_kvevict.policies.options import at_least
+from vllm_kvevict.policies.scratch import fits
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ class ExpectedAttention(EvictionPolicy):
         return frozenset({Need.ALL_QUERIES, Need.ROTARY})
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        # the logits, their softmax, its mean over groups, and the scores with the sinks
-        return 8 * num_heads + 4 * num_kv_heads
+        return 4 * num_kv_heads  # the scores; logits of a long prompt are computed again
 
     def observe(self, state: _QuerySums | None, inputs: ScoreInputs) -> _QuerySums:
         """Add a chunk's queries to the sums, whose size does not depend on the prompt."""
@@ -89,25 +89,44 @@ class ExpectedAttention(EvictionPolicy):
         num_kv_heads, kv_len = inputs.num_kv_heads, inputs.kv_len
         if kv_len <= self.num_sink:
             return inputs.query.new_zeros(num_kv_heads, kv_len, dtype=torch.float32)
-        scores = self._logits(inputs).softmax(dim=-1).mean(dim=1)
-        if self.use_vnorm:
-            for start, end in inputs.tiles(self.num_sink):
-                part = scores[:, start - self.num_sink : end - self.num_sink]
+        scores = inputs.new_scores()
+        for (start, end), attention in self._attention(inputs):
+            part = scores[:, start:end]
+            torch.mean(attention, dim=1, out=part)
+            if self.use_vnorm:
                 part += self.epsilon
                 part *= inputs.gather_values(start, end).norm(dim=-1)
-        return torch.cat([scores.amax().expand(num_kv_heads, self.num_sink), scores], dim=1)
+        scores[:, : self.num_sink] = scores[:, self.num_sink :].amax()
+        return scores
 
-    def _logits(self, inputs: ScoreInputs) -> torch.Tensor:
-        """Return [num_kv_heads, group, num_tokens] float32, of the tokens after the sinks."""
-        mean, covariance = self._future_queries(inputs)
-        first = self.num_sink
-        logits = mean.new_empty(*mean.shape[:2], inputs.kv_len - first)
-        for start, end in inputs.tiles(first):
-            keys = inputs.gather_keys(start, end)[:, None]  # [num_kv_heads, 1, tile, head_size]
-            part = (keys @ mean.mT).squeeze(-1) * inputs.scale
-            if self.use_covariance:
-                part += ((keys @ covariance) * keys).sum(dim=-1) * (inputs.scale**2 / 2)
-            logits[..., start - first : end - first] = part
+    def _attention(self, inputs: ScoreInputs) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
+        """Yield tiles of the tokens after the sinks, and their softmax [num_kv_heads, group, num_tokens] float32.
+
+        The logits of all of them are held between the two visits if there are few, else computed twice.
+        """
+        future, tiles = self._future_queries(inputs), list(inputs.tiles(self.num_sink))
+        largest = future[0].new_full(future[0].shape[:2], float("-inf"))  # [num_kv_heads, group]
+        total = torch.zeros_like(largest)
+        are_held = fits(4 * total.numel() * inputs.kv_len)
+        held = []
+        for tile in tiles:
+            logits = self._logits(inputs, *future, *tile)
+            before, largest = largest, torch.maximum(largest, logits.amax(dim=-1))
+            total = total * (before - largest).exp() + (logits - largest[..., None]).exp().sum(dim=-1)
+            if are_held:
+                held.append(logits)
+        for index, tile in enumerate(tiles):
+            logits = held[index] if are_held else self._logits(inputs, *future, *tile)
+            yield tile, (logits - largest[..., None]).exp_() / total[..., None]
+
+    def _logits(
+        self, inputs: ScoreInputs, mean: torch.Tensor, covariance: torch.Tensor, start: int, end: int
+    ) -> torch.Tensor:
+        """Return [num_kv_heads, group, end - start] float32, of the tokens ``start`` to ``end``."""
+        keys = inputs.gather_keys(start, end)[:, None]  # [num_kv_heads, 1, tile, head_size]
+        logits = (keys @ mean.mT).squeeze(-1) * inputs.scale
+        if self.use_covariance:
+            logits += ((keys @ covariance) * keys).sum(dim=-1) * (inputs.scale**2 / 2)
         return logits
 
     def _future_queries(self, inputs: ScoreInputs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -72,10 +72,8 @@ class H2O(EvictionPolicy):
         return sums
 
     def score_step(self, inputs: StepInputs) -> torch.Tensor:
-        newest = inputs.grouped_query[:, :, :, -1:]
-        attention = inputs.attention(newest, inputs.is_held[:, :, None, None]).squeeze(3).mean(dim=2)
         sums: torch.Tensor = inputs.state
-        return sums + attention
+        return sums + inputs.newest_attention()
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         # the sums of the parts that the CPU kernel adds up, and the new sums beside the old ones

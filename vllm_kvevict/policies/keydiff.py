@@ -26,11 +26,13 @@ class KeyDiff(EvictionPolicy):
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         anchor = _anchor(inputs)
-        scores = [-F.cosine_similarity(inputs.gather_keys(*tile), anchor, dim=-1) for tile in inputs.tiles()]
-        return torch.cat(scores, dim=1)
+        scores = inputs.new_scores()
+        for start, end in inputs.tiles():
+            scores[:, start:end] = -F.cosine_similarity(inputs.gather_keys(start, end), anchor, dim=-1)
+        return scores
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        return 8 * num_kv_heads  # the tiles' scores, and all of them joined
+        return 4 * num_kv_heads  # the scores; all else is a tile
 
 
 def _anchor(inputs: ScoreInputs) -> torch.Tensor:

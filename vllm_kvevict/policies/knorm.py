@@ -24,7 +24,10 @@ class Knorm(EvictionPolicy):
     paper: ClassVar[str] = "L2 norm, arXiv:2406.11430"
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        return torch.cat([-inputs.gather_keys(*tile).norm(dim=-1) for tile in inputs.tiles()], dim=1)
+        scores = inputs.new_scores()
+        for start, end in inputs.tiles():
+            scores[:, start:end] = -inputs.gather_keys(start, end).norm(dim=-1)
+        return scores
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        return 8 * num_kv_heads  # the tiles' scores, and all of them joined
+        return 4 * num_kv_heads  # the scores; all else is a tile

@@ -38,10 +38,13 @@ class Lookahead(ObservationWindow):
         num_judged = num_keys - self.window
         if num_judged <= 0:  # every token observes: none is to be judged
             return inputs.query.new_zeros(inputs.num_kv_heads, inputs.kv_len, dtype=torch.float32)
-        tiles = [tile.probabilities.sum(dim=2).mean(dim=1) for tile in attention_tiles(inputs, num_keys=num_keys)]
-        scores = self.pooled(torch.cat(tiles, dim=1)[:, :num_judged], "max")
-        return torch.cat([scores, scores.amax().expand(inputs.num_kv_heads, inputs.kv_len - num_judged)], dim=1)
+        scores = inputs.new_scores()
+        for tile in attention_tiles(inputs, num_keys=num_keys):
+            scores[:, tile.start : tile.end] = tile.probabilities.sum(dim=2).mean(dim=1)
+        judged = scores[:, :num_judged]
+        self.pool_scores(judged, "max")
+        scores[:, num_judged:] = judged.amax()
+        return scores
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        # the scores in tiles, in one piece, after the pool and at last, and the places of the maxima in int64
-        return 24 * num_kv_heads
+        return 4 * num_kv_heads  # the scores; all else is a tile

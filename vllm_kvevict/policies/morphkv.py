@@ -7,12 +7,13 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 
+from vllm_kvevict.kernels.slot_scores import Group
 from vllm_kvevict.policies.attention import attention_tiles
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs, StepInputs
 from vllm_kvevict.policies.options import at_least
 
-# Products of queries with keys that are held at once while a step is scored.
-_MAX_PRODUCTS = 1 << 22
+# Scores of slots by single queries that are held at once while a step is scored.
+_MAX_SCORES = 1 << 22
 
 
 @POLICIES.register("morphkv")
@@ -72,28 +73,23 @@ class MorphKV(EvictionPolicy):
         return scores
 
     def score_step(self, inputs: StepInputs) -> torch.Tensor:
-        query, position = inputs.grouped_query, inputs.positions[:, :, None, None]
+        query = inputs.query
         if self.variant == "logits":
-            query = query.sum(dim=2, keepdim=True)
-        num_queries = query.shape[3]
-        first_query = (inputs.num_tokens - num_queries)[:, None, None, None, None]
-        at_once = max(_MAX_PRODUCTS // (query[..., 0, 0].numel() * position.shape[-1]), 1)
-        parts = []
-        for start in range(0, num_queries, at_once):
-            part = query[..., start : start + at_once, :]
-            place = torch.arange(start, start + part.shape[3], device=query.device)[:, None]
-            last_seen = first_query - 1 if self.denominator == "older" else first_query + place
-            attention = inputs.attention(part, (position >= 0) & (position <= last_seen))
-            parts.append(self._of_step(attention, inputs))
-        together = torch.stack(parts)
-        return together.sum(dim=0) if self.fusion == "sum" else together.amax(dim=0)
-
-    def _of_step(self, attention: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
-        """Return [num_reqs, num_kv_heads, num_slots], ``attention`` reduced over the group and some of the queries."""
-        of_heads = attention.amax(dim=2) if self.group == "max" else attention.mean(dim=2)
-        if self.group == "layer":
-            of_heads = inputs.sum_over_heads(of_heads)
-        return of_heads.sum(dim=2) if self.fusion == "sum" else of_heads.amax(dim=2)
+            query = inputs.grouped_query.sum(dim=2).transpose(1, 2)
+        num_queries, newest = query.shape[1], inputs.num_tokens[:, None] - 1
+        place = torch.arange(num_queries, device=query.device)
+        last_seen = newest - num_queries + (0 * place if self.denominator == "older" else place + 1)
+        group: Group = "max" if self.group == "max" else "mean"
+        if self.group != "layer":
+            return inputs.slot_scores(query, last_seen, group, self.fusion)
+        if self.fusion == "sum":  # sums may change places
+            return inputs.sum_over_heads(inputs.slot_scores(query, last_seen, group, "sum")[:, :, None])[:, :, 0]
+        at_once = max(_MAX_SCORES // inputs.positions.numel(), 1)
+        parts = [
+            inputs.sum_over_heads(inputs.slot_scores(*part, group, "none")).amax(dim=2)
+            for part in zip(query.split(at_once, dim=1), last_seen.split(at_once, dim=1), strict=True)
+        ]
+        return torch.stack(parts).amax(dim=0)
 
     def _fused(self, attention: torch.Tensor) -> torch.Tensor:
         """Return [num_kv_heads or 1, num_tokens] from [num_kv_heads, group or 1, num_queries, num_tokens]."""

@@ -46,19 +46,20 @@ class OBCache(ObservationWindow):
         before = inputs.kv_len - window
         if before <= 0:  # every token observes: none is to be judged
             return inputs.query.new_zeros(num_kv_heads, inputs.kv_len, dtype=torch.float32)
-        scores = inputs.query.new_empty(num_kv_heads, before, dtype=torch.float32)
+        scores = inputs.new_scores()
+        judged = scores[:, :before]
         for tile in attention_tiles(inputs):
             # the window's own columns are cut off before pooling, so that they lend nothing to their neighbours; they
             # alone have masked logits, which are infinite
             end = min(tile.end, before)
             if tile.start < end:
-                scores[:, tile.start : end] = self._judge(tile, end, inputs)
-        scores = self.pooled(scores, self.pool)
-        return torch.cat([scores, scores.amax().expand(num_kv_heads, window)], dim=1)
+                judged[:, tile.start : end] = self._judge(tile, end, inputs)
+        self.pool_scores(judged, self.pool)
+        scores[:, before:] = judged.amax()
+        return scores
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        # the scores before and after the pool, and the places of the maxima, which torch keeps as int64
-        return 16 * num_kv_heads
+        return 4 * num_kv_heads  # the scores; all else is a tile
 
     def _judge(self, tile: AttentionTile, end: int, inputs: ScoreInputs) -> torch.Tensor:
         """Return [num_kv_heads, end - start] scores of the tile's tokens before ``end``."""

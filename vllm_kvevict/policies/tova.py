@@ -48,9 +48,7 @@ class Tova(EvictionPolicy):
         return batch.fill_last(scores, scores.amax(dim=(2, 3), keepdim=True)).expand(batch.shape)
 
     def score_step(self, inputs: StepInputs) -> torch.Tensor:
-        newest = inputs.grouped_query[:, :, :, -1:]
-        attention = inputs.attention(newest, inputs.is_held[:, :, None, None])
-        return inputs.sum_over_heads(attention.mean(dim=2)).squeeze(2)
+        return inputs.sum_over_heads(inputs.newest_attention()[:, :, None])[:, :, 0]
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         return 8 * num_kv_heads + 4  # the attention before and after it is reduced, and its mean over the KV heads

@@ -14,6 +14,8 @@ from vllm_kvevict.policies.base import EvictionPolicy, ScoreInputs
 from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.options import ODD, at_least
 
+_POOL_TILE = 2**11  # tokens
+
 
 @dataclass(frozen=True)
 class ObservationWindow(EvictionPolicy):
@@ -36,13 +38,27 @@ class ObservationWindow(EvictionPolicy):
     def num_recent(self) -> int:
         return self.window
 
-    def pooled(self, scores: torch.Tensor, pool: str) -> torch.Tensor:
-        """Return ``scores`` [num_kv_heads, num_tokens], each the maximum or the mean of its neighbourhood.
+    def pool_scores(self, scores: torch.Tensor, pool: str) -> None:
+        """In place, as ``pool_in_place`` with the width of this policy."""
+        pool_in_place(scores, pool, self.pool_kernel)
 
-        pool: "max", or "avg", for which zero padding counts at the edges
-        """
-        pool1d = F.max_pool1d if pool == "max" else F.avg_pool1d
-        return pool1d(scores, self.pool_kernel, stride=1, padding=self.pool_kernel // 2)
+
+def pool_in_place(scores: torch.Tensor, pool: str, width: int) -> None:
+    """In place: exchange each of ``scores`` [num_rows, num_tokens] for the maximum or the mean of its neighbourhood.
+
+    pool:  "max", or "avg", for which zero padding counts at the edges
+    width: of a neighbourhood in tokens, odd
+    """
+    reach, num_tokens = width // 2, scores.shape[1]
+    pool1d, outside = (F.max_pool1d, float("-inf")) if pool == "max" else (F.avg_pool1d, 0.0)
+    edge = scores.new_full((len(scores), reach), outside)
+    before = edge
+    for start in range(0, num_tokens, _POOL_TILE):
+        end = min(start + _POOL_TILE, num_tokens)
+        behind = scores[:, end : end + reach]
+        around = torch.cat([before, scores[:, start:end], behind, edge[:, behind.shape[1] :]], dim=1)
+        scores[:, start:end] = pool1d(around, width, stride=1)
+        before = around[:, end - start : end - start + reach]  # as they were
 
 
 @dataclass(frozen=True)

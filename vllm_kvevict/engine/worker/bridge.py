@@ -29,7 +29,7 @@ from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.engine.worker.pseudo_passes import PseudoPasses
 from vllm_kvevict.engine.worker.replacing import Replacing
-from vllm_kvevict.engine.worker.rows import BatchFolder, StepRows, folded_launches, longest_lens
+from vllm_kvevict.engine.worker.rows import BatchFolder, StepRows, longest_lens
 from vllm_kvevict.engine.worker.step import Step, none, num_tokens_after
 from vllm_kvevict.engine.worker.watched import ChunkRow, PrefillGroup, PrefillRow, WatchedRequest
 from vllm_kvevict.eviction.per_token import TokenEvictor
@@ -265,10 +265,10 @@ class EvictionBridge:
         if not split.evicted and not prefills and remembered is None:
             return None
         if not split.evicted:
-            return StepRows(split, [], prefills, remembered, [])
+            return StepRows(split, prefills, remembered, [])
         prefills += self._chunk_rows(common, step)
         replacements = self._replacing.rows(req_ids, common)
-        return StepRows(split, folded_launches(split, common, self.page_table), prefills, remembered, replacements)
+        return StepRows(split, prefills, remembered, replacements)
 
     def _check_lengths(self, common: CommonAttentionMetadata) -> None:
         if common.seq_lens_cpu_upper_bound is not None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_kvevict.cache.page_table import PageTable
+from vllm_kvevict.cache.page_table import ExpandedPages, PageTable
 from vllm_kvevict.cache.query_ring import RingWrite
 from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.engine.worker.watched import ChunkRow, PrefillGroup, PrefillRow
@@ -80,26 +80,26 @@ class RowSplit:
 class FoldedLaunch:
     """What attention over evicted rows needs, every KV head of a row being a sequence of its own.
 
-    batch:      for the page table, which is expanded layer by layer
+    slots:      [num_rows] int32 of the page table
+    pages:      the page tables of all layers
     max_kv_len: tokens of the longest sequence in any layer, or more
     """
 
     queries: FoldedQueries
-    batch: BatchRows
     slots: np.ndarray
+    pages: ExpandedPages
     max_kv_len: int
 
 
 @dataclass(frozen=True)
 class StepRows:
-    """One step's batch: how it splits, what its evicted rows ask and read, and which of its rows are to be scored.
+    """One step's batch: how it splits, and which of its rows are to be scored.
 
     remembered: queries of requests that evict while they decode, None if there are none
     replacements: of requests that do so token by token
     """
 
     split: RowSplit
-    folded: list[FoldedLaunch]
     prefills: list[PrefillGroup | PrefillRow | ChunkRow]
     remembered: RingWrite | None
     replacements: list[Replacement]
@@ -176,14 +176,12 @@ def fold_queries(first_tokens: np.ndarray, query_lens: np.ndarray, num_kv_heads:
 
 def folded_launches(split: RowSplit, common: CommonAttentionMetadata, page_table: PageTable) -> list[FoldedLaunch]:
     """Return what attention over the evicted rows of a batch needs in this step."""
+    longest = [page_table.most_tokens(rows.slots, longest_lens(common)[rows.numbers]) for rows in split.evicted]
+    batches = [BatchRows(*rows.on_device, common.seq_lens, common.block_table_tensor) for rows in split.evicted]
+    expanded = page_table.expand(list(zip(batches, longest, strict=True)))
     return [
-        FoldedLaunch(
-            rows.queries,
-            BatchRows(*rows.on_device, common.seq_lens, common.block_table_tensor),
-            rows.slots,
-            page_table.most_tokens(rows.slots, longest_lens(common)[rows.numbers]),
-        )
-        for rows in split.evicted
+        FoldedLaunch(rows.queries, rows.slots, pages, max_kv_len)
+        for rows, pages, max_kv_len in zip(split.evicted, expanded, longest, strict=True)
     ]
 
 

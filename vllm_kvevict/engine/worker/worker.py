@@ -26,6 +26,7 @@ from vllm_kvevict.engine.settings import eviction_config
 from vllm_kvevict.engine.worker.backends.base import EvictionMetadataBuilder
 from vllm_kvevict.engine.worker.bridge import EvictionBridge
 from vllm_kvevict.engine.worker.draft import DraftBridge
+from vllm_kvevict.engine.worker.warm_up import register
 from vllm_kvevict.engine.worker.whole_rows import check_fields
 from vllm_kvevict.kernels import native
 
@@ -52,12 +53,14 @@ class EvictionWorkerMixin(Worker):
         self.draft_eviction: DraftBridge | None = None
         self._reports: dict[str, EvictionReport] = {}
         self._wire(self.eviction, runner.attn_groups)
+        register(runner, self.eviction.pool, layer_names, runner.get_model())
         if draft_names:
             pool = self._pool(draft_names)
             self.draft_eviction = DraftBridge(runner, pool, draft_names, max_num_reqs, self.eviction)
             v1_drafter = getattr(runner, "drafter", None)
             groups = runner.speculator.attn_groups if v1_drafter is None else [v1_drafter.draft_attn_groups]
             self._wire(self.draft_eviction, groups)
+            register(runner, pool, draft_names, runner.get_draft_model())
 
     def _pool(self, layer_names: list[str]) -> PagePool:
         context = self.vllm_config.compilation_config.static_forward_context

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention import selector
@@ -28,9 +29,16 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_kvevict.cache.pages import Packing, PagePool
 from vllm_kvevict.engine.scheduler.managers import with_eviction_managers
+from vllm_kvevict.engine.worker.all_rows import AllRows
 from vllm_kvevict.engine.worker.bridge import EvictionBridge
 from vllm_kvevict.engine.worker.pseudo_passes import PseudoPassMetadata
-from vllm_kvevict.engine.worker.rows import FoldedLaunch, FoldedQueries, StepRows
+from vllm_kvevict.engine.worker.rows import (
+    FoldedLaunch,
+    FoldedQueries,
+    RowSplit,
+    StepRows,
+    folded_launches,
+)
 from vllm_kvevict.engine.worker.whole_rows import whole_rows
 
 
@@ -122,34 +130,72 @@ class PagesToRead:
 
 
 class EvictionMetadataBuilder(AttentionMetadataBuilder[Any]):
-    """Splits a batch into whole and evicted rows. ``bridge`` is set by the worker once the cache exists."""
+    """Splits a batch into whole and evicted rows. ``bridge`` is set by the worker once the cache exists.
 
+    can_replay: whether a launch of the backend's kernel, captured once, serves batches of other lengths and tables
+
+    is_replayed: whether the next batch is one for a graph: if some of its rows are evicted, or it is made up to be
+                 captured, all are folded
+    is_folded:   whether those of the last batch for a graph were
+    """
+
+    can_replay: ClassVar[bool] = False
     bridge: EvictionBridge | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.is_replayed = self.is_folded = False
+        self._all_rows: AllRows | None = None
         # vLLM's builders may say so of theirs; ours holds page tables and lengths that are made anew for every pass
         self.supports_draft_decode_metadata_update = False
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
-        # a full graph would replay stock attention for rows that have been evicted since it was captured
-        return AttentionCGSupport.NEVER
+        # model runner V1 would replay stock attention for rows that have been evicted since it was captured, and a
+        # drafter captures by itself: which steps are replayed is decided in graphs.py
+        is_captured = vllm_config.use_v2_model_runner and vllm_config.speculative_config is None
+        support = AttentionCGSupport
+        return support.UNIFORM_SINGLE_TOKEN_DECODE if cls.can_replay and is_captured else support.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
+        self.is_folded = False
         rows = None if self.bridge is None else self.bridge.rows(common_attn_metadata)
         if self.bridge is None or rows is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        if self.is_replayed:
+            if rows.prefills or rows.remembered is not None or rows.replacements:
+                raise RuntimeError("a step that evicts or remembers queries is none that a graph can stand for")
+            slots = self.bridge.page_table.slots.of(self.bridge.step.req_ids)
+            return self._fold_all(self.bridge, slots, common_attn_metadata)
         whole, split = None, rows.split
         if split.whole is not None or not split.evicted:
             common = common_attn_metadata
             if split.whole is not None:
                 common = whole_rows(common, split.whole)
             whole = super().build(common_prefix_len, common, fast_build)
-        launches = [(folded, self._launch(folded)) for folded in rows.folded]
+        folded_rows = folded_launches(split, common_attn_metadata, self.bridge.page_table)
+        launches = [(folded, self._launch(folded)) for folded in folded_rows]
         return EvictionMetadata(rows, self.bridge, whole, launches)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        if self.is_replayed and self.bridge is not None:
+            return self._fold_all(self.bridge, np.empty(0, dtype=np.int32), common_attn_metadata)
+        self.is_folded = False
+        return super().build_for_cudagraph_capture(common_attn_metadata)
+
+    def _fold_all(self, bridge: EvictionBridge, slots: np.ndarray, common: CommonAttentionMetadata) -> EvictionMetadata:
+        """slots: [num_reqs] int32, where the page table has the request of each row; -1 for whole rows."""
+        if self._all_rows is None:
+            max_num_reqs = self.vllm_config.scheduler_config.max_num_seqs
+            max_tokens = self.vllm_config.model_config.max_model_len
+            heads, device = bridge.pool.num_kv_heads, bridge.pool.pages.device
+            self._all_rows = AllRows(max_num_reqs, max_tokens, heads, device)
+        self.is_folded = True
+        folded = self._all_rows.fold(slots, common, bridge.page_table)
+        rows = StepRows(RowSplit(None, []), [], None, [])
+        return EvictionMetadata(rows, bridge, None, [(folded, self._launch(folded))])
 
     def _launch(self, folded: FoldedLaunch) -> Any:
         """Return what the backend's kernel needs to know of some folded rows in all layers."""
@@ -228,7 +274,7 @@ class EvictionImpl(AttentionImpl[Any]):
     ) -> None:
         """query, output: [num_tokens, num_heads, head_size]; heads of one KV head are neighbours."""
         by_head = (-1, self.num_queries_per_kv, self.head_size)  # [num_tokens * num_kv_heads, group, head_size]
-        pages = PagesToRead(bridge.pool, *bridge.page_table.expand(index, folded.batch), folded.max_kv_len)
+        pages = PagesToRead(bridge.pool, *folded.pages.of(index), folded.max_kv_len)
         order = folded.queries.index
         if order is None:  # one query for each sequence; behind them there may be padding
             folded_query = query.reshape(by_head)[: len(pages.kv_lens)].contiguous()

@@ -69,7 +69,7 @@ class EvictionCPUMetadataBuilder(EvictionMetadataBuilder, CPUAttentionMetadataBu
         """Uniform budgets: one serves every layer. Ragged ones: a layer makes its own when it runs."""
         if self.bridge is None or not self._are_alike(folded.slots, self.bridge.page_table):
             return SchedulerMetadata(self, None)
-        _, kv_lens = self.bridge.page_table.expand(0, folded.batch)
+        _, kv_lens = folded.pages.of(0)
         return SchedulerMetadata(self, self.scheduler_metadata_of(kv_lens, folded.queries.query_start_loc))
 
     def _are_alike(self, slots: np.ndarray, page_table: PageTable) -> bool:

@@ -24,7 +24,7 @@ from vllm_kvevict.engine.worker.backends.base import (
     InterleavedBackend,
     PagesToRead,
 )
-from vllm_kvevict.engine.worker.rows import FoldedQueries
+from vllm_kvevict.engine.worker.rows import FoldedLaunch, FoldedQueries
 
 _VERSIONS = (2, 3)
 
@@ -47,6 +47,16 @@ def flash_attention_fits(vllm_config: VllmConfig) -> bool:
 class EvictionFlashMetadataBuilder(EvictionMetadataBuilder, FlashAttentionMetadataBuilder):
     """Needs nothing of the folded rows: without a schedule made ahead, the kernel divides its labour by itself."""
 
+    max_num_splits: int
+
+    can_replay = True
+
+    def _launch(self, folded: FoldedLaunch) -> int:
+        """Return the most parts that a sequence is split into, 0 for what the kernel finds best: in a graph, where
+        vLLM bounds it for its own launches, ours are bounded as well.
+        """
+        return self.max_num_splits if self.is_folded else 0
+
 
 class EvictionFlashImpl(EvictionImpl, FlashAttentionImpl):
     """vLLM's FlashAttention kernel."""
@@ -68,7 +78,7 @@ class EvictionFlashImpl(EvictionImpl, FlashAttentionImpl):
         query: torch.Tensor,
         pages: PagesToRead,
         queries: FoldedQueries,
-        launch: None,
+        launch: int,
         output: torch.Tensor,
     ) -> None:
         flash_attn.flash_attn_varlen_func(
@@ -86,6 +96,7 @@ class EvictionFlashImpl(EvictionImpl, FlashAttentionImpl):
             block_table=pages.page_table,
             softcap=0.0,
             fa_version=self.vllm_flash_attn_version,
+            num_splits=launch,
         )
 
 

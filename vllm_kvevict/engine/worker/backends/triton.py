@@ -45,6 +45,8 @@ class Segments:
 class EvictionTritonMetadataBuilder(EvictionMetadataBuilder, TritonAttentionMetadataBuilder):
     """Lends folded rows the scratch memory that vLLM's builder has for whole ones, which run before them."""
 
+    can_replay = True
+
     def _launch(self, folded: FoldedLaunch) -> Segments:
         # of these layers: the model's others, or the model of a drafter, may have other heads than vLLM's builder saw
         num_kv_heads, head_size = self.kv_cache_spec.num_kv_heads, next_power_of_2(self.kv_cache_spec.head_size)
