@@ -49,7 +49,7 @@ def test_operators_launches_and_kernels_run_again_on_the_same_memory() -> None:
         out.copy_(sums.view(1, 3).mul(2)[0])
         kernel = select.function("kvevict_select", CPU)
         assert kernel is not None
-        kernel(out.data_ptr(), count.data_ptr(), kept.data_ptr(), 1, 3, 0, 0)
+        kernel(out.data_ptr(), count.data_ptr(), 0, kept.data_ptr(), 1, 3, 0, 0)
 
     graph = captured(work)
     assert out.tolist() == [2.0, 2.0, 2.0]
@@ -102,7 +102,7 @@ def test_memory_that_is_gone_is_missed() -> None:
         lambda flags: bool(flags[0]),
         lambda flags: torch.equal(flags, flags),
         lambda flags: flags.new_tensor([1, 0]),
-        lambda flags: select.function("kvevict_select", CPU)(1, 2, 3, 1, 3, 0, 0),
+        lambda flags: select.function("kvevict_select", CPU)(1, 2, 0, 3, 1, 3, 0, 0),
     ],
     ids=["item", "mask", "nonzero", "bool", "equal", "list", "address"],
 )

@@ -19,6 +19,7 @@ from tests.conftest import USES_V2_RUNNER
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 from vllm_kvevict.engine.messages import STEP, StepEvictions
+from vllm_kvevict.engine.worker.step import Step
 
 PROMPTS = [random_prompt(length, seed=length) for length in (40, 333)]
 
@@ -103,9 +104,9 @@ def test_dummy_batches_sleep_and_wake_up_need_no_decisions(running: Engine) -> N
 
 def test_a_dummy_batch_finds_no_step_that_did_not_end(running: Engine) -> None:
     """A drafter's ends when tokens are sampled, and in a step without tokens none are."""
-    running.bridge._step = StepEvictions()
+    running.bridge.step = Step(StepEvictions(), {})
     running.worker.execute_dummy_batch()
-    assert running.bridge._step is None
+    assert running.bridge.step.is_over
 
 
 def test_a_step_that_lost_its_decisions_is_an_error(running: Engine) -> None:
