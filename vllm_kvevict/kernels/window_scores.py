@@ -23,7 +23,8 @@ from vllm_kvevict.kernels.window_batch import (
 
 MAX_SPLITS = 32  # partial softmaxes of a row
 TILE = 64  # tokens of a Triton program
-MAX_ROWS, MAX_ROW_BYTES = 128, 2**15  # query rows of one of its products, and what they take of shared memory
+MAX_ROWS = 128  # query rows of one of its products
+MAX_ROW_BYTES = 2**15  # what they take of shared memory
 NUM_WARPS = 8  # 4 are faster on an H100 in the pass over the columns, but spill registers on sm_100
 # What differs from request to request and from batch to batch: a kernel is compiled for none of it.
 _VARYING = (

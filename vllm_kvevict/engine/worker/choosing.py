@@ -9,6 +9,7 @@ from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.step import Step
 from vllm_kvevict.engine.worker.watched import PrefillGroup, PrefillRow, WatchedRequest
 from vllm_kvevict.eviction.grouping import chosen_together, scored_together
+from vllm_kvevict.eviction.prompt import Evictions
 
 _DOING = "choosing what to keep"
 
@@ -30,17 +31,20 @@ def choose_kept(step: Step, watched: Mapping[str, WatchedRequest], pool: PagePoo
     for group in step.groups:
         if any(req_id in failures for req_id in group.req_ids):
             group.break_up()
-    whole = [(group.req_ids, group.evictions) for group in step.groups if group.is_whole]
-    grouped = {req_id for req_ids, _ in whole for req_id in req_ids}
+    choices: list[tuple[list[str], Evictions]] = [
+        (group.req_ids, group.evictions) for group in step.groups if group.is_whole
+    ]
+    grouped = {req_id for req_ids, _ in choices for req_id in req_ids}
     alone = {req_id: eviction for req_id, eviction in step.evictions.items() if req_id not in grouped}
     for req_id, eviction in alone.items():
         failures.ask(req_id, _DOING, eviction.score_waiting)
     scored = {req_id: eviction for req_id, eviction in alone.items() if req_id not in failures}
-    for req_ids, evictions in [*whole, *chosen_together(scored)]:
-        if len(req_ids) > 1 and failures.together(_DOING, evictions.choose):
-            step.chosen.append((req_ids, evictions))
+    choices += chosen_together(scored)
+    for req_ids, together in choices:
+        if len(req_ids) > 1 and failures.together(_DOING, together.choose):
+            step.chosen.append((req_ids, together))
             continue
-        evictions.break_up()
+        together.break_up()
         for req_id in req_ids:
             failures.ask(req_id, _DOING, step.evictions[req_id].choose)
             step.chosen.append(([req_id], step.evictions[req_id].alone))

@@ -38,7 +38,7 @@ def register(runner: Any, pool: PagePool, layer_names: list[str], model: nn.Modu
     config = eviction_config(runner.vllm_config)
     if config is not None:
         with runner.jit_warmup_registry.activate():
-            EvictionKernels(runner.vllm_config, config, pool, layer_names, model).register_warmup()
+            EvictionKernels.of(runner.vllm_config, config, pool, layer_names, model).register_warmup()
 
 
 class EvictionKernels(VllmJitKernel[str]):
@@ -49,16 +49,23 @@ class EvictionKernels(VllmJitKernel[str]):
 
     CompileKey = str
 
-    def __init__(
-        self, vllm_config: Any, config: EvictionConfig, pool: PagePool, layer_names: list[str], model: nn.Module
-    ) -> None:
-        super().__init__()
-        self._methods = dict(_methods(vllm_config, config, pool.block_size))
-        self._pool = pool
-        self._layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
-        self._weights = ModelWeights(model, layer_names)
+    _methods: dict[str, Method]
+    _pool: PagePool
+    _layer: Any
+    _weights: ModelWeights
 
-    def get_warmup_keys(self) -> list[str]:
+    @classmethod
+    def of(
+        cls, vllm_config: Any, config: EvictionConfig, pool: PagePool, layer_names: list[str], model: nn.Module
+    ) -> EvictionKernels:
+        kernels = cls()
+        kernels._methods = dict(_methods(vllm_config, config, pool.block_size))
+        kernels._pool = pool
+        kernels._layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+        kernels._weights = ModelWeights(model, layer_names)
+        return kernels
+
+    def get_warmup_keys(self, *_: Any, **__: Any) -> list[str]:
         return list(self._methods)
 
     @torch.inference_mode()
