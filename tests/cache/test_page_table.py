@@ -13,6 +13,7 @@ from tests.paged import LAYOUTS, PagedCache, make_pool, pages_of
 from vllm_kvevict.cache import page_table
 from vllm_kvevict.cache.compaction import Compaction
 from vllm_kvevict.cache.page_table import PageTable
+from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.kernels.expand_page_table import BatchRows
 
@@ -388,3 +389,24 @@ def test_rows_that_shrink_behind_every_chunk_keep_the_page_that_is_not_full(rng,
                 model.kv_lens[layer][head] = num_full[layer][head] * 16 + tail
         assert pages_of(table, "a", model.seq_len, model.blocks) == model.pages
         assert table.num_full_pages("a").tolist() == num_full
+
+
+MODELS = {  # layers, KV heads of a worker, bytes of its KV cache
+    "8B": (32, 8, 58 << 30),
+    "70B at TP 8": (80, 1, 110 << 30),
+}
+LENGTHS = [("8B", 32, 256), ("8B", 128, 256), ("8B", 1024, 64)]
+LENGTHS += [("70B at TP 8", 32, 1024), ("70B at TP 8", 128, 1024), ("70B at TP 8", 1024, 64)]
+
+
+@pytest.mark.parametrize(("model", "thousands", "max_num_reqs"), LENGTHS)
+def test_tables_of_large_models_take_little_beside_the_cache(model, thousands, max_num_reqs):
+    """Computed by what allocates them, on a device without memory. A page of 16 tokens of 128 bfloat16 has 8 KiB."""
+    layers, heads, num_bytes = MODELS[model]
+    pages = torch.empty(num_bytes >> 13, 1, dtype=torch.bfloat16, device="meta")
+    kv = pages[:, :, None].expand(-1, 16, 128)
+    offsets = torch.arange(layers, device="meta")
+    table = PageTable(PagePool(pages, kv, kv, offsets, layers * heads, heads), max_num_reqs, thousands * 1024)
+    arena = table._lists.arena.nbytes
+    assert arena <= num_bytes * 4 / 8192
+    assert max(arena, table._pages.nbytes, table.num_bytes - arena - table._pages.nbytes) <= 256 << 20
