@@ -40,7 +40,13 @@ BATCHES = {
 }
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["sync", "async"])
+WAYS = [
+    pytest.param(False, id="sync", marks=pytest.mark.more_on_v2("steps in flight have more to wait for")),
+    pytest.param(True, id="async", marks=pytest.mark.not_on_v1("on V2 requests decode with a step in flight")),
+]
+
+
+@pytest.fixture(scope="module", params=WAYS)
 def running(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[Engine]:
     if request.param:
         with async_on_cpu(), engine(tiny_llama, budget=96, async_scheduling=True) as started:
