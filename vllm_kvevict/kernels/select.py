@@ -247,13 +247,16 @@ def _select_kernel(
         kv_len = tl.load(kv_lens_ptr + head).to(tl.int32)
     first, last = tl.minimum(num_sink, kv_len), tl.maximum(kv_len - num_recent, tl.minimum(num_sink, kv_len))
     threshold, remaining = _find_threshold(row_ptr, kv_len, first, last, wanted, TILE)
+    if wanted <= 0:  # no key is above this one, and none of its ties is kept
+        threshold |= 0xFFFFFFFF
+        remaining *= 0
     for start in range(0, max_kv_len, TILE):
         index = start + tl.arange(0, TILE)
         key = _load_keys(row_ptr, index, kv_len, first, last)
         is_tie = ((key == threshold) & (index < kv_len)).to(tl.int32)
         rank = tl.cumsum(is_tie)  # from 1 on
         kept = (index < kv_len) & ((key > threshold) | ((is_tie != 0) & (rank <= remaining)))
-        tl.store(kept_ptr + head * max_kv_len + index, kept & (wanted > 0), mask=index < max_kv_len)
+        tl.store(kept_ptr + head * max_kv_len + index, kept, mask=index < max_kv_len)
         remaining -= tl.sum(is_tie)
 
 
