@@ -190,6 +190,7 @@ def serve(running: Engine) -> list[tuple[list[int], list[float]]]:
     return [(list(each.token_ids), [next(iter(of.values())).logprob for of in each.logprobs]) for each in answers]
 
 
+@pytest.mark.feature("Full CUDA graphs of decode steps, without drafts; not run on a GPU", runners=("V2",))
 def test_two_sets_replay_what_python_does_while_requests_join_leave_and_are_evicted(
     evicting: Engine, served_eagerly: list[tuple[list[int], list[float]]]
 ) -> None:
