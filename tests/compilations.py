@@ -48,23 +48,12 @@ from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.policies import POLICIES, Need, ScoreInputs
 from vllm_kvevict.policies.base import LayerWeights, StepInputs
 
-
-def _select(
-    scores: torch.Tensor,
-    num_kept: torch.Tensor,
-    num_sink: int = 0,
-    num_recent: int = 0,
-    kv_lens: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return select.select_triton(scores, num_kept, num_sink, num_recent, kv_lens)
-
-
 LAUNCHERS: dict[Callable[..., Any], Callable[..., Any]] = {
     window_scores.window_scores: window_scores.window_scores_triton,
     streaming_sums.streaming_sums: streaming_sums._launch,
     chunk_attention.chunk_attention: chunk_attention._launch,
     leverage.leverage: leverage._launch,
-    select.select: _select,
+    select.select: select.select_triton,
     select.count_best: select.count_best_triton,
     move_tokens.move_tokens: move_tokens.move_tokens_triton,
     slot_scores.slot_scores: slot_scores.slot_scores_triton,

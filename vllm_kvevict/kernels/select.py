@@ -153,8 +153,8 @@ def _check_groups(scores: torch.Tensor, totals: torch.Tensor) -> None:
 def select_triton(
     scores: torch.Tensor,
     num_kept: torch.Tensor,
-    num_sink: int,
-    num_recent: int,
+    num_sink: int = 0,
+    num_recent: int = 0,
     kv_lens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch the kernel of ``select``, one program for each head; same arguments, all on one device."""
@@ -171,8 +171,8 @@ def select_triton(
 def select_cuda(
     scores: torch.Tensor,
     num_kept: torch.Tensor,
-    num_sink: int,
-    num_recent: int,
+    num_sink: int = 0,
+    num_recent: int = 0,
     kv_lens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch csrc/cuda/select.cu, which must have been built, one block for each head; as ``select_triton``."""

@@ -20,7 +20,7 @@ from vllm_kvevict.kernels.paged import (
     check_page_table,
     check_query,
 )
-from vllm_kvevict.kernels.window_scores import load_query, load_tokens
+from vllm_kvevict.kernels.window_scores import load_query, load_tokens, product_rows
 
 # The numbers are those of the enums in csrc/cpu/slot_scores.cpp.
 GROUP_CODES = {"mean": 0, "max": 1}
@@ -154,7 +154,8 @@ def slot_scores_triton(batch: SlotBatch, group: Group, fusion: Fusion) -> torch.
     slots = (batch.page_table, *batch.page_table.stride()[:2], keys.shape[1], positions, num_kv_heads, num_slots)
     inputs = (query, *query.stride()[:3], keys, *keys.stride(), batch.last_seen, num_queries, members, head_size)
     head = max(triton.next_power_of_2(head_size), 16)
-    rows = _rows(members * num_queries, head * query.element_size())
+    most_rows = min(MAX_ROWS, MAX_ROW_BYTES // (head * query.element_size()))
+    rows = product_rows(members * num_queries, most_rows)
     _slot_softmax_kernel[num_splits, triton.cdiv(members * num_queries, rows), num_items](
         *slots, *inputs, batch.scale * LOG2_E, row_max, row_sum, num_splits, split_slots,
         TILE=TILE, ROWS=rows, HEAD=head, num_warps=NUM_WARPS,
@@ -162,14 +163,9 @@ def slot_scores_triton(batch: SlotBatch, group: Group, fusion: Fusion) -> torch.
     _slot_scores_kernel[num_tiles, num_items](
         *slots, *inputs, batch.scale * LOG2_E, row_max, row_sum, num_splits, _head_weight(batch, group), scores,
         GROUP_MAX=group == "max", FUSION=FUSION_CODES[fusion],
-        TILE=TILE, ROWS=_rows(num_queries, head * query.element_size()), HEAD=head, num_warps=NUM_WARPS,
+        TILE=TILE, ROWS=product_rows(num_queries, most_rows), HEAD=head, num_warps=NUM_WARPS,
     )  # fmt: skip
     return scores
-
-
-def _rows(count: int, row_bytes: int) -> int:
-    """Rows of the products for ``count`` query rows: at least what tensor cores take."""
-    return int(max(min(triton.next_power_of_2(count), MAX_ROWS, MAX_ROW_BYTES // row_bytes), 16))
 
 
 @triton.jit

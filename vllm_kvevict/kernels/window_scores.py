@@ -102,8 +102,8 @@ def window_scores_triton(batch: WindowBatch, reduction: Reduction) -> torch.Tens
     inputs = (query, *query.stride()[:3], keys, *keys.stride(), window, group, head_size, batch.scale * LOG2_E)
     value_pages = (values, *values.stride(), value_head_size)
     head, value_head = max(triton.next_power_of_2(head_size), 16), triton.next_power_of_2(value_head_size)
-    row_bytes = head * query.element_size()
-    rows = _rows(group * window, row_bytes)
+    most_rows = min(MAX_ROWS, MAX_ROW_BYTES // (head * query.element_size()))
+    rows = product_rows(group * window, most_rows)
     _softmax_kernel[num_splits, triton.cdiv(group * window, rows), num_items](
         *tokens, *inputs, *value_pages, row_max, row_sum, largest_norms, num_splits, split_tokens, num_unscored,
         FIND_NORM=reduction.weight == "largest_value_norm", TILE=TILE, ROWS=rows, HEAD=head, VALUE_HEAD=value_head,
@@ -115,7 +115,7 @@ def window_scores_triton(batch: WindowBatch, reduction: Reduction) -> torch.Tens
     )  # fmt: skip
     _columns_kernel[num_tiles, num_items](
         *tokens, *inputs, maxima, weights, columns, num_unscored,
-        GROUP_MAX=reduction.group == "max", TILE=TILE, ROWS=_rows(window, row_bytes), HEAD=head,
+        GROUP_MAX=reduction.group == "max", TILE=TILE, ROWS=product_rows(window, most_rows), HEAD=head,
         num_warps=NUM_WARPS,
     )  # fmt: skip
     _finish_kernel[num_tiles, num_items](
@@ -126,9 +126,9 @@ def window_scores_triton(batch: WindowBatch, reduction: Reduction) -> torch.Tens
     return scores
 
 
-def _rows(count: int, row_bytes: int) -> int:
-    """Rows of the products for ``count`` query rows: at least what tensor cores take."""
-    return int(max(min(triton.next_power_of_2(count), MAX_ROWS, MAX_ROW_BYTES // row_bytes), 16))
+def product_rows(count: int, most: int) -> int:
+    """Return the rows of products for ``count`` query rows: no fewer than tensor cores take, and at most ``most``."""
+    return int(max(min(triton.next_power_of_2(count), most), 16))
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from vllm_kvevict.engine.worker.pseudo_passes import PseudoPasses
 from vllm_kvevict.engine.worker.replacing import Replacing
 from vllm_kvevict.engine.worker.rows import BatchFolder, StepRows, longest_lens
 from vllm_kvevict.engine.worker.step import Step, none, num_tokens_after
-from vllm_kvevict.engine.worker.watched import ChunkRow, PrefillGroup, PrefillRow, WatchedRequest
+from vllm_kvevict.engine.worker.watched import ChunkRow, LayerPass, PrefillGroup, PrefillRow, WatchedRequest
 from vllm_kvevict.eviction.per_token import TokenEvictor
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.eviction.resident import ResidentEviction
@@ -375,7 +375,7 @@ class EvictionBridge:
                 self.observe(one, layer, query, output, scale)
             return
         weights = self._weights.of(layer, row.rows[0].request.needs)
-        if not self.failures.together(doing, row.observe, self.pool, layer, query, output, scale, weights):
+        if not self.failures.together(doing, row.observe, LayerPass(self.pool, layer, query, output, scale, weights)):
             row.break_up()
             for one in row.rows:
                 self.failures.ask(one.request.req_id, doing, self.step.evictions[one.request.req_id].score_waiting)
@@ -383,4 +383,4 @@ class EvictionBridge:
     def _observe(
         self, row: PrefillRow | ChunkRow, layer: int, query: torch.Tensor, output: torch.Tensor, scale: float
     ) -> None:
-        row.observe(self.pool, layer, query, output, scale, self._weights.of(layer, row.request.needs))
+        row.observe(LayerPass(self.pool, layer, query, output, scale, self._weights.of(layer, row.request.needs)))

@@ -83,6 +83,23 @@ class WatchedRequest:
         return states if Need.ALL_QUERIES in self.needs else None
 
 
+@dataclass(frozen=True)
+class LayerPass:
+    """A layer whose attention has run over a batch.
+
+    query:  [num_tokens, num_heads, head_size] of the whole batch
+    output: likewise, what attention returned
+    scale:  softmax scale
+    """
+
+    pool: PagePool
+    layer: int
+    query: torch.Tensor
+    output: torch.Tensor
+    scale: float
+    weights: LayerWeights
+
+
 @dataclass
 class ChunkRow:
     """One row of a batch: a chunk of a prompt that was evicted before, and is evicted again behind it.
@@ -95,19 +112,11 @@ class ChunkRow:
     end: int
     eviction: ResidentEviction
 
-    def observe(
-        self,
-        pool: PagePool,
-        layer: int,
-        query: torch.Tensor,
-        output: torch.Tensor,
-        scale: float,
-        weights: LayerWeights,
-    ) -> None:
+    def observe(self, ran: LayerPass) -> None:
         """As ``PrefillRow.observe``."""
-        chunk = query[self.start : self.end]
-        last = self.request.queries.extend(layer, chunk)
-        self.eviction.score_layer(layer, last, chunk, scale, weights)
+        chunk = ran.query[self.start : self.end]
+        last = self.request.queries.extend(ran.layer, chunk)
+        self.eviction.score_layer(ran.layer, last, chunk, ran.scale, ran.weights)
 
 
 @dataclass
@@ -133,17 +142,10 @@ class PrefillRow:
     last: torch.Tensor = field(init=False)
     outputs: torch.Tensor | None = field(init=False, default=None)
 
-    def observe(
-        self,
-        pool: PagePool,
-        layer: int,
-        query: torch.Tensor,
-        output: torch.Tensor,
-        scale: float,
-        weights: LayerWeights,
-    ) -> None:
-        """See a layer's queries and outputs [num_tokens, num_heads, head_size] of the whole batch, after it ran."""
-        self.see(pool, layer, query, output, scale, weights)
+    def observe(self, ran: LayerPass) -> None:
+        """See what a layer has done, and score it if the chunk is the last one."""
+        self.see(ran)
+        layer, scale, weights = ran.layer, ran.scale, ran.weights
         if self.eviction is not None and self.request.num_pseudo_tokens:
             slots = self.eviction.preselect_layer(layer, self.last, scale, weights)
             if self.selected and slots.shape != self.selected[0].shape:
@@ -152,29 +154,21 @@ class PrefillRow:
         elif self.eviction is not None:
             self.eviction.score_layer(layer, self.last, scale, self.outputs, weights, self.request.states[layer])
 
-    def see(
-        self,
-        pool: PagePool,
-        layer: int,
-        query: torch.Tensor,
-        output: torch.Tensor,
-        scale: float,
-        weights: LayerWeights,
-    ) -> None:
+    def see(self, ran: LayerPass) -> None:
         """As ``observe``, but score nothing."""
-        request = self.request
-        chunk = query[self.start : self.end]
+        request, layer = self.request, ran.layer
+        chunk = ran.query[self.start : self.end]
         request.num_tokens = self.kv_len
         if Need.OUTPUTS in request.needs:
-            self.outputs = request.outputs.extend(layer, output[self.start : self.end])
+            self.outputs = request.outputs.extend(layer, ran.output[self.start : self.end])
         if Need.ALL_QUERIES in request.needs:
             start = perf_counter()
             inputs = ScoreInputs(
                 chunk,
-                *pool.readable(pool.layer_page_ids(layer, self.block_ids)),
+                *ran.pool.readable(ran.pool.layer_page_ids(layer, self.block_ids)),
                 self.kv_len,
-                scale,
-                weights=weights,
+                ran.scale,
+                weights=ran.weights,
                 layer=layer,
             )
             request.states[layer] = request.method.policy.observe(request.states[layer], inputs)
@@ -206,19 +200,11 @@ class PrefillGroup:
     def req_ids(self) -> list[str]:
         return [row.request.req_id for row in self.rows]
 
-    def observe(
-        self,
-        pool: PagePool,
-        layer: int,
-        query: torch.Tensor,
-        output: torch.Tensor,
-        scale: float,
-        weights: LayerWeights,
-    ) -> None:
+    def observe(self, ran: LayerPass) -> None:
         """As ``PrefillRow.observe``, of all rows."""
         for row in self.rows:
-            row.see(pool, layer, query, output, scale, weights)
-        self.evictions.score_layer(layer, [row.last for row in self.rows], scale, weights=weights)
+            row.see(ran)
+        self.evictions.score_layer(ran.layer, [row.last for row in self.rows], ran.scale, weights=ran.weights)
 
     def break_up(self) -> None:
         """From now on each row is observed by itself."""

@@ -170,11 +170,10 @@ class EvictionMetadataBuilder(AttentionMetadataBuilder[Any]):
             slots = self.bridge.page_table.slots.of(self.bridge.step.req_ids)
             return self._fold_all(self.bridge, slots, common_attn_metadata)
         whole, split = None, rows.split
-        if split.whole is not None or not split.evicted:
-            common = common_attn_metadata
-            if split.whole is not None:
-                common = whole_rows(common, split.whole)
-            whole = super().build(common_prefix_len, common, fast_build)
+        if split.whole is not None:
+            whole = super().build(common_prefix_len, whole_rows(common_attn_metadata, split.whole), fast_build)
+        elif not split.evicted:
+            whole = super().build(common_prefix_len, common_attn_metadata, fast_build)
         folded_rows = folded_launches(split, common_attn_metadata, self.bridge.page_table)
         launches = [(folded, self._launch(folded)) for folded in folded_rows]
         return EvictionMetadata(rows, self.bridge, whole, launches)
