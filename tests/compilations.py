@@ -164,7 +164,7 @@ def serve(method: Method, pool: PagePool, num_heads: int, num_evicted: int, num_
 def read(pool: PagePool, plan: EvictionPlan, eviction: Eviction, num_rows: int) -> None:
     """Expand the page tables of a batch that has the request in each row, of all layers together and one by one."""
     compaction, block_ids = eviction.finish(), eviction.full_block_ids
-    table = PageTable(pool, 2 * num_rows, plan.num_tokens)
+    table = PageTable.of(pool, 2 * num_rows, plan.num_tokens)
     table.add("", compaction, plan, block_ids)
     rows = torch.arange(num_rows, dtype=torch.int32)
     block_table = eviction.block_ids.to(torch.int32).repeat(num_rows, 1)

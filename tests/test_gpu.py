@@ -51,7 +51,7 @@ def evict_prompt(
     for layer in range(LAYERS):
         eviction.score_layer(layer, queries[layer, PROMPT - WINDOW : PROMPT], SCALE)
     compaction = eviction.finish()
-    table, residents = PageTable(pool, 2, PROMPT + ANSWER), Residents(pool)
+    table, residents = PageTable.of(pool, 2, PROMPT + ANSWER), Residents(pool)
     table.add(REQUEST, compaction, plan, eviction.full_block_ids)
     residents.note(compaction, plan, blocks, None)
     return eviction, table, residents
@@ -69,11 +69,13 @@ def token_by_token(
     device = pool.pages.device
     method = Method(POLICIES.get("morphkv")(), Lava(), 4, WINDOW, Schedule(during_decode=DuringDecode.BY_TOKEN))
     eviction, table, residents = evict_prompt(method, True, pool, block_ids, queries)
-    ring = QueryRing(LAYERS, 2, 64, device)
+    ring = QueryRing(torch.zeros(LAYERS, 2, 64, *queries.shape[2:], dtype=queries.dtype, device=device))
     ring.slots.take(REQUEST)
     for layer in range(LAYERS):
         ring.seed(layer, REQUEST, queries[layer, PROMPT - WINDOW : PROMPT], PROMPT)
-    evictor = TokenEvictor(pool, table, residents, ring, 2)
+    evictor = TokenEvictor(
+        pool, table, residents, ring, torch.zeros(LAYERS, 2, KV_HEADS, dtype=torch.int64, device=device)
+    )
     evictor.open_holes(REQUEST, eviction.next_victims)
     holes = []
     for step in range(ANSWER):

@@ -14,8 +14,9 @@ from vllm_kvevict.cache.plan import min_kept_blocks
 from vllm_kvevict.eviction.building import build_method, policy_named
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.traits import traits_of
-from vllm_kvevict.foreign.values import quoted, suggestion
+from vllm_kvevict.foreign.values import quoted
 from vllm_kvevict.options import reading
+from vllm_kvevict.options.errors import one_sentence
 from vllm_kvevict.options.limits import Budget, Fraction, RequestOptions
 from vllm_kvevict.options.names import (
     ALL,
@@ -30,13 +31,14 @@ from vllm_kvevict.options.names import (
     INTERVAL,
     LIMITS,
     LOG_REQUESTS,
+    MAX_NUM_SEQS,
     NONE,
     POLICY,
     checked_name,
     checked_switch,
 )
 from vllm_kvevict.options.renamed import PolicyOptions
-from vllm_kvevict.options.table import Option, check_names, options_of_requests, table_of
+from vllm_kvevict.options.table import Option, check_names, options_of_requests
 from vllm_kvevict.policies import POLICIES
 
 __all__ = ["AUTO", "EvictionConfig"]
@@ -176,6 +178,28 @@ class EvictionConfig(BaseModel):
             read=int,
         ),
     ] = None
+    max_num_seqs: Annotated[
+        Annotated[int, Field(ge=0)] | None,
+        Option(
+            "The most requests at once that are evicted while their answers grow: memory for their last queries, and "
+            "for what the slots of the KV cache hold, is taken at start-up; the next one waits. Without it no request "
+            "may choose eviction during decode or between chunks, unless the server's own options do.",
+            "a whole number of at least 0",
+            name=MAX_NUM_SEQS,
+            is_flag=True,
+            metavar="N",
+            default="0; if the server's own options evict so, --max-num-seqs, as far as 1 % of the KV cache holds them",
+            read=int,
+        ),
+    ] = None
+    scoring_scratch_mib: Annotated[
+        int,
+        Field(ge=1),
+        Option(
+            "MiB that are left free beside the KV cache for scoring and selection, however long a prompt is.",
+            "a whole number of MiB of at least 1",
+        ),
+    ] = 64
     log_requests: Annotated[
         bool,
         Option(
@@ -227,7 +251,7 @@ class EvictionConfig(BaseModel):
         try:
             config = cls.model_validate(dict(values))
         except ValidationError as error:
-            raise ValueError(_one_sentence(cls, error)) from None
+            raise ValueError(one_sentence(cls, error)) from None
         config.method()
         config.auto_budget()
         config._import_choices()
@@ -376,16 +400,3 @@ class EvictionConfig(BaseModel):
         for option, fraction in ((BUDGET_MIN, config.budget_min), (BUDGET_MAX, config.budget_max)):
             if config.budget == AUTO and (is_chosen or option in given):
                 self.limits.check_budget(option, fraction)
-
-
-def _one_sentence(config: type[EvictionConfig], error: ValidationError) -> str:
-    first, table = error.errors()[0], table_of(config)
-    name = str(first["loc"][0])
-    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
-        return f"kv_eviction: unknown field {quoted(name)}.{suggestion(name, table)} Available: {', '.join(table)}"
-    if first["type"] == "missing" and len(first["loc"]) == 1:
-        return f"kv_eviction: {name!r} is missing. Give --kv-eviction POLICY and --kv-budget N"
-    row = table[name]
-    if first["type"] == "value_error":
-        return f"{row.named}: {first['ctx']['error']}"
-    return f"{row.named}: expected {row.option.allowed}, got {quoted(first['input'])}"

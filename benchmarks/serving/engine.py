@@ -19,6 +19,7 @@ from tools.server import cpu_environment
 from vllm_kvevict import kv_eviction_args
 
 BLOCK_SIZE = 32
+MAX_NUM_SEQS = 64  # requests at once that may evict during decode
 MODEL = Path(__file__).parents[2] / ".cache" / "models" / "SmolLM2-135M-Instruct"
 
 
@@ -35,7 +36,8 @@ def engine(
     for key, value in environment.items():
         os.environ.setdefault(key, value)
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
-    eviction = {} if budget is None else kv_eviction_args(policy, budget, **(fields or {}))
+    fields = {"max_num_seqs": MAX_NUM_SEQS, **(fields or {})}
+    eviction = {} if budget is None else kv_eviction_args(policy, budget, **fields)
     settings = {"block_size": BLOCK_SIZE, "enforce_eager": True, "max_model_len": 8192, "seed": 0}
     llm = LLM(str(model), skip_tokenizer_init=True, **{**settings, **eviction, **kwargs})
     try:

@@ -146,7 +146,7 @@ def decode(table: PageTable, cache: PagedCache, batch: dict[str, RequestModel], 
 
 
 def new_table(cache: PagedCache, max_num_reqs: int = MAX_NUM_REQS) -> PageTable:
-    return PageTable(cache.pool, max_num_reqs, MAX_TOKENS)
+    return PageTable.of(cache.pool, max_num_reqs, MAX_TOKENS)
 
 
 EVENTS = ["add", "remove", "preempt", "decode", "decode", "decode some"]
@@ -241,13 +241,16 @@ def test_drafts_may_span_blocks_and_be_rejected(block_size, most_drafts, seed):
 
 def test_memory_is_taken_once_and_is_what_it_says(rng, blocks):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
-    table = PageTable(cache.pool, 8, 1000)
+    table = PageTable.of(cache.pool, 8, 1000)
     held = {name: tensor.data_ptr() for name, tensor in table._lists._asdict().items()}
     arena, lists = BLOCKS * LAYERS * HEADS, 8 * (63 + 2 * LAYERS * HEADS + 1)
-    assert table.num_bytes == 4 * (arena + lists + 2**20 + 8 * LAYERS * HEADS)
+    assert (table.num_arena_bytes, table.num_list_bytes) == (4 * arena, 4 * lists)
+    assert table.num_arena_bytes == PageTable.BYTES_PER_PAGE * len(cache.pool.pages)
+    assert table.num_step_bytes == 4 * (2**20 + 8 * LAYERS * HEADS)
     # the page table of a layer, as wide as the longest request, if that takes more than there is in any case
-    longest = PageTable(cache.pool, 8, 16 * 50_000).num_bytes
-    assert longest == 4 * (arena + lists + 8 * (50_000 - 63) + 8 * HEADS * 50_016 + 8 * LAYERS * HEADS)
+    longest = PageTable.of(cache.pool, 8, 16 * 50_000)
+    assert longest.num_list_bytes == 4 * (lists + 8 * (50_000 - 63))
+    assert longest.num_step_bytes == 4 * (8 * HEADS * 50_016 + 8 * LAYERS * HEADS)
     compaction, plan, kept, model = evict(cache, rng, blocks, 40)
     table.add("a", compaction, plan, kept)
     decode(table, cache, {"a": model}, blocks)
@@ -259,7 +262,7 @@ def test_several_launches_of_a_step_share_memory(rng, blocks, monkeypatch, room)
     """All layers at once where there is room, else one after the other."""
     monkeypatch.setattr(page_table, "_MIN_ENTRIES", room)
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
-    table, models = PageTable(cache.pool, 3, 16 * 20), {}
+    table, models = PageTable.of(cache.pool, 3, 16 * 20), {}
     for req_id in "abc":
         compaction, plan, kept, models[req_id] = evict(cache, rng, blocks, 9)
         table.add(req_id, compaction, plan, kept)
@@ -406,7 +409,6 @@ def test_tables_of_large_models_take_little_beside_the_cache(model, thousands, m
     pages = torch.empty(num_bytes >> 13, 1, dtype=torch.bfloat16, device="meta")
     kv = pages[:, :, None].expand(-1, 16, 128)
     offsets = torch.arange(layers, device="meta")
-    table = PageTable(PagePool(pages, kv, kv, offsets, layers * heads, heads), max_num_reqs, thousands * 1024)
-    arena = table._lists.arena.nbytes
-    assert arena <= num_bytes * 4 / 8192
-    assert max(arena, table._pages.nbytes, table.num_bytes - arena - table._pages.nbytes) <= 256 << 20
+    table = PageTable.of(PagePool(pages, kv, kv, offsets, layers * heads, heads), max_num_reqs, thousands * 1024)
+    assert table.num_arena_bytes <= num_bytes * 4 / 8192
+    assert max(table.num_arena_bytes, table.num_step_bytes, table.num_list_bytes) <= 256 << 20

@@ -44,6 +44,7 @@ def server(smollm2: Path, example_policy: dict[str, str], tmp_path_factory: pyte
     calibration.write_text(json.dumps({"model": str(smollm2), "policies": CALIBRATED}))
     flags = ["--kv-eviction", "snapkv", "--kv-budget", str(BUDGET), "--kv-eviction-log-requests"]
     flags += ["--kv-budget-calibration", str(calibration), "--max-model-len", "8192", "--max-num-seqs", "16"]
+    flags += ["--kv-evict-max-num-seqs", "16"]
     flags += ["--kv-request-options", '{"policies": ["all", "none"]}']
     with Server(smollm2, folder / "server.log", *flags, *ENGINE, env={**ENV, **example_policy}) as started:
         yield started

@@ -229,7 +229,8 @@ def engine(
     model: Path, policy: str | None = "snapkv", budget: int | float = 96, fields: Any = None, **kwargs: Any
 ) -> Iterator[Engine]:
     """Start an engine, with eviction unless ``policy`` is None, and end it."""
-    eviction = {"block_size": 32} if policy is None else kv_eviction_args(policy, budget, **(fields or {}))
+    reserve = {} if "speculative_config" in kwargs else {"max_num_seqs": kwargs.get("max_num_seqs", 16)}
+    eviction = {"block_size": 32} if policy is None else kv_eviction_args(policy, budget, **reserve | (fields or {}))
     settings = {
         "skip_tokenizer_init": True,
         "enforce_eager": True,

@@ -120,7 +120,7 @@ def test_help_has_a_group_with_the_policies() -> None:
     (group,) = [group for group in parser._action_groups if group.title == "KV eviction (vllm_kvevict)"]
     flags = [option for action in group._group_actions for option in action.option_strings]
     names = ["kv-eviction", "kv-budget", "kv-budget-calibration", "kv-budget-allocator", "kv-evict-during-decode"]
-    names += ["no-kv-evict-during-decode", "kv-evict-during-prefill", "kv-evict-interval"]
+    names += ["no-kv-evict-during-decode", "kv-evict-during-prefill", "kv-evict-interval", "kv-evict-max-num-seqs"]
     names += ["kv-eviction-log-requests", "kv-request-options", "kv-eviction-config"]
     assert flags == [f"--{name}" for name in names]
     assert "snapkv" in group._group_actions[0].help
@@ -254,7 +254,7 @@ def test_what_cannot_work_is_refused_by_name(tiny_llama: Path, settings: dict[st
 
 def test_images_are_refused_with_eviction_between_chunks(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk behind the first eviction sees what came before it, and an image all of itself."""
-    vllm_config = created(tiny_llama)
+    vllm_config = created(tiny_llama, **kv_eviction_args("snapkv", 256, max_num_seqs=1))
     bounded = EvictionConfig.parse({"policy": "snapkv", "budget": 256, "during_prefill": True})
     check_config(bounded, vllm_config)
     monkeypatch.setattr(vllm_config.model_config, "is_mm_prefix_lm", True)
@@ -308,7 +308,7 @@ def test_the_interval_is_a_flag(parse: Parse) -> None:
 
 
 def test_a_window_longer_than_what_is_remembered_of_answers_is_refused(tiny_llama: Path) -> None:
-    config = created(tiny_llama)
+    config = created(tiny_llama, **kv_eviction_args("snapkv", 256, max_num_seqs=1))
     config.cache_config.block_size = 16  # as on CUDA
     per_token = EvictionConfig.parse({"policy": "morphkv", "budget": 256, "interval": 1})
     check_config(per_token.model_copy(update={"policy": "tova", "during_decode": True}), config)

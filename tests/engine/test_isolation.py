@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {
     "budget": 96,
     "max_model_len": 1152,
     "max_num_batched_tokens": 300,
-    "fields": {"calibration": CALIBRATION},
+    "fields": {"calibration": CALIBRATION, "max_num_seqs": 16},
 }
 LITTLE_MEMORY = {"num_gpu_blocks_override": 40, "max_num_seqs": 8}
 WHOLE: list[dict[str, Any]] = [

@@ -47,7 +47,7 @@ def answers(
         kv_cache_memory_bytes=32 << 20,
         disable_log_stats=False,
         **settings,
-        **kv_eviction_args("snapkv", BUDGET, calibration=CALIBRATION),
+        **kv_eviction_args("snapkv", BUDGET, calibration=CALIBRATION, max_num_seqs=16),
     )
     try:
         if failing:

@@ -73,7 +73,9 @@ class Setup:
         )
         query = torch.randn(2, 1, 4, 16, generator=generator)
         ring: Any = SimpleNamespace(slots=slots, last_of=lambda *of: query)
-        self.evictor = TokenEvictor(cache.pool, table, self.residents, ring, 4)
+        self.evictor = TokenEvictor(
+            cache.pool, table, self.residents, ring, torch.zeros(2, 4, KV_HEADS, dtype=torch.int64)
+        )
 
     def slots(self, req: int, head: int) -> list[int]:
         """Slots of the pool that a head holds, in the order of its pages."""

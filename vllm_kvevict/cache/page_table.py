@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
 import torch
 
@@ -18,6 +21,52 @@ _EXTRA_COLUMNS = 1
 _MIN_ENTRIES = 2**20
 
 
+@dataclass(frozen=True)
+class PageTableMemory:
+    """What a page table needs however large the pool is: it can be taken before there is one.
+
+    block_ids: [max_num_reqs, max_blocks] int32, starts, counts: [max_num_reqs, num_layers, num_kv_heads] int32 and
+               own_from: [max_num_reqs] int32, as in ``PageLists``
+    pages:     [num_entries] int32, room for the page table of a step
+    kv_lens:   [num_layers * max_num_reqs * num_kv_heads] int32, and for the lengths in it
+    """
+
+    block_ids: torch.Tensor
+    starts: torch.Tensor
+    counts: torch.Tensor
+    own_from: torch.Tensor
+    pages: torch.Tensor
+    kv_lens: torch.Tensor
+
+    @classmethod
+    def take(
+        cls,
+        num_layers: int,
+        num_kv_heads: int,
+        block_size: int,
+        max_num_reqs: int,
+        max_tokens: int,
+        device: torch.device,
+    ) -> PageTableMemory:
+        """max_num_reqs, max_tokens: the most requests at once, and the longest of them."""
+
+        def zeros(*shape: int) -> torch.Tensor:
+            # written to, else a CPU would count it as free until it is used
+            return torch.full(shape, 0, dtype=torch.int32, device=device)
+
+        max_blocks = cdiv(max_tokens, block_size)
+        by_head = max_num_reqs, num_layers, num_kv_heads
+        num_entries = max(max_num_reqs * num_kv_heads * _width(max_blocks), _MIN_ENTRIES)
+        return cls(
+            zeros(max_num_reqs, max_blocks),
+            zeros(*by_head),
+            zeros(*by_head),
+            zeros(max_num_reqs),
+            zeros(num_entries),
+            torch.ones(num_layers * max_num_reqs * num_kv_heads, dtype=torch.int32, device=device),
+        )
+
+
 class PageTable:
     """The page lists of all evicted requests, and the page table that attention over some of them reads.
 
@@ -26,34 +75,39 @@ class PageTable:
     allocator, never grow, and cannot meet those of another request. What a request computes after its eviction lies
     where vLLM's block table says, and is in no list.
 
-    A request takes a slot at its eviction and gives it back when it ends. All memory is taken here: 4 bytes for each
-    page of the pool, and ``num_bytes`` in all.
+    A request takes a slot at its eviction and gives it back when it ends. All memory is taken here or was before:
+    ``BYTES_PER_PAGE`` for each page of the pool, and a ``PageTableMemory``.
 
     generation: changes whenever a row comes, goes, or is evicted
     """
 
-    def __init__(self, pool: PagePool, max_num_reqs: int, max_tokens: int) -> None:
-        """max_num_reqs, max_tokens: the most requests at once, and the longest of them."""
-        layers, heads = pool.num_layers, pool.num_kv_heads
-        device = pool.layer_offset.device
-        max_blocks = cdiv(max_tokens, pool.block_size)
+    BYTES_PER_PAGE: ClassVar[int] = 4
+
+    def __init__(self, pool: PagePool, memory: PageTableMemory) -> None:
+        """memory: for as many layers and heads as the pool has, and for blocks of its size."""
+        num_lists, max_num_reqs = pool.num_layers * pool.num_kv_heads, len(memory.own_from)
+        num_entries = len(pool.pages) // num_lists * num_lists
         self._pool = pool
         self._lists = PageLists(
-            arena=torch.zeros(len(pool.pages) // (layers * heads) * layers * heads, dtype=torch.int32, device=device),
-            block_ids=torch.zeros(max_num_reqs, max_blocks, dtype=torch.int32, device=device),
-            starts=torch.zeros(max_num_reqs, layers, heads, dtype=torch.int32, device=device),
-            counts=torch.zeros(max_num_reqs, layers, heads, dtype=torch.int32, device=device),
-            own_from=torch.zeros(max_num_reqs, dtype=torch.int32, device=device),
+            arena=torch.zeros(num_entries, dtype=torch.int32, device=pool.layer_offset.device),
+            block_ids=memory.block_ids,
+            starts=memory.starts,
+            counts=memory.counts,
+            own_from=memory.own_from,
         )
-        self._max_width = _width(max_blocks)
-        num_entries = max(max_num_reqs * heads * self._max_width, _MIN_ENTRIES)
-        self._pages = torch.zeros(num_entries, dtype=torch.int32, device=device)
-        self._kv_lens = torch.ones(layers * max_num_reqs * heads, dtype=torch.int32, device=device)
+        self._max_width = _width(memory.block_ids.shape[1])
+        self._pages, self._kv_lens = memory.pages, memory.kv_lens
         # known to the host, per slot: pages of the longest list, and from which token on its own blocks hold them
         self._most_pages = np.zeros(max_num_reqs, dtype=np.int64)
         self._own_from = np.zeros(max_num_reqs, dtype=np.int64)
         self.slots = RequestSlots(max_num_reqs)
         self.generation = 0
+
+    @classmethod
+    def of(cls, pool: PagePool, max_num_reqs: int, max_tokens: int) -> PageTable:
+        """Return a page table that takes all of its memory; the arguments are as in ``PageTableMemory.take``."""
+        sizes = pool.num_layers, pool.num_kv_heads, pool.block_size, max_num_reqs, max_tokens
+        return cls(pool, PageTableMemory.take(*sizes, pool.layer_offset.device))
 
     def __contains__(self, req_id: object) -> bool:
         return req_id in self.slots
@@ -62,9 +116,19 @@ class PageTable:
         return len(self.slots)
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of the arena, the lists and the page table of a step."""
-        return sum(tensor.nbytes for tensor in (*self._lists, self._pages, self._kv_lens))
+    def num_list_bytes(self) -> int:
+        """Bytes of what is known of each request, beside the arena."""
+        return sum(tensor.nbytes for tensor in self._lists) - self.num_arena_bytes
+
+    @property
+    def num_step_bytes(self) -> int:
+        """Bytes of the page table of a step."""
+        return self._pages.nbytes + self._kv_lens.nbytes
+
+    @property
+    def num_arena_bytes(self) -> int:
+        """Bytes of the arena."""
+        return self._lists.arena.nbytes
 
     def add(self, req_id: str, compaction: Compaction, plan: EvictionPlan, block_ids: torch.Tensor) -> None:
         """Give ``req_id`` a slot that holds its compacted cache.

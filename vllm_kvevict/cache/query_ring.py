@@ -28,24 +28,20 @@ class RingWrite:
 
 
 class QueryRing:
-    """The last ``depth`` queries of each request in every layer; the query of position p has place p % depth.
+    """The last ``depth`` queries of each request in every layer; the query of position p has place p % depth."""
 
-    Memory: num_layers * max_num_reqs * depth * num_heads * head_size elements, taken with the first query.
-    """
-
-    def __init__(self, num_layers: int, max_num_reqs: int, depth: int, device: torch.device) -> None:
-        self.slots = RequestSlots(max_num_reqs)
-        self.depth = depth
-        self._device = device
+    def __init__(self, queries: torch.Tensor) -> None:
+        """queries: [num_layers, max_num_reqs, depth, num_heads, head_size], where they are remembered."""
+        self._queries = queries
+        self.slots = RequestSlots(queries.shape[1])
+        self.depth = queries.shape[2]
         # the last batch, by the slots of its requests and where its queries began
         self._known: tuple[np.ndarray, np.ndarray, RingWrite] | None = None
-        self._shape = (num_layers, max_num_reqs, depth)
-        self._queries: torch.Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes that the queries take."""
-        return 0 if self._queries is None else self._queries.numel() * self._queries.element_size()
+        return self._queries.nbytes
 
     def to_write(self, req_ids: list[str], query_start_loc: np.ndarray, seq_lens: torch.Tensor) -> RingWrite | None:
         """Return what a batch has to remember, None if it is nothing.
@@ -62,14 +58,14 @@ class QueryRing:
             if not len(rows):
                 return None
             tokens = query_start_loc[1:][rows].astype(np.int64) - 1
-            parts = [to_device(part, self._device) for part in (rows, tokens, slots[rows].astype(np.int64))]
+            parts = [to_device(part, self._queries.device) for part in (rows, tokens, slots[rows].astype(np.int64))]
             self._known = slots, query_start_loc.copy(), RingWrite(parts[0], parts[1], parts[2], places=parts[0])
         where = self._known[2]
         return replace(where, places=(seq_lens.to(torch.int64)[where.rows] - 1) % self.depth)
 
     def write(self, layer: int, queries: torch.Tensor, where: RingWrite) -> None:
         """Remember those queries of one layer's [num_tokens, num_heads, head_size] that ``where`` names."""
-        self._memory_for(queries)[layer, where.slots, where.places] = queries[where.tokens]
+        self._queries[layer, where.slots, where.places] = queries[where.tokens]
 
     def last_of(self, layer: int, slots: torch.Tensor, num_tokens: torch.Tensor, num_queries: int) -> torch.Tensor:
         """Return [num_reqs, num_queries, num_heads, head_size], the last queries of several requests in one layer.
@@ -77,35 +73,21 @@ class QueryRing:
         slots:       [num_reqs] int64
         num_tokens:  [num_reqs] int64, tokens of each request, the last one being that of its newest query
         num_queries: at most the depth; 0 for none, of requests that need not have a slot
-
-        Raises RuntimeError if no query was written.
         """
         if num_queries == 0:
             return torch.empty(len(slots), 0, 0, 0)
-        if self._queries is None:
-            raise RuntimeError("no query of these requests was remembered, though their policy looks at queries")
         positions = num_tokens[:, None] + torch.arange(-num_queries, 0, device=slots.device)
         return self._queries[layer, slots[:, None], positions % self.depth]
 
     def seed(self, layer: int, req_id: str, queries: torch.Tensor, num_tokens: int) -> None:
         """Remember the queries [num_queries, num_heads, head_size] of the last of a request's ``num_tokens`` tokens."""
         positions = torch.arange(num_tokens - len(queries), num_tokens, device=queries.device)
-        self._memory_for(queries)[layer, self.slots[req_id], positions % self.depth] = queries
-
-    def _memory_for(self, queries: torch.Tensor) -> torch.Tensor:
-        """Return the memory, taken when the first ``queries`` [*, num_heads, head_size] come."""
-        if self._queries is None:
-            self._queries = queries.new_zeros(*self._shape, *queries.shape[1:])
-        return self._queries
+        self._queries[layer, self.slots[req_id], positions % self.depth] = queries
 
     def last(self, layer: int, req_id: str, num_tokens: int, num_queries: int) -> torch.Tensor:
         """Return [num_queries, num_heads, head_size], the last queries of a request of ``num_tokens`` tokens.
 
         num_queries: at most the depth
-
-        Raises RuntimeError if no query was written.
         """
-        if self._queries is None:
-            raise RuntimeError(f"no query of request {req_id} was remembered, though its policy looks at queries")
         positions = torch.arange(num_tokens - num_queries, num_tokens, device=self._queries.device)
         return self._queries[layer, self.slots[req_id], positions % self.depth]

@@ -12,6 +12,7 @@ class RequestSlots:
     """
 
     def __init__(self, max_num_reqs: int) -> None:
+        self.max_num_reqs = max_num_reqs
         self._free = list(range(max_num_reqs))[::-1]
         self._slots: dict[str, int] = {}
         self.generation = 0

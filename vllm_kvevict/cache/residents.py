@@ -12,37 +12,28 @@ from vllm_kvevict.cache.plan import EvictionPlan
 class Residents:
     """Beside each slot of a page pool: its token's position, and what a policy sums up of it.
 
-    Only slots of requests that evict during decode are meaningful. Memory: 4 bytes per slot of a page, and 4 more once
-    a policy keeps sums; taken when the first such request comes.
+    Only slots of requests that are evicted again are meaningful.
+
+    positions: [num_pages * block_size] int32, one per slot
+    sums:      [num_pages * block_size] float32, one per slot; empty if no policy that is used keeps sums
     """
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PagePool, has_positions: bool = True, has_sums: bool = True) -> None:
+        """has_positions: whether any request is evicted again; else both are empty."""
         self._pool = pool
-        self._positions: torch.Tensor | None = None
-        self._sums: torch.Tensor | None = None
+        num_slots, device = len(pool.pages) * pool.block_size, pool.pages.device
+        self.positions = torch.zeros(num_slots * has_positions, dtype=torch.int32, device=device)
+        self.sums = torch.zeros(num_slots * (has_positions and has_sums), dtype=torch.float32, device=device)
+
+    @staticmethod
+    def bytes_per_slot(has_positions: bool, has_sums: bool) -> int:
+        """Return the bytes that are taken for each slot."""
+        return 4 * has_positions + 4 * (has_positions and has_sums)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the positions, and of the sums if there are any."""
-        return sum(table.numel() * table.element_size() for table in (self._positions, self._sums) if table is not None)
-
-    @property
-    def positions(self) -> torch.Tensor:
-        """[num_pages * block_size] int32, one per slot."""
-        if self._positions is None:
-            self._positions = self._table(torch.int32)
-        return self._positions
-
-    @property
-    def sums(self) -> torch.Tensor:
-        """[num_pages * block_size] float32, one per slot."""
-        if self._sums is None:
-            self._sums = self._table(torch.float32)
-        return self._sums
-
-    def _table(self, dtype: torch.dtype) -> torch.Tensor:
-        num_slots = len(self._pool.pages) * self._pool.block_size
-        return torch.zeros(num_slots, dtype=dtype, device=self._pool.pages.device)
+        """Bytes of the positions and of the sums."""
+        return self.positions.nbytes + self.sums.nbytes
 
     def note(
         self, compaction: Compaction, plan: EvictionPlan, block_ids: torch.Tensor, states: list[torch.Tensor] | None
@@ -63,6 +54,6 @@ class Residents:
 
     def move(self, source: torch.Tensor, destination: torch.Tensor) -> None:
         """Follow tokens that moved from slot to slot, [num_tokens] int64 each."""
-        for table in (self._positions, self._sums):
-            if table is not None:
+        for table in (self.positions, self.sums):
+            if len(table):
                 table[destination] = table[source]

@@ -8,8 +8,19 @@ from vllm.sampling_params import SamplingParams
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.fit import EmptyCache, PrefillPlan, SlidingWindow
 from vllm_kvevict.engine.models import check_needs, check_pseudo_tokens, evicted_models
-from vllm_kvevict.engine.settings import eviction_config
-from vllm_kvevict.options.names import AUTO, BUDGET, DURING_DECODE, DURING_PREFILL, INTERVAL, NONE, POLICY
+from vllm_kvevict.engine.reserve import reserve_of
+from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.options.names import (
+    AUTO,
+    BUDGET,
+    DURING_DECODE,
+    DURING_PREFILL,
+    INTERVAL,
+    MAX_NUM_SEQS,
+    NONE,
+    POLICY,
+    flag_of,
+)
 
 
 def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
@@ -27,12 +38,8 @@ def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
             f"{DURING_PREFILL}: does not work with a model whose images see all of themselves, since a chunk "
             f"behind the first eviction sees only what came before; say {DURING_PREFILL} false"
         )
-    if method.schedule.per_token and method.query_window > ring_depth(vllm_config):
-        raise ValueError(
-            f"{INTERVAL}: policy {config.policy!r} looks at the last {method.query_window} queries, and this "
-            f"server remembers {ring_depth(vllm_config)}; start it with that policy, or lower the policy's window"
-        )
     if vllm_config.speculative_config is None:
+        _check_reserve(config, method, vllm_config)
         return
     if method.schedule.num_deferred:
         raise ValueError(
@@ -47,6 +54,26 @@ def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
         )
 
 
+def _check_reserve(config: EvictionConfig, method: Method, vllm_config: VllmConfig) -> None:
+    """Raise ValueError if the engine keeps no memory ready for what a config asks for."""
+    if not method.needs_reserve:
+        return
+    reserve = reserve_of(vllm_config)
+    if reserve is None:
+        option = POLICY
+        if method.schedule.is_bounded:
+            option = DURING_DECODE if method.schedule.evicts_answer else DURING_PREFILL
+        raise ValueError(
+            f"{option}: this server has reserved no memory for requests that are evicted between the chunks of their "
+            f"prompts or while they decode; start it with {flag_of(MAX_NUM_SEQS)} N, the most of them at once"
+        )
+    if method.schedule.per_token and method.query_window > reserve.depth:
+        raise ValueError(
+            f"{INTERVAL}: policy {config.policy!r} looks at the last {method.query_window} queries, and this "
+            f"server remembers {reserve.depth}; start it with that policy, or lower the policy's window"
+        )
+
+
 def check_prompt(config: EvictionConfig, has_embeds: bool, has_images: bool) -> None:
     """Raise ValueError if the budget of a request, whose config this is, cannot be chosen by its prompt."""
     if config.budget == AUTO and (has_embeds or has_images):
@@ -55,14 +82,6 @@ def check_prompt(config: EvictionConfig, has_embeds: bool, has_images: bool) -> 
             f"{BUDGET}: 'auto' is chosen by the likelihood of a prompt's tokens, and a prompt with {what} has "
             f"places without one; give a number of tokens, or a fraction, as {BUDGET}"
         )
-
-
-def ring_depth(vllm_config: VllmConfig) -> int:
-    """Return how many of an answer's last queries the workers remember: a block of them, or what the server's own
-    policy looks at.
-    """
-    config, block_size = eviction_config(vllm_config), vllm_config.cache_config.block_size
-    return block_size if config is None else max(block_size, config.method().query_window)
 
 
 def says_none(params: SamplingParams | None) -> bool:

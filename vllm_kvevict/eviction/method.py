@@ -39,6 +39,11 @@ class Method:
         return is_watched and (self.query_window > 0 or Need.ALL_QUERIES in traits_of(self.policy).needs)
 
     @property
+    def needs_reserve(self) -> bool:
+        """Whether the engine must hold more of a request than its pages: what its slots hold, or its last queries."""
+        return self.schedule.is_bounded or self.watches_answer
+
+    @property
     def min_tokens(self) -> int:
         """Tokens that a budget must hold: the protected ones, and those whose queries are looked at.
 

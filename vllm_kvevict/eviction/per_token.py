@@ -57,17 +57,14 @@ class Replacement:
 
 
 class TokenEvictor:
-    """Knows the next hole of every head of every request that is evicted token by token.
-
-    Memory: 8 bytes for each layer, head and request that the engine may run at once.
-    """
+    """Knows the next hole of every head of every request that is evicted token by token."""
 
     def __init__(
-        self, pool: PagePool, page_table: PageTable, residents: Residents, ring: QueryRing, max_num_reqs: int
+        self, pool: PagePool, page_table: PageTable, residents: Residents, ring: QueryRing, holes: torch.Tensor
     ) -> None:
+        """holes: [num_layers, max_num_reqs, num_kv_heads] int64, memory for them, by the slots of the page table"""
         self._pool, self._page_table, self._residents, self._ring = pool, page_table, residents, ring
-        shape = (pool.num_layers, max_num_reqs, pool.num_kv_heads)
-        self._holes = torch.zeros(shape, dtype=torch.int64, device=pool.pages.device)
+        self._holes = holes
 
     @property
     def block_size(self) -> int:

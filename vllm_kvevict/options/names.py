@@ -13,6 +13,7 @@ ALLOCATOR = "kv_budget_allocator"
 DURING_DECODE = "kv_evict_during_decode"
 DURING_PREFILL = "kv_evict_during_prefill"
 INTERVAL = "kv_evict_interval"
+MAX_NUM_SEQS = "kv_evict_max_num_seqs"
 LOG_REQUESTS = "kv_eviction_log_requests"
 LIMITS = "kv_request_options"
 

@@ -23,6 +23,7 @@ from vllm_kvevict.engine.frontend.requests import (
     with_early_check_of_responses,
 )
 from vllm_kvevict.engine.models import evicted_models
+from vllm_kvevict.engine.reserve import reserve_of
 from vllm_kvevict.engine.settings import FIELD
 from vllm_kvevict.engine.versions import check_version
 
@@ -64,6 +65,7 @@ def _switch_on(config: EvictionConfig, vllm_config: VllmConfig) -> None:
     refuse_unsupported(vllm_config)
     config.check_block_size(vllm_config.cache_config.block_size)
     method = config.method()
+    reserve_of(vllm_config)
     check_config(config, vllm_config)
     suffix = "AsyncEvictionScheduler" if vllm_config.scheduler_config.async_scheduling else "EvictionScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"vllm_kvevict.engine.scheduler.scheduler.{suffix}"

@@ -33,8 +33,10 @@ from vllm_kvevict.engine.messages import (
     pack,
 )
 from vllm_kvevict.engine.models import split_draft_layers
+from vllm_kvevict.engine.reserve import reserve_of
 from vllm_kvevict.engine.scheduler.life import RequestLife, State
 from vllm_kvevict.engine.scheduler.managers import EvictionManager, PrivateBlocks, cache_hits_up_to
+from vllm_kvevict.engine.scheduler.seats import Seats
 from vllm_kvevict.engine.settings import eviction_config, request_config
 from vllm_kvevict.foreign.code import contained, said
 
@@ -71,6 +73,9 @@ class EvictionSchedulerMixin(Scheduler):
         is_shared = self._manager.enable_caching
         self._cache = empty_cache(self.vllm_config, num_blocks, self._windows(), is_shared)
         self._manager.cache = self._cache
+        reserve = reserve_of(self.vllm_config)
+        num_seats = 0 if reserve is None else reserve.num_seqs(self.kv_cache_config.num_blocks, group.kv_cache_spec)
+        self._seats = Seats(num_seats)
         self._pages_per_block = len(layer_names) * group.kv_cache_spec.num_kv_heads
         self._gauges = Gauges()
         self._log_concurrency()
@@ -190,19 +195,30 @@ class EvictionSchedulerMixin(Scheduler):
             return self._lives[request.request_id].limit_chunk(num_computed_tokens, num_new)
         return int(num_new)
 
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """vLLM asks here whether a waiting request can run. Those behind one that cannot may all the same."""
+        life = self._lives.get(request.request_id)
+        if life is not None and life.method.watches_answer and not self._seats.offer(request.request_id):
+            return False
+        return bool(super()._handle_blocked_waiting_request(request))
+
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self._seats.forget_offers()
         output, step = super().schedule(*args, **kwargs), StepEvictions()
         setattr(output, STEP, step)
+        self._seats.take(output.num_scheduled_tokens)
         for req_id in self._undecided & output.num_scheduled_tokens.keys():
             life = self._lives[req_id]
             # num_computed_tokens: with what this step computes
             life.scheduled(req_id, self.requests[req_id].num_computed_tokens, step)
             if life.is_decided:
                 self._undecided.remove(req_id)
+                self._seats.give_back(req_id)
         return output
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
+        self._seats.give_back(request.request_id)
         if (life := self._lives.get(request.request_id)) is not None:
             life.preempted()
             self._undecided.add(request.request_id)
@@ -210,6 +226,7 @@ class EvictionSchedulerMixin(Scheduler):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         freed = super()._free_request(request, *args, **kwargs)
         self._undecided.discard(request.request_id)
+        self._seats.give_back(request.request_id)
         if (life := self._lives.pop(request.request_id, None)) is not None:
             life.finished()
         if request.request_id in self._capped:

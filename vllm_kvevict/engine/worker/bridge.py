@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Set
 from typing import Any, ClassVar
 
@@ -11,14 +10,10 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
-from vllm_kvevict.cache.query_ring import QueryRing
-from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.engine.checks import ring_depth
 from vllm_kvevict.engine.messages import STEP, EvictionReport, PrefillEnd, StepEvictions
 from vllm_kvevict.engine.worker.agreement import Workers
 from vllm_kvevict.engine.worker.answers import Answers
@@ -30,13 +25,12 @@ from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.engine.worker.pseudo_passes import PseudoPasses
 from vllm_kvevict.engine.worker.replacing import Replacing
 from vllm_kvevict.engine.worker.rows import BatchFolder, StepRows, longest_lens
+from vllm_kvevict.engine.worker.side_memory import Held
 from vllm_kvevict.engine.worker.step import Step, none, num_tokens_after
 from vllm_kvevict.engine.worker.watched import ChunkRow, LayerPass, PrefillGroup, PrefillRow, WatchedRequest
 from vllm_kvevict.eviction.per_token import TokenEvictor
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.eviction.resident import ResidentEviction
-
-logger = logging.getLogger("vllm.kvevict")
 
 
 class EvictionBridge:
@@ -50,24 +44,23 @@ class EvictionBridge:
 
     num_extra_tokens: ClassVar[int] = 0
 
-    def __init__(self, runner: Any, pool: PagePool, layer_names: list[str], max_num_reqs: int) -> None:
+    def __init__(self, runner: Any, pool: PagePool, layer_names: list[str], held: Held) -> None:
+        """held: the memory beside the pool"""
         self._runner = runner
         self._layer_names = layer_names
-        self.forget_weights()
+        self._weights = ModelWeights(self._model(), layer_names, held.projections)
         self.pool = pool
         self.layer_index = {name: index for index, name in enumerate(layer_names)}
         config, device = runner.vllm_config, pool.pages.device
-        self.page_table = PageTable(pool, max_num_reqs, config.model_config.max_model_len)
+        self.held = held
+        self.page_table, self.ring, self.residents = held.page_table, held.ring, held.residents
         self._folder = BatchFolder(pool.num_kv_heads, 1 + config.num_speculative_tokens, device)
         self._watched: dict[str, WatchedRequest] = {}
         self.step = none()
         self.failures = Failures()
         self._workers = Workers(config.parallel_config)
         self._commands = Commands()
-        # of requests that evict while they decode: queries since their last full block, and what their slots hold
-        self.ring = QueryRing(pool.num_layers, max_num_reqs, ring_depth(config), device)
-        self.residents = Residents(pool)
-        tokens = TokenEvictor(pool, self.page_table, self.residents, self.ring, max_num_reqs)
+        tokens = TokenEvictor(pool, self.page_table, self.residents, self.ring, held.holes)
         self._replacing = Replacing(tokens, self.page_table, self.failures)
         self._answers = Answers(pool, self.page_table, self.residents, self.ring, self.failures)
         self._auto_budgets = AutoBudgets(runner, self.failures)
@@ -75,7 +68,9 @@ class EvictionBridge:
 
     def forget_weights(self) -> None:
         """The model has new weights: what policies read of the old ones is of no use any more."""
-        self._weights = ModelWeights(self._model(), self._layer_names)
+        if self.held.projections is not None:
+            self.held.projections.clear()
+        self._weights = ModelWeights(self._model(), self._layer_names, self.held.projections)
 
     def _model(self) -> Any:
         return self._runner.get_model()
@@ -206,13 +201,7 @@ class EvictionBridge:
             self.page_table.add(req_id, compaction, eviction.plan, eviction.full_block_ids)
         if not requests[0].method.schedule.is_bounded:
             return
-        known_bytes = self.residents.num_bytes
         evictions.note(self.residents, [request.take_states() for request in requests])
-        if self.residents.num_bytes > known_bytes:
-            logger.info(
-                "Eviction during decode notes the tokens of answers, in %.1f MiB beside the KV cache",
-                self.residents.num_bytes / 2**20,
-            )
         for req_id, eviction in zip(req_ids, evictions.members, strict=True):
             if eviction.next_victims is not None:
                 self._go_on_per_token(req_id, eviction.plan, eviction.next_victims)
@@ -346,13 +335,7 @@ class EvictionBridge:
         ask for, and evict from the requests that replace their tokens one by one.
         """
         if rows.remembered is not None:
-            is_first = self.ring.num_bytes == 0
             self.ring.write(layer, query, rows.remembered)
-            if is_first:
-                logger.info(
-                    "Eviction during decode keeps the last queries of answers, in %.1f MiB beside the KV cache",
-                    self.ring.num_bytes / 2**20,
-                )
         self._replacing.choose_holes(rows.replacements, layer, self._weights)
 
     def observe(

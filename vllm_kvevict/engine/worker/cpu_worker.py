@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_kvevict.engine.worker.backends.cpu import cpu_backend
@@ -16,3 +17,7 @@ class EvictionCPUWorker(EvictionWorkerMixin, CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         with cpu_backend():
             super().load_model(*args, **kwargs)
+
+    def _memory_left(self) -> tuple[int, int]:
+        memory = psutil.virtual_memory()
+        return memory.available, min(memory.available, self.requested_cpu_memory - psutil.Process().memory_info().rss)

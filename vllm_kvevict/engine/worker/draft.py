@@ -16,6 +16,7 @@ from vllm_kvevict.engine.messages import PrefillEnd
 from vllm_kvevict.engine.worker.agreement import Workers
 from vllm_kvevict.engine.worker.bridge import EvictionBridge
 from vllm_kvevict.engine.worker.rows import StepRows
+from vllm_kvevict.engine.worker.side_memory import Held
 from vllm_kvevict.engine.worker.step import Step
 from vllm_kvevict.engine.worker.watched import PrefillRow
 from vllm_kvevict.eviction.prompt import Eviction
@@ -33,10 +34,8 @@ class DraftBridge(EvictionBridge):
 
     num_extra_tokens: ClassVar[int] = 1
 
-    def __init__(
-        self, runner: Any, pool: PagePool, layer_names: list[str], max_num_reqs: int, target: EvictionBridge
-    ) -> None:
-        super().__init__(runner, pool, layer_names, max_num_reqs)
+    def __init__(self, runner: Any, pool: PagePool, layer_names: list[str], held: Held, target: EvictionBridge) -> None:
+        super().__init__(runner, pool, layer_names, held)
         self._workers = Workers()  # what one of them keeps is nothing to the others
         self._target = target
         self._is_first_pass = True

@@ -6,25 +6,29 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies.base import LayerWeights, Need
 
 
 class ModelWeights:
-    """The modules around the attention layers of a loaded model; what is asked for is found once and kept."""
+    """The modules around the attention layers of a loaded model, found once."""
 
-    def __init__(self, model: nn.Module, layer_names: list[str]) -> None:
+    def __init__(
+        self, model: nn.Module, layer_names: list[str], projections: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """projections: where copies of W_O are kept, by the names of their layers; None: each is made when asked for"""
         self._model = model
         self._layer_names = layer_names
         self._attention_modules: list[tuple[Any, Any]] = []
-        self._projections: dict[int, torch.Tensor] = {}
+        self._projections = projections
 
     def of(self, layer: int, needs: frozenset[Need]) -> LayerWeights:
         """Return what ``needs`` name of one layer, and the scales of its cache.
 
-        W_O is a copy in the model's dtype, as large as the weight itself: vLLM's own may be packed or quantised. Of
-        several tensor-parallel workers each has the columns of its own heads.
+        W_O is in the model's dtype: vLLM's own on a GPU, unless it is quantised; else a copy as large as it. Of several
+        tensor-parallel workers each has the columns of its own heads.
         """
         rotary = self._rotary(layer) if Need.ROTARY in needs else None
         projection = self._output_projection(layer) if Need.OUTPUT_PROJECTION in needs else None
@@ -52,9 +56,17 @@ class ModelWeights:
         return Rotary(embedding.cos_sin_cache, embedding.is_neox_style)
 
     def _output_projection(self, layer: int) -> torch.Tensor:
-        if layer not in self._projections:
-            linear = self._modules(layer)[0].o_proj
-            dtype = next(self._model.parameters()).dtype
-            identity = torch.eye(linear.input_size_per_partition, dtype=dtype, device=linear.weight.device)
-            self._projections[layer] = linear.quant_method.apply(linear, identity).t()
-        return self._projections[layer]
+        linear, name = self._modules(layer)[0].o_proj, self._layer_names[layer]
+        if type(linear.quant_method) is UnquantizedLinearMethod and linear.weight.device.type != "cpu":
+            return linear.weight  # a CPU's is packed
+        if self._projections is None:
+            return self._copied(linear)
+        if name not in self._projections:
+            self._projections[name] = self._copied(linear)
+        return self._projections[name]
+
+    def _copied(self, linear: Any) -> torch.Tensor:
+        dtype = next(self._model.parameters()).dtype
+        identity = torch.eye(linear.input_size_per_partition, dtype=dtype, device=linear.weight.device)
+        copy: torch.Tensor = linear.quant_method.apply(linear, identity).t()
+        return copy

@@ -6,6 +6,7 @@ whole process: a GPU worker could not start in it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -21,14 +22,17 @@ from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.engine.cache_dtype import cache_of
 from vllm_kvevict.engine.messages import REPORTS, EvictionReport
 from vllm_kvevict.engine.models import split_draft_layers
-from vllm_kvevict.engine.scheduler.managers import EvictionSpec, PrivateSlidingWindowSpec
+from vllm_kvevict.engine.scheduler.managers import PrivateSlidingWindowSpec
 from vllm_kvevict.engine.settings import eviction_config
 from vllm_kvevict.engine.worker.backends.base import EvictionMetadataBuilder
 from vllm_kvevict.engine.worker.bridge import EvictionBridge
 from vllm_kvevict.engine.worker.draft import DraftBridge
+from vllm_kvevict.engine.worker.side_memory import ModelMemory, SideMemory, is_evicted
 from vllm_kvevict.engine.worker.warm_up import register
 from vllm_kvevict.engine.worker.whole_rows import check_fields
 from vllm_kvevict.kernels import native
+
+logger = logging.getLogger("vllm.kvevict")
 
 
 class EvictionWorkerMixin(Worker):
@@ -44,23 +48,48 @@ class EvictionWorkerMixin(Worker):
         native.check(torch.device(self.device_config.device_type))
         super().init_device()
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        self.side_memory = self._take_memory()
+
+    def _take_memory(self) -> SideMemory | None:
+        """Take what does not grow with the cache, so that vLLM measures it before it sizes the cache.
+
+        None: the model has no layers that are evicted, which is refused once vLLM has grouped them.
+        """
+        config, runner = eviction_config(self.vllm_config), self.model_runner
+        specs = {name: spec for name, spec in self.get_kv_cache_spec().items() if is_evicted(spec)}
+        layer_names, draft_names = split_draft_layers(list(specs))
+        if config is None or not layer_names:
+            return None
+        models = [(layer_names, runner.get_model())]
+        if draft_names:
+            models.append((draft_names, runner.get_draft_model()))
+        taken = [
+            ModelMemory.take(self.vllm_config, config, {name: specs[name] for name in names}, model)
+            for names, model in models
+        ]
+        return SideMemory(self.vllm_config, config, taken)
+
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         check_fields()
         super().initialize_from_config(kv_cache_config)
         layer_names, draft_names = split_draft_layers(_evicted_layers(kv_cache_config))
-        runner, max_num_reqs = self.model_runner, self.vllm_config.scheduler_config.max_num_seqs
-        self.eviction = EvictionBridge(runner, self._pool(layer_names), layer_names, max_num_reqs)
+        if self.side_memory is None:
+            raise RuntimeError(f"no memory was taken for layers that are evicted: {layer_names}")
+        runner, pools = self.model_runner, [self._pool(names) for names in (layer_names, draft_names) if names]
+        held = self.side_memory.held(pools, kv_cache_config.num_blocks)
+        self.eviction = EvictionBridge(runner, pools[0], layer_names, held[0])
         self.draft_eviction: DraftBridge | None = None
         self._reports: dict[str, EvictionReport] = {}
         self._wire(self.eviction, runner.attn_groups)
         register(runner, self.eviction.pool, layer_names, runner.get_model())
         if draft_names:
-            pool = self._pool(draft_names)
-            self.draft_eviction = DraftBridge(runner, pool, draft_names, max_num_reqs, self.eviction)
+            self.draft_eviction = DraftBridge(runner, pools[1], draft_names, held[1], self.eviction)
             v1_drafter = getattr(runner, "drafter", None)
             groups = runner.speculator.attn_groups if v1_drafter is None else [v1_drafter.draft_attn_groups]
             self._wire(self.draft_eviction, groups)
-            register(runner, pool, draft_names, runner.get_draft_model())
+            register(runner, pools[1], draft_names, runner.get_draft_model())
 
     def _pool(self, layer_names: list[str]) -> PagePool:
         context = self.vllm_config.compilation_config.static_forward_context
@@ -96,8 +125,32 @@ class EvictionWorkerMixin(Worker):
             self._is_on_its_own = before
 
     def determine_available_memory(self) -> int:
+        """Return what vLLM finds for the cache, less what eviction holds beside it. A size that the user gave stays.
+
+        Raises ValueError if that leaves no room for the rest.
+        """
         with self._on_its_own():
-            return super().determine_available_memory()
+            available: int = super().determine_available_memory()
+        if self.side_memory is None:
+            return available
+        if self.cache_config.kv_cache_memory_bytes:
+            self.side_memory.check(available, *self._memory_left())
+            return available
+        return self._with_side_memory(available, self.side_memory)
+
+    def _memory_left(self) -> tuple[int, int]:
+        """Return the bytes that are free on the device, and of these, those within what vLLM was told to use."""
+        raise NotImplementedError
+
+    def _with_side_memory(self, available: int, side_memory: SideMemory) -> int:
+        """Return how much of what is available the cache can have."""
+        cache_bytes = side_memory.cache_bytes(available)
+        logger.info(
+            "Available KV cache memory beside what eviction holds: %.2f GiB of %.2f GiB",
+            cache_bytes / 2**30,
+            available / 2**30,
+        )
+        return cache_bytes
 
     def compile_or_warm_up_model(self) -> Any:
         with self._on_its_own():
@@ -185,7 +238,7 @@ def _evicted_layers(kv_cache_config: KVCacheConfig) -> list[str]:
     Raises ValueError for a model with several such groups, or with others beside it than sliding windows.
     """
     groups = kv_cache_config.kv_cache_groups
-    evicted = [group for group in groups if _is_full_attention(group.kv_cache_spec)]
+    evicted = [group for group in groups if is_evicted(group.kv_cache_spec)]
     others = [group for group in groups if group not in evicted]
     if len(evicted) != 1 or not all(isinstance(group.kv_cache_spec, PrivateSlidingWindowSpec) for group in others):
         found = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
@@ -194,10 +247,3 @@ def _evicted_layers(kv_cache_config: KVCacheConfig) -> list[str]:
             f"it; got {found}. Use another model, or leave --kv-eviction out"
         )
     return list(evicted[0].layer_names)
-
-
-def _is_full_attention(spec: Any) -> bool:
-    if isinstance(spec, UniformTypeKVCacheSpecs):  # a draft model's heads may differ from its target's
-        return all(_is_full_attention(layer_spec) for layer_spec in spec.kv_cache_specs.values())
-    # without the hybrid manager, vLLM puts layers with a window into the group of full attention
-    return isinstance(spec, EvictionSpec) and spec.sliding_window is None
