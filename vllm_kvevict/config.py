@@ -181,24 +181,20 @@ class EvictionConfig(BaseModel):
     max_num_seqs: Annotated[
         Annotated[int, Field(ge=0)] | None,
         Option(
-            "The most requests at once that are evicted while their answers grow: memory for their last queries, and "
-            "for what the slots of the KV cache hold, is taken at start-up; the next one waits. Without it no request "
-            "may choose eviction during decode or between chunks, unless the server's own options do.",
+            "Reserve memory for requests that are evicted during decode, between chunks or deferred, which they may "
+            "choose then: so many at once, the next one waits. Not needed if the server's own options evict so.",
             "a whole number of at least 0",
             name=MAX_NUM_SEQS,
             is_flag=True,
             metavar="N",
-            default="0; if the server's own options evict so, --max-num-seqs, as far as 1 % of the KV cache holds them",
+            default="0; if the server's own options evict so, --max-num-seqs, as far as 1 % of the KV cache goes",
             read=int,
         ),
     ] = None
     scoring_scratch_mib: Annotated[
         int,
         Field(ge=1),
-        Option(
-            "MiB that are left free beside the KV cache for scoring and selection, however long a prompt is.",
-            "a whole number of MiB of at least 1",
-        ),
+        Option("MiB beside the KV cache that scoring and selection may use.", "a whole number of MiB of at least 1"),
     ] = 64
     log_requests: Annotated[
         bool,

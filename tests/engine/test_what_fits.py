@@ -158,7 +158,7 @@ def smallest_cache(model: Path, setting: Setting) -> Setting | None:
     return replace(setting, num_blocks=high)
 
 
-BOUNDED = {"policy": "snapkv", "budget": 96, "during_prefill": True}
+BOUNDED = {"policy": "snapkv", "budget": 96, "during_prefill": True, "max_num_seqs": 16}
 WIDE = {"policy": "snapkv", "budget": 256, "during_prefill": True}
 NONE, AT_THE_END = {"kv_eviction": "none"}, {"kv_evict_during_prefill": 0}
 WAYS = {

@@ -82,13 +82,13 @@ def _flags(config: type[EvictionConfig]) -> dict[str, Row]:
 
 def _as_argument(row: Row) -> dict[str, Any]:
     """Return what argparse is told of a flag."""
-    option, text = row.option, row.option.meaning
+    option, text = row.option, row.option.meaning.replace("%", "%%")
     if row.is_switch:
         action = "store_true" if row.info.default is False else argparse.BooleanOptionalAction
         return {"action": action, "default": argparse.SUPPRESS, "help": f"{text} Default: {row.default}."}
     if option.registry is not None:
         text = f"{text} One of: {option.registry.listing()}."
     if not row.info.is_required() and row.default != "none":
-        text = f"{text} Default: {row.default}."
+        text = f"{text} Default: {row.default.replace('%', '%%')}."
     read = option.read if option.registry is None else name_in(option.registry)
     return {"metavar": option.metavar, "type": read, "default": argparse.SUPPRESS, "help": text}

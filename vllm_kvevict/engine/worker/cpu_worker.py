@@ -17,6 +17,7 @@ class EvictionCPUWorker(EvictionWorkerMixin, CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         with cpu_backend():
             super().load_model(*args, **kwargs)
+        self.take_memory()
 
     def _memory_left(self) -> tuple[int, int]:
         memory = psutil.virtual_memory()

@@ -26,6 +26,7 @@ class EvictionGPUWorker(EvictionWorkerMixin):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         with cuda_backends(self.vllm_config):
             super().load_model(*args, **kwargs)
+        self.take_memory()
         check_backends(get_layers_from_vllm_config(self.vllm_config, Attention).values())
 
     def _memory_left(self) -> tuple[int, int]:

@@ -43,25 +43,22 @@ class EvictionWorkerMixin(Worker):
     """
 
     _is_on_its_own = False
+    side_memory: SideMemory | None = None
 
     def init_device(self) -> None:
         native.check(torch.device(self.device_config.device_type))
         super().init_device()
 
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)
-        self.side_memory = self._take_memory()
+    def take_memory(self) -> None:
+        """The model is loaded: take what does not grow with the cache, so that vLLM measures it.
 
-    def _take_memory(self) -> SideMemory | None:
-        """Take what does not grow with the cache, so that vLLM measures it before it sizes the cache.
-
-        None: the model has no layers that are evicted, which is refused once vLLM has grouped them.
+        Nothing is taken for a model without layers that are evicted, which is refused once vLLM has grouped them.
         """
         config, runner = eviction_config(self.vllm_config), self.model_runner
         specs = {name: spec for name, spec in self.get_kv_cache_spec().items() if is_evicted(spec)}
         layer_names, draft_names = split_draft_layers(list(specs))
         if config is None or not layer_names:
-            return None
+            return
         models = [(layer_names, runner.get_model())]
         if draft_names:
             models.append((draft_names, runner.get_draft_model()))
@@ -69,7 +66,7 @@ class EvictionWorkerMixin(Worker):
             ModelMemory.take(self.vllm_config, config, {name: specs[name] for name in names}, model)
             for names, model in models
         ]
-        return SideMemory(self.vllm_config, config, taken)
+        self.side_memory = SideMemory(self.vllm_config, config, taken)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         check_fields()
