@@ -85,7 +85,10 @@ SERVERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", SERVERS)
+on_v1 = pytest.mark.more_on_v2("on V1 each; what is held does not depend on the runner")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=on_v1 if "during" not in name else ()) for name in SERVERS])
 def test_the_log_names_all_that_is_held(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     policy, fields_, settings = SERVERS[name]
     messages: list[str] = []  # vLLM sets its loggers up anew when the first engine starts
@@ -107,7 +110,7 @@ def test_the_log_names_all_that_is_held(tiny_llama: Path, monkeypatch: pytest.Mo
         assert held_beside_cache(running) - at_start < 64 << 10
 
 
-@pytest.mark.parametrize("policy", ["snapkv", "morphkv"])
+@pytest.mark.parametrize("policy", [pytest.param("snapkv", marks=on_v1), "morphkv"])
 def test_the_cache_and_all_beside_it_fit_into_what_is_available(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
@@ -284,7 +287,9 @@ def _answers(running: Engine, watch: Callable[[], None] = lambda: None) -> dict[
     return tokens
 
 
-@pytest.mark.parametrize("num_blocks", [None, 24], ids=["enough memory", "preemptions"])
+@pytest.mark.parametrize(
+    "num_blocks", [pytest.param(None, marks=on_v1, id="enough memory"), pytest.param(24, id="preemptions")]
+)
 def test_the_next_request_waits_for_a_seat(tiny_llama: Path, num_blocks: int | None) -> None:
     settings: dict[str, Any] = {"max_model_len": 512}
     if num_blocks is not None:
@@ -309,6 +314,7 @@ def test_the_next_request_waits_for_a_seat(tiny_llama: Path, num_blocks: int | N
         assert found == expected
 
 
+@on_v1
 def test_seats_come_back_when_requests_are_aborted(tiny_llama: Path) -> None:
     with engine(tiny_llama, fields={"max_num_seqs": 1}) as running:
         params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, extra_args=BY_BLOCK)
