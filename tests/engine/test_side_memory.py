@@ -18,6 +18,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
 
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
@@ -26,6 +27,7 @@ from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.checks import check_config
 from vllm_kvevict.engine.reserve import Reserve, reserve_of
 from vllm_kvevict.engine.worker import side_memory
+from vllm_kvevict.engine.worker.gpu_worker import EvictionGPUWorker
 from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.engine.worker.side_memory import SideMemory
 from vllm_kvevict.policies import Need
@@ -268,6 +270,29 @@ def test_a_cache_of_the_users_size_that_does_not_fit_is_refused(
     most = int(found[1])
     assert cache - 4096 < most < cache
     memory.check(most, cache + beside - 1, cache + beside)
+
+
+def test_a_gpu_worker_tells_vllm_what_it_has_counted(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's log, and the size of the cache that it suggests, come from the worker's attributes."""
+    with engine(tiny_llama, fields={"max_num_seqs": 2}) as running:
+        memory: SideMemory = running.worker.side_memory
+    worker: Any = EvictionGPUWorker.__new__(EvictionGPUWorker)
+    worker.side_memory, worker.device, worker.total_consumed = memory, "cuda:0", 1000
+    worker.cache_config = SimpleNamespace(kv_cache_memory_bytes=None)
+    monkeypatch.setattr(Worker, "determine_available_memory", lambda self: 200 * MIB)
+    cache = worker.determine_available_memory()
+    assert cache == memory.cache_bytes(200 * MIB) < 200 * MIB
+    assert worker.total_consumed == 1000 + 200 * MIB - cache
+    assert worker.available_kv_cache_memory_bytes == cache
+    # a size that the user gave: 300 MiB of the device are free, and vLLM was told to use 250 of what was free at first
+    worker.cache_config.kv_cache_memory_bytes = 200 * MIB
+    worker.requested_memory, worker.init_snapshot = 250 * MIB, SimpleNamespace(free_memory=350 * MIB)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (300 * MIB, 1000 * MIB))
+    checked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(memory, "check", lambda *sizes: checked.append(sizes))
+    assert worker.determine_available_memory() == 200 * MIB
+    assert checked == [(200 * MIB, 300 * MIB, 200 * MIB)]
 
 
 def _answers(running: Engine, watch: Callable[[], None] = lambda: None) -> dict[str, list[int]]:

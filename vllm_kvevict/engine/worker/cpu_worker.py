@@ -19,6 +19,6 @@ class EvictionCPUWorker(EvictionWorkerMixin, CPUWorker):
             super().load_model(*args, **kwargs)
         self.take_memory()
 
-    def _memory_left(self) -> tuple[int, int]:
+    def memory_left(self) -> tuple[int, int]:
         memory = psutil.virtual_memory()
         return memory.available, min(memory.available, self.requested_cpu_memory - psutil.Process().memory_info().rss)

@@ -29,13 +29,13 @@ class EvictionGPUWorker(EvictionWorkerMixin):
         self.take_memory()
         check_backends(get_layers_from_vllm_config(self.vllm_config, Attention).values())
 
-    def _memory_left(self) -> tuple[int, int]:
+    def memory_left(self) -> tuple[int, int]:
         torch.accelerator.empty_cache()
         free, _ = torch.accelerator.get_memory_info(self.device)
         return free, int(self.requested_memory) - (self.init_snapshot.free_memory - free)
 
-    def _with_side_memory(self, available: int, side_memory: SideMemory) -> int:
-        cache_bytes = super()._with_side_memory(available, side_memory)
+    def with_side_memory(self, available: int, side_memory: SideMemory) -> int:
+        cache_bytes = super().with_side_memory(available, side_memory)
         # vLLM reports these two, and suggests a size of the cache by the first
         self.total_consumed += available - cache_bytes
         self.available_kv_cache_memory_bytes = cache_bytes

@@ -131,15 +131,15 @@ class EvictionWorkerMixin(Worker):
         if self.side_memory is None:
             return available
         if self.cache_config.kv_cache_memory_bytes:
-            self.side_memory.check(available, *self._memory_left())
+            self.side_memory.check(available, *self.memory_left())
             return available
-        return self._with_side_memory(available, self.side_memory)
+        return self.with_side_memory(available, self.side_memory)
 
-    def _memory_left(self) -> tuple[int, int]:
+    def memory_left(self) -> tuple[int, int]:
         """Return the bytes that are free on the device, and of these, those within what vLLM was told to use."""
         raise NotImplementedError
 
-    def _with_side_memory(self, available: int, side_memory: SideMemory) -> int:
+    def with_side_memory(self, available: int, side_memory: SideMemory) -> int:
         """Return how much of what is available the cache can have."""
         cache_bytes = side_memory.cache_bytes(available)
         logger.info(
