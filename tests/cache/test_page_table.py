@@ -15,6 +15,7 @@ from vllm_kvevict.cache.compaction import Compaction
 from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan
+from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.kernels.expand_page_table import BatchRows
 
 LAYERS, HEADS, BLOCKS = 2, 3, 1500
@@ -411,4 +412,6 @@ def test_tables_of_large_models_take_little_beside_the_cache(model, thousands, m
     offsets = torch.arange(layers, device="meta")
     table = PageTable.of(PagePool(pages, kv, kv, offsets, layers * heads, heads), max_num_reqs, thousands * 1024)
     assert table.num_arena_bytes <= num_bytes * 4 / 8192
-    assert max(table.num_arena_bytes, table.num_step_bytes, table.num_list_bytes) <= 256 << 20
+    sizes = table.num_arena_bytes, table.num_step_bytes, table.num_list_bytes
+    assert max(sizes) <= 256 << 20
+    assert sum(sizes) + (EvictionConfig.model_fields["scoring_scratch_mib"].default << 20) < 0.01 * num_bytes
