@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.paged import LAYOUTS, PagedCache, make_pool, pages_of
 from vllm_kvevict.cache import page_table
-from vllm_kvevict.cache.compaction import Compaction
+from vllm_kvevict.cache.compaction import Compaction, Compactions
 from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan
@@ -70,7 +70,7 @@ class RequestModel:
 
 def evict(
     cache: PagedCache, rng: random.Random, blocks: Blocks, most_pages: int, num_tokens: int | None = None
-) -> tuple[Compaction, EvictionPlan, torch.Tensor, RequestModel]:
+) -> tuple[Compactions, EvictionPlan, torch.Tensor, RequestModel]:
     """Make up a compaction with random ragged pages, and the model of its request. Return also its kept blocks."""
     block_size = cache.pool.block_size
     num_full = [[rng.randrange(most_pages) for _ in range(HEADS)] for _ in range(LAYERS)]
@@ -96,7 +96,7 @@ def evict(
             lists[layer, head, : len(row)] = torch.tensor(row, dtype=torch.int64)
     lists = lists[..., : max(max(map(max, num_full)), 1) + has_tail]
     kv_lens = torch.tensor(num_full) * block_size + plan.num_tail_tokens
-    compaction = Compaction([], lists, torch.tensor(num_full) + has_tail, kv_lens)
+    compaction = Compaction([], lists, torch.tensor(num_full) + has_tail, kv_lens).alone()
     model = RequestModel(num_tokens, pages, kv_lens.tolist(), table, kept, grows)
     return compaction, plan, torch.tensor(kept, dtype=torch.int64), model
 
@@ -168,7 +168,7 @@ def test_follows_the_model(block_size, layout, most_pages, seed):
         if event == "add" and len(models) < MAX_NUM_REQS:
             named += 1
             compaction, plan, kept, models[f"r{named}"] = evict(cache, rng, blocks, most_pages)
-            table.add(f"r{named}", compaction, plan, kept)
+            table.add([f"r{named}"], compaction, [plan], [kept])
         elif event in ("remove", "preempt") and models:
             req_id = rng.choice(list(models))
             model = models.pop(req_id)
@@ -178,7 +178,7 @@ def test_follows_the_model(block_size, layout, most_pages, seed):
                 rng.shuffle(blocks.free)
                 length = model.seq_len + 2 * block_size
                 compaction, plan, kept, models[req_id] = evict(cache, rng, blocks, most_pages, length)
-                table.add(req_id, compaction, plan, kept)
+                table.add([req_id], compaction, [plan], [kept])
         elif event.startswith("decode") and models:
             req_ids = list(models) if event == "decode" else rng.sample(list(models), rng.randint(1, len(models)))
             for _ in range(rng.randint(1, 2 * block_size)):
@@ -214,7 +214,7 @@ def test_every_step_over_several_block_boundaries(block_size, tail, rng, blocks)
     cache = make_pool(LAYERS, HEADS, BLOCKS, block_size, 1)
     table = new_table(cache, 1)
     compaction, plan, kept, model = evict(cache, rng, blocks, 5, 7 * block_size + tail)
-    table.add("a", compaction, plan, kept)
+    table.add(["a"], compaction, [plan], [kept])
     for _ in range(3 * block_size + 1):
         decode(table, cache, {"a": model}, blocks)
 
@@ -228,7 +228,7 @@ def test_drafts_may_span_blocks_and_be_rejected(block_size, most_drafts, seed):
     table, models = new_table(cache, 3), {}
     for req_id in "abc":
         compaction, plan, kept, models[req_id] = evict(cache, rng, blocks, 5)
-        table.add(req_id, compaction, plan, kept)
+        table.add([req_id], compaction, [plan], [kept])
     for _ in range(12):
         query_lens = [1 + rng.randint(0, most_drafts) for _ in models]
         for model, query_len in zip(models.values(), query_lens, strict=True):
@@ -249,7 +249,7 @@ def test_memory_is_taken_once_and_is_what_it_says(rng, blocks):
     longest = PageTable(cache.pool, 8, 16 * 50_000).num_bytes
     assert longest == 4 * (arena + lists + 8 * (50_000 - 63) + 8 * HEADS * 50_016 + 8 * LAYERS * HEADS)
     compaction, plan, kept, model = evict(cache, rng, blocks, 40)
-    table.add("a", compaction, plan, kept)
+    table.add(["a"], compaction, [plan], [kept])
     decode(table, cache, {"a": model}, blocks)
     assert held == {name: tensor.data_ptr() for name, tensor in table._lists._asdict().items()}
 
@@ -262,7 +262,7 @@ def test_several_launches_of_a_step_share_memory(rng, blocks, monkeypatch, room)
     table, models = PageTable(cache.pool, 3, 16 * 20), {}
     for req_id in "abc":
         compaction, plan, kept, models[req_id] = evict(cache, rng, blocks, 9)
-        table.add(req_id, compaction, plan, kept)
+        table.add([req_id], compaction, [plan], [kept])
     parts = [["b"], ["c", "a"]]
     launches = []
     for names in parts:
@@ -286,7 +286,7 @@ def test_a_reused_slot_shows_nothing_of_its_last_owner(rng, blocks):
     table = new_table(cache, 1)
     for most_pages in (40, 2, 20):
         compaction, plan, kept, model = evict(cache, rng, blocks, most_pages)
-        table.add("a", compaction, plan, kept)
+        table.add(["a"], compaction, [plan], [kept])
         decode(table, cache, {"a": model}, blocks)
         table.remove("a")
 
@@ -297,7 +297,7 @@ def test_order_of_a_batch_may_change(rng, blocks):
     models = {}
     for req_id in "abc":
         compaction, plan, kept, models[req_id] = evict(cache, rng, blocks, 5)
-        table.add(req_id, compaction, plan, kept)
+        table.add([req_id], compaction, [plan], [kept])
     for order in ("abc", "cab", "ab", "ba", "b", "cba"):
         decode(table, cache, {req_id: models[req_id] for req_id in order}, blocks)
 
@@ -309,7 +309,7 @@ def test_membership(rng, blocks):
     assert len(table) == 0
     assert "a" not in table
     for req_id in "ab":
-        table.add(req_id, compaction, plan, kept)
+        table.add([req_id], compaction, [plan], [kept])
     assert len(table) == 2
     table.remove("a")
     table.remove("a")
@@ -318,14 +318,14 @@ def test_membership(rng, blocks):
     assert "a" not in table
     assert "b" in table
     with pytest.raises(ValueError, match="req_id: 'b' has a slot already"):
-        table.add("b", compaction, plan, kept)
+        table.add(["b"], compaction, [plan], [kept])
 
 
 def test_rows_count_the_blocks_of_the_answer(rng, blocks):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table = new_table(cache, 1)
     compaction, plan, kept, model = evict(cache, rng, blocks, 5, 16 * 7)
-    table.add("a", compaction, plan, kept)
+    table.add(["a"], compaction, [plan], [kept])
     prompt_pages = [[list(row) for row in rows] for rows in model.pages]
     assert pages_of(table, "a", 16 * 7, model.blocks) == prompt_pages
     decode(table, cache, {"a": model}, blocks)
@@ -340,10 +340,10 @@ def test_layers_that_hold_equally_many_tokens_are_alike(rng, blocks, alike):
     for req_id in "ab":
         compaction, plan, kept, _ = evict(cache, rng, blocks, 5, 16 * 7)
         if alike or req_id == "a":
-            compaction.num_pages[:] = compaction.num_pages[0].clone()
+            compaction.num_pages[:] = compaction.num_pages[:, :1].clone()
         else:
-            compaction.num_pages[1, 0] = compaction.num_pages[0, 0] + 1
-        table.add(req_id, compaction, plan, kept)
+            compaction.num_pages[0, 1, 0] = compaction.num_pages[0, 0, 0] + 1
+        table.add([req_id], compaction, [plan], [kept])
     assert table.are_alike(table.slots.of(["a", "b"])) == alike
     assert table.are_alike(table.slots.of(["a"]))
 
@@ -353,20 +353,20 @@ def test_rows_that_shrink_whenever_a_block_is_full(rng, blocks, num_tokens):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table = new_table(cache, 2)
     compaction, plan, kept, model = evict(cache, rng, blocks, 5, num_tokens)
-    table.add("a", compaction, plan, kept)
-    num_full = table.num_full_pages("a").tolist()
+    table.add(["a"], compaction, [plan], [kept])
+    num_full = table.num_full_pages(["a"])[0].tolist()
     for _ in range(50):
         decode(table, cache, {"a": model}, blocks)
         if model.seq_len % 16 == 0:
-            table.shrink("a", model.seq_len)
+            table.shrink(["a"], [model.seq_len])
             model.pages = [[row[:-1] for row in rows] for rows in model.pages]
             model.kv_lens = [[kv_len - 16 for kv_len in row] for row in model.kv_lens]
         assert pages_of(table, "a", model.seq_len, model.blocks) == model.pages
-    assert table.num_full_pages("a").tolist() == num_full
+    assert table.num_full_pages(["a"])[0].tolist() == num_full
     longest = max(len(row) for rows in model.pages for row in rows)
-    pages, num_pages = table.rows("a", model.seq_len, torch.tensor(model.blocks))
-    assert pages.shape == (LAYERS, HEADS, longest)
-    assert num_pages.tolist() == [[len(row) for row in rows] for rows in model.pages]
+    pages, num_pages = table.rows(["a"], [model.seq_len], [torch.tensor(model.blocks)])
+    assert pages.shape == (1, LAYERS, HEADS, longest)
+    assert num_pages[0].tolist() == [[len(row) for row in rows] for rows in model.pages]
 
 
 @pytest.mark.parametrize("num_tokens", [16 * 7, 16 * 7 + 5])
@@ -375,20 +375,20 @@ def test_rows_that_shrink_behind_every_chunk_keep_the_page_that_is_not_full(rng,
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table = new_table(cache, 1)
     compaction, plan, kept, model = evict(cache, rng, blocks, 5, num_tokens)
-    table.add("a", compaction, plan, kept)
-    num_full = table.num_full_pages("a").tolist()
+    table.add(["a"], compaction, [plan], [kept])
+    num_full = table.num_full_pages(["a"])[0].tolist()
     for _ in range(10):
         for _ in range(chunk):
             model.generate(cache, blocks)
         check(table, {"a": model}, 16)
-        table.shrink("a", model.seq_len)
+        table.shrink(["a"], [model.seq_len])
         tail = model.seq_len % 16
         for layer, rows in enumerate(model.pages):
             for head, row in enumerate(rows):
                 rows[head] = row[: num_full[layer][head]] + row[-1:] * (tail > 0)
                 model.kv_lens[layer][head] = num_full[layer][head] * 16 + tail
         assert pages_of(table, "a", model.seq_len, model.blocks) == model.pages
-        assert table.num_full_pages("a").tolist() == num_full
+        assert table.num_full_pages(["a"])[0].tolist() == num_full
 
 
 MODELS = {  # layers, KV heads of a worker, bytes of its KV cache

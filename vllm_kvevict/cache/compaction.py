@@ -29,6 +29,11 @@ class Compaction:
     num_pages: torch.Tensor
     kv_lens: torch.Tensor
 
+    def alone(self) -> Compactions:
+        """Return it as that of several requests, of which this is the only one."""
+        parts = self.page_table[None], self.num_pages[None], self.kv_lens[None]
+        return Compactions(self.phases, *parts, [self.page_table.shape[2]])
+
 
 @dataclass(frozen=True)
 class Compactions:
