@@ -2,12 +2,14 @@
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import pad
 
 from tests.paged import LAYOUTS, PagedCache, make_pool, pages_of
 from vllm_kvevict.cache import page_table
@@ -69,13 +71,18 @@ class RequestModel:
 
 
 def evict(
-    cache: PagedCache, rng: random.Random, blocks: Blocks, most_pages: int, num_tokens: int | None = None
+    cache: PagedCache,
+    rng: random.Random,
+    blocks: Blocks,
+    most_pages: int,
+    num_tokens: int | None = None,
+    grows: bool | None = None,
 ) -> tuple[Compactions, EvictionPlan, torch.Tensor, RequestModel]:
     """Make up a compaction with random ragged pages, and the model of its request. Return also its kept blocks."""
     block_size = cache.pool.block_size
     num_full = [[rng.randrange(most_pages) for _ in range(HEADS)] for _ in range(LAYERS)]
     num_tokens = num_tokens or rng.randrange(most_pages * block_size, (most_pages + 2) * block_size)
-    grows = rng.random() < 0.7
+    grows = rng.random() < 0.7 if grows is None else grows
     num_kept = -(-sum(map(sum, num_full)) // (LAYERS * HEADS)) + (num_tokens % block_size > 0)
     plan = EvictionPlan(num_tokens, num_kept, block_size, not grows)
     has_tail = plan.num_tail_tokens > 0
@@ -99,6 +106,25 @@ def evict(
     compaction = Compaction([], lists, torch.tensor(num_full) + has_tail, kv_lens).alone()
     model = RequestModel(num_tokens, pages, kv_lens.tolist(), table, kept, grows)
     return compaction, plan, torch.tensor(kept, dtype=torch.int64), model
+
+
+def evict_together(
+    table: PageTable, cache: PagedCache, rng: random.Random, blocks: Blocks, most_pages: int, req_ids: list[str]
+) -> dict[str, RequestModel]:
+    """Add several requests at once, and return their models."""
+    grows = rng.random() < 0.7
+    made = [evict(cache, rng, blocks, rng.randint(2, most_pages), grows=grows) for _ in req_ids]
+    compactions, plans, kept, models = zip(*made, strict=True)
+    widths = [one.widths[0] for one in compactions]
+    together = Compactions(
+        [],
+        torch.cat([pad(one.page_table, (0, max(widths) - one.widths[0])) for one in compactions]),
+        torch.cat([one.num_pages for one in compactions]),
+        torch.cat([one.kv_lens for one in compactions]),
+        widths,
+    )
+    table.add(req_ids, together, plans, kept)
+    return dict(zip(req_ids, models, strict=True))
 
 
 def pages_in(cache: PagedCache, block: int) -> list[int]:
@@ -149,6 +175,14 @@ def new_table(cache: PagedCache, max_num_reqs: int = MAX_NUM_REQS) -> PageTable:
     return PageTable(cache.pool, max_num_reqs, MAX_TOKENS)
 
 
+def rows_of(table: PageTable, models: dict[str, RequestModel]) -> tuple[list[Any], list[Any]]:
+    """Return what the table says of several requests at once."""
+    lens = [model.seq_len for model in models.values()]
+    tables = [torch.tensor(model.blocks, dtype=torch.int64) for model in models.values()]
+    pages, num_pages = table.rows(list(models), lens, tables)
+    return pages.tolist(), num_pages.tolist()
+
+
 EVENTS = ["add", "remove", "preempt", "decode", "decode", "decode some"]
 
 
@@ -166,9 +200,10 @@ def test_follows_the_model(block_size, layout, most_pages, seed):
     table, models, named = new_table(cache), {}, 0
     for event in ["add", *rng.choices(EVENTS, k=25)]:
         if event == "add" and len(models) < MAX_NUM_REQS:
-            named += 1
-            compaction, plan, kept, models[f"r{named}"] = evict(cache, rng, blocks, most_pages)
-            table.add([f"r{named}"], compaction, [plan], [kept])
+            count = rng.randint(1, MAX_NUM_REQS - len(models))
+            new = [f"r{named + number}" for number in range(count)]
+            named += count
+            models |= evict_together(table, cache, rng, blocks, most_pages, new)
         elif event in ("remove", "preempt") and models:
             req_id = rng.choice(list(models))
             model = models.pop(req_id)
@@ -185,7 +220,11 @@ def test_follows_the_model(block_size, layout, most_pages, seed):
                 decode(table, cache, {req_id: models[req_id] for req_id in req_ids}, blocks)
     assert len(table) == len(models)
     assert all(req_id in table for req_id in models)
-    for req_id, model in models.items():
+    rows, counts = rows_of(table, models) if models else ([], [])
+    for number, (req_id, model) in enumerate(models.items()):
+        assert counts[number] == [[len(row) for row in of_layer] for of_layer in model.pages]
+        width = len(rows[number][0][0])
+        assert rows[number] == [[row + [0] * (width - len(row)) for row in of_layer] for of_layer in model.pages]
         assert table.replaces(req_id) == (not model.grows)
         assert pages_of(table, req_id, model.seq_len, model.blocks) == model.pages
         if not model.grows:
@@ -367,6 +406,28 @@ def test_rows_that_shrink_whenever_a_block_is_full(rng, blocks, num_tokens):
     pages, num_pages = table.rows(["a"], [model.seq_len], [torch.tensor(model.blocks)])
     assert pages.shape == (1, LAYERS, HEADS, longest)
     assert num_pages[0].tolist() == [[len(row) for row in rows] for rows in model.pages]
+
+
+def test_several_shrink_at_once(rng, blocks):
+    cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
+    table, models = new_table(cache), {}
+    for req_id, num_tokens in (("a", 16 * 7), ("b", 16 * 9 + 5), ("c", 16 * 8)):
+        compaction, plan, kept, models[req_id] = evict(cache, rng, blocks, 5, num_tokens, grows=True)
+        table.add([req_id], compaction, [plan], [kept])
+    num_full = table.num_full_pages(["c", "b"]).tolist()
+    for model in models.values():
+        for _ in range(20):
+            model.generate(cache, blocks)
+    table.shrink(["c", "b"], [models["c"].seq_len, models["b"].seq_len])
+    for req_id, of_layers in zip("cb", num_full, strict=True):
+        model, tail = models[req_id], models[req_id].seq_len % 16
+        for layer, rows in enumerate(model.pages):
+            for head, row in enumerate(rows):
+                rows[head] = row[: of_layers[layer][head]] + row[-1:] * (tail > 0)
+                model.kv_lens[layer][head] = of_layers[layer][head] * 16 + tail
+    check(table, models, 16)
+    for req_id, model in models.items():
+        assert pages_of(table, req_id, model.seq_len, model.blocks) == model.pages
 
 
 @pytest.mark.parametrize("num_tokens", [16 * 7, 16 * 7 + 5])
