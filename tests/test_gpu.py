@@ -52,7 +52,7 @@ def evict_prompt(
         eviction.score_layer(layer, queries[layer, PROMPT - WINDOW : PROMPT], SCALE)
     compaction = eviction.finish()
     table, residents = PageTable(pool, 2, PROMPT + ANSWER), Residents(pool)
-    table.add([REQUEST], compaction.alone(), [plan], [eviction.full_block_ids])
+    table.add([REQUEST], compaction.pages, [plan], [eviction.full_block_ids])
     residents.note(compaction, plan, blocks, None)
     return eviction, table, residents
 

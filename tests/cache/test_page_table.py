@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from tests.paged import LAYOUTS, PagedCache, make_pool, pages_of
 from vllm_kvevict.cache import page_table
-from vllm_kvevict.cache.compaction import Compaction, Compactions
+from vllm_kvevict.cache.compaction import KeptPages
 from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan
@@ -77,7 +77,7 @@ def evict(
     most_pages: int,
     num_tokens: int | None = None,
     grows: bool | None = None,
-) -> tuple[Compactions, EvictionPlan, torch.Tensor, RequestModel]:
+) -> tuple[KeptPages, EvictionPlan, torch.Tensor, RequestModel]:
     """Make up a compaction with random ragged pages, and the model of its request. Return also its kept blocks."""
     block_size = cache.pool.block_size
     num_full = [[rng.randrange(most_pages) for _ in range(HEADS)] for _ in range(LAYERS)]
@@ -103,9 +103,9 @@ def evict(
             lists[layer, head, : len(row)] = torch.tensor(row, dtype=torch.int64)
     lists = lists[..., : max(max(map(max, num_full)), 1) + has_tail]
     kv_lens = torch.tensor(num_full) * block_size + plan.num_tail_tokens
-    compaction = Compaction([], lists, torch.tensor(num_full) + has_tail, kv_lens).alone()
+    compacted = KeptPages(lists[None], torch.tensor(num_full)[None] + has_tail, [lists.shape[2]])
     model = RequestModel(num_tokens, pages, kv_lens.tolist(), table, kept, grows)
-    return compaction, plan, torch.tensor(kept, dtype=torch.int64), model
+    return compacted, plan, torch.tensor(kept, dtype=torch.int64), model
 
 
 def evict_together(
@@ -114,13 +114,11 @@ def evict_together(
     """Add several requests at once, and return their models."""
     grows = rng.random() < 0.7
     made = [evict(cache, rng, blocks, rng.randint(2, most_pages), grows=grows) for _ in req_ids]
-    compactions, plans, kept, models = zip(*made, strict=True)
-    widths = [one.widths[0] for one in compactions]
-    together = Compactions(
-        [],
-        torch.cat([pad(one.page_table, (0, max(widths) - one.widths[0])) for one in compactions]),
-        torch.cat([one.num_pages for one in compactions]),
-        torch.cat([one.kv_lens for one in compactions]),
+    pages, plans, kept, models = zip(*made, strict=True)
+    widths = [one.widths[0] for one in pages]
+    together = KeptPages(
+        torch.cat([pad(one.page_table, (0, max(widths) - one.widths[0])) for one in pages]),
+        torch.cat([one.num_pages for one in pages]),
         widths,
     )
     table.add(req_ids, together, plans, kept)
@@ -212,8 +210,8 @@ def test_follows_the_model(block_size, layout, most_pages, seed):
             if event == "preempt":
                 rng.shuffle(blocks.free)
                 length = model.seq_len + 2 * block_size
-                compaction, plan, kept, models[req_id] = evict(cache, rng, blocks, most_pages, length)
-                table.add([req_id], compaction, [plan], [kept])
+                compacted, plan, kept, models[req_id] = evict(cache, rng, blocks, most_pages, length)
+                table.add([req_id], compacted, [plan], [kept])
         elif event.startswith("decode") and models:
             req_ids = list(models) if event == "decode" else rng.sample(list(models), rng.randint(1, len(models)))
             for _ in range(rng.randint(1, 2 * block_size)):
@@ -252,8 +250,8 @@ def blocks(rng) -> Blocks:
 def test_every_step_over_several_block_boundaries(block_size, tail, rng, blocks):
     cache = make_pool(LAYERS, HEADS, BLOCKS, block_size, 1)
     table = new_table(cache, 1)
-    compaction, plan, kept, model = evict(cache, rng, blocks, 5, 7 * block_size + tail)
-    table.add(["a"], compaction, [plan], [kept])
+    compacted, plan, kept, model = evict(cache, rng, blocks, 5, 7 * block_size + tail)
+    table.add(["a"], compacted, [plan], [kept])
     for _ in range(3 * block_size + 1):
         decode(table, cache, {"a": model}, blocks)
 
@@ -266,8 +264,8 @@ def test_drafts_may_span_blocks_and_be_rejected(block_size, most_drafts, seed):
     cache = make_pool(LAYERS, HEADS, BLOCKS, block_size, 1)
     table, models = new_table(cache, 3), {}
     for req_id in "abc":
-        compaction, plan, kept, models[req_id] = evict(cache, rng, blocks, 5)
-        table.add([req_id], compaction, [plan], [kept])
+        compacted, plan, kept, models[req_id] = evict(cache, rng, blocks, 5)
+        table.add([req_id], compacted, [plan], [kept])
     for _ in range(12):
         query_lens = [1 + rng.randint(0, most_drafts) for _ in models]
         for model, query_len in zip(models.values(), query_lens, strict=True):
@@ -287,8 +285,8 @@ def test_memory_is_taken_once_and_is_what_it_says(rng, blocks):
     # the page table of a layer, as wide as the longest request, if that takes more than there is in any case
     longest = PageTable(cache.pool, 8, 16 * 50_000).num_bytes
     assert longest == 4 * (arena + lists + 8 * (50_000 - 63) + 8 * HEADS * 50_016 + 8 * LAYERS * HEADS)
-    compaction, plan, kept, model = evict(cache, rng, blocks, 40)
-    table.add(["a"], compaction, [plan], [kept])
+    compacted, plan, kept, model = evict(cache, rng, blocks, 40)
+    table.add(["a"], compacted, [plan], [kept])
     decode(table, cache, {"a": model}, blocks)
     assert held == {name: tensor.data_ptr() for name, tensor in table._lists._asdict().items()}
 
@@ -300,8 +298,8 @@ def test_several_launches_of_a_step_share_memory(rng, blocks, monkeypatch, room)
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table, models = PageTable(cache.pool, 3, 16 * 20), {}
     for req_id in "abc":
-        compaction, plan, kept, models[req_id] = evict(cache, rng, blocks, 9)
-        table.add([req_id], compaction, [plan], [kept])
+        compacted, plan, kept, models[req_id] = evict(cache, rng, blocks, 9)
+        table.add([req_id], compacted, [plan], [kept])
     parts = [["b"], ["c", "a"]]
     launches = []
     for names in parts:
@@ -324,8 +322,8 @@ def test_a_reused_slot_shows_nothing_of_its_last_owner(rng, blocks):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table = new_table(cache, 1)
     for most_pages in (40, 2, 20):
-        compaction, plan, kept, model = evict(cache, rng, blocks, most_pages)
-        table.add(["a"], compaction, [plan], [kept])
+        compacted, plan, kept, model = evict(cache, rng, blocks, most_pages)
+        table.add(["a"], compacted, [plan], [kept])
         decode(table, cache, {"a": model}, blocks)
         table.remove("a")
 
@@ -335,8 +333,8 @@ def test_order_of_a_batch_may_change(rng, blocks):
     table = new_table(cache, 3)
     models = {}
     for req_id in "abc":
-        compaction, plan, kept, models[req_id] = evict(cache, rng, blocks, 5)
-        table.add([req_id], compaction, [plan], [kept])
+        compacted, plan, kept, models[req_id] = evict(cache, rng, blocks, 5)
+        table.add([req_id], compacted, [plan], [kept])
     for order in ("abc", "cab", "ab", "ba", "b", "cba"):
         decode(table, cache, {req_id: models[req_id] for req_id in order}, blocks)
 
@@ -344,11 +342,11 @@ def test_order_of_a_batch_may_change(rng, blocks):
 def test_membership(rng, blocks):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table = new_table(cache, 2)
-    compaction, plan, kept, _ = evict(cache, rng, blocks, 5)
+    compacted, plan, kept, _ = evict(cache, rng, blocks, 5)
     assert len(table) == 0
     assert "a" not in table
     for req_id in "ab":
-        table.add([req_id], compaction, [plan], [kept])
+        table.add([req_id], compacted, [plan], [kept])
     assert len(table) == 2
     table.remove("a")
     table.remove("a")
@@ -357,14 +355,14 @@ def test_membership(rng, blocks):
     assert "a" not in table
     assert "b" in table
     with pytest.raises(ValueError, match="req_id: 'b' has a slot already"):
-        table.add(["b"], compaction, [plan], [kept])
+        table.add(["b"], compacted, [plan], [kept])
 
 
 def test_rows_count_the_blocks_of_the_answer(rng, blocks):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table = new_table(cache, 1)
-    compaction, plan, kept, model = evict(cache, rng, blocks, 5, 16 * 7)
-    table.add(["a"], compaction, [plan], [kept])
+    compacted, plan, kept, model = evict(cache, rng, blocks, 5, 16 * 7)
+    table.add(["a"], compacted, [plan], [kept])
     prompt_pages = [[list(row) for row in rows] for rows in model.pages]
     assert pages_of(table, "a", 16 * 7, model.blocks) == prompt_pages
     decode(table, cache, {"a": model}, blocks)
@@ -377,12 +375,12 @@ def test_layers_that_hold_equally_many_tokens_are_alike(rng, blocks, alike):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table = new_table(cache, 2)
     for req_id in "ab":
-        compaction, plan, kept, _ = evict(cache, rng, blocks, 5, 16 * 7)
+        compacted, plan, kept, _ = evict(cache, rng, blocks, 5, 16 * 7)
         if alike or req_id == "a":
-            compaction.num_pages[:] = compaction.num_pages[:, :1].clone()
+            compacted.num_pages[:] = compacted.num_pages[:, :1].clone()
         else:
-            compaction.num_pages[0, 1, 0] = compaction.num_pages[0, 0, 0] + 1
-        table.add([req_id], compaction, [plan], [kept])
+            compacted.num_pages[0, 1, 0] = compacted.num_pages[0, 0, 0] + 1
+        table.add([req_id], compacted, [plan], [kept])
     assert table.are_alike(table.slots.of(["a", "b"])) == alike
     assert table.are_alike(table.slots.of(["a"]))
 
@@ -391,8 +389,8 @@ def test_layers_that_hold_equally_many_tokens_are_alike(rng, blocks, alike):
 def test_rows_that_shrink_whenever_a_block_is_full(rng, blocks, num_tokens):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table = new_table(cache, 2)
-    compaction, plan, kept, model = evict(cache, rng, blocks, 5, num_tokens)
-    table.add(["a"], compaction, [plan], [kept])
+    compacted, plan, kept, model = evict(cache, rng, blocks, 5, num_tokens)
+    table.add(["a"], compacted, [plan], [kept])
     num_full = table.num_full_pages(["a"])[0].tolist()
     for _ in range(50):
         decode(table, cache, {"a": model}, blocks)
@@ -412,8 +410,8 @@ def test_several_shrink_at_once(rng, blocks):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table, models = new_table(cache), {}
     for req_id, num_tokens in (("a", 16 * 7), ("b", 16 * 9 + 5), ("c", 16 * 8)):
-        compaction, plan, kept, models[req_id] = evict(cache, rng, blocks, 5, num_tokens, grows=True)
-        table.add([req_id], compaction, [plan], [kept])
+        compacted, plan, kept, models[req_id] = evict(cache, rng, blocks, 5, num_tokens, grows=True)
+        table.add([req_id], compacted, [plan], [kept])
     num_full = table.num_full_pages(["c", "b"]).tolist()
     for model in models.values():
         for _ in range(20):
@@ -435,8 +433,8 @@ def test_several_shrink_at_once(rng, blocks):
 def test_rows_that_shrink_behind_every_chunk_keep_the_page_that_is_not_full(rng, blocks, num_tokens, chunk):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table = new_table(cache, 1)
-    compaction, plan, kept, model = evict(cache, rng, blocks, 5, num_tokens)
-    table.add(["a"], compaction, [plan], [kept])
+    compacted, plan, kept, model = evict(cache, rng, blocks, 5, num_tokens)
+    table.add(["a"], compacted, [plan], [kept])
     num_full = table.num_full_pages(["a"])[0].tolist()
     for _ in range(10):
         for _ in range(chunk):

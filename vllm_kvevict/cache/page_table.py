@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vllm_kvevict.cache.compaction import Compactions
+from vllm_kvevict.cache.compaction import KeptPages
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.request_slots import RequestSlots
@@ -72,26 +72,26 @@ class PageTable:
     def add(
         self,
         req_ids: Sequence[str],
-        compactions: Compactions,
+        pages: KeptPages,
         plans: Sequence[EvictionPlan],
         block_ids: Sequence[torch.Tensor],
     ) -> None:
         """Give each of ``req_ids`` a slot that holds its compacted cache, in launches that do not depend on how many
         they are.
 
-        compactions, plans: of these requests, alike in ``per_token``
-        block_ids:          of each [plan.num_full_blocks] int64, the blocks of which its pages are
+        pages, plans: of these requests, alike in ``per_token``
+        block_ids:    of each [plan.num_full_blocks] int64, the blocks of which its pages are
 
         Raises ValueError if one has a slot, or none is left.
         """
-        lists, device = compactions.page_table.flatten(1, 2), compactions.page_table.device
+        lists, device = pages.page_table.flatten(1, 2), pages.page_table.device
         num_lists = lists.shape[1]
         slots = np.array([self.slots.take(req_id) for req_id in req_ids])
         num_blocks = np.array([plan.num_full_blocks for plan in plans])
         has_tail = np.array([plan.num_tail_tokens > 0 for plan in plans])
         first_block = num_blocks.cumsum() - num_blocks
         slot, tail, first_entry = to_device(np.stack([slots, has_tail, first_block * num_lists]), device).unbind(0)
-        counts = compactions.num_pages.flatten(1) - tail[:, None]
+        counts = pages.num_pages.flatten(1) - tail[:, None]
         starts = counts.cumsum(1) - counts
         column = torch.arange(lists.shape[2], device=device)
         # pages of the tail, and zeros behind a list, go to an entry that is not used
@@ -105,10 +105,10 @@ class PageTable:
         of_block = np.stack([slots.repeat(num_blocks), np.arange(len(ids)) - first_block.repeat(num_blocks)])
         owner, number = to_device(of_block, device).unbind(0)
         self._lists.block_ids[owner, number] = ids.to(torch.int32)
-        shape = compactions.num_pages.shape
+        shape = pages.num_pages.shape
         self._lists.starts[slot] = starts.view(shape).to(torch.int32)
         self._lists.counts[slot] = counts.view(shape).to(torch.int32)
-        self._most_pages[slots] = np.array(compactions.widths) - has_tail
+        self._most_pages[slots] = np.array(pages.widths) - has_tail
         self._set_own_from(slots, [plan.num_tokens for plan in plans], plans[0].per_token)
 
     def _set_own_from(self, slots: np.ndarray, num_tokens: Sequence[int], per_token: bool) -> None:

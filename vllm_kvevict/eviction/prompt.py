@@ -22,7 +22,7 @@ from weakref import ProxyType, proxy
 import numpy as np
 import torch
 
-from vllm_kvevict.cache.compaction import Compaction, Compactions, plan_compactions
+from vllm_kvevict.cache.compaction import Compaction, Compactions, KeptPages, plan_compactions
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.cache.residents import Residents
@@ -164,8 +164,7 @@ class Eviction:
 class Evictions:
     """The first evictions of several requests by one method, whose prompts end in one step.
 
-    members:     in order; all of them in place, or all of them into fresh blocks, and alike in ``per_token``
-    compactions: of all members, once ``choose`` was called
+    members: in order; all of them in place, or all of them into fresh blocks, and alike in ``per_token``
     """
 
     def __init__(self, members: Sequence[Eviction], scores: PromptScores | None = None) -> None:
@@ -175,7 +174,7 @@ class Evictions:
             page_ids = self._pages_of([eviction.block_ids for eviction in members])
             scores = PromptScores(self._method, self._pool, [eviction.plan for eviction in members], page_ids)
         self._scores = scores
-        self.compactions: Compactions
+        self._compactions: Compactions
 
     def _pages_of(self, block_ids: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return [num_reqs, num_layers, num_kv_heads, max_blocks] int64, pages of blocks; of the null block behind."""
@@ -255,10 +254,15 @@ class Evictions:
             victims = protected.masked_fill_(~kept, float("inf")).argmin(dim=-1)
             for eviction, of_request in zip(self.members, victims, strict=True):
                 eviction.next_victims = of_request
-        self.compactions = plan_compactions(kept, num_full_pages, self._scores.page_ids, plans, self._fresh_pages())
+        self._compactions = plan_compactions(kept, num_full_pages, self._scores.page_ids, plans, self._fresh_pages())
         self._took(start)
         if is_observed():
             self._show(kept)
+
+    @property
+    def pages(self) -> KeptPages:
+        """What the members keep, once ``choose`` was called."""
+        return self._compactions.pages
 
     def _fresh_pages(self) -> torch.Tensor | None:
         fresh = [eviction.fresh_block_ids for eviction in self.members if eviction.fresh_block_ids is not None]
@@ -277,18 +281,18 @@ class Evictions:
         The moves of a single one are in its result; those of several are done, and ``note`` follows them.
         """
         start = perf_counter()
-        for source, destination in self.compactions.phases:
+        for source, destination in self._compactions.phases:
             self._pool.move(source, destination)
         self._took(start)
         phases = self._followed() if len(self.members) == 1 else []
-        compactions = [self.compactions.of(req, phases) for req in range(len(self.members))]
+        compactions = [self._compactions.of(req, phases) for req in range(len(self.members))]
         for eviction, compaction in zip(self.members, compactions, strict=True):
             eviction.show_compacted(compaction)
         return compactions
 
     def _followed(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return the moves as plain indices of slots: a gap moves the first slot of the null page to itself."""
-        return [(source.clamp(min=0), destination.clamp(min=0)) for source, destination in self.compactions.phases]
+        return [(source.clamp(min=0), destination.clamp(min=0)) for source, destination in self._compactions.phases]
 
     def note(self, residents: Residents, states: Sequence[list[torch.Tensor] | None]) -> None:
         """Note what the compacted caches hold: ``Residents.note`` for all members.

@@ -206,7 +206,7 @@ class EvictionBridge:
         evictions.compact()
         members, requests = evictions.members, [self._watched[req_id] for req_id in req_ids]
         plans = [eviction.plan for eviction in members]
-        self.page_table.add(req_ids, evictions.compactions, plans, [eviction.full_block_ids for eviction in members])
+        self.page_table.add(req_ids, evictions.pages, plans, [eviction.full_block_ids for eviction in members])
         if not requests[0].method.schedule.is_bounded:
             return
         known_bytes = self.residents.num_bytes
