@@ -165,7 +165,7 @@ def read(pool: PagePool, plan: EvictionPlan, eviction: Eviction, num_rows: int) 
     """Expand the page tables of a batch that has the request in each row, of all layers together and one by one."""
     compaction, block_ids = eviction.finish(), eviction.full_block_ids
     table = PageTable.of(pool, 2 * num_rows, plan.num_tokens)
-    table.add("", compaction, plan, block_ids)
+    table.add([""], compaction.pages, [plan], [block_ids])
     rows = torch.arange(num_rows, dtype=torch.int32)
     block_table = eviction.block_ids.to(torch.int32).repeat(num_rows, 1)
     batch = BatchRows(rows, rows * 0, torch.full_like(rows, plan.num_tokens), block_table)

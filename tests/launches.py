@@ -15,12 +15,21 @@ from vllm_kvevict.kernels import move_tokens, select, streaming_sums, tiled_toke
 
 _KERNELS = (move_tokens, select, streaming_sums, tiled_tokens, window_scores)
 # what only makes another view of memory launches nothing
-_VIEWS = {
+VIEWS = {
     "_unsafe_view", "alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split",
     "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
 }  # fmt: skip
 # what a GPU could only answer by letting the host wait
-_WAITS = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "unique_dim", "_unique2"}
+_WAITS = {"_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "unique_dim", "_unique2"}
+
+
+def is_waiting(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a GPU would let the host wait for the result of an operator."""
+    name = func.overloadpacket.__name__
+    if name == "repeat_interleave":  # whose size is the sum of what is on the device
+        return func is not torch.ops.aten.repeat_interleave.self_int and not kwargs.get("output_size")
+    index = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else []
+    return name in _WAITS or any(part is not None and part.dtype == torch.bool for part in index)
 
 
 class Launches(TorchDispatchMode):
@@ -33,10 +42,9 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name not in _VIEWS:
+        if name not in VIEWS:
             self.counts[name] += 1
-        index = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else []
-        if name in _WAITS or any(part is not None and part.dtype == torch.bool for part in index):
+        if is_waiting(func, args, kwargs or {}):
             self.waits.append(name)
         return func(*args, **(kwargs or {}))
 

@@ -130,6 +130,6 @@ def pages_of(table: PageTable, req_id: str, num_tokens: int, block_ids: list[int
 
     block_ids: its block table
     """
-    pages, num_pages = table.rows(req_id, num_tokens, torch.tensor(block_ids, dtype=torch.int64))
-    counts, rows = num_pages.tolist(), pages.tolist()
+    pages, num_pages = table.rows([req_id], [num_tokens], [torch.tensor(block_ids, dtype=torch.int64)])
+    counts, rows = num_pages[0].tolist(), pages[0].tolist()
     return [[row[:count] for row, count in zip(*layer, strict=True)] for layer in zip(rows, counts, strict=True)]

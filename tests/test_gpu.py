@@ -52,7 +52,7 @@ def evict_prompt(
         eviction.score_layer(layer, queries[layer, PROMPT - WINDOW : PROMPT], SCALE)
     compaction = eviction.finish()
     table, residents = PageTable.of(pool, 2, PROMPT + ANSWER), Residents(pool)
-    table.add(REQUEST, compaction, plan, eviction.full_block_ids)
+    table.add([REQUEST], compaction.pages, [plan], [eviction.full_block_ids])
     residents.note(compaction, plan, blocks, None)
     return eviction, table, residents
 
@@ -71,12 +71,13 @@ def token_by_token(
     eviction, table, residents = evict_prompt(method, True, pool, block_ids, queries)
     ring = QueryRing(torch.zeros(LAYERS, 2, 64, *queries.shape[2:], dtype=queries.dtype, device=device))
     ring.slots.take(REQUEST)
+    where = ring.to_seed([REQUEST], [PROMPT], [WINDOW])
     for layer in range(LAYERS):
-        ring.seed(layer, REQUEST, queries[layer, PROMPT - WINDOW : PROMPT], PROMPT)
+        ring.write(layer, queries[layer, PROMPT - WINDOW : PROMPT], where)
     evictor = TokenEvictor(
         pool, table, residents, ring, torch.zeros(LAYERS, 2, KV_HEADS, dtype=torch.int64, device=device)
     )
-    evictor.open_holes(REQUEST, eviction.next_victims)
+    evictor.open_holes([REQUEST], eviction.next_victims[None])
     holes = []
     for step in range(ANSWER):
         num_tokens = torch.tensor([PROMPT + step + 1], device=device)
@@ -102,13 +103,13 @@ def block_by_block(
     for step in range(ANSWER):
         for layer in range(LAYERS):
             write(pool, layer, block_ids[(PROMPT + step) // BLOCK_SIZE], PROMPT + step, answer[:, step, layer])
-    rows, num_full = table.rows(REQUEST, PROMPT + ANSWER, block_ids), table.num_full_pages(REQUEST)
-    eviction = ResidentEviction(method, PROMPT + ANSWER, ANSWER, pool, residents, *rows, num_full)
+    tables = (*table.rows([REQUEST], [PROMPT + ANSWER], [block_ids]), table.num_full_pages([REQUEST]))
+    eviction = ResidentEviction(method, PROMPT + ANSWER, ANSWER, pool, residents, *(of_all[0] for of_all in tables))
     for layer in range(LAYERS):
         eviction.score_layer(layer, queries[layer, -WINDOW:], queries[layer, -ANSWER:], SCALE)
     eviction.compact()
-    table.shrink(REQUEST, PROMPT + ANSWER)
-    return [*table.rows(REQUEST, PROMPT + ANSWER, block_ids), residents.positions]
+    table.shrink([REQUEST], [PROMPT + ANSWER])
+    return [*table.rows([REQUEST], [PROMPT + ANSWER], [block_ids]), residents.positions]
 
 
 def _step(table: PageTable, block_ids: torch.Tensor) -> BatchRows:

@@ -2,16 +2,18 @@
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import pad
 
 from tests.paged import LAYOUTS, PagedCache, make_pool, pages_of
 from vllm_kvevict.cache import page_table
-from vllm_kvevict.cache.compaction import Compaction
+from vllm_kvevict.cache.compaction import KeptPages
 from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan
@@ -70,13 +72,18 @@ class RequestModel:
 
 
 def evict(
-    cache: PagedCache, rng: random.Random, blocks: Blocks, most_pages: int, num_tokens: int | None = None
-) -> tuple[Compaction, EvictionPlan, torch.Tensor, RequestModel]:
+    cache: PagedCache,
+    rng: random.Random,
+    blocks: Blocks,
+    most_pages: int,
+    num_tokens: int | None = None,
+    grows: bool | None = None,
+) -> tuple[KeptPages, EvictionPlan, torch.Tensor, RequestModel]:
     """Make up a compaction with random ragged pages, and the model of its request. Return also its kept blocks."""
     block_size = cache.pool.block_size
     num_full = [[rng.randrange(most_pages) for _ in range(HEADS)] for _ in range(LAYERS)]
     num_tokens = num_tokens or rng.randrange(most_pages * block_size, (most_pages + 2) * block_size)
-    grows = rng.random() < 0.7
+    grows = rng.random() < 0.7 if grows is None else grows
     num_kept = -(-sum(map(sum, num_full)) // (LAYERS * HEADS)) + (num_tokens % block_size > 0)
     plan = EvictionPlan(num_tokens, num_kept, block_size, not grows)
     has_tail = plan.num_tail_tokens > 0
@@ -97,9 +104,26 @@ def evict(
             lists[layer, head, : len(row)] = torch.tensor(row, dtype=torch.int64)
     lists = lists[..., : max(max(map(max, num_full)), 1) + has_tail]
     kv_lens = torch.tensor(num_full) * block_size + plan.num_tail_tokens
-    compaction = Compaction([], lists, torch.tensor(num_full) + has_tail, kv_lens)
+    compacted = KeptPages(lists[None], torch.tensor(num_full)[None] + has_tail, [lists.shape[2]])
     model = RequestModel(num_tokens, pages, kv_lens.tolist(), table, kept, grows)
-    return compaction, plan, torch.tensor(kept, dtype=torch.int64), model
+    return compacted, plan, torch.tensor(kept, dtype=torch.int64), model
+
+
+def evict_together(
+    table: PageTable, cache: PagedCache, rng: random.Random, blocks: Blocks, most_pages: int, req_ids: list[str]
+) -> dict[str, RequestModel]:
+    """Add several requests at once, and return their models."""
+    grows = rng.random() < 0.7
+    made = [evict(cache, rng, blocks, rng.randint(2, most_pages), grows=grows) for _ in req_ids]
+    pages, plans, kept, models = zip(*made, strict=True)
+    widths = [one.widths[0] for one in pages]
+    together = KeptPages(
+        torch.cat([pad(one.page_table, (0, max(widths) - one.widths[0])) for one in pages]),
+        torch.cat([one.num_pages for one in pages]),
+        widths,
+    )
+    table.add(req_ids, together, plans, kept)
+    return dict(zip(req_ids, models, strict=True))
 
 
 def pages_in(cache: PagedCache, block: int) -> list[int]:
@@ -150,6 +174,14 @@ def new_table(cache: PagedCache, max_num_reqs: int = MAX_NUM_REQS) -> PageTable:
     return PageTable.of(cache.pool, max_num_reqs, MAX_TOKENS)
 
 
+def rows_of(table: PageTable, models: dict[str, RequestModel]) -> tuple[list[Any], list[Any]]:
+    """Return what the table says of several requests at once."""
+    lens = [model.seq_len for model in models.values()]
+    tables = [torch.tensor(model.blocks, dtype=torch.int64) for model in models.values()]
+    pages, num_pages = table.rows(list(models), lens, tables)
+    return pages.tolist(), num_pages.tolist()
+
+
 EVENTS = ["add", "remove", "preempt", "decode", "decode", "decode some"]
 
 
@@ -167,9 +199,10 @@ def test_follows_the_model(block_size, layout, most_pages, seed):
     table, models, named = new_table(cache), {}, 0
     for event in ["add", *rng.choices(EVENTS, k=25)]:
         if event == "add" and len(models) < MAX_NUM_REQS:
-            named += 1
-            compaction, plan, kept, models[f"r{named}"] = evict(cache, rng, blocks, most_pages)
-            table.add(f"r{named}", compaction, plan, kept)
+            count = rng.randint(1, MAX_NUM_REQS - len(models))
+            new = [f"r{named + number}" for number in range(count)]
+            named += count
+            models |= evict_together(table, cache, rng, blocks, most_pages, new)
         elif event in ("remove", "preempt") and models:
             req_id = rng.choice(list(models))
             model = models.pop(req_id)
@@ -178,15 +211,19 @@ def test_follows_the_model(block_size, layout, most_pages, seed):
             if event == "preempt":
                 rng.shuffle(blocks.free)
                 length = model.seq_len + 2 * block_size
-                compaction, plan, kept, models[req_id] = evict(cache, rng, blocks, most_pages, length)
-                table.add(req_id, compaction, plan, kept)
+                compacted, plan, kept, models[req_id] = evict(cache, rng, blocks, most_pages, length)
+                table.add([req_id], compacted, [plan], [kept])
         elif event.startswith("decode") and models:
             req_ids = list(models) if event == "decode" else rng.sample(list(models), rng.randint(1, len(models)))
             for _ in range(rng.randint(1, 2 * block_size)):
                 decode(table, cache, {req_id: models[req_id] for req_id in req_ids}, blocks)
     assert len(table) == len(models)
     assert all(req_id in table for req_id in models)
-    for req_id, model in models.items():
+    rows, counts = rows_of(table, models) if models else ([], [])
+    for number, (req_id, model) in enumerate(models.items()):
+        assert counts[number] == [[len(row) for row in of_layer] for of_layer in model.pages]
+        width = len(rows[number][0][0])
+        assert rows[number] == [[row + [0] * (width - len(row)) for row in of_layer] for of_layer in model.pages]
         assert table.replaces(req_id) == (not model.grows)
         assert pages_of(table, req_id, model.seq_len, model.blocks) == model.pages
         if not model.grows:
@@ -214,8 +251,8 @@ def blocks(rng) -> Blocks:
 def test_every_step_over_several_block_boundaries(block_size, tail, rng, blocks):
     cache = make_pool(LAYERS, HEADS, BLOCKS, block_size, 1)
     table = new_table(cache, 1)
-    compaction, plan, kept, model = evict(cache, rng, blocks, 5, 7 * block_size + tail)
-    table.add("a", compaction, plan, kept)
+    compacted, plan, kept, model = evict(cache, rng, blocks, 5, 7 * block_size + tail)
+    table.add(["a"], compacted, [plan], [kept])
     for _ in range(3 * block_size + 1):
         decode(table, cache, {"a": model}, blocks)
 
@@ -228,8 +265,8 @@ def test_drafts_may_span_blocks_and_be_rejected(block_size, most_drafts, seed):
     cache = make_pool(LAYERS, HEADS, BLOCKS, block_size, 1)
     table, models = new_table(cache, 3), {}
     for req_id in "abc":
-        compaction, plan, kept, models[req_id] = evict(cache, rng, blocks, 5)
-        table.add(req_id, compaction, plan, kept)
+        compacted, plan, kept, models[req_id] = evict(cache, rng, blocks, 5)
+        table.add([req_id], compacted, [plan], [kept])
     for _ in range(12):
         query_lens = [1 + rng.randint(0, most_drafts) for _ in models]
         for model, query_len in zip(models.values(), query_lens, strict=True):
@@ -252,8 +289,8 @@ def test_memory_is_taken_once_and_is_what_it_says(rng, blocks):
     longest = PageTable.of(cache.pool, 8, 16 * 50_000)
     assert longest.num_list_bytes == 4 * (lists + 8 * (50_000 - 63))
     assert longest.num_step_bytes == 4 * (8 * HEADS * 50_016 + 8 * LAYERS * HEADS)
-    compaction, plan, kept, model = evict(cache, rng, blocks, 40)
-    table.add("a", compaction, plan, kept)
+    compacted, plan, kept, model = evict(cache, rng, blocks, 40)
+    table.add(["a"], compacted, [plan], [kept])
     decode(table, cache, {"a": model}, blocks)
     assert held == {name: tensor.data_ptr() for name, tensor in table._lists._asdict().items()}
 
@@ -265,8 +302,8 @@ def test_several_launches_of_a_step_share_memory(rng, blocks, monkeypatch, room)
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table, models = PageTable.of(cache.pool, 3, 16 * 20), {}
     for req_id in "abc":
-        compaction, plan, kept, models[req_id] = evict(cache, rng, blocks, 9)
-        table.add(req_id, compaction, plan, kept)
+        compacted, plan, kept, models[req_id] = evict(cache, rng, blocks, 9)
+        table.add([req_id], compacted, [plan], [kept])
     parts = [["b"], ["c", "a"]]
     launches = []
     for names in parts:
@@ -289,8 +326,8 @@ def test_a_reused_slot_shows_nothing_of_its_last_owner(rng, blocks):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table = new_table(cache, 1)
     for most_pages in (40, 2, 20):
-        compaction, plan, kept, model = evict(cache, rng, blocks, most_pages)
-        table.add("a", compaction, plan, kept)
+        compacted, plan, kept, model = evict(cache, rng, blocks, most_pages)
+        table.add(["a"], compacted, [plan], [kept])
         decode(table, cache, {"a": model}, blocks)
         table.remove("a")
 
@@ -300,8 +337,8 @@ def test_order_of_a_batch_may_change(rng, blocks):
     table = new_table(cache, 3)
     models = {}
     for req_id in "abc":
-        compaction, plan, kept, models[req_id] = evict(cache, rng, blocks, 5)
-        table.add(req_id, compaction, plan, kept)
+        compacted, plan, kept, models[req_id] = evict(cache, rng, blocks, 5)
+        table.add([req_id], compacted, [plan], [kept])
     for order in ("abc", "cab", "ab", "ba", "b", "cba"):
         decode(table, cache, {req_id: models[req_id] for req_id in order}, blocks)
 
@@ -309,11 +346,11 @@ def test_order_of_a_batch_may_change(rng, blocks):
 def test_membership(rng, blocks):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table = new_table(cache, 2)
-    compaction, plan, kept, _ = evict(cache, rng, blocks, 5)
+    compacted, plan, kept, _ = evict(cache, rng, blocks, 5)
     assert len(table) == 0
     assert "a" not in table
     for req_id in "ab":
-        table.add(req_id, compaction, plan, kept)
+        table.add([req_id], compacted, [plan], [kept])
     assert len(table) == 2
     table.remove("a")
     table.remove("a")
@@ -322,14 +359,14 @@ def test_membership(rng, blocks):
     assert "a" not in table
     assert "b" in table
     with pytest.raises(ValueError, match="req_id: 'b' has a slot already"):
-        table.add("b", compaction, plan, kept)
+        table.add(["b"], compacted, [plan], [kept])
 
 
 def test_rows_count_the_blocks_of_the_answer(rng, blocks):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table = new_table(cache, 1)
-    compaction, plan, kept, model = evict(cache, rng, blocks, 5, 16 * 7)
-    table.add("a", compaction, plan, kept)
+    compacted, plan, kept, model = evict(cache, rng, blocks, 5, 16 * 7)
+    table.add(["a"], compacted, [plan], [kept])
     prompt_pages = [[list(row) for row in rows] for rows in model.pages]
     assert pages_of(table, "a", 16 * 7, model.blocks) == prompt_pages
     decode(table, cache, {"a": model}, blocks)
@@ -342,12 +379,12 @@ def test_layers_that_hold_equally_many_tokens_are_alike(rng, blocks, alike):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table = new_table(cache, 2)
     for req_id in "ab":
-        compaction, plan, kept, _ = evict(cache, rng, blocks, 5, 16 * 7)
+        compacted, plan, kept, _ = evict(cache, rng, blocks, 5, 16 * 7)
         if alike or req_id == "a":
-            compaction.num_pages[:] = compaction.num_pages[0].clone()
+            compacted.num_pages[:] = compacted.num_pages[:, :1].clone()
         else:
-            compaction.num_pages[1, 0] = compaction.num_pages[0, 0] + 1
-        table.add(req_id, compaction, plan, kept)
+            compacted.num_pages[0, 1, 0] = compacted.num_pages[0, 0, 0] + 1
+        table.add([req_id], compacted, [plan], [kept])
     assert table.are_alike(table.slots.of(["a", "b"])) == alike
     assert table.are_alike(table.slots.of(["a"]))
 
@@ -356,21 +393,43 @@ def test_layers_that_hold_equally_many_tokens_are_alike(rng, blocks, alike):
 def test_rows_that_shrink_whenever_a_block_is_full(rng, blocks, num_tokens):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table = new_table(cache, 2)
-    compaction, plan, kept, model = evict(cache, rng, blocks, 5, num_tokens)
-    table.add("a", compaction, plan, kept)
-    num_full = table.num_full_pages("a").tolist()
+    compacted, plan, kept, model = evict(cache, rng, blocks, 5, num_tokens)
+    table.add(["a"], compacted, [plan], [kept])
+    num_full = table.num_full_pages(["a"])[0].tolist()
     for _ in range(50):
         decode(table, cache, {"a": model}, blocks)
         if model.seq_len % 16 == 0:
-            table.shrink("a", model.seq_len)
+            table.shrink(["a"], [model.seq_len])
             model.pages = [[row[:-1] for row in rows] for rows in model.pages]
             model.kv_lens = [[kv_len - 16 for kv_len in row] for row in model.kv_lens]
         assert pages_of(table, "a", model.seq_len, model.blocks) == model.pages
-    assert table.num_full_pages("a").tolist() == num_full
+    assert table.num_full_pages(["a"])[0].tolist() == num_full
     longest = max(len(row) for rows in model.pages for row in rows)
-    pages, num_pages = table.rows("a", model.seq_len, torch.tensor(model.blocks))
-    assert pages.shape == (LAYERS, HEADS, longest)
-    assert num_pages.tolist() == [[len(row) for row in rows] for rows in model.pages]
+    pages, num_pages = table.rows(["a"], [model.seq_len], [torch.tensor(model.blocks)])
+    assert pages.shape == (1, LAYERS, HEADS, longest)
+    assert num_pages[0].tolist() == [[len(row) for row in rows] for rows in model.pages]
+
+
+def test_several_shrink_at_once(rng, blocks):
+    cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
+    table, models = new_table(cache), {}
+    for req_id, num_tokens in (("a", 16 * 7), ("b", 16 * 9 + 5), ("c", 16 * 8)):
+        compacted, plan, kept, models[req_id] = evict(cache, rng, blocks, 5, num_tokens, grows=True)
+        table.add([req_id], compacted, [plan], [kept])
+    num_full = table.num_full_pages(["c", "b"]).tolist()
+    for model in models.values():
+        for _ in range(20):
+            model.generate(cache, blocks)
+    table.shrink(["c", "b"], [models["c"].seq_len, models["b"].seq_len])
+    for req_id, of_layers in zip("cb", num_full, strict=True):
+        model, tail = models[req_id], models[req_id].seq_len % 16
+        for layer, rows in enumerate(model.pages):
+            for head, row in enumerate(rows):
+                rows[head] = row[: of_layers[layer][head]] + row[-1:] * (tail > 0)
+                model.kv_lens[layer][head] = of_layers[layer][head] * 16 + tail
+    check(table, models, 16)
+    for req_id, model in models.items():
+        assert pages_of(table, req_id, model.seq_len, model.blocks) == model.pages
 
 
 @pytest.mark.parametrize("num_tokens", [16 * 7, 16 * 7 + 5])
@@ -378,21 +437,21 @@ def test_rows_that_shrink_whenever_a_block_is_full(rng, blocks, num_tokens):
 def test_rows_that_shrink_behind_every_chunk_keep_the_page_that_is_not_full(rng, blocks, num_tokens, chunk):
     cache = make_pool(LAYERS, HEADS, BLOCKS, 16, 1)
     table = new_table(cache, 1)
-    compaction, plan, kept, model = evict(cache, rng, blocks, 5, num_tokens)
-    table.add("a", compaction, plan, kept)
-    num_full = table.num_full_pages("a").tolist()
+    compacted, plan, kept, model = evict(cache, rng, blocks, 5, num_tokens)
+    table.add(["a"], compacted, [plan], [kept])
+    num_full = table.num_full_pages(["a"])[0].tolist()
     for _ in range(10):
         for _ in range(chunk):
             model.generate(cache, blocks)
         check(table, {"a": model}, 16)
-        table.shrink("a", model.seq_len)
+        table.shrink(["a"], [model.seq_len])
         tail = model.seq_len % 16
         for layer, rows in enumerate(model.pages):
             for head, row in enumerate(rows):
                 rows[head] = row[: num_full[layer][head]] + row[-1:] * (tail > 0)
                 model.kv_lens[layer][head] = num_full[layer][head] * 16 + tail
         assert pages_of(table, "a", model.seq_len, model.blocks) == model.pages
-        assert table.num_full_pages("a").tolist() == num_full
+        assert table.num_full_pages(["a"])[0].tolist() == num_full
 
 
 MODELS = {  # layers, KV heads of a worker, bytes of its KV cache

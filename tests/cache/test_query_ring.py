@@ -36,30 +36,33 @@ def test_last_queries_of_requests_in_changing_batches():
                 for index in range(query_len)
             ]
             ring.write(layer, torch.stack(queries), where)
-    for req_id in "ab":
-        for layer in range(LAYERS):
-            for count in (0, 1, DEPTH):
-                last = ring.last(layer, req_id, seq_lens[req_id], count)
-                expected = [query_of(layer, req_id, seq_lens[req_id] - count + index) for index in range(count)]
-                assert torch.equal(last, torch.stack(expected) if expected else last[:0])
     slots, num_tokens = torch.tensor([ring.slots["b"], ring.slots["a"]]), torch.tensor([seq_lens["b"], seq_lens["a"]])
     for count in (1, DEPTH):
-        of_both = ring.last_of(1, slots, num_tokens, count)
-        for row, req_id in enumerate("ba"):
-            assert torch.equal(of_both[row], ring.last(1, req_id, seq_lens[req_id], count))
+        expected = torch.stack(
+            [
+                torch.stack([query_of(layer, req_id, seq_lens[req_id] - count + index) for index in range(count)])
+                for layer in range(LAYERS)
+                for req_id in "ba"
+            ]
+        ).unflatten(0, (LAYERS, 2))
+        assert torch.equal(ring.last_of(slice(None), slots, num_tokens, count), expected)
+        assert torch.equal(ring.last_of(1, slots, num_tokens, count), expected[1])
     assert len(ring.last_of(1, slots, num_tokens, 0)[0]) == 0
     assert ring.num_bytes == LAYERS * 4 * DEPTH * HEADS * HEAD_SIZE * 4
 
 
-def test_a_ring_that_begins_in_the_middle():
+def test_rings_that_begin_in_the_middle():
     ring = QueryRing(torch.zeros(LAYERS, 4, DEPTH, HEADS, HEAD_SIZE))
-    ring.slots.take("a")
-    last = torch.stack([query_of(0, "a", position) for position in range(12, 18)])
-    ring.seed(0, "a", last, 18)
-    assert torch.equal(ring.last(0, "a", 18, 6), last)
-    where = ring.to_write(["a"], np.array([0, 1]), torch.tensor([19]))
-    ring.write(0, query_of(0, "a", 18)[None], where)
-    assert torch.equal(ring.last(0, "a", 19, 7), torch.cat([last, query_of(0, "a", 18)[None]]))
+    for req_id in "ba":
+        ring.slots.take(req_id)
+    expected = {"a": range(12, 18), "b": range(9, 12)}
+    seeds = [query_of(0, req_id, position) for req_id in "ab" for position in expected[req_id]]
+    ring.write(0, torch.stack(seeds), ring.to_seed(["a", "b"], [18, 12], [6, 3]))
+    ring.write(0, query_of(0, "a", 18)[None], ring.to_write(["a"], np.array([0, 1]), torch.tensor([19])))
+    for req_id, num_tokens, count in (("a", 19, 7), ("b", 12, 3)):
+        slot = torch.tensor([ring.slots[req_id]])
+        last = ring.last_of(0, slot, torch.tensor([num_tokens]), count)[0]
+        assert torch.equal(last, torch.stack([query_of(0, req_id, num_tokens - count + i) for i in range(count)]))
 
 
 def test_nothing_is_kept_for_requests_without_a_slot():

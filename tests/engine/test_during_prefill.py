@@ -17,6 +17,7 @@ from tests.engine.dense import DenseModel
 from tests.engine.dense_decode import BLOCK, Budget, check_kept, h2o, run_and_watch, streaming_llm, tova
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
+from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.policies import POLICIES, EvictionPolicy, ScoreInputs
 
 BUDGET, CHUNK = 128, 100
@@ -125,3 +126,22 @@ def test_a_first_eviction_behind_a_hit_sees_a_whole_window(running: Engine, monk
         with running.in_chunks(chunk):
             running.tokens([prompt], max_tokens=4, extra_args={"kv_eviction": "counting", "kv_budget": 160})
         assert len(_Counting.seen) > 10 and set(_Counting.seen) == {2 * BLOCK}
+
+
+def test_chunks_that_fail_together_are_scored_alone(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody is answered in another way, since who failed is nobody."""
+    monkeypatch.setattr(running.scheduler.scheduler_config, "long_prefill_token_threshold", CHUNK // 2)
+    prompts = [random_prompt(320 + index, seed=index) for index in range(3)]
+    options = {"skip_reading_prefix_cache": True, "extra_args": ON}
+    expected = running.tokens(prompts, **options)
+    score_layers, broken_up = ResidentEvictions.score_layers, []
+
+    def fail(evictions: ResidentEvictions, layers: range, *rest: Any) -> None:
+        if len(evictions.num_tokens) > 1 and layers.start > 0:
+            broken_up.append(evictions)
+            raise ZeroDivisionError("a bug in what scores several")
+        score_layers(evictions, layers, *rest)
+
+    monkeypatch.setattr(ResidentEvictions, "score_layers", fail)
+    assert running.tokens(prompts, **options) == expected
+    assert broken_up

@@ -1,9 +1,12 @@
-"""A step that evicts nothing never waits for the device: its inputs are on one that cannot be waited for."""
+"""A step that evicts nothing never waits for the device: its inputs are on one that cannot be waited for.
+
+One that evicts waits at most once, and launches as much for many requests as for few.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,11 @@ import pytest
 import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
 
+from tests.engine.counted_device import CountedDevice, Work
 from tests.engine.fake_device import FakeDevice, WaitError
 from tests.engine.harness import Engine, async_on_cpu, engine
 from tests.tiny_llama import random_prompt
+from vllm_kvevict.engine.messages import StepEvictions
 from vllm_kvevict.engine.worker.backends.base import EvictionMetadata, EvictionMetadataBuilder
 from vllm_kvevict.engine.worker.backends.cpu import EvictionCPUImpl, EvictionCPUMetadataBuilder
 
@@ -90,9 +95,13 @@ def last_batch(running: Engine, kinds: list[str], chunk: int | None = None) -> I
                     running.step()
         yield batches[-1]
     finally:
-        running.llm.llm_engine.abort_request(list(running.scheduler.requests), internal=True)
-        running.run()
-        running.check_all_free()
+        abort(running)
+
+
+def abort(running: Engine) -> None:
+    running.llm.llm_engine.abort_request(list(running.scheduler.requests), internal=True)
+    running.run()
+    running.check_all_free()
 
 
 def serve(
@@ -185,3 +194,67 @@ def test_waiting_is_noticed(wait: Any) -> None:
         with pytest.raises((WaitError, RuntimeError, TypeError, AttributeError)) as caught:
             wait(tensor)
     assert not isinstance(caught.value, AttributeError) or "fake" in str(caught.value).lower()
+
+
+def prompts_end(decisions: StepEvictions) -> int:
+    return sum(not end.is_late for end in decisions.ending.values())
+
+
+def answers_fill_the_budget(decisions: StepEvictions) -> int:
+    return sum(end.is_late for end in decisions.ending.values())
+
+
+BY_BLOCK, BY_TOKEN = {"kv_evict_during_decode": True}, {"kv_evict_during_decode": True, "kv_evict_interval": 1}
+LAVA = {"kv_budget_allocator": "lava"}
+# how many requests a step evicts, tokens of their prompts, how they are evicted, and how often that waits
+EVICTING: dict[str, tuple[Callable[[StepEvictions], int], int, dict[str, Any], int]] = {
+    "prompts": (prompts_end, LONG, {}, 0),
+    "prompts, by what is scored": (prompts_end, LONG, LAVA, 1),
+    "answers by block": (lambda decisions: len(decisions.shrinking), 318, BY_BLOCK | LAVA, 0),
+    "answers by block, summed": (lambda decisions: len(decisions.shrinking), 318, BY_BLOCK | {"kv_eviction": "h2o"}, 0),
+    "chunks": (lambda decisions: len(decisions.chunks), LONG, {"kv_evict_during_prefill": True}, 0),
+    "late answers": (answers_fill_the_budget, 94, BY_BLOCK | LAVA, 1),
+    "answers before their first": (lambda decisions: len(decisions.growing), 63, BY_BLOCK, 0),
+    "token by token": (prompts_end, LONG, BY_TOKEN | {"kv_eviction": "tova"}, 0),
+}
+
+
+@pytest.mark.parametrize(("count", "length", "options", "num_waits"), EVICTING.values(), ids=EVICTING)
+def test_a_step_that_evicts_waits_once_and_launches_as_much_for_five_as_for_two(
+    running: Engine, count: Callable[[StepEvictions], int], length: int, options: dict[str, Any], num_waits: int
+) -> None:
+    two, five = (evicting(running, count, length, options, num_reqs) for num_reqs in (2, 5))
+    assert two.waits == five.waits == ["to_host"] * num_waits
+    assert two.launches == five.launches
+
+
+def evicting(
+    running: Engine, count: Callable[[StepEvictions], int], length: int, options: dict[str, Any], num_reqs: int
+) -> Work:
+    """Return the work of the first step that evicts as many requests."""
+    found: list[Work] = []
+
+    def stepped(work: Work) -> None:
+        if count(running.bridge.step.decisions) == num_reqs:
+            found.append(work)
+
+    scheduling = running.scheduler.scheduler_config
+    with pytest.MonkeyPatch.context() as patch, CountedDevice().serving(running.bridge, stepped):
+        patch.setattr(scheduling, "long_prefill_token_threshold", 100 if "kv_evict_during_prefill" in options else 0)
+        for seed in range(num_reqs):
+            running.add(random_prompt(length, seed), extra_args=options, max_tokens=40, ignore_eos=True)
+        while not found:
+            running.step()
+        abort(running)
+    return found[0]
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
+def test_waiting_is_counted(wait: Any) -> None:
+    device = CountedDevice()
+    with torch.inference_mode(), device.at_work():
+        tensor = device.of(torch.arange(3))
+        tensor[:2].add_(1)
+        assert not device.work.waits
+        wait(tensor)
+    assert device.work.waits

@@ -42,9 +42,15 @@ class Answers:
     query: torch.Tensor
 
     def evict(self, policy_name: str, per_token: bool, reqs: list[int]) -> ResidentEvictions:
+        eviction = self.begin(policy_name, per_token, reqs)
+        self.score(eviction, reqs, range(LAYERS))
+        eviction.compact()
+        return eviction
+
+    def begin(self, policy_name: str, per_token: bool, reqs: list[int]) -> ResidentEvictions:
         policy = POLICIES.get(policy_name)()
         method = Method(policy, Uniform(), policy.num_sink, policy.num_recent)
-        eviction = ResidentEvictions(
+        return ResidentEvictions(
             method,
             [self.num_tokens[req] for req in reqs],
             [self.num_new[req] for req in reqs],
@@ -55,12 +61,13 @@ class Answers:
             self.num_full_pages[reqs],
             per_token,
         )
-        num_new = min(eviction.num_new) if Need.ALL_QUERIES in policy.needs else 0
-        chunk = self.query[reqs][:, :, self.query.shape[2] - num_new :]
-        scales = [LayerWeights(), LayerWeights(), LayerWeights(key_scale=0.5)]  # as an fp8 cache may have them
-        eviction.score_layers(range(LAYERS), self.query[reqs], chunk, [SCALE] * LAYERS, scales)
-        eviction.compact()
-        return eviction
+
+    def score(self, eviction: ResidentEvictions, reqs: list[int], layers: range) -> None:
+        num_new = min(eviction.num_new) if Need.ALL_QUERIES in eviction.method.policy.needs else 0
+        query = self.query[reqs][:, layers]
+        chunk = query[:, :, query.shape[2] - num_new :]
+        weights = [LayerWeights(), LayerWeights(), LayerWeights(key_scale=0.5)]  # as an fp8 cache may have them
+        eviction.score_layers(layers, query, chunk, [SCALE] * len(layers), weights[layers.start : layers.stop])
 
 
 def answers(num_reqs: int, seed: int, packing: str, layout: str, ragged: bool = True, same_new: bool = True) -> Answers:
@@ -168,6 +175,21 @@ def test_sums_grow_by_what_the_new_queries_pay_and_are_those_of_the_tokens(monke
     sums = requests.residents.sums[eviction._slots].masked_fill(~is_held, 0).sum(dim=3)
     earlier = before[eviction._slots].masked_fill(~is_earlier, 0).sum(dim=3)
     torch.testing.assert_close(sums, earlier + num_new, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "h2o", "random"])
+def test_who_goes_on_alone_keeps_what_was_scored(policy):
+    together, parted = (answers(3, 5, "interleaved", "LBHNC") for _ in range(2))
+    together.evict(policy, False, [0, 1, 2])
+    eviction = parted.begin(policy, False, [0, 1, 2])
+    parted.score(eviction, [0, 1, 2], range(1))
+    for req in range(3):
+        alone = eviction.alone(req)
+        parted.score(alone, [req], range(1, LAYERS))
+        alone.compact()
+    assert parted.cache.pool.pages.view(torch.int32).equal(together.cache.pool.pages.view(torch.int32))
+    assert parted.residents.positions.equal(together.residents.positions)
+    assert parted.residents.sums.equal(together.residents.sums)
 
 
 @pytest.mark.parametrize("policy", [name for name in POLICY_NAMES if name not in WITHOUT_BATCHES])

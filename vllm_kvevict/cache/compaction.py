@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,19 @@ import torch
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.cache.staging import to_device
+
+
+class KeptPages(NamedTuple):
+    """Where the kept tokens of several requests are once they have moved.
+
+    page_table: [num_reqs, num_layers, num_kv_heads, max_pages] int64; full pages, then the tail page, then 0
+    num_pages:  [num_reqs, num_layers, num_kv_heads] int64, pages of the row in use, the tail page included
+    widths:     per request, pages of its longest row
+    """
+
+    page_table: torch.Tensor
+    num_pages: torch.Tensor
+    widths: list[int]
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,10 @@ class Compaction:
     num_pages: torch.Tensor
     kv_lens: torch.Tensor
 
+    @property
+    def pages(self) -> KeptPages:
+        return KeptPages(self.page_table[None], self.num_pages[None], [self.page_table.shape[2]])
+
 
 @dataclass(frozen=True)
 class Compactions:
@@ -46,6 +64,10 @@ class Compactions:
     num_pages: torch.Tensor
     kv_lens: torch.Tensor
     widths: list[int]
+
+    @property
+    def pages(self) -> KeptPages:
+        return KeptPages(self.page_table, self.num_pages, self.widths)
 
     def of(self, req: int, phases: list[tuple[torch.Tensor, torch.Tensor]]) -> Compaction:
         """Return that of one request, to whom these moves belong."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from vllm_kvevict.cache.compaction import Compaction
+from vllm_kvevict.cache.compaction import KeptPages
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.request_slots import RequestSlots
+from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.kernels.expand_page_table import NEVER, BatchRows, LayerPages, PageLists, expand_page_table
 
 _WIDTH_INCREMENT = 16  # columns of a page table: Triton then compiles attention for one kind of stride
@@ -130,76 +132,113 @@ class PageTable:
         """Bytes of the arena."""
         return self._lists.arena.nbytes
 
-    def add(self, req_id: str, compaction: Compaction, plan: EvictionPlan, block_ids: torch.Tensor) -> None:
-        """Give ``req_id`` a slot that holds its compacted cache.
+    def add(
+        self,
+        req_ids: Sequence[str],
+        pages: KeptPages,
+        plans: Sequence[EvictionPlan],
+        block_ids: Sequence[torch.Tensor],
+    ) -> None:
+        """Give each of ``req_ids`` a slot that holds its compacted cache, in launches that do not depend on how many
+        they are.
 
-        block_ids: [plan.num_full_blocks] int64, the blocks of which the pages are
+        pages, plans: of these requests, alike in ``per_token``
+        block_ids:    of each [plan.num_full_blocks] int64, the blocks of which its pages are
 
-        Raises ValueError if it has one, or none is left.
+        Raises ValueError if one has a slot, or none is left.
         """
-        slot = self.slots.take(req_id)
-        counts = compaction.num_pages - int(plan.num_tail_tokens > 0)
-        lists, num_lists = compaction.page_table.flatten(0, 1), counts.numel()
-        starts = counts.flatten().cumsum(0) - counts.flatten()
-        column = torch.arange(lists.shape[1], device=lists.device)
-        num_entries = plan.num_full_blocks * num_lists
+        lists, device = pages.page_table.flatten(1, 2), pages.page_table.device
+        num_lists = lists.shape[1]
+        slots = np.array([self.slots.take(req_id) for req_id in req_ids])
+        num_blocks = np.array([plan.num_full_blocks for plan in plans])
+        has_tail = np.array([plan.num_tail_tokens > 0 for plan in plans])
+        first_block = num_blocks.cumsum() - num_blocks
+        slot, tail, first_entry = to_device(np.stack([slots, has_tail, first_block * num_lists]), device).unbind(0)
+        counts = pages.num_pages.flatten(1) - tail[:, None]
+        starts = counts.cumsum(1) - counts
+        column = torch.arange(lists.shape[2], device=device)
         # pages of the tail, and zeros behind a list, go to an entry that is not used
-        place = torch.where(column < counts.flatten()[:, None], starts[:, None] + column, num_entries)
+        num_entries = int(num_blocks.sum()) * num_lists
+        place = (first_entry[:, None] + starts)[..., None] + column
+        place = torch.where(column < counts[..., None], place, num_entries)
         entries = lists.new_zeros(num_entries + 1, dtype=torch.int32)
         entries.scatter_(0, place.flatten(), lists.flatten().to(torch.int32))
-        self._lists.arena.view(-1, num_lists)[block_ids] = entries[:-1].view(-1, num_lists)
-        self._lists.block_ids[slot, : len(block_ids)] = block_ids.to(torch.int32)
-        self._lists.starts[slot] = starts.view(counts.shape).to(torch.int32)
-        self._lists.counts[slot] = counts.to(torch.int32)
-        self._most_pages[slot] = lists.shape[1] - int(plan.num_tail_tokens > 0)
-        self._set_own_from(slot, plan.num_tokens, plan.per_token)
+        ids = torch.cat(list(block_ids))
+        self._lists.arena.view(-1, num_lists)[ids] = entries[:-1].view(-1, num_lists)
+        of_block = np.stack([slots.repeat(num_blocks), np.arange(len(ids)) - first_block.repeat(num_blocks)])
+        owner, number = to_device(of_block, device).unbind(0)
+        self._lists.block_ids[owner, number] = ids.to(torch.int32)
+        shape = pages.num_pages.shape
+        self._lists.starts[slot] = starts.view(shape).to(torch.int32)
+        self._lists.counts[slot] = counts.view(shape).to(torch.int32)
+        self._most_pages[slots] = np.array(pages.widths) - has_tail
+        self._set_own_from(slots, [plan.num_tokens for plan in plans], plans[0].per_token)
 
-    def _set_own_from(self, slot: int, num_tokens: int, per_token: bool) -> None:
-        """Say which tokens of a slot its own blocks hold: those of the last full block on, or none."""
-        own_from = NEVER if per_token else num_tokens // self._pool.block_size * self._pool.block_size
-        self._own_from[slot] = own_from
-        self._lists.own_from[slot].fill_(own_from)
+    def _set_own_from(self, slots: np.ndarray, num_tokens: Sequence[int], per_token: bool) -> None:
+        """Say which tokens of slots their own blocks hold: those of the last full block on, or none."""
+        block_size = self._pool.block_size
+        own_from = np.full(len(slots), NEVER) if per_token else np.array(num_tokens) // block_size * block_size
+        self._own_from[slots] = own_from
+        place, value = to_device(np.stack([slots, own_from]), self._lists.own_from.device).unbind(0)
+        self._lists.own_from[place] = value.to(torch.int32)
         self.generation += 1
 
     def remove(self, req_id: str) -> None:
         """Drop the row of a request that ended or was preempted; nothing happens if it has none."""
         self.generation += self.slots.give_back(req_id)
 
-    def shrink(self, req_id: str, num_tokens: int, per_token: bool = False) -> None:
+    def shrink(self, req_ids: Sequence[str], num_tokens: Sequence[int], per_token: bool = False) -> None:
         """Drop the pages of every row but those in its list, and the last one if it is not full.
 
-        Those in between have been filled since then, and were emptied after ``num_tokens`` tokens.
+        Those in between have been filled since then, and were emptied after ``num_tokens`` tokens of each request.
 
         per_token: as in ``EvictionPlan``
         """
-        self._set_own_from(self.slots[req_id], num_tokens, per_token)
+        self._set_own_from(self._slots_of(req_ids), num_tokens, per_token)
 
-    def num_full_pages(self, req_id: str) -> torch.Tensor:
-        """Return [num_layers, num_kv_heads] int64, the pages of a request that its evictions have filled."""
-        return self._lists.counts[self.slots[req_id]].to(torch.int64)
+    def _slots_of(self, req_ids: Sequence[str]) -> np.ndarray:
+        return np.array([self.slots[req_id] for req_id in req_ids])
+
+    def num_full_pages(self, req_ids: Sequence[str]) -> torch.Tensor:
+        """Return [num_reqs, num_layers, num_kv_heads] int64, the pages of requests that their evictions have filled."""
+        counts = self._lists.counts
+        return counts[to_device(self._slots_of(req_ids), counts.device)].to(torch.int64)
 
     def replaces(self, req_id: str) -> bool:
         """Whether each new token of a request takes the slot of another one, so that its rows never grow."""
         return bool(self._own_from[self.slots[req_id]] == NEVER)
 
-    def rows(self, req_id: str, num_tokens: int, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the page ids [num_layers, num_kv_heads, max_pages] int64 of a request of this many tokens, 0 behind
-        the last one, and how many of them are in use [num_layers, num_kv_heads] int64.
+    def rows(
+        self, req_ids: Sequence[str], num_tokens: Sequence[int], block_ids: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the page ids [num_reqs, num_layers, num_kv_heads, max_pages] int64 of requests of so many tokens,
+        0 behind the last one, and how many of them are in use [num_reqs, num_layers, num_kv_heads] int64.
 
-        block_ids: [num_blocks] int64, its block table
+        block_ids: of each [num_blocks] int64, its block table
+
+        The number of launches does not depend on that of the requests, and nothing waits for the device.
         """
-        slot = self.slots[req_id]
-        first = int(self._own_from[slot]) // self._pool.block_size
-        own_ids = block_ids[first : cdiv(num_tokens, self._pool.block_size)]
-        kept = self._kept(slot, self._lists.starts[slot], int(self._most_pages[slot]))
-        counts = self._lists.counts[slot].to(torch.int64)
-        pages = torch.nn.functional.pad(kept, (0, len(own_ids)))
-        column = torch.arange(pages.shape[2], device=pages.device)
-        pages *= column < counts[..., None]
-        if len(own_ids):
-            place = counts[..., None] + torch.arange(len(own_ids), device=pages.device)
-            pages.scatter_(2, place, self._pool.page_ids(own_ids))
-        return pages, counts + len(own_ids)
+        slots, block_size = self._slots_of(req_ids), self._pool.block_size
+        ends = -(-np.array(num_tokens) // block_size)
+        first = np.minimum(self._own_from[slots] // block_size, ends)
+        num_own, most_pages = ends - first, self._most_pages[slots]
+        most, width = int(most_pages.max()), int((most_pages + num_own).max())
+        lens = np.array([len(ids) for ids in block_ids])
+        number = np.arange(num_own.max())
+        # of the block tables in a row; behind the last block of a request, any
+        own = np.minimum((lens.cumsum() - lens + first)[:, None] + number, lens.sum() - 1)
+        facts = np.concatenate([slots[:, None], num_own[:, None], own], axis=1)
+        slot, count, own_on_device = to_device(facts, self._lists.counts.device).split([1, 1, len(number)], dim=1)
+        counts = self._lists.counts[slot[:, 0]].to(torch.int64)
+        kept = self._kept(slot[..., None, None], self._lists.starts[slot[:, 0]], most)
+        kept *= torch.arange(most, device=kept.device) < counts[..., None]
+        # pages of no block of a request go to a column that is not used
+        pages = torch.nn.functional.pad(kept, (0, width + 1 - most))
+        column = torch.arange(len(number), device=kept.device)
+        place = torch.where(column < count[..., None, None], counts[..., None] + column, width)
+        of_own = self._pool.page_ids(torch.cat(list(block_ids))[own_on_device])
+        pages.scatter_(3, place, of_own.permute(2, 0, 1, 3))
+        return pages[..., :width], counts + count[..., None]
 
     def layer_rows(self, layer: int, slots: torch.Tensor, max_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the page lists [num_reqs, num_kv_heads, max_pages] int64 of one layer, 0 behind the last page, and how

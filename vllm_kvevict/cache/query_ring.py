@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -67,8 +68,23 @@ class QueryRing:
         """Remember those queries of one layer's [num_tokens, num_heads, head_size] that ``where`` names."""
         self._queries[layer, where.slots, where.places] = queries[where.tokens]
 
-    def last_of(self, layer: int, slots: torch.Tensor, num_tokens: torch.Tensor, num_queries: int) -> torch.Tensor:
-        """Return [num_reqs, num_queries, num_heads, head_size], the last queries of several requests in one layer.
+    def to_seed(self, req_ids: Sequence[str], num_tokens: Sequence[int], num_queries: Sequence[int]) -> RingWrite:
+        """Return how the last ``num_queries`` of each request's ``num_tokens`` tokens are remembered, where all of
+        them stand in a row: for requests whose queries are asked for from now on.
+        """
+        positions = [np.arange(end - count, end) for end, count in zip(num_tokens, num_queries, strict=True)]
+        slots = np.array([self.slots[req_id] for req_id in req_ids]).repeat(num_queries)
+        places = np.concatenate(positions) % self.depth
+        tokens, slots_on_device, places_on_device = to_device(
+            np.stack([np.arange(len(places)), slots, places]), self._queries.device
+        ).unbind(0)
+        return RingWrite(tokens, tokens, slots_on_device, places_on_device)
+
+    def last_of(
+        self, layers: int | slice, slots: torch.Tensor, num_tokens: torch.Tensor, num_queries: int
+    ) -> torch.Tensor:
+        """Return [num_reqs, num_queries, num_heads, head_size], the last queries of several requests in one layer; in
+        several layers [num_layers, num_reqs, ...].
 
         slots:       [num_reqs] int64
         num_tokens:  [num_reqs] int64, tokens of each request, the last one being that of its newest query
@@ -77,17 +93,4 @@ class QueryRing:
         if num_queries == 0:
             return torch.empty(len(slots), 0, 0, 0)
         positions = num_tokens[:, None] + torch.arange(-num_queries, 0, device=slots.device)
-        return self._queries[layer, slots[:, None], positions % self.depth]
-
-    def seed(self, layer: int, req_id: str, queries: torch.Tensor, num_tokens: int) -> None:
-        """Remember the queries [num_queries, num_heads, head_size] of the last of a request's ``num_tokens`` tokens."""
-        positions = torch.arange(num_tokens - len(queries), num_tokens, device=queries.device)
-        self._queries[layer, self.slots[req_id], positions % self.depth] = queries
-
-    def last(self, layer: int, req_id: str, num_tokens: int, num_queries: int) -> torch.Tensor:
-        """Return [num_queries, num_heads, head_size], the last queries of a request of ``num_tokens`` tokens.
-
-        num_queries: at most the depth
-        """
-        positions = torch.arange(num_tokens - num_queries, num_tokens, device=self._queries.device)
-        return self._queries[layer, self.slots[req_id], positions % self.depth]
+        return self._queries[layers, slots[:, None], positions % self.depth]

@@ -70,17 +70,17 @@ class TokenEvictor:
     def block_size(self) -> int:
         return self._pool.block_size
 
-    def open_holes(self, req_id: str, victims: torch.Tensor) -> None:
-        """The first eviction of a request is done, and its residents are noted.
+    def open_holes(self, req_ids: list[str], victims: torch.Tensor) -> None:
+        """The first evictions of some requests are done, and their residents are noted.
 
-        victims: [num_layers, num_kv_heads] int64, positions of the tokens that go first
+        victims: [num_reqs, num_layers, num_kv_heads] int64, positions of the tokens that go first
         """
-        slot = self._staged([self._page_table.slots[req_id]])
-        max_pages = self._page_table.most_pages([req_id])
+        slots = self._staged([self._page_table.slots[req_id] for req_id in req_ids])
+        max_pages = self._page_table.most_pages(req_ids)
         for layer in range(self._pool.num_layers):
-            pages, positions = self._held(layer, slot, max_pages)
-            is_victim = positions[0] == victims[layer][:, None]
-            self._holes[layer, slot] = self._slots_of(pages, is_victim.int().argmax(dim=1)[None, :, None])
+            pages, positions = self._held(layer, slots, max_pages)
+            is_victim = positions == victims[:, layer, :, None]
+            self._holes[layer, slots] = self._slots_of(pages, is_victim.int().argmax(dim=2, keepdim=True))
 
     def peers(self, method: Method, req_ids: list[str]) -> Peers:
         """Return what does not change from step to step of these requests."""

@@ -22,7 +22,7 @@ from weakref import ProxyType, proxy
 import numpy as np
 import torch
 
-from vllm_kvevict.cache.compaction import Compaction, Compactions, plan_compactions
+from vllm_kvevict.cache.compaction import Compaction, Compactions, KeptPages, plan_compactions
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.cache.residents import Residents
@@ -258,6 +258,11 @@ class Evictions:
         self._took(start)
         if is_observed():
             self._show(kept)
+
+    @property
+    def pages(self) -> KeptPages:
+        """What the members keep, once ``choose`` was called."""
+        return self._compactions.pages
 
     def _fresh_pages(self) -> torch.Tensor | None:
         fresh = [eviction.fresh_block_ids for eviction in self.members if eviction.fresh_block_ids is not None]

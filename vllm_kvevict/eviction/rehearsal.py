@@ -90,7 +90,7 @@ class Rehearsal:
     def _read(self, eviction: Eviction) -> None:
         """As attention does in a step that follows."""
         table = PageTable.of(self._pool, 1, self._plan.num_tokens)
-        table.add("", eviction.finish(), self._plan, eviction.full_block_ids)
+        table.add([""], eviction.finish().pages, [self._plan], [eviction.full_block_ids])
         row = torch.zeros(1, dtype=torch.int32, device=self._block_ids.device)
         rows = BatchRows(row, row, row + self._plan.num_tokens, self._block_ids[None].to(torch.int32))
         table.expand([(rows, self._plan.num_tokens)])

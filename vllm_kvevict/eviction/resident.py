@@ -91,9 +91,9 @@ class ResidentEvictions:
         self.seconds += perf_counter() - start
 
     def alone(self, req: int) -> ResidentEvictions:
-        """Return the eviction of one of the requests as if it were the only one, not scored yet."""
+        """Return the eviction of one of the requests, which goes on alone with what has been scored of it so far."""
         only = slice(req, req + 1)
-        return ResidentEvictions(
+        alone = ResidentEvictions(
             self.method,
             self.num_tokens[only],
             self.num_new[only],
@@ -104,6 +104,9 @@ class ResidentEvictions:
             self.num_full_pages[only],
             self.per_token,
         )
+        alone._scores, alone._sums = self._scores[only], None if self._sums is None else self._sums[only]
+        alone._scored = {(0, layer) for scored, layer in self._scored if scored == req}
+        return alone
 
     @property
     def _num_kept(self) -> torch.Tensor:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
-from torch.nn.functional import pad
 
 from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.query_ring import QueryRing
 from vllm_kvevict.cache.residents import Residents
+from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.engine.worker.step import Step
-from vllm_kvevict.engine.worker.watched import WatchedRequest
+from vllm_kvevict.engine.worker.watched import BatchRow, LastRows, WatchedRequest
 from vllm_kvevict.eviction.grouping import scored_again_together
 from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.policies.base import Need
@@ -31,15 +32,24 @@ class Answers:
         self._pool, self._page_table, self._residents, self._ring = pool, page_table, residents, ring
         self._failures = failures
 
-    def new_queries(self, request: WatchedRequest, num_tokens: int) -> list[torch.Tensor]:
-        """Return per layer [num_new, num_heads, head_size], the queries since the last full block; none if no policy
-        asks.
+    def new_queries(
+        self, requests: Sequence[WatchedRequest], num_tokens: Sequence[int]
+    ) -> tuple[torch.Tensor, list[BatchRow]]:
+        """Return [num_layers, *, num_heads, head_size], queries since the last full blocks, and which are whose; none
+        of those whose policy does not ask.
         """
-        layers = range(self._pool.num_layers)
-        if request.req_id not in self._ring.slots:
-            return [request.queries.last(layer)[:0] for layer in layers]
-        num_new = num_tokens - request.num_tokens
-        return [self._ring.last(layer, request.req_id, num_tokens, num_new) for layer in layers]
+        slots = np.array([self._ring.slots.get(request.req_id) for request in requests])
+        seen = np.array([request.num_tokens for request in requests])
+        num_new = np.where(slots >= 0, np.array(num_tokens) - seen, 0)
+        most, ends = int(num_new.max()), num_new.max() * np.arange(1, len(requests) + 1)
+        if most == 0:
+            like = requests[0].queries.last(0)
+            queries = like.new_empty(self._pool.num_layers, 0, *like.shape[1:])
+        else:
+            facts = to_device(np.stack([slots, np.array(num_tokens)]), self._pool.pages.device)
+            queries = self._ring.last_of(slice(None), facts[0], facts[1], most).flatten(1, 2)
+        bounds = zip(requests, (ends - num_new).tolist(), ends.tolist(), strict=True)
+        return queries, [BatchRow(request, start, end) for request, start, end in bounds]
 
     def score(self, step: Step, watched: Mapping[str, WatchedRequest], weights: ModelWeights) -> None:
         """Score all that the due requests hold, the blocks that their answers have filled included."""
@@ -54,9 +64,8 @@ class Answers:
     def _score_group(self, requests: list[WatchedRequest], step: Step, weights: ModelWeights) -> None:
         req_ids, layers = [request.req_id for request in requests], range(self._pool.num_layers)
         num_tokens = [step.decisions.shrinking[req_id] for req_id in req_ids]
-        queries = [self._queries(request, count) for request, count in zip(requests, num_tokens, strict=True)]
-        last, chunk = (torch.stack(parts) for parts in zip(*queries, strict=True))
-        evictions = self._evictions(requests, num_tokens, step)
+        last, chunk = self._queries(requests, num_tokens)
+        evictions = self.evictions(requests, num_tokens, step)
         scales = [weights.scale(layer) for layer in layers]
         of_layers = [weights.of(layer, requests[0].needs) for layer in layers]
         are_well = len(req_ids) > 1 and not any(req_id in self._failures for req_id in req_ids)
@@ -68,27 +77,32 @@ class Answers:
             self._failures.ask(req_id, _DOING, alone.score_layers, layers, last[only], chunk[only], scales, of_layers)
             step.answers.append(([req_id], alone))
 
-    def _queries(self, request: WatchedRequest, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the last queries of an answer [num_layers, num_queries, num_heads, head_size], and all new ones, none
-        if its policy does not observe them.
+    def _queries(self, requests: list[WatchedRequest], num_tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the last queries of answers [num_reqs, num_layers, num_queries, num_heads, head_size], and all new
+        ones, none if their policy does not observe them.
         """
-        chunks = self.new_queries(request, num_tokens)
-        last = torch.stack([request.queries.extend(layer, chunk) for layer, chunk in enumerate(chunks)])
-        return last, torch.stack(chunks) if Need.ALL_QUERIES in request.needs else last[:, :0]
+        queries, rows = self.new_queries(requests, num_tokens)
+        layers, num_reqs = range(self._pool.num_layers), len(requests)
+        chunks = [queries[:, row.start : row.end] for row in rows]
+        together = LastRows.extend([request.queries for request in requests], layers, chunks)
+        shape = len(layers), num_reqs, len(together) // (len(layers) * num_reqs)
+        last = together.view(*shape, *together.shape[1:]).transpose(0, 1)
+        if Need.ALL_QUERIES not in requests[0].needs:
+            return last, last[:, :, :0]
+        return last, queries.unflatten(1, (num_reqs, -1)).transpose(0, 1)  # all have as many new ones
 
-    def _evictions(self, requests: list[WatchedRequest], num_tokens: list[int], step: Step) -> ResidentEvictions:
-        rows = [
-            self._page_table.rows(request.req_id, count, step.block_ids[request.req_id])
-            for request, count in zip(requests, num_tokens, strict=True)
-        ]
-        width = max(pages.shape[2] for pages, _ in rows)
+    def evictions(
+        self, requests: list[WatchedRequest], num_tokens: list[int], step: Step, per_token: bool = False
+    ) -> ResidentEvictions:
+        """Return the evictions of requests of ``num_tokens`` tokens, behind this step; per_token: as there."""
+        req_ids = [request.req_id for request in requests]
         return ResidentEvictions(
             requests[0].method,
             num_tokens,
             [count - request.num_tokens for request, count in zip(requests, num_tokens, strict=True)],
             self._pool,
             self._residents,
-            torch.stack([pad(pages, (0, width - pages.shape[2])) for pages, _ in rows]),
-            torch.stack([num_pages for _, num_pages in rows]),
-            torch.stack([self._page_table.num_full_pages(request.req_id) for request in requests]),
+            *self._page_table.rows(req_ids, num_tokens, [step.block_ids[req_id] for req_id in req_ids]),
+            self._page_table.num_full_pages(req_ids),
+            per_token,
         )

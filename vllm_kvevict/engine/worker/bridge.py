@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.engine.messages import STEP, EvictionReport, PrefillEnd, StepEvictions
+from vllm_kvevict.engine.messages import STEP, EvictionReport, StepEvictions
 from vllm_kvevict.engine.worker.agreement import Workers
 from vllm_kvevict.engine.worker.answers import Answers
 from vllm_kvevict.engine.worker.auto_budgets import AutoBudgets
@@ -27,10 +28,19 @@ from vllm_kvevict.engine.worker.replacing import Replacing
 from vllm_kvevict.engine.worker.rows import BatchFolder, StepRows, longest_lens
 from vllm_kvevict.engine.worker.side_memory import Held
 from vllm_kvevict.engine.worker.step import Step, none, num_tokens_after
-from vllm_kvevict.engine.worker.watched import ChunkRow, LayerPass, PrefillGroup, PrefillRow, WatchedRequest
+from vllm_kvevict.engine.worker.watched import (
+    BatchRow,
+    ChunkGroup,
+    LayerPass,
+    PrefillGroup,
+    PrefillRow,
+    WatchedRequest,
+    keep_last,
+)
+from vllm_kvevict.eviction.grouping import scored_again_together
 from vllm_kvevict.eviction.per_token import TokenEvictor
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
-from vllm_kvevict.eviction.resident import ResidentEviction
+from vllm_kvevict.eviction.resident import ResidentEvictions
 
 
 class EvictionBridge:
@@ -133,17 +143,9 @@ class EvictionBridge:
 
     def _choose(self, step: Step) -> None:
         """Ask the policies and allocators what the requests of this step keep."""
-        decisions = step.decisions
         if step.pseudo_rows:
             self._pseudo_passes.score(step.pseudo_rows, self._weights)
-        for req_id, num_tokens in decisions.growing.items():
-            if req_id in self.ring.slots:
-                self._observe_answer(req_id, num_tokens, None)
-        for req_id, end in decisions.ending.items():
-            if end.is_late:
-                method, block_ids = self._watched[req_id].method, step.block_ids[req_id]
-                eviction = step.evictions[req_id] = Eviction(method, end.plan, self.pool, block_ids, self._fresh(end))
-                self._observe_answer(req_id, end.plan.num_tokens, eviction)
+        self._observe_answers(step)
         self._choose_budgets(step)
         choose_kept(step, self._watched, self.pool, self.failures)
         self._answers.score(step, self._watched, self._weights)
@@ -161,28 +163,28 @@ class EvictionBridge:
             seconds[req_id] = eviction.seconds + self._watched[req_id].seconds
             if not step.decisions.ending[req_id].goes_on:
                 self._stop_watching(req_id)
-        for req_id, again in step.again.items():
-            chunk = step.decisions.chunks[req_id]
-            if req_id not in self.failures:
-                again.compact()
-                self._shrink(req_id, again.num_tokens, again.per_token)
-                if chunk.plan.per_token:
-                    self._go_on_per_token(req_id, chunk.plan, again.next_victims)
-            seconds[req_id] = again.seconds
-            if not chunk.goes_on:
-                self._stop_watching(req_id)
+        for group in step.again:
+            for part in group.parts or [group]:
+                self._evict_again(part.req_ids, part.evictions)
+                seconds |= dict.fromkeys(part.req_ids, part.evictions.seconds / len(part.req_ids))
+            for req_id in group.req_ids:
+                if not step.decisions.chunks[req_id].goes_on:
+                    self._stop_watching(req_id)
         for req_ids, answers in step.answers:
-            if not all(req_id in self.failures for req_id in req_ids):
-                answers.compact()
-                for req_id, num_tokens in zip(req_ids, answers.num_tokens, strict=True):
-                    self._shrink(req_id, num_tokens, per_token=False)
+            self._evict_again(req_ids, answers)
             seconds |= dict.fromkeys(req_ids, answers.seconds / len(req_ids))
         return seconds
 
-    def _shrink(self, req_id: str, num_tokens: int, per_token: bool) -> None:
-        """The block that an answer has filled is empty, or those that a chunk of a prompt has, all but the last one."""
-        self._watched[req_id].num_tokens = num_tokens
-        self.page_table.shrink(req_id, num_tokens, per_token)
+    def _evict_again(self, req_ids: list[str], evictions: ResidentEvictions) -> None:
+        """Carry out evictions after the first ones: of blocks that answers have filled, or behind chunks of prompts."""
+        if all(req_id in self.failures for req_id in req_ids):
+            return
+        evictions.compact()
+        for req_id, num_tokens in zip(req_ids, evictions.num_tokens, strict=True):
+            self._watched[req_id].num_tokens = num_tokens
+        self.page_table.shrink(req_ids, evictions.num_tokens, evictions.per_token)
+        if evictions.per_token:
+            self._go_on_per_token(req_ids, evictions.num_tokens, evictions.next_victims)
 
     def _stop_watching(self, req_id: str) -> None:
         """A request will not be evicted again."""
@@ -196,42 +198,62 @@ class EvictionBridge:
 
     def _compact(self, req_ids: list[str], evictions: Evictions) -> None:
         """Carry out the first evictions of some requests."""
-        compactions, requests = evictions.compact(), [self._watched[req_id] for req_id in req_ids]
-        for req_id, compaction, eviction in zip(req_ids, compactions, evictions.members, strict=True):
-            self.page_table.add(req_id, compaction, eviction.plan, eviction.full_block_ids)
+        evictions.compact()
+        members, requests = evictions.members, [self._watched[req_id] for req_id in req_ids]
+        plans = [eviction.plan for eviction in members]
+        self.page_table.add(req_ids, evictions.pages, plans, [eviction.full_block_ids for eviction in members])
         if not requests[0].method.schedule.is_bounded:
             return
         evictions.note(self.residents, [request.take_states() for request in requests])
-        for req_id, eviction in zip(req_ids, evictions.members, strict=True):
-            if eviction.next_victims is not None:
-                self._go_on_per_token(req_id, eviction.plan, eviction.next_victims)
+        victims = [eviction.next_victims for eviction in members if eviction.next_victims is not None]
+        if victims:
+            self._go_on_per_token(req_ids, [plan.num_tokens for plan in plans], torch.stack(victims))
 
-    def _go_on_per_token(self, req_id: str, plan: EvictionPlan, victims: torch.Tensor) -> None:
-        """From its next token on a request replaces what it holds; the ring has its last queries then."""
-        self._replacing.add(req_id, self._watched[req_id].method, victims)
-        if req_id in self.ring.slots:
+    def _go_on_per_token(self, req_ids: list[str], num_tokens: Sequence[int], victims: torch.Tensor) -> None:
+        """From their next tokens on requests replace what they hold; the ring has their last queries then.
+
+        victims: [num_reqs, num_layers, num_kv_heads] int64, positions of the tokens that go first
+        """
+        requests = [self._watched[req_id] for req_id in req_ids]
+        self._replacing.add(req_ids, requests[0].method, victims)
+        if req_ids[0] in self.ring.slots:
+            counts = [len(request.queries.last(0)) for request in requests]
+            where = self.ring.to_seed(req_ids, num_tokens, counts)
             for layer in range(self.pool.num_layers):
-                self.ring.seed(layer, req_id, self._watched[req_id].queries.last(layer), plan.num_tokens)
+                self.ring.write(layer, torch.cat([request.queries.last(layer) for request in requests]), where)
 
-    def _observe_answer(self, req_id: str, num_tokens: int, eviction: Eviction | None) -> None:
-        """Show the policy the queries since the last full block of a request whose prompt was not evicted."""
-        if req_id in self.failures:
+    def _observe_answers(self, step: Step) -> None:
+        """Show policies the queries since the last full block of requests whose prompt was not evicted, and score
+        those that are to be evicted now.
+        """
+        decisions = step.decisions
+        due = {req_id: num_tokens for req_id, num_tokens in decisions.growing.items() if req_id in self.ring.slots}
+        for req_id, end in decisions.ending.items():
+            if end.is_late:
+                due[req_id] = end.plan.num_tokens
+                step.evictions[req_id] = self._first_eviction(req_id, end.plan, step)
+        due = {req_id: num_tokens for req_id, num_tokens in due.items() if req_id not in self.failures}
+        if not due:
             return
-        request, block_ids = self._watched[req_id], self.step.block_ids[req_id]
-        # before the first is observed: it counts as seen then
-        chunks = self._answers.new_queries(request, num_tokens)
-        for layer, chunk in enumerate(chunks):
-            row = PrefillRow(request, 0, len(chunk), block_ids, num_tokens, eviction)
-            self.observe(row, layer, chunk, chunk, self._weights.scale(layer))
+        queries, answers = self._answers.new_queries([self._watched[req_id] for req_id in due], list(due.values()))
+        rows = [
+            PrefillRow(
+                row.request,
+                row.start,
+                row.end,
+                step.block_ids[row.req_id],
+                due[row.req_id],
+                step.evictions.get(row.req_id),
+            )
+            for row in answers
+        ]
+        prefills = in_groups(rows, step)
+        for layer, of_layer in enumerate(queries):
+            self.observe(prefills, layer, of_layer, of_layer, self._weights.scale(layer))
 
-    def _resident_eviction(
-        self, req_id: str, num_tokens: int, block_ids: torch.Tensor, per_token: bool = False
-    ) -> ResidentEviction:
-        request, rows = self._watched[req_id], self.page_table.rows(req_id, num_tokens, block_ids)
-        num_new, num_full_pages = num_tokens - request.num_tokens, self.page_table.num_full_pages(req_id)
-        return ResidentEviction(
-            request.method, num_tokens, num_new, self.pool, self.residents, *rows, num_full_pages, per_token
-        )
+    def _first_eviction(self, req_id: str, plan: EvictionPlan, step: Step) -> Eviction:
+        method = self._watched[req_id].method
+        return Eviction(method, plan, self.pool, step.block_ids[req_id], step.fresh.get(req_id))
 
     def rows(self, common: CommonAttentionMetadata) -> StepRows | None:
         """Return what is special about this batch, None if stock attention serves all of it."""
@@ -244,18 +266,15 @@ class EvictionBridge:
         req_ids = step.req_ids = self._row_req_ids(common)
         split = self._folder.split(self.page_table.slots.of(req_ids), common)
         self._check_lengths(common)
-        prefills: list[PrefillGroup | PrefillRow | ChunkRow] = [*in_groups(self._prefill_rows(common, step), step)]
-        answers = decisions.answers
-        for row, req_id in enumerate(req_ids if answers else []):
-            if req_id in answers:
-                step.block_ids[req_id] = self._block_ids(common, row, answers[req_id])
+        self._stage_blocks(common, step)
+        prefills: list[PrefillGroup | PrefillRow | ChunkGroup] = [*in_groups(self._prefill_rows(common, step), step)]
         query_start_loc = common.query_start_loc_cpu.numpy()[: len(req_ids) + 1]
         remembered = self.ring.to_write(req_ids, query_start_loc, common.seq_lens)
         if not split.evicted and not prefills and remembered is None:
             return None
         if not split.evicted:
             return StepRows(split, prefills, remembered, [])
-        prefills += self._chunk_rows(common, step)
+        prefills += self._chunk_groups(common, step)
         replacements = self._replacing.rows(req_ids, common)
         return StepRows(split, prefills, remembered, replacements)
 
@@ -263,21 +282,47 @@ class EvictionBridge:
         if common.seq_lens_cpu_upper_bound is not None:
             self.step.check_lengths(longest_lens(common))
 
-    def _chunk_rows(self, common: CommonAttentionMetadata, step: Step) -> list[ChunkRow]:
+    def _stage_blocks(self, common: CommonAttentionMetadata, step: Step) -> None:
+        """Note the block tables of all requests that are looked at, and the blocks that some are evicted into."""
+        num_tokens = step.lengths_of_watched
+        rows = [row for row, req_id in enumerate(step.req_ids) if req_id in num_tokens]
+        if not rows or step.block_ids:  # of a drafter, whose passes follow each other
+            return
+        req_ids = [step.req_ids[row] for row in rows]
+        counts = [cdiv(num_tokens[req_id], self.pool.block_size) for req_id in req_ids]
+        device = self.pool.pages.device
+        tables = common.block_table_tensor[to_device(np.array(rows), device), : max(counts)].to(torch.int64)
+        step.block_ids = {req_id: ids[:count] for req_id, ids, count in zip(req_ids, tables, counts, strict=True)}
+        ends = step.decisions.ending.items()
+        fresh = {req_id: end.fresh_block_ids for req_id, end in ends if end.fresh_block_ids is not None}
+        if fresh:
+            ids = to_device(np.array([*chain(*fresh.values())], dtype=np.int64), device)
+            step.fresh = dict(zip(fresh, ids.split([*map(len, fresh.values())]), strict=True))
+
+    def _chunk_groups(self, common: CommonAttentionMetadata, step: Step) -> list[ChunkGroup]:
         """Prepare the evictions behind chunks of prompts."""
         chunks = step.decisions.chunks
         if not chunks:
             return []
-        rows = []
         bounds = common.query_start_loc_cpu.tolist()
-        for row, req_id in enumerate(step.req_ids):
-            if req_id in chunks:
-                plan = chunks[req_id].plan
-                block_ids = self._block_ids(common, row, plan.num_tokens)
-                eviction = self._resident_eviction(req_id, plan.num_tokens, block_ids, plan.per_token)
-                step.again[req_id] = eviction
-                rows.append(ChunkRow(self._watched[req_id], bounds[row], bounds[row + 1], eviction))
-        return rows
+        rows = {
+            req_id: BatchRow(self._watched[req_id], bounds[row], bounds[row + 1])
+            for row, req_id in enumerate(step.req_ids)
+            if req_id in chunks
+        }
+        for per_token in (False, True):
+            due = {
+                req_id: (row.request.method, chunks[req_id].plan.num_tokens - row.request.num_tokens)
+                for req_id, row in rows.items()
+                if chunks[req_id].plan.per_token == per_token
+            }
+            for req_ids in scored_again_together(due):
+                members = [rows[req_id] for req_id in req_ids]
+                num_tokens = [chunks[req_id].plan.num_tokens for req_id in req_ids]
+                requests = [row.request for row in members]
+                evictions = self._answers.evictions(requests, num_tokens, step, per_token)
+                step.again.append(ChunkGroup(members, evictions))
+        return step.again
 
     def _row_req_ids(self, common: CommonAttentionMetadata) -> list[str]:
         if common.req_idx is not None:  # model runner V2
@@ -296,12 +341,10 @@ class EvictionBridge:
             # a draft has none if its policy could not be made
             if request is None or (req_id not in decisions.prefilling and (end is None or end.is_late)):
                 continue
-            kv_len = step.num_tokens[req_id]
-            block_ids = self._block_ids(common, row, kv_len)
             eviction = None
             if end is not None:
-                eviction = Eviction(request.method, end.plan, self.pool, block_ids, self._fresh(end))
-                step.evictions[req_id] = eviction
+                eviction = step.evictions[req_id] = self._first_eviction(req_id, end.plan, step)
+            block_ids, kv_len = step.block_ids[req_id], step.num_tokens[req_id]
             end_token = bounds[row + 1] - self.num_extra_tokens
             rows.append(PrefillRow(request, bounds[row], end_token, block_ids, kv_len, eviction))
             if request.auto_budget is not None:
@@ -317,15 +360,6 @@ class EvictionBridge:
             self.ring.slots.take(req_id)
         self._watched[req_id] = request
 
-    def _block_ids(self, common: CommonAttentionMetadata, row: int, num_tokens: int) -> torch.Tensor:
-        """Return [num_blocks] int64, a copy of the block table of a row up to ``num_tokens`` tokens."""
-        num_blocks = cdiv(num_tokens, self.pool.block_size)
-        return common.block_table_tensor[row, :num_blocks].to(torch.int64)
-
-    def _fresh(self, end: PrefillEnd) -> torch.Tensor | None:
-        ids = end.fresh_block_ids
-        return None if ids is None else to_device(np.array(ids, dtype=np.int64), self.pool.pages.device)
-
     def fill_holes(self, rows: StepRows, layer: int) -> None:
         """Before attention reads a layer: new tokens of some requests go where those were that they replace."""
         self._replacing.fill_holes(rows.replacements, layer)
@@ -340,30 +374,33 @@ class EvictionBridge:
 
     def observe(
         self,
-        row: PrefillGroup | PrefillRow | ChunkRow,
+        prefills: Sequence[PrefillGroup | PrefillRow | ChunkGroup],
         layer: int,
         query: torch.Tensor,
         output: torch.Tensor,
         scale: float,
     ) -> None:
-        """Show a layer's queries and outputs [num_tokens, num_heads, head_size] to one row of the batch, or to some."""
-        doing = f"scoring layer {layer}"
-        if not isinstance(row, PrefillGroup):
-            self.failures.ask(row.request.req_id, doing, self._observe, row, layer, query, output, scale)
+        """Show a layer's queries and outputs [num_tokens, num_heads, head_size] to those rows that are looked at."""
+        if not prefills:
             return
-        if any(req_id in self.failures for req_id in row.req_ids):
-            row.break_up()
-        if not row.is_whole:
-            for one in row.rows:
-                self.observe(one, layer, query, output, scale)
-            return
-        weights = self._weights.of(layer, row.rows[0].request.needs)
-        if not self.failures.together(doing, row.observe, LayerPass(self.pool, layer, query, output, scale, weights)):
-            row.break_up()
-            for one in row.rows:
-                self.failures.ask(one.request.req_id, doing, self.step.evictions[one.request.req_id].score_waiting)
+        ran = LayerPass(self.pool, layer, query, output, scale, self._weights)
+        keep_last([row for prefill in prefills for row in prefill.rows], ran)
+        for prefill in prefills:
+            self._observe(prefill, ran)
 
-    def _observe(
-        self, row: PrefillRow | ChunkRow, layer: int, query: torch.Tensor, output: torch.Tensor, scale: float
-    ) -> None:
-        row.observe(LayerPass(self.pool, layer, query, output, scale, self._weights.of(layer, row.request.needs)))
+    def _observe(self, prefill: PrefillGroup | PrefillRow | ChunkGroup, ran: LayerPass) -> None:
+        """Show a layer to all rows together that can be, and to each alone where that fails."""
+        doing = f"scoring layer {ran.layer}"
+        if isinstance(prefill, PrefillRow) or len(prefill.rows) == 1:
+            self.failures.ask(prefill.rows[0].req_id, doing, prefill.observe, ran)
+            return
+        if any(req_id in self.failures for req_id in prefill.req_ids):
+            prefill.break_up()
+        if not prefill.parts and self.failures.together(doing, prefill.observe, ran):
+            return
+        failed_now = not prefill.parts
+        prefill.break_up()
+        parts: Sequence[PrefillRow | ChunkGroup] = prefill.parts
+        for part in parts:
+            observe = part.observe_again if failed_now else part.observe
+            self.failures.ask(part.rows[0].req_id, doing, observe, ran)

@@ -16,14 +16,14 @@ _DOING = "choosing what to keep"
 
 def in_groups(rows: list[PrefillRow], step: Step) -> list[PrefillGroup | PrefillRow]:
     """Return ``rows``, those in groups whose layers are scored together; the step notes the groups."""
-    ending = {row.request.req_id: row for row in rows if row.eviction is not None}
+    ending = {row.req_id: row for row in rows if row.eviction is not None}
     groups = [
         PrefillGroup([ending[req_id] for req_id in req_ids], evictions)
         for req_ids, evictions in scored_together({req_id: step.evictions[req_id] for req_id in ending})
     ]
     step.groups += groups
     grouped = {req_id for group in groups for req_id in group.req_ids}
-    return [*groups, *(row for row in rows if row.request.req_id not in grouped)]
+    return [*groups, *(row for row in rows if row.req_id not in grouped)]
 
 
 def choose_kept(step: Step, watched: Mapping[str, WatchedRequest], pool: PagePool, failures: Failures) -> None:
@@ -32,7 +32,7 @@ def choose_kept(step: Step, watched: Mapping[str, WatchedRequest], pool: PagePoo
         if any(req_id in failures for req_id in group.req_ids):
             group.break_up()
     choices: list[tuple[list[str], Evictions]] = [
-        (group.req_ids, group.evictions) for group in step.groups if group.is_whole
+        (group.req_ids, group.evictions) for group in step.groups if not group.parts
     ]
     grouped = {req_id for req_ids, _ in choices for req_id in req_ids}
     alone = {req_id: eviction for req_id, eviction in step.evictions.items() if req_id not in grouped}

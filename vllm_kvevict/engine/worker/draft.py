@@ -91,7 +91,7 @@ class DraftBridge(EvictionBridge):
         no_query = torch.empty(0, self.pool.num_kv_heads, self.pool.head_size, device=target.block_ids.device)
         for layer in range(self.pool.num_layers):
             eviction.score_layer(layer, no_query, scale=1.0)
-        self.page_table.add(req_id, eviction.finish(), target.plan, eviction.full_block_ids)
+        self.page_table.add([req_id], eviction.finish().pages, [target.plan], [eviction.full_block_ids])
         self._watched.pop(req_id, None)
         self.failures.forget(req_id)
         return eviction.seconds

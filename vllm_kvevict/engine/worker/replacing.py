@@ -26,11 +26,11 @@ class Replacing:
         self._methods: dict[str, Method] = {}
         self._known: tuple[list[str], int, list[tuple[Peers, torch.Tensor]]] = ([], -1, [])
 
-    def add(self, req_id: str, method: Method, victims: torch.Tensor) -> None:
-        """From its next token on a request replaces what it holds; victims: as for ``TokenEvictor.open_holes``."""
-        shared = (known for known in self._methods.values() if _are_equal(known, method))
-        self._methods[req_id] = next(shared, method)
-        self._tokens.open_holes(req_id, victims)
+    def add(self, req_ids: list[str], method: Method, victims: torch.Tensor) -> None:
+        """From their next tokens on requests replace what they hold; victims: as for ``TokenEvictor.open_holes``."""
+        shared = next((known for known in self._methods.values() if _are_equal(known, method)), method)
+        self._methods |= dict.fromkeys(req_ids, shared)
+        self._tokens.open_holes(req_ids, victims)
 
     def remove(self, req_id: str) -> None:
         """A request has ended, has failed, or starts again."""

@@ -9,9 +9,9 @@ import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvevict.engine.messages import StepEvictions
-from vllm_kvevict.engine.worker.watched import PrefillGroup, PrefillRow
+from vllm_kvevict.engine.worker.watched import ChunkGroup, PrefillGroup, PrefillRow
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
-from vllm_kvevict.eviction.resident import ResidentEviction, ResidentEvictions
+from vllm_kvevict.eviction.resident import ResidentEvictions
 
 
 @dataclass
@@ -21,11 +21,12 @@ class Step:
     decisions:   without those about requests that have failed before
     num_tokens:  tokens of each request of the step, its own included; drafts count as if they were accepted
     req_ids:     rows of the last batch that was not all stock attention's
-    block_ids:   [num_blocks] int64 of the requests whose answer is looked at, as of that batch
+    block_ids:   [num_blocks] int64 of the requests that are looked at, their block tables as of that batch
+    fresh:       [num_full_blocks] int64 of the requests that are evicted into fresh blocks, these
     evictions:   of requests that are evicted for the first time
     groups:      of those in ``evictions``, the ones whose layers are scored together
     chosen:      of those in ``evictions``, the ones that keep what was chosen, as they move
-    again:       of requests that are evicted again behind a chunk of their prompt
+    again:       of requests that are evicted again behind a chunk of their prompt, as their layers are scored
     answers:     of requests that are evicted again while they decode, as they were scored
     auto_rows:   chunks of prompts whose budget is "auto"
     pseudo_rows: last chunks of prompts that pseudo tokens follow
@@ -36,14 +37,20 @@ class Step:
     num_tokens: dict[str, int]
     req_ids: list[str] = field(default_factory=list)
     block_ids: dict[str, torch.Tensor] = field(default_factory=dict)
+    fresh: dict[str, torch.Tensor] = field(default_factory=dict)
     evictions: dict[str, Eviction] = field(default_factory=dict)
     groups: list[PrefillGroup] = field(default_factory=list)
     chosen: list[tuple[list[str], Evictions]] = field(default_factory=list)
-    again: dict[str, ResidentEviction] = field(default_factory=dict)
+    again: list[ChunkGroup] = field(default_factory=list)
     answers: list[tuple[list[str], ResidentEvictions]] = field(default_factory=list)
     auto_rows: list[PrefillRow] = field(default_factory=list)
     pseudo_rows: list[PrefillRow] = field(default_factory=list)
     is_over: bool = False
+
+    @property
+    def lengths_of_watched(self) -> dict[str, int]:
+        """Tokens behind this step of each request that is looked at in it."""
+        return {req_id: self.num_tokens[req_id] for req_id in self.decisions.prefilling} | self.decisions.planned
 
     def check_lengths(self, held: np.ndarray) -> None:
         """Raise RuntimeError if a request that is to be evicted has another length here than in the scheduler.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 
 from vllm_kvevict.budgets.auto import AutoBudget
 from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
-from vllm_kvevict.eviction.resident import ResidentEviction
+from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
@@ -25,16 +27,32 @@ class LastRows:
         self._window = window
         self._rows: list[torch.Tensor | None] = [None] * num_layers
 
-    def extend(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
-        """Append a chunk [num_tokens, num_heads, head_size]; return the last ``window`` rows so far."""
-        earlier = self._rows[layer]
-        last = rows if earlier is None else torch.cat([earlier, rows[max(len(rows) - self._window, 0) :]])
+    @staticmethod
+    def extend(several: Sequence[LastRows], layers: range, chunks: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Append to each of ``several`` requests its chunk [num_layers, num_tokens, num_heads, head_size], in one
+        launch for all. Return the last ``window`` rows so far [*, num_heads, head_size], layer by layer.
+
+        chunks: alike but for their length
+        """
+        parts, lens = [], []
+        for place, layer in enumerate(layers):
+            for rows, chunk in zip(several, chunks, strict=True):
+                earlier, num_new = rows._rows[layer], min(chunk.shape[1], rows._window)
+                num_earlier = 0 if earlier is None else min(len(earlier), rows._window - num_new)
+                if earlier is not None:
+                    parts.append(earlier[len(earlier) - num_earlier :])
+                parts.append(chunk[place, chunk.shape[1] - num_new :])
+                lens.append(num_earlier + num_new)
         # a copy: the engine reuses its buffers in the next step
-        last = self._rows[layer] = last[max(len(last) - self._window, 0) :].clone()
-        return last
+        together = torch.cat(parts)
+        last = iter(together.split(lens))
+        for layer in layers:
+            for rows in several:
+                rows._rows[layer] = next(last)
+        return together
 
     def last(self, layer: int) -> torch.Tensor:
-        """Return the last ``window`` rows of a layer that has seen a chunk."""
+        """Return the last ``window`` rows so far of a layer that has seen a chunk."""
         rows = self._rows[layer]
         if rows is None:
             raise RuntimeError(f"layer {layer} has seen no chunk")
@@ -90,6 +108,7 @@ class LayerPass:
     query:  [num_tokens, num_heads, head_size] of the whole batch
     output: likewise, what attention returned
     scale:  softmax scale
+    model:  of which the layer is
     """
 
     pool: PagePool
@@ -97,12 +116,16 @@ class LayerPass:
     query: torch.Tensor
     output: torch.Tensor
     scale: float
-    weights: LayerWeights
+    model: ModelWeights
+
+    def weights_for(self, request: WatchedRequest) -> LayerWeights:
+        """Return what the policy of a request must know of the layer."""
+        return self.model.of(self.layer, request.needs)
 
 
 @dataclass
-class ChunkRow:
-    """One row of a batch: a chunk of a prompt that was evicted before, and is evicted again behind it.
+class BatchRow:
+    """One row of a batch: tokens of a request whose queries are looked at.
 
     start, end: its tokens in the batch
     """
@@ -110,73 +133,121 @@ class ChunkRow:
     request: WatchedRequest
     start: int
     end: int
-    eviction: ResidentEviction
 
-    def observe(self, ran: LayerPass) -> None:
-        """As ``PrefillRow.observe``."""
-        chunk = ran.query[self.start : self.end]
-        last = self.request.queries.extend(ran.layer, chunk)
-        self.eviction.score_layer(ran.layer, last, chunk, ran.scale, ran.weights)
+    @property
+    def req_id(self) -> str:
+        return self.request.req_id
+
+    def of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the row's part of [num_tokens, *] of the batch."""
+        return tokens[self.start : self.end]
+
+
+def keep_last(rows: Sequence[BatchRow], ran: LayerPass) -> None:
+    """Keep the last queries that a layer has seen of each of these rows, and what attention returned for them where a
+    policy asks for it.
+    """
+    layers = range(ran.layer, ran.layer + 1)
+    LastRows.extend([row.request.queries for row in rows], layers, [row.of(ran.query)[None] for row in rows])
+    asked = [row for row in rows if Need.OUTPUTS in row.request.needs]
+    if asked:
+        LastRows.extend([row.request.outputs for row in asked], layers, [row.of(ran.output)[None] for row in asked])
 
 
 @dataclass
-class PrefillRow:
-    """One row of a batch: a chunk of a prompt that will be evicted.
+class ChunkGroup:
+    """Chunks of prompts that were evicted before, and are evicted again behind them, whose layers are scored together.
 
-    start, end: its tokens in the batch
+    rows:  of the batch, in the order of the requests of ``evictions``
+    parts: of one row each, once they go on one by one
+    """
+
+    rows: list[BatchRow]
+    evictions: ResidentEvictions
+    parts: list[ChunkGroup] = field(default_factory=list)
+
+    @property
+    def req_ids(self) -> list[str]:
+        return [row.req_id for row in self.rows]
+
+    def observe(self, ran: LayerPass) -> None:
+        """Score a layer of all rows, whose last queries are kept already."""
+        request, layers = self.rows[0].request, range(ran.layer, ran.layer + 1)
+        last = torch.stack([row.request.queries.last(ran.layer) for row in self.rows])[:, None]
+        is_observed = Need.ALL_QUERIES in request.needs
+        chunk = torch.stack([row.of(ran.query) for row in self.rows])[:, None] if is_observed else last[:, :, :0]
+        self.evictions.score_layers(layers, last, chunk, [ran.scale], [ran.weights_for(request)])
+
+    def observe_again(self, ran: LayerPass) -> None:
+        """As ``observe``, of a row whose group has failed in it."""
+        self.observe(ran)
+
+    def break_up(self) -> None:
+        """From now on each row goes on alone, with what has been scored so far."""
+        if not self.parts:
+            self.parts = [ChunkGroup([row], self.evictions.alone(place)) for place, row in enumerate(self.rows)]
+
+
+@dataclass
+class PrefillRow(BatchRow):
+    """A chunk of a prompt that will be evicted.
+
     block_ids:  [num_blocks] int64, the block table up to the end of the chunk
     kv_len:     tokens in the cache at the end of the chunk
     eviction:   set if the chunk is the last one
-    last:       of the layer that was seen last, the queries that the policy or the allocator looks at
-    outputs:    likewise, what attention returned for them, if the policy asks for it
     selected:   of the last chunk, per layer [num_kv_heads, num_selected] int64: slots that pseudo tokens see
     """
 
-    request: WatchedRequest
-    start: int
-    end: int
     block_ids: torch.Tensor
     kv_len: int
     eviction: Eviction | None
     selected: list[torch.Tensor] = field(default_factory=list)
-    last: torch.Tensor = field(init=False)
-    outputs: torch.Tensor | None = field(init=False, default=None)
+
+    @property
+    def rows(self) -> list[PrefillRow]:
+        return [self]
 
     def observe(self, ran: LayerPass) -> None:
-        """See what a layer has done, and score it if the chunk is the last one."""
+        """See what a layer has done, and score it if the chunk is the last one; its last queries are kept already."""
         self.see(ran)
-        layer, scale, weights = ran.layer, ran.scale, ran.weights
         if self.eviction is not None and self.request.num_pseudo_tokens:
-            slots = self.eviction.preselect_layer(layer, self.last, scale, weights)
+            last, weights = self.request.queries.last(ran.layer), ran.weights_for(self.request)
+            slots = self.eviction.preselect_layer(ran.layer, last, ran.scale, weights)
             if self.selected and slots.shape != self.selected[0].shape:
-                raise ValueError(f"expected as many selected tokens in every layer, got {slots.shape[1]} in {layer}")
+                raise ValueError(
+                    f"expected as many selected tokens in every layer, got {slots.shape[1]} in {ran.layer}"
+                )
             self.selected.append(slots)
-        elif self.eviction is not None:
-            self.eviction.score_layer(layer, self.last, scale, self.outputs, weights, self.request.states[layer])
+        else:
+            self.score(ran.layer, ran.scale, ran.weights_for(self.request))
+
+    def observe_again(self, ran: LayerPass) -> None:
+        """As ``observe``, of a row whose group has failed in it: the layer waits to be scored."""
+        if self.eviction is not None:
+            self.eviction.score_waiting()
 
     def see(self, ran: LayerPass) -> None:
         """As ``observe``, but score nothing."""
         request, layer = self.request, ran.layer
-        chunk = ran.query[self.start : self.end]
         request.num_tokens = self.kv_len
-        if Need.OUTPUTS in request.needs:
-            self.outputs = request.outputs.extend(layer, ran.output[self.start : self.end])
         if Need.ALL_QUERIES in request.needs:
             start = perf_counter()
             inputs = ScoreInputs(
-                chunk,
+                self.of(ran.query),
                 *ran.pool.readable(ran.pool.layer_page_ids(layer, self.block_ids)),
                 self.kv_len,
                 ran.scale,
-                weights=ran.weights,
+                weights=ran.weights_for(request),
                 layer=layer,
             )
             request.states[layer] = request.method.policy.observe(request.states[layer], inputs)
             request.seconds += perf_counter() - start
-        self.last = request.queries.extend(layer, chunk)
 
-    def score(self, layer: int, scale: float, weights: LayerWeights, pseudo_query: torch.Tensor) -> None:
-        """Score a layer of a prompt that pseudo tokens [num_tokens, num_heads, head_size] have followed."""
+    def score(self, layer: int, scale: float, weights: LayerWeights, pseudo_query: torch.Tensor | None = None) -> None:
+        """Score a layer, if the chunk is the last one.
+
+        pseudo_query: [num_tokens, num_heads, head_size] of the pseudo tokens that have followed
+        """
         request = self.request
         if self.eviction is not None:
             outputs = request.outputs.last(layer) if Need.OUTPUTS in request.needs else None
@@ -188,26 +259,28 @@ class PrefillRow:
 class PrefillGroup:
     """Last chunks of prompts whose layers are scored together.
 
-    rows:     of the batch, in the order of the members of ``evictions``
-    is_whole: False once they go on one by one
+    rows:  of the batch, in the order of the members of ``evictions``
+    parts: these once they go on one by one, none until then
     """
 
     rows: list[PrefillRow]
     evictions: Evictions
-    is_whole: bool = True
+    parts: list[PrefillRow] = field(default_factory=list)
 
     @property
     def req_ids(self) -> list[str]:
-        return [row.request.req_id for row in self.rows]
+        return [row.req_id for row in self.rows]
 
     def observe(self, ran: LayerPass) -> None:
         """As ``PrefillRow.observe``, of all rows."""
         for row in self.rows:
             row.see(ran)
-        self.evictions.score_layer(ran.layer, [row.last for row in self.rows], ran.scale, weights=ran.weights)
+        last = [row.request.queries.last(ran.layer) for row in self.rows]
+        weights = ran.weights_for(self.rows[0].request)
+        self.evictions.score_layer(ran.layer, last, ran.scale, weights=weights)
 
     def break_up(self) -> None:
         """From now on each row is observed by itself."""
-        if self.is_whole:
+        if not self.parts:
             self.evictions.break_up()
-            self.is_whole = False
+            self.parts = self.rows

@@ -257,8 +257,7 @@ class EvictionImpl(AttentionImpl[Any]):
         for folded, launch in attn_metadata.launches:
             self._forward_folded(layer, folded, launch, index, query, attn_metadata.bridge, output)
         attn_metadata.bridge.remember(rows, index, query)
-        for prefill in rows.prefills:
-            attn_metadata.bridge.observe(prefill, index, query, output, self.scale)
+        attn_metadata.bridge.observe(rows.prefills, index, query, output, self.scale)
         return output
 
     def _forward_folded(
