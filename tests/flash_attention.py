@@ -15,7 +15,9 @@ import torch
 INT32 = torch.int32
 
 
-def replace_kernels(patch: pytest.MonkeyPatch, version: int, as_kernel: Callable[..., Any] = lambda kernel: kernel) -> None:
+def replace_kernels(
+    patch: pytest.MonkeyPatch, version: int, as_kernel: Callable[..., Any] = lambda kernel: kernel
+) -> None:
     """Let vLLM's backend call these functions, and think that FlashAttention has this version."""
     from vllm.v1.attention.backends import flash_attn
 
