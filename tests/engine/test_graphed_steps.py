@@ -1,10 +1,11 @@
-"""Which decode steps no graph can stand for."""
+"""Which decode steps no graph can stand for, and which backends have one for the others."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
 import pytest
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from tests.conftest import USES_V2_RUNNER
 from tests.paged import make_pool
@@ -16,6 +17,10 @@ from vllm_kvevict.engine.messages import ChunkEnd, PrefillEnd, StepEvictions
 from vllm_kvevict.engine.worker.step import Step
 
 if USES_V2_RUNNER:
+    from vllm_kvevict.engine.worker.backends.cpu import EvictionCPUMetadataBuilder
+    from vllm_kvevict.engine.worker.backends.flash import EvictionFlashMetadataBuilder
+    from vllm_kvevict.engine.worker.backends.triton import EvictionTritonMetadataBuilder
+    from vllm_kvevict.engine.worker.backends.xformers import EvictionXformersMetadataBuilder
     from vllm_kvevict.engine.worker.graphs import needs_python
 
 pytestmark = pytest.mark.skipif(not USES_V2_RUNNER, reason="full graphs are those of model runner V2")
@@ -66,3 +71,15 @@ def test_batches_that_vllm_makes_up_need_none() -> None:
     made_up = bridge(StepEvictions(growing={"whole": 64}))
     made_up.step.is_over = True
     assert not needs_python(made_up, IDS)
+
+
+def test_kernels_that_read_what_is_made_anew_for_a_batch_are_in_no_graph() -> None:
+    always = [EvictionFlashMetadataBuilder, EvictionTritonMetadataBuilder]
+    never = [EvictionCPUMetadataBuilder, EvictionXformersMetadataBuilder]
+    for is_v2 in (False, True):
+        config = SimpleNamespace(use_v2_model_runner=is_v2)
+        found = {builder: builder.get_cudagraph_support(config, None) for builder in always + never}
+        assert {builder for builder, support in found.items() if support == AttentionCGSupport.NEVER} == {
+            *never,
+            *(() if is_v2 else always),
+        }

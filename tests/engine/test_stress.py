@@ -157,7 +157,7 @@ def check_answers(fresh: Engine, comparable: list[Served]) -> None:
 
 
 @pytest.mark.skipif(not USES_V2_RUNNER, reason="full graphs are those of model runner V2")
-@pytest.mark.more_on_v2("test_graph_kernels.py has some requests in graphs, and others run at random without")
+@pytest.mark.more("test_graph_kernels.py has some requests in graphs, and others run at random without")
 @pytest.mark.feature("full CUDA graphs of decode steps, not run on a GPU", runners=("V2",))
 def test_every_answer_through_graphs_is_that_of_a_fresh_engine_without(tiny_llama: Path) -> None:
     """FlashAttention's, for whose kernels functions stand in that are faster than Triton's interpreter."""
@@ -168,6 +168,6 @@ def test_every_answer_through_graphs_is_that_of_a_fresh_engine_without(tiny_llam
     start = partial(flash_engine, tiny_llama, version=3, policy="snapkv", **SETTINGS, **room)
     with start(sizes=[2, MAX_REQUESTS], num_gpu_blocks_override=NUM_BLOCKS) as running:
         comparable = served_at_random(running, 1, options)
-        assert min(num_replays(running).values()) > NUM_REQUESTS
+        assert num_replays(running)["folded"] > NUM_REQUESTS
     with start(sizes=[], enable_prefix_caching=False) as fresh:
         check_answers(fresh, comparable)
