@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 from vllm import SamplingParams
+from vllm.lora.punica_wrapper import punica_cpu as ops
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -122,16 +124,24 @@ def short_answers(running: Engine) -> list[list[int]]:
     return running.tokens(prompts, max_tokens=8) + running.tokens(prompts[1:], max_tokens=3)
 
 
-def test_memory_of_graphs_is_estimated_for_both_sets(
-    tiny_llama: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a GPU's worker does before there is a cache; then both sets are captured, and nothing of the first is left."""
+@dataclass
+class Estimate:
+    """num_bytes: as vLLM estimates; made: graphs captured for that, and after it for the engine"""
+
+    running: Engine
+    num_bytes: int
+    made: list[Graph]
+
+
+@pytest.fixture(scope="module")
+def estimated(tiny_llama: Path, expected: object) -> Iterator[Estimate]:
+    """An engine that has asked for the memory of its graphs before it has a cache, as one on a GPU does."""
     made: list[Graph] = []
-    estimates: list[int] = []
-    determine, make = CPUWorker.determine_available_memory, Graph.__init__
+    num_bytes: list[int] = []
+    determine, make, free = CPUWorker.determine_available_memory, Graph.__init__, 1 << 40
 
     def with_estimate(worker: Any) -> int:
-        estimates.append(worker.model_runner.profile_cudagraph_memory())
+        num_bytes.append(worker.model_runner.profile_cudagraph_memory())
         assert not worker.model_runner._eviction_builders
         return determine(worker)
 
@@ -139,35 +149,42 @@ def test_memory_of_graphs_is_estimated_for_both_sets(
         make(graph, *args)
         made.append(graph)
 
-    free = 1 << 40
-    monkeypatch.setattr(Graph, "__init__", noted)
-    monkeypatch.setattr(CPUWorker, "determine_available_memory", with_estimate)
-    monkeypatch.setattr(
-        torch.accelerator, "get_memory_info", lambda *_: (free - sum(graph.num_bytes for graph in made), free)
-    )
-    with start(3, tiny_llama, [1, 2, 4]) as running:
-        # vLLM captures two of each set, and takes the others to be like the second, of a MiB or more
-        first, second, *_ = made
-        assert estimates == [first.num_bytes + 5 * max(second.num_bytes, 1 << 20)]
-        assert len(made) == 4 + 6
-        with checked_replays(running) as replays:
-            assert short_answers(running) == expected
-        assert replays.rows and not replays.faults
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Graph, "__init__", noted)
+        patched.setattr(CPUWorker, "determine_available_memory", with_estimate)
+        patched.setattr(
+            torch.accelerator, "get_memory_info", lambda *_: (free - sum(graph.num_bytes for graph in made), free)
+        )
+        with start(3, tiny_llama, [1, 2, 4]) as running:
+            yield Estimate(running, *num_bytes, made)
 
 
-def test_graphs_are_right_after_sleep(tiny_llama: Path, expected: list[list[int]]) -> None:
-    """At level 1 weights come back where they were, and the cache without what was in it."""
-    with start(3, tiny_llama, [1, 4]) as running:
+def check_short_answers(running: Engine, expected: list[list[int]]) -> None:
+    with checked_replays(running) as replays:
         assert short_answers(running) == expected
-        running.llm.sleep(level=1)
-        for cache in running.worker.model_runner.kv_caches:
-            cache.fill_(torch.nan)
-        running.llm.wake_up()
-        for cache in running.worker.model_runner.kv_caches:
-            cache.zero_()
-        with checked_replays(running) as replays:
-            assert short_answers(running) == expected
-        assert replays.rows and not replays.faults
+    assert replays.rows and not replays.faults
+
+
+@pytest.mark.smoke
+def test_memory_of_graphs_is_estimated_for_both_sets(estimated: Estimate, expected: list[list[int]]) -> None:
+    # vLLM captures two of each set, and takes the others to be like the second, of a MiB or more
+    first, second, *_ = estimated.made
+    assert estimated.num_bytes == first.num_bytes + 5 * max(second.num_bytes, 1 << 20)
+    assert len(estimated.made) == 4 + 6
+    check_short_answers(estimated.running, expected)
+
+
+def test_graphs_are_right_after_sleep(estimated: Estimate, expected: list[list[int]]) -> None:
+    """At level 1 weights come back where they were, and the cache without what was in it."""
+    caches, llm = estimated.running.worker.model_runner.kv_caches, estimated.running.llm
+    assert short_answers(estimated.running) == expected
+    llm.sleep(level=1)
+    for cache in caches:
+        cache.fill_(torch.nan)
+    llm.wake_up()
+    for cache in caches:
+        cache.zero_()
+    check_short_answers(estimated.running, expected)
 
 
 @contextmanager
@@ -176,8 +193,6 @@ def _adapters_as_on_a_gpu() -> Iterator[None]:
 
     def indices(wrapper: PunicaWrapperCPU, tokens: torch.Tensor) -> torch.Tensor:
         return wrapper._token_lora_indices[: len(tokens)]
-
-    from vllm.lora.punica_wrapper import punica_cpu as ops
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
