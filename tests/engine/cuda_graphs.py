@@ -1,8 +1,9 @@
 """Stand-ins for CUDA graphs on CPU tensors: a capture records what touches memory, a replay does that again.
 
 What is recorded is what a GPU would be told, and no Python that tells it: operators of torch, those within an operator
-that is written in Python included, launches of Triton's interpreter, and calls of our compiled kernels. As in a graph,
-a number is what it was at the capture, a tensor is the memory that it was in, and a shape is the one that it had.
+that is written in Python included, launches of Triton's interpreter, calls of our compiled kernels, and of functions
+that stand in for others'. As in a graph, a number is what it was at the capture, a tensor is the memory that it was in,
+and a shape is the one that it had.
 
 Stricter than a graph, which would read garbage: memory that was allocated during a capture is filled with ones before
 each replay (NaN where it is read as floats), and memory from before it must still be there.
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -158,12 +159,27 @@ class KernelCall:
         del storages
 
 
+@dataclass(frozen=True)
+class StandInCall:
+    function: Callable[..., Any]
+    arguments: Any
+
+    def run(self) -> None:
+        args, kwargs = thawed(self.arguments)
+        self.function(*args, **kwargs)
+
+
+Work = Operator | Launch | KernelCall | StandInCall
+
+
 class Recorder(TorchDispatchMode):
     """An open capture."""
 
+    is_open: ClassVar[Recorder | None] = None
+
     def __init__(self) -> None:
         super().__init__()
-        self.work: list[Operator | Launch | KernelCall] = []
+        self.work: list[Work] = []
         self.memories = Memories()
         self.constants: list[torch.Tensor] = []
 
@@ -217,6 +233,13 @@ class Recorder(TorchDispatchMode):
             frozen = GridExecutor(executor.fn, executor.arg_names, grid, executor.pre_run_hooks)
         self.work.append(Launch(frozen, arguments))
 
+    def stand_in(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        arguments = self.memories.frozen((args, kwargs))
+        with _disable_current_modes():
+            result = function(*args, **kwargs)
+        self.work.append(StandInCall(function, arguments))
+        return result
+
     def function(self, name: str, device: torch.device) -> Kernel | None:
         """In place of ``native.function``."""
         kernel = native.function.__wrapped__(name, device)
@@ -231,6 +254,16 @@ class Recorder(TorchDispatchMode):
             return status
 
         return call
+
+
+def as_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function for others' compiled kernel, which writes to its arguments, as one that a graph launches."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        recorder = Recorder.is_open
+        return function(*args, **kwargs) if recorder is None else recorder.stand_in(function, args, kwargs)
+
+    return call
 
 
 def _name(func: torch._ops.OpOverload) -> str:
@@ -256,7 +289,7 @@ class Graph:
         self.num_replays = 0
 
     @property
-    def work(self) -> list[Operator | Launch | KernelCall]:
+    def work(self) -> list[Work]:
         if self._recorded is None:
             raise RuntimeError("nothing was captured")
         return self._recorded.work
@@ -273,6 +306,7 @@ class Graph:
         recorder = Recorder()
         modules = [module for name, module in sys.modules.items() if name.startswith("vllm_kvevict.")]
         with pytest.MonkeyPatch.context() as patched, recorder:
+            patched.setattr(Recorder, "is_open", recorder)
             patched.setattr(GridExecutor, "__call__", lambda *args, **kwargs: recorder.launch(*args, **kwargs))
             patched.setattr(torch.Tensor, "data_ptr", lambda tensor: recorder.memories.note_pointer(tensor))
             for module in modules:

@@ -102,7 +102,11 @@ def graph_modes(vllm_config: VllmConfig, builders: list[tuple[Any, Any]]) -> dic
         VllmConfig.use_v2_model_runner = use_v2
         compilation_config = copy.copy(vllm_config.compilation_config)
         mode = compilation_config.resolve_cudagraph_mode_and_sizes(
-            support, "ours", use_v2_model_runner=runner == "V2", max_num_reqs=vllm_config.scheduler_config.max_num_seqs
+            support,
+            "ours",
+            uniform_decode_query_len=1 + vllm_config.num_speculative_tokens,
+            use_v2_model_runner=runner == "V2",
+            max_num_reqs=vllm_config.scheduler_config.max_num_seqs,
         )
         modes[runner] = mode.name
     return modes

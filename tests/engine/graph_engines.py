@@ -14,17 +14,22 @@ import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends import triton_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu import model_runner
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.workspace import init_workspace_manager, reset_workspace_manager
 
-from tests.engine.cuda_graphs import graphs_on_cpu
+from tests import flash_attention
+from tests.engine.cuda_graphs import as_kernel, graphs_on_cpu
 from tests.engine.harness import Engine, engine
+from tests.tiny_llama import random_prompt
 from vllm_kvevict.engine.worker import cpu_worker
 from vllm_kvevict.engine.worker.backends import triton
 from vllm_kvevict.engine.worker.backends.base import backend_in_place_of
-from vllm_kvevict.engine.worker.graphs import EvictionModelRunner
+from vllm_kvevict.engine.worker.backends.flash import EvictionFlashBackend
+from vllm_kvevict.engine.worker.graphs import EvictionModelRunner, FoldedDescriptor
 
 _SETTINGS = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "max_model_len": 512, "kv_cache_memory_bytes": 4 << 20}
 # The interpreter runs programs one after the other: sequences are split into few of them, and only if one runs alone.
@@ -57,9 +62,26 @@ def _configured(sizes: list[int]) -> Iterator[None]:
 def triton_engine(model: Path, sizes: list[int], policy: str | None = None, **settings: Any) -> Iterator[Engine]:
     """Start an engine with Triton attention, and end it.
 
-    sizes: of the batches to capture; without any all steps are eager
+    sizes: of the batches to capture, in tokens; without any all steps are eager
     """
     backend = triton_attn.TritonAttentionBackend if policy is None else triton.EvictionTritonBackend
+    with _engine(model, backend, sizes, policy, **settings) as running:
+        yield running
+
+
+@contextmanager
+def flash_engine(model: Path, sizes: list[int], version: int, policy: str, **settings: Any) -> Iterator[Engine]:
+    """As ``triton_engine``, with a version of FlashAttention, for whose kernels functions stand in."""
+    with pytest.MonkeyPatch.context() as patched:
+        flash_attention.replace_kernels(patched, version, as_kernel)
+        with _engine(model, EvictionFlashBackend, sizes, policy, **settings) as running:
+            yield running
+
+
+@contextmanager
+def _engine(
+    model: Path, backend: type[AttentionBackend], sizes: list[int], policy: str | None, **settings: Any
+) -> Iterator[Engine]:
     ours = partial(backend_in_place_of, AttentionBackendEnum.CPU_ATTN, backend)
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patched:
         stack.enter_context(_configured(sizes))
@@ -90,7 +112,7 @@ def capture(running: Engine) -> None:
 
 @dataclass
 class Replays:
-    """rows: of each step that was replayed; faults: what was wrong with them"""
+    """rows: tokens of each step that was replayed; faults: what was wrong with them"""
 
     rows: list[int] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -140,3 +162,53 @@ def checked_replays(running: Engine) -> Iterator[Replays]:
         patched.setattr(state, "prepare_attn", prepare)
         patched.setattr(manager, "run_fullgraph", run)
         yield replays
+
+
+@dataclass(frozen=True)
+class Join:
+    """A request that joins before a step: tokens of its prompt and of its answer, its options."""
+
+    step: int
+    num_prompt_tokens: int
+    max_tokens: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+Served = list[tuple[list[int], list[float]]]
+
+
+def serve(running: Engine, joins: list[Join]) -> Served:
+    """Return the tokens of each answer and their log-probabilities."""
+    outputs, joined, step = {}, [], 0
+    while len(joined) < len(joins) or running.llm.llm_engine.has_unfinished_requests():
+        if step == 10:  # as with data parallelism where another engine has work
+            running.llm.collective_rpc("execute_dummy_batch")
+        for join in joins:
+            if join.step == step:
+                prompt = random_prompt(join.num_prompt_tokens, seed=join.num_prompt_tokens)
+                joined.append(running.add(prompt, max_tokens=join.max_tokens, logprobs=0, extra_args=join.options))
+        outputs.update({output.request_id: output.outputs[0] for output in running.step()})
+        step += 1
+    answers = [outputs[name] for name in joined]
+    return [(list(each.token_ids), [next(iter(of.values())).logprob for of in each.logprobs]) for each in answers]
+
+
+def num_replays(running: Engine) -> dict[str, int]:
+    graphs = running.worker.model_runner.cudagraph_manager.graphs.items()
+    sets = {"folded": FoldedDescriptor, "stock": BatchExecutionDescriptor}
+    return {name: sum(graph.num_replays for desc, graph in graphs if type(desc) is kind) for name, kind in sets.items()}
+
+
+def check_replays(running: Engine, joins: list[Join], served_eagerly: Served, at_least: int = 64) -> Replays:
+    """Serve requests through graphs of both sets: what they do is what Python does, and what an engine without does."""
+    before = num_replays(running)
+    with checked_replays(running) as replays:
+        served = serve(running, joins)
+    counts = {name: count - before[name] for name, count in num_replays(running).items()}
+    assert replays.faults == []
+    assert sum(counts.values()) == len(replays.rows) >= at_least and min(counts.values()) > 0
+    for (tokens, logprobs), (expected, expected_logprobs) in zip(served, served_eagerly, strict=True):
+        assert tokens == expected
+        assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)  # float32, in batches of other sizes
+    running.check_all_free()
+    return replays

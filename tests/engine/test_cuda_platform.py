@@ -198,15 +198,14 @@ def test_every_layer_has_our_backend_and_the_log_says_once_what_was_replaced(
 def test_worker_and_scheduler_are_ours_and_the_runner_is_v2_with_full_graphs(
     results: dict[str, Any], name: str
 ) -> None:
-    """V1's would go on with stock attention for rows that are evicted later, and a drafter's have not been captured."""
+    """V1's would go on with stock attention for rows that are evicted later."""
     result = configured(results, name)
     assert result["platform"] == "cuda"
     assert result["worker"] == "vllm_kvevict.engine.worker.gpu_worker.EvictionGPUWorker"
     assert result["scheduler"] == "vllm_kvevict.engine.scheduler.scheduler.AsyncEvictionScheduler"
     assert result["is_v2"]
     assert result["block_size"] == 16
-    full = "PIECEWISE" if "draft" in name else "FULL_AND_PIECEWISE"
-    assert result["graphs"] == {"asked": "FULL_AND_PIECEWISE", "V1": "PIECEWISE", "V2": full}
+    assert result["graphs"] == {"asked": "FULL_AND_PIECEWISE", "V1": "PIECEWISE", "V2": "FULL_AND_PIECEWISE"}
     assert "not been run on a GPU" in result["warnings"][0]
 
 

@@ -9,16 +9,23 @@ from typing import Any
 import pytest
 import torch
 from vllm.v1.attention.backends import triton_attn
-from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from tests.conftest import USES_V2_RUNNER
 from tests.engine.cuda_graphs import CaptureError
-from tests.engine.graph_engines import Replays, capture, checked_replays, triton_engine
+from tests.engine.graph_engines import (
+    Join,
+    Replays,
+    Served,
+    capture,
+    check_replays,
+    checked_replays,
+    serve,
+    triton_engine,
+)
 from tests.engine.harness import Engine
 from tests.tiny_llama import random_prompt
 from vllm_kvevict.engine.worker import all_rows
 from vllm_kvevict.engine.worker.all_rows import AllRows
-from vllm_kvevict.engine.worker.graphs import FoldedDescriptor
 
 pytestmark = pytest.mark.skipif(not USES_V2_RUNNER, reason="full graphs are those of model runner V2")
 
@@ -139,9 +146,9 @@ def test_planted_faults_are_found(stock: Engine, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture(scope="module")
-def served_eagerly(tiny_llama: Path, stock: Engine) -> list[tuple[list[int], list[float]]]:
+def served_eagerly(tiny_llama: Path, stock: Engine) -> Served:
     with triton_engine(tiny_llama, [], "snapkv", budget=64) as running:
-        return serve(running)
+        return serve(running, JOINS)
 
 
 @pytest.fixture(scope="module")
@@ -158,53 +165,21 @@ def test_batches_without_an_evicted_request_are_replayed(evicting: Engine, eager
     evicting.check_all_free()
 
 
-def num_replays(running: Engine) -> dict[str, int]:
-    graphs = running.worker.model_runner.cudagraph_manager.graphs.items()
-    sets = {"folded": FoldedDescriptor, "stock": BatchExecutionDescriptor}
-    return {name: sum(graph.num_replays for desc, graph in graphs if type(desc) is kind) for name, kind in sets.items()}
-
-
-# the step before which a request joins, tokens of its prompt and of its answer, its options
-JOINS: list[tuple[int, int, int, dict[str, Any]]] = [
-    (0, 20, 80, {"kv_eviction": "none"}),
-    (4, 100, 20, {"kv_budget_allocator": "lava"}),
-    (8, 70, 50, {"kv_eviction": "streaming_llm", "kv_evict_during_decode": True}),
-    (26, 110, 30, {"kv_budget_allocator": "pyramid"}),
-    (27, 45, 12, {}),
+# the whole life of a request, and evictions between the steps of others
+JOINS = [
+    Join(0, 20, 80, {"kv_eviction": "none"}),
+    Join(4, 100, 20, {"kv_budget_allocator": "lava"}),
+    Join(8, 70, 50, {"kv_eviction": "streaming_llm", "kv_evict_during_decode": True}),
+    Join(26, 110, 30, {"kv_budget_allocator": "pyramid"}),
+    Join(27, 45, 12),
 ]
 
 
-def serve(running: Engine) -> list[tuple[list[int], list[float]]]:
-    """Return the tokens of each answer of ``JOINS`` and their log-probabilities."""
-    outputs, joined, step = {}, [], 0
-    while len(joined) < len(JOINS) or running.llm.llm_engine.has_unfinished_requests():
-        if step == 10:  # as with data parallelism where another engine has work
-            running.llm.collective_rpc("execute_dummy_batch")
-        for when, length, max_tokens, options in JOINS:
-            if when == step:
-                prompt = random_prompt(length, seed=length)
-                joined.append(running.add(prompt, max_tokens=max_tokens, logprobs=0, extra_args=options))
-        outputs.update({output.request_id: output.outputs[0] for output in running.step()})
-        step += 1
-    answers = [outputs[name] for name in joined]
-    return [(list(each.token_ids), [next(iter(of.values())).logprob for of in each.logprobs]) for each in answers]
-
-
-@pytest.mark.feature("Full CUDA graphs of decode steps, without drafts; not run on a GPU", runners=("V2",))
+@pytest.mark.feature("full CUDA graphs of decode steps, not run on a GPU", runners=("V2",))
 def test_two_sets_replay_what_python_does_while_requests_join_leave_and_are_evicted(
-    evicting: Engine, served_eagerly: list[tuple[list[int], list[float]]]
+    evicting: Engine, served_eagerly: Served
 ) -> None:
-    before = num_replays(evicting)
-    with checked_replays(evicting) as replays:
-        served = serve(evicting)
-    after = num_replays(evicting)
-    assert replays.faults == []
-    counts = {name: after[name] - before[name] for name in after}
-    assert sum(counts.values()) == len(replays.rows) >= 64 and min(counts.values()) > 0
-    for (tokens, logprobs), (expected, expected_logprobs) in zip(served, served_eagerly, strict=True):
-        assert tokens == expected
-        assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)  # float32, in batches of other sizes
-    evicting.check_all_free()
+    check_replays(evicting, JOINS, served_eagerly)
 
 
 def stage_no_slots(monkeypatch: pytest.MonkeyPatch) -> None:

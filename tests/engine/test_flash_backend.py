@@ -31,12 +31,7 @@ ALLOCATORS = ("uniform", "lava")
 @pytest.fixture
 def on_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines use FlashAttention where the CPU platform would choose its own, and the reference for its kernel."""
-    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", flash_attention.varlen, raising=False)
-    monkeypatch.setattr(flash_attn, "reshape_and_cache_flash", flash_attention.reshape_and_cache, raising=False)
-    monkeypatch.setattr(
-        flash_attn, "get_scheduler_metadata", lambda **_: torch.zeros(1, dtype=torch.int32), raising=False
-    )
-    monkeypatch.setattr(flash_attn, "flash_attn_supports_quant_query_input", lambda: False)
+    flash_attention.replace_kernels(monkeypatch, version=3)
     monkeypatch.setattr(
         cpu_worker, "cpu_backend", lambda: backend_in_place_of(AttentionBackendEnum.CPU_ATTN, EvictionFlashBackend)
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import random
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,7 +53,13 @@ OPTIONS: list[dict[str, Any] | None] = [
 ]
 # not with sliding windows
 LOOKAHEAD = [{"kv_eviction": "laq"}, {"kv_eviction": "laq++", "kv_budget": 0.4}]
-CALIBRATION = {"snapkv": {"alpha": 10.0, "beta": -74.0}}
+SETTINGS: dict[str, Any] = {
+    "budget": 96,
+    "max_model_len": 1152,
+    "max_num_batched_tokens": 300,
+    "fields": {"calibration": {"snapkv": {"alpha": 10.0, "beta": -74.0}}},
+}
+NUM_BLOCKS, MAX_REQUESTS = 40, 8  # one request of the longest takes 36 blocks, with sliding windows some more
 
 
 @dataclass
@@ -123,19 +131,43 @@ def run_at_random(
 @pytest.mark.parametrize(("model", "seed"), MODELS)
 def test_every_answer_is_that_of_a_fresh_engine(request: pytest.FixtureRequest, model: str, seed: int) -> None:
     folder = request.getfixturevalue(model)
-    blocks = 40 if model == "tiny_llama" else 80  # one request of the longest takes 36, with windows some more
+    blocks = NUM_BLOCKS if model == "tiny_llama" else 2 * NUM_BLOCKS
     options = OPTIONS if model == "tiny_gemma" else OPTIONS + LOOKAHEAD
-    settings: dict[str, Any] = {"budget": 96, "max_model_len": 1152, "max_num_batched_tokens": 300}
-    settings["fields"] = {"calibration": CALIBRATION}
-    with engine(folder, num_gpu_blocks_override=blocks, max_num_seqs=8, **settings) as running:
-        running.poison_unowned_memory()
-        served = run_at_random(running, random.Random(seed), NUM_REQUESTS, options)
-        running.check_all_free()
-        num_evictions, num_preempted = running.num_evictions, sum(one.was_preempted for one in served.values())
+    with engine(folder, num_gpu_blocks_override=blocks, max_num_seqs=MAX_REQUESTS, **SETTINGS) as running:
+        comparable = served_at_random(running, seed, options)
+    with engine(folder, enable_prefix_caching=False, **SETTINGS) as fresh:
+        check_answers(fresh, comparable)
+
+
+def served_at_random(running: Engine, seed: int, options: list[dict[str, Any] | None]) -> list[Served]:
+    """Return the requests of a random sequence that can be compared with what they are alone."""
+    running.poison_unowned_memory()
+    served = run_at_random(running, random.Random(seed), NUM_REQUESTS, options)
+    running.check_all_free()
     comparable = [one for one in served.values() if one.is_comparable]
     assert len(comparable) >= NUM_REQUESTS // 2
-    assert num_evictions >= NUM_REQUESTS // 2
-    assert num_preempted > 0
-    with engine(folder, enable_prefix_caching=False, **settings) as fresh:
-        for one in comparable:
-            assert fresh.tokens([one.prompt], **one.params) == [one.answer], (len(one.prompt), one.params)
+    assert running.num_evictions >= NUM_REQUESTS // 2
+    assert any(one.was_preempted for one in served.values())
+    return comparable
+
+
+def check_answers(fresh: Engine, comparable: list[Served]) -> None:
+    for one in comparable:
+        assert fresh.tokens([one.prompt], **one.params) == [one.answer], (len(one.prompt), one.params)
+
+
+@pytest.mark.skipif(not USES_V2_RUNNER, reason="full graphs are those of model runner V2")
+@pytest.mark.more("test_graph_kernels.py has some requests in graphs, and others run at random without")
+@pytest.mark.feature("full CUDA graphs of decode steps, not run on a GPU", runners=("V2",))
+def test_every_answer_through_graphs_is_that_of_a_fresh_engine_without(tiny_llama: Path) -> None:
+    """FlashAttention's, for whose kernels functions stand in that are faster than Triton's interpreter."""
+    from tests.engine.graph_engines import flash_engine, num_replays
+
+    options = OPTIONS + LOOKAHEAD
+    room = {"max_num_seqs": MAX_REQUESTS, "kv_cache_memory_bytes": 64 << 20}
+    start = partial(flash_engine, tiny_llama, version=3, policy="snapkv", **SETTINGS, **room)
+    with start(sizes=[2, MAX_REQUESTS], num_gpu_blocks_override=NUM_BLOCKS) as running:
+        comparable = served_at_random(running, 1, options)
+        assert num_replays(running)["folded"] > NUM_REQUESTS
+    with start(sizes=[], enable_prefix_caching=False) as fresh:
+        check_answers(fresh, comparable)

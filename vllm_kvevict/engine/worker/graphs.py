@@ -58,7 +58,7 @@ class EvictionGraphManager(ModelCudaGraphManager):
         return ours
 
     def _init_candidates(self) -> None:
-        """vLLM's estimate of the memory of graphs counts what is to be captured: both sets."""
+        """vLLM captures these, and counts them when it estimates their memory."""
         super()._init_candidates()
         stock = self._capture_descs.get(CUDAGraphMode.FULL)
         if stock is not None:
@@ -93,6 +93,13 @@ class EvictionModelRunner(GPUModelRunner):
         self._eviction_builders = [builder for builder in found if isinstance(builder, EvictionMetadataBuilder)]
         manager: ModelCudaGraphManager = self.cudagraph_manager
         self.cudagraph_manager: Any = EvictionGraphManager.in_place_of(manager, self._eviction_builders)
+
+    def profile_cudagraph_memory(self) -> int:
+        """Both sets count. There is no page table yet, so that those of the folded set are as large as stock ones."""
+        try:
+            return super().profile_cudagraph_memory()
+        finally:
+            self._eviction_builders = ()  # of a cache that was thrown away
 
     def gather_batch_req_state(self, scheduler_output: SchedulerOutput, dummy_run: bool) -> tuple[Any, int | None]:
         set_replayed(self._eviction_builders, False)

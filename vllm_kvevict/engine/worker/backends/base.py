@@ -151,11 +151,10 @@ class EvictionMetadataBuilder(AttentionMetadataBuilder[Any]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
-        # model runner V1 would replay stock attention for rows that have been evicted since it was captured, and a
-        # drafter captures by itself: which steps are replayed is decided in graphs.py
-        is_captured = vllm_config.use_v2_model_runner and vllm_config.speculative_config is None
-        support = AttentionCGSupport
-        return support.UNIFORM_SINGLE_TOKEN_DECODE if cls.can_replay and is_captured else support.NEVER
+        # model runner V1 would replay stock attention for rows that have been evicted since it was captured; on V2
+        # graphs.py decides which steps are replayed
+        is_captured = cls.can_replay and vllm_config.use_v2_model_runner
+        return AttentionCGSupport.UNIFORM_BATCH if is_captured else AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

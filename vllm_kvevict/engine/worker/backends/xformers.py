@@ -45,6 +45,7 @@ class QueryRows:
 class EvictionXformersMetadataBuilder(EvictionTritonMetadataBuilder):
     """Prepares the rows of queries once for all layers, and again only when their number or width changes."""
 
+    can_replay = False  # what is known of rows is made anew when their number changes
     _known: tuple[tuple[int, int], PagedRows] | None = None
 
     def _launch(self, folded: FoldedLaunch) -> QueryRows:  # type: ignore[override]
