@@ -85,7 +85,7 @@ def token_by_token(
             write(pool, layer, block, PROMPT + step, answer[:, step, layer])
             evictor.fill_holes(layer, replacement)
             ring.write(layer, queries[layer, PROMPT + step, None], remembered)
-            evictor.choose_holes(layer, replacement, SCALE, LayerWeights())
+        evictor.choose_holes(replacement, [SCALE] * LAYERS, [LayerWeights()] * LAYERS)
         holes.append(replacement.holes)
     (pages,) = table.expand([(_step(table, block_ids), PROMPT + ANSWER)])
     expanded = [part for layer in range(LAYERS) for part in pages.of(layer)]

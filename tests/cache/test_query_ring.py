@@ -45,10 +45,13 @@ def test_last_queries_of_requests_in_changing_batches():
                 assert torch.equal(last, torch.stack(expected) if expected else last[:0])
     slots, num_tokens = torch.tensor([ring.slots["b"], ring.slots["a"]]), torch.tensor([seq_lens["b"], seq_lens["a"]])
     for count in (1, DEPTH):
-        of_both = ring.last_of(1, slots, num_tokens, count)
-        for row, req_id in enumerate("ba"):
-            assert torch.equal(of_both[row], ring.last(1, req_id, seq_lens[req_id], count))
-    assert len(ring.last_of(1, slots, num_tokens, 0)[0]) == 0
+        for layers in (range(LAYERS), range(1, LAYERS)):
+            of_both = ring.last_of(layers, slots, num_tokens, count)
+            for row, req_id in enumerate("ba"):
+                expected = [ring.last(layer, req_id, seq_lens[req_id], count) for layer in layers]
+                assert torch.equal(of_both[row], torch.stack(expected))
+    assert ring.last_of(range(LAYERS), slots, num_tokens, 0).shape[:3] == (2, LAYERS, 0)
+    assert ring.bytes_per_query == HEADS * HEAD_SIZE * 4
     assert ring.num_bytes == LAYERS * 4 * DEPTH * HEADS * HEAD_SIZE * 4
 
 
@@ -71,4 +74,4 @@ def test_nothing_is_kept_for_requests_without_a_slot():
     with pytest.raises(RuntimeError, match="no query of request a was remembered"):
         ring.last(0, "a", 7, 1)
     with pytest.raises(RuntimeError, match="no query of these requests was remembered"):
-        ring.last_of(0, torch.tensor([0]), torch.tensor([7]), 1)
+        ring.last_of(range(1), torch.tensor([0]), torch.tensor([7]), 1)

@@ -71,8 +71,14 @@ class QueryRing:
         """Remember those queries of one layer's [num_tokens, num_heads, head_size] that ``where`` names."""
         self._memory_for(queries)[layer, where.slots, where.places] = queries[where.tokens]
 
-    def last_of(self, layer: int, slots: torch.Tensor, num_tokens: torch.Tensor, num_queries: int) -> torch.Tensor:
-        """Return [num_reqs, num_queries, num_heads, head_size], the last queries of several requests in one layer.
+    @property
+    def bytes_per_query(self) -> int:
+        """Bytes of one query of all heads; 0 while there is none."""
+        return 0 if self._queries is None else self._queries[0, 0, 0].nbytes
+
+    def last_of(self, layers: range, slots: torch.Tensor, num_tokens: torch.Tensor, num_queries: int) -> torch.Tensor:
+        """Return [num_reqs, num_layers, num_queries, num_heads, head_size], the last queries of several requests in
+        some layers.
 
         slots:       [num_reqs] int64
         num_tokens:  [num_reqs] int64, tokens of each request, the last one being that of its newest query
@@ -81,11 +87,12 @@ class QueryRing:
         Raises RuntimeError if no query was written.
         """
         if num_queries == 0:
-            return torch.empty(len(slots), 0, 0, 0)
+            return torch.empty(len(slots), len(layers), 0, 0, 0)
         if self._queries is None:
             raise RuntimeError("no query of these requests was remembered, though their policy looks at queries")
-        positions = num_tokens[:, None] + torch.arange(-num_queries, 0, device=slots.device)
-        return self._queries[layer, slots[:, None], positions % self.depth]
+        positions = num_tokens[:, None, None] + torch.arange(-num_queries, 0, device=slots.device)
+        layer = torch.arange(layers.start, layers.stop, device=slots.device)
+        return self._queries[layer[:, None], slots[:, None, None], positions % self.depth]
 
     def seed(self, layer: int, req_id: str, queries: torch.Tensor, num_tokens: int) -> None:
         """Remember the queries [num_queries, num_heads, head_size] of the last of a request's ``num_tokens`` tokens."""

@@ -152,6 +152,7 @@ class EvictionBridge:
         self._choose_budgets(step)
         choose_kept(step, self._watched, self.pool, self.failures)
         self._answers.score(step, self._watched, self._weights)
+        self._replacing.choose_holes(step.replacements, self._weights)
 
     def _evict(self, step: Step) -> dict[str, float]:
         """Move what was chosen; return the seconds that each request took in all.
@@ -267,8 +268,8 @@ class EvictionBridge:
         if not split.evicted:
             return StepRows(split, prefills, remembered, [])
         prefills += self._chunk_rows(common, step)
-        replacements = self._replacing.rows(req_ids, common)
-        return StepRows(split, prefills, remembered, replacements)
+        step.replacements = self._replacing.rows(req_ids, common)
+        return StepRows(split, prefills, remembered, step.replacements)
 
     def _check_lengths(self, common: CommonAttentionMetadata) -> None:
         if common.seq_lens_cpu_upper_bound is not None:
@@ -343,7 +344,7 @@ class EvictionBridge:
 
     def remember(self, rows: StepRows, layer: int, query: torch.Tensor) -> None:
         """After a layer's attention: keep those of its queries [num_tokens, num_heads, head_size] that an eviction will
-        ask for, and evict from the requests that replace their tokens one by one.
+        ask for.
         """
         if rows.remembered is not None:
             is_first = self.ring.num_bytes == 0
@@ -353,7 +354,6 @@ class EvictionBridge:
                     "Eviction during decode keeps the last queries of answers, in %.1f MiB beside the KV cache",
                     self.ring.num_bytes / 2**20,
                 )
-        self._replacing.choose_holes(rows.replacements, layer, self._weights)
 
     def observe(
         self,

@@ -19,6 +19,7 @@ class ModelWeights:
         self._layer_names = layer_names
         self._attention_modules: list[tuple[Any, Any]] = []
         self._projections: dict[int, torch.Tensor] = {}
+        self._of_layers: dict[frozenset[Need], tuple[list[float], list[LayerWeights]]] = {}
 
     def of(self, layer: int, needs: frozenset[Need]) -> LayerWeights:
         """Return what ``needs`` name of one layer, and the scales of its cache.
@@ -30,6 +31,14 @@ class ModelWeights:
         projection = self._output_projection(layer) if Need.OUTPUT_PROJECTION in needs else None
         _, attention = self._modules(layer)
         return LayerWeights(rotary, projection, attention._k_scale_float, attention._v_scale_float)
+
+    def of_layers(self, needs: frozenset[Need]) -> tuple[list[float], list[LayerWeights]]:
+        """Return the softmax scale of every layer, and what ``needs`` name of each."""
+        if needs not in self._of_layers:
+            layers = range(len(self._layer_names))
+            of_each = [self.scale(layer) for layer in layers], [self.of(layer, needs) for layer in layers]
+            self._of_layers[needs] = of_each
+        return self._of_layers[needs]
 
     def scale(self, layer: int) -> float:
         """Return the softmax scale of one layer."""
