@@ -75,7 +75,7 @@ def token_by_token(
     for layer in range(LAYERS):
         ring.write(layer, queries[layer, PROMPT - WINDOW : PROMPT], where)
     evictor = TokenEvictor(
-        pool, table, residents, ring, torch.zeros(LAYERS, 2, KV_HEADS, dtype=torch.int64, device=device)
+        pool, table, residents, ring, torch.zeros(2, LAYERS, KV_HEADS, dtype=torch.int64, device=device)
     )
     evictor.open_holes([REQUEST], eviction.next_victims[None])
     holes = []
@@ -88,7 +88,7 @@ def token_by_token(
             write(pool, layer, block, PROMPT + step, answer[:, step, layer])
             evictor.fill_holes(layer, replacement)
             ring.write(layer, queries[layer, PROMPT + step, None], remembered)
-            evictor.choose_holes(layer, replacement, SCALE, LayerWeights())
+        evictor.choose_holes(replacement, [SCALE] * LAYERS, [LayerWeights()] * LAYERS)
         holes.append(replacement.holes)
     (pages,) = table.expand([(_step(table, block_ids), PROMPT + ANSWER)])
     expanded = [part for layer in range(LAYERS) for part in pages.of(layer)]

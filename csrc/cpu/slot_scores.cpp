@@ -1,9 +1,9 @@
 // Scores of what the slots of each KV head hold, in no order, by the attention that some queries pay. Contract:
 // kernels/slot_scores.py.
 //
-// A task is one KV head of one request and a few of its queries, all heads of the group: the logits of these rows stay
-// in the second cache until their softmax is known, so keys are multiplied once. Vector lanes are slots. Where AVX-512
-// multiplies pairs of bfloat16, dimensions go two by two.
+// A task is one KV head of one request and some of its queries, all heads of the group: the logits of these rows are
+// held until their softmax is known, so that keys are multiplied once; up to a few thousand slots they stay in the second
+// cache. Vector lanes are slots. Where AVX-512 multiplies pairs of bfloat16, dimensions go two by two.
 
 #include <algorithm>
 #include <cstdint>
@@ -22,8 +22,9 @@
 namespace kvevict {
 namespace {
 
-// Queries of a task. Work is split by it alone, so results do not depend on the number of threads.
-constexpr int64_t TASK_QUERIES = 8;
+// Queries of a task, for which keys are read once: all of a usual window. Work is split by it alone, so results do not
+// depend on the number of threads.
+constexpr int64_t TASK_QUERIES = 32;
 // The position of a slot that no query sees.
 constexpr int32_t NOWHERE = std::numeric_limits<int32_t>::max();
 // Least sum of the softmax of a row that sees a slot: the largest term is 1. Hidden ones may be 2^-125 each.

@@ -230,10 +230,11 @@ def test_follows_the_model(block_size, layout, most_pages, seed):
             slots = torch.tensor([table.slots[req_id]])
             most = max(max(len(row) for rows in model.pages for row in rows), 1)
             assert table.most_pages([req_id]) == most
-            for layer in range(LAYERS):
-                pages, num_pages = table.layer_rows(layer, slots, most)
-                assert num_pages[0].tolist() == [len(row) for row in model.pages[layer]]
-                assert pages[0].tolist() == [row + [0] * (most - len(row)) for row in model.pages[layer]]
+            for layers in (range(LAYERS), range(1, LAYERS)):
+                pages, num_pages = table.layer_rows(layers, slots, most)
+                expected = [model.pages[layer] for layer in layers]
+                assert num_pages[0].tolist() == [[len(row) for row in rows] for rows in expected]
+                assert pages[0].tolist() == [[row + [0] * (most - len(row)) for row in rows] for rows in expected]
 
 
 @pytest.fixture

@@ -38,16 +38,14 @@ def test_last_queries_of_requests_in_changing_batches():
             ring.write(layer, torch.stack(queries), where)
     slots, num_tokens = torch.tensor([ring.slots["b"], ring.slots["a"]]), torch.tensor([seq_lens["b"], seq_lens["a"]])
     for count in (1, DEPTH):
-        expected = torch.stack(
-            [
-                torch.stack([query_of(layer, req_id, seq_lens[req_id] - count + index) for index in range(count)])
-                for layer in range(LAYERS)
-                for req_id in "ba"
-            ]
-        ).unflatten(0, (LAYERS, 2))
-        assert torch.equal(ring.last_of(slice(None), slots, num_tokens, count), expected)
-        assert torch.equal(ring.last_of(1, slots, num_tokens, count), expected[1])
-    assert len(ring.last_of(1, slots, num_tokens, 0)[0]) == 0
+        for layers in (range(LAYERS), range(1, LAYERS)):
+            of_both = ring.last_of(layers, slots, num_tokens, count)
+            for row, req_id in enumerate("ba"):
+                positions = range(seq_lens[req_id] - count, seq_lens[req_id])
+                expected = [query_of(layer, req_id, position) for layer in layers for position in positions]
+                assert torch.equal(of_both[row].flatten(0, 1), torch.stack(expected))
+    assert ring.last_of(range(LAYERS), slots, num_tokens, 0).shape[:3] == (2, LAYERS, 0)
+    assert ring.bytes_per_query == HEADS * HEAD_SIZE * 4
     assert ring.num_bytes == LAYERS * 4 * DEPTH * HEADS * HEAD_SIZE * 4
 
 
@@ -61,7 +59,7 @@ def test_rings_that_begin_in_the_middle():
     ring.write(0, query_of(0, "a", 18)[None], ring.to_write(["a"], np.array([0, 1]), torch.tensor([19])))
     for req_id, num_tokens, count in (("a", 19, 7), ("b", 12, 3)):
         slot = torch.tensor([ring.slots[req_id]])
-        last = ring.last_of(0, slot, torch.tensor([num_tokens]), count)[0]
+        last = ring.last_of(range(1), slot, torch.tensor([num_tokens]), count)[0, 0]
         assert torch.equal(last, torch.stack([query_of(0, req_id, num_tokens - count + i) for i in range(count)]))
 
 

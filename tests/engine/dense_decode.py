@@ -170,7 +170,7 @@ def kept_positions(running: Engine, request_id: str) -> list[list[list[int]]]:
 def _but_the_next(running: Engine, request_id: str) -> list[list[list[int]]]:
     """Positions as above, of a request whose next token takes the slot of one that is as good as gone."""
     bridge = running.bridge
-    holes = bridge._replacing._tokens._holes[:, bridge.page_table.slots[request_id]]
+    holes = bridge._replacing._tokens._holes[bridge.page_table.slots[request_id]]
     kept = []
     for layer, rows in enumerate(running.pages_of(bridge, request_id)):
         kept.append([])

@@ -19,7 +19,7 @@ BLOCK, LAYERS = 32, 2
 
 @dataclass(frozen=True)
 class _Failing(EvictionPolicy):
-    """Raises when it has been asked for ``answers`` times."""
+    """Raises when it has been asked for ``answers`` layers."""
 
     answers: ClassVar[int] = 0
 
@@ -36,7 +36,8 @@ class _Failing(EvictionPolicy):
         return torch.arange(inputs.kv_len, dtype=torch.float32).expand(inputs.num_kv_heads, -1)
 
     def score_step(self, inputs: StepInputs) -> torch.Tensor:
-        self._count()
+        for _ in inputs.num_tokens:
+            self._count()
         return inputs.positions.float()
 
 

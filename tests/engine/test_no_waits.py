@@ -125,6 +125,8 @@ def serve(
         for name in bridge.layer_index if metadata is not None else ():
             layer = layers[name]
             layer.impl.forward(layer, tokens, keys, keys, layer.kv_cache, metadata, device.of(tokens))
+        if metadata is not None:
+            bridge._replacing.choose_holes(bridge.step.replacements, bridge._weights)  # as at the end of a step
     bridge.step.is_over = True
     assert not {req_id: bridge.failures.get(req_id) for req_id in bridge.step.req_ids if req_id in bridge.failures}
     return metadata

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,22 +13,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.paged import make_pool
 from vllm_kvevict.budgets.uniform import Uniform
 from vllm_kvevict.cache.request_slots import RequestSlots
+from vllm_kvevict.eviction import per_token
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.per_token import TokenEvictor
 from vllm_kvevict.kernels import slot_scores as slot_scores_module
 from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, Need, StepInputs
 from vllm_kvevict.policies.h2o import H2O
 
-LAYERS, KV_HEADS, BLOCK, NUM_TOKENS, LAYER = 2, 2, 16, 90, 1
-NUM_PAGES = torch.tensor([[3, 1], [2, 3]])  # of each request and head
+REQS, LAYERS, KV_HEADS, MAX_PAGES, BLOCK, NUM_TOKENS = 2, 3, 2, 3, 16, 90
+NUM_PAGES = torch.tensor([[[3, 1], [1, 3], [2, 2]], [[2, 3], [3, 3], [1, 1]]])  # of each request, layer and head
+HEADS = list(itertools.product(range(REQS), range(LAYERS), range(KV_HEADS)))
 NUM_SINK, NUM_RECENT = 4, 8
+SCALES, WEIGHTS = [0.25] * LAYERS, [LayerWeights()] * LAYERS
 
 
 class Given(EvictionPolicy):
-    """Scores that a test has chosen."""
+    """Scores [num_reqs, num_layers, num_kv_heads, num_slots] that a test has chosen, given out layer by layer.
 
-    def __init__(self, scores: torch.Tensor, needs: frozenset[Need]) -> None:
+    asked: of each call, which layers it was for
+    """
+
+    def __init__(self, scores: torch.Tensor, needs: frozenset[Need] = frozenset()) -> None:
         self._scores, self._needs = scores, needs
+        self.asked: list[tuple[int, int]] = []
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -40,57 +48,77 @@ class Given(EvictionPolicy):
         raise NotImplementedError
 
     def score_step(self, inputs: StepInputs) -> torch.Tensor:
-        return self._scores
+        first = self.asked[-1][1] if self.asked and self.asked[-1][1] < LAYERS else 0
+        layers = slice(first, first + len(inputs.num_tokens) // REQS)
+        self.asked.append((layers.start, layers.stop))
+        return self._scores[:, layers].flatten(0, 1)
 
 
 class Setup:
-    """Two requests in a layer whose pages are scrambled."""
+    """Two requests whose pages are scrambled."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        cache = make_pool(LAYERS, KV_HEADS, 12, BLOCK, 16, "transposed", "LBHNC")
+        cache = make_pool(LAYERS, KV_HEADS, 8, BLOCK, 16, "transposed", "LBHNC")
         cache.pool.pages.fill_(float("nan"))
         num_pages = len(cache.pool.pages)
-        self.pages = torch.zeros(2, KV_HEADS, 3, dtype=torch.int64)
+        self.pages = torch.zeros(REQS, LAYERS, KV_HEADS, MAX_PAGES, dtype=torch.int64)
         free = iter((torch.randperm(num_pages - 1, generator=generator) + 1).tolist())
         num_slots = num_pages * BLOCK
         self.residents = SimpleNamespace(
             positions=torch.full((num_slots,), 50, dtype=torch.int32), sums=torch.rand(num_slots, generator=generator)
         )
-        for req in range(2):
-            for head in range(KV_HEADS):
-                tokens = iter(torch.randperm(NUM_TOKENS, generator=generator).tolist())
-                for page in range(NUM_PAGES[req, head]):
-                    self.pages[req, head, page] = next(free)
-                    cache.pool.keys[self.pages[req, head, page]] = torch.randn(BLOCK, 16, generator=generator)
-                    for slot in self.slots(req, head)[page * BLOCK : (page + 1) * BLOCK]:
-                        self.residents.positions[slot] = next(tokens)
+        for head in HEADS:
+            tokens = iter(torch.randperm(NUM_TOKENS, generator=generator).tolist())
+            for page in range(NUM_PAGES[head]):
+                self.pages[head][page] = next(free)
+                cache.pool.keys[self.pages[head][page]] = torch.randn(BLOCK, 16, generator=generator)
+                for slot in self.slots(head)[page * BLOCK : (page + 1) * BLOCK]:
+                    self.residents.positions[slot] = next(tokens)
         slots = RequestSlots(4)
         for req_id in ("other", "a", "b"):
             slots.take(req_id)
         table: Any = SimpleNamespace(
-            slots=slots, most_pages=lambda rows: 3, layer_rows=lambda layer, rows, most: (self.pages, NUM_PAGES)
+            slots=slots,
+            most_pages=lambda rows: MAX_PAGES,
+            layer_rows=lambda layers, *of: (self.pages[:, list(layers)], NUM_PAGES[:, list(layers)]),
         )
-        query = torch.randn(2, 1, 4, 16, generator=generator)
-        ring: Any = SimpleNamespace(slots=slots, last_of=lambda *of: query)
+        query = torch.randn(REQS, LAYERS, 1, 4, 16, generator=generator)
+        ring: Any = SimpleNamespace(
+            slots=slots, bytes_per_query=256, last_of=lambda layers, *of: query[:, list(layers)]
+        )
         self.evictor = TokenEvictor(
-            cache.pool, table, self.residents, ring, torch.zeros(2, 4, KV_HEADS, dtype=torch.int64)
+            cache.pool, table, self.residents, ring, torch.zeros(4, LAYERS, KV_HEADS, dtype=torch.int64)
         )
 
-    def slots(self, req: int, head: int) -> list[int]:
-        """Slots of the pool that a head holds, in the order of its pages."""
-        pages = self.pages[req, head, : NUM_PAGES[req, head]].tolist()
+    def slots(self, head: tuple[int, int, int]) -> list[int]:
+        """Slots of the pool that a head of a layer of a request holds, in the order of its pages."""
+        pages = self.pages[head][: NUM_PAGES[head]].tolist()
         return [page * BLOCK + lane for page in pages for lane in range(BLOCK)]
 
     def step(self, policy: EvictionPolicy) -> Any:
         peers = self.evictor.peers(Method(policy, Uniform(), NUM_SINK, NUM_RECENT), ["a", "b"])
-        lens = torch.full((2,), NUM_TOKENS)
+        lens = torch.full((REQS,), NUM_TOKENS)
         return self.evictor.prepare(peers, lens, NUM_TOKENS, torch.tensor([3, 4]))
 
     def choose(self, policy: EvictionPolicy) -> torch.Tensor:
-        """Return the slots [num_reqs, num_kv_heads] that are chosen next."""
-        self.evictor.choose_holes(LAYER, self.step(policy), 0.25, LayerWeights())
-        return self.evictor._holes[LAYER, 1:3]
+        """Return the slots [num_reqs, num_layers, num_kv_heads] that are chosen next."""
+        self.evictor.choose_holes(self.step(policy), SCALES, WEIGHTS)
+        return self.evictor._holes[1:3]
+
+    def lowest(self, scores: torch.Tensor) -> list[int]:
+        """Return the slots that go next, head by head, if these are their scores."""
+        positions, found = self.residents.positions, []
+        for head in HEADS:
+            of_head = list(zip(scores[head].nan_to_num(nan=-1).tolist(), self.slots(head), strict=False))
+            allowed = [pair for pair in of_head if NUM_SINK <= positions[pair[1]] < NUM_TOKENS - NUM_RECENT]
+            found.append(min(allowed)[1])
+        return found
+
+
+def scores_of(seed: int) -> torch.Tensor:
+    shape = REQS, LAYERS, KV_HEADS, MAX_PAGES * BLOCK
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) - 0.5
 
 
 @pytest.fixture
@@ -100,25 +128,43 @@ def setup() -> Setup:
 
 @pytest.mark.parametrize("needs", [frozenset(), frozenset({Need.ALL_QUERIES})], ids=["no sums", "sums"])
 def test_the_lowest_score_that_is_not_protected_goes(setup, needs):
-    scores = torch.rand(2, KV_HEADS, 3 * BLOCK, generator=torch.Generator().manual_seed(1)) - 0.5
-    scores[0, 0, 5:9], scores[1, 0, 2] = float("inf"), float("nan")
-    expected = []
-    for req, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        of_head = list(zip(scores[req, head].nan_to_num(nan=-1).tolist(), setup.slots(req, head), strict=False))
-        positions = setup.residents.positions
-        allowed = [pair for pair in of_head if NUM_SINK <= positions[pair[1]] < NUM_TOKENS - NUM_RECENT]
-        expected.append(min(allowed)[1])
+    scores = scores_of(1)
+    scores[0, 0, 0, 5:9], scores[1, 0, 0, 2] = float("inf"), float("nan")
+    expected = setup.lowest(scores)
     assert setup.choose(Given(scores, needs)).flatten().tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("needs", "key_scales", "layers_in_scratch", "expected"),
+    [
+        ((), (1.0, 1.0, 1.0), 10, [(0, 3)]),
+        ((), (1.0, 1.0, 1.0), 2, [(0, 2), (2, 3)]),
+        ((), (1.0, 1.0, 1.0), 0, [(0, 1), (1, 2), (2, 3)]),
+        ((), (0.5, 1.0, 1.0), 10, [(0, 1), (1, 3)]),
+        ((Need.OUTPUT_PROJECTION,), (1.0, 1.0, 1.0), 10, [(0, 1), (1, 2), (2, 3)]),
+    ],
+    ids=["all", "as fit", "none fits", "other scales", "own weights"],
+)
+def test_layers_are_scored_together_that_fit_and_have_the_same_weights(
+    setup, monkeypatch, needs, key_scales, layers_in_scratch, expected
+):
+    bytes_per_layer = REQS * (KV_HEADS * MAX_PAGES * BLOCK * 32 + 4 * NUM_TOKENS)  # it looks at no query
+    monkeypatch.setattr(per_token, "MOST_BYTES", layers_in_scratch * bytes_per_layer)
+    scores = scores_of(2)
+    policy, lowest = Given(scores, frozenset(needs)), setup.lowest(scores)
+    setup.evictor.choose_holes(setup.step(policy), SCALES, [LayerWeights(key_scale=scale) for scale in key_scales])
+    assert policy.asked == expected
+    assert setup.evictor._holes[1:3].flatten().tolist() == lowest
+
+
 def test_sums_are_noted_where_a_head_holds_a_token_and_nowhere_else(setup):
-    scores = torch.rand(2, KV_HEADS, 3 * BLOCK) + 1
+    scores = scores_of(3) + 1
     step = setup.step(Given(scores, frozenset({Need.ALL_QUERIES})))
     expected = setup.residents.sums.clone()  # 0 in the first holes
-    for req, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        slots = setup.slots(req, head)
-        expected[slots] = scores[req, head, : len(slots)]
-    setup.evictor.choose_holes(LAYER, step, 0.25, LayerWeights())
+    for head in HEADS:
+        slots = setup.slots(head)
+        expected[slots] = scores[head][: len(slots)]
+    setup.evictor.choose_holes(step, SCALES, WEIGHTS)
     assert setup.residents.sums.equal(expected)
 
 
@@ -145,5 +191,5 @@ def test_choosing_waits_for_no_device(setup, monkeypatch):
     setup.choose(policy)  # the policy's traits are read once
     step = setup.step(policy)
     with Waits() as waits:
-        setup.evictor.choose_holes(LAYER, step, 0.25, LayerWeights())
+        setup.evictor.choose_holes(step, SCALES, WEIGHTS)
     assert not waits.found

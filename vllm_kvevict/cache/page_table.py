@@ -240,14 +240,15 @@ class PageTable:
         pages.scatter_(3, place, of_own.permute(2, 0, 1, 3))
         return pages[..., :width], counts + count[..., None]
 
-    def layer_rows(self, layer: int, slots: torch.Tensor, max_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the page lists [num_reqs, num_kv_heads, max_pages] int64 of one layer, 0 behind the last page, and how
-        long each is [num_reqs, num_kv_heads] int64.
+    def layer_rows(self, layers: range, slots: torch.Tensor, max_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the page lists [num_reqs, num_layers, num_kv_heads, max_pages] int64 of some layers, 0 behind the last
+        page, and how long each is [num_reqs, num_layers, num_kv_heads] int64.
 
         slots: [num_reqs] int64
         """
-        counts = self._lists.counts[slots, layer].to(torch.int64)
-        pages = self._kept(slots[:, None, None], self._lists.starts[slots, layer], max_pages)
+        some = slice(layers.start, layers.stop)
+        counts = self._lists.counts[slots, some].to(torch.int64)
+        pages = self._kept(slots[:, None, None, None], self._lists.starts[slots, some], max_pages)
         return pages * (torch.arange(max_pages, device=pages.device) < counts[..., None]), counts
 
     def _kept(self, slots: torch.Tensor | int, starts: torch.Tensor, num_pages: int) -> torch.Tensor:

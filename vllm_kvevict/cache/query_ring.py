@@ -80,17 +80,21 @@ class QueryRing:
         ).unbind(0)
         return RingWrite(tokens, tokens, slots_on_device, places_on_device)
 
-    def last_of(
-        self, layers: int | slice, slots: torch.Tensor, num_tokens: torch.Tensor, num_queries: int
-    ) -> torch.Tensor:
-        """Return [num_reqs, num_queries, num_heads, head_size], the last queries of several requests in one layer; in
-        several layers [num_layers, num_reqs, ...].
+    @property
+    def bytes_per_query(self) -> int:
+        """Bytes of one query of all heads."""
+        return self._queries.shape[3:].numel() * self._queries.element_size()
+
+    def last_of(self, layers: range, slots: torch.Tensor, num_tokens: torch.Tensor, num_queries: int) -> torch.Tensor:
+        """Return [num_reqs, num_layers, num_queries, num_heads, head_size], the last queries of several requests in
+        some layers.
 
         slots:       [num_reqs] int64
         num_tokens:  [num_reqs] int64, tokens of each request, the last one being that of its newest query
         num_queries: at most the depth; 0 for none, of requests that need not have a slot
         """
         if num_queries == 0:
-            return torch.empty(len(slots), 0, 0, 0)
-        positions = num_tokens[:, None] + torch.arange(-num_queries, 0, device=slots.device)
-        return self._queries[layers, slots[:, None], positions % self.depth]
+            return torch.empty(len(slots), len(layers), 0, 0, 0)
+        positions = num_tokens[:, None, None] + torch.arange(-num_queries, 0, device=slots.device)
+        layer = torch.arange(layers.start, layers.stop, device=slots.device)
+        return self._queries[layer[:, None], slots[:, None, None], positions % self.depth]

@@ -2,11 +2,12 @@
 
 A request that is evicted like this holds full pages whose number never changes. vLLM writes a new token to the block
 behind them; layer by layer it moves from there, in every head into the hole that the step before has chosen, before
-attention reads it. When all heads have attended, the scores of what they hold name the next holes.
+attention reads it. When all layers have attended, the scores of what their heads hold name the next holes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,11 @@ from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies.base import LayerWeights, Need, StepInputs
+from vllm_kvevict.policies.batch import scored_at_once
+from vllm_kvevict.policies.scratch import MOST_BYTES
+
+# what choosing holds of each slot, beside its policy's scores: its position, and what those are compared with
+_BYTES_PER_SLOT = 32
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,15 @@ class Replacement:
 
 
 class TokenEvictor:
-    """Knows the next hole of every head of every request that is evicted token by token."""
+    """Knows the next hole of every head of every request that is evicted token by token.
+
+    Memory: while it chooses, the scratch of scoring.
+    """
 
     def __init__(
         self, pool: PagePool, page_table: PageTable, residents: Residents, ring: QueryRing, holes: torch.Tensor
     ) -> None:
-        """holes: [num_layers, max_num_reqs, num_kv_heads] int64, memory for them, by the slots of the page table"""
+        """holes: [max_num_reqs, num_layers, num_kv_heads] int64, memory for them, by the slots of the page table"""
         self._pool, self._page_table, self._residents, self._ring = pool, page_table, residents, ring
         self._holes = holes
 
@@ -76,11 +85,9 @@ class TokenEvictor:
         victims: [num_reqs, num_layers, num_kv_heads] int64, positions of the tokens that go first
         """
         slots = self._staged([self._page_table.slots[req_id] for req_id in req_ids])
-        max_pages = self._page_table.most_pages(req_ids)
-        for layer in range(self._pool.num_layers):
-            pages, positions = self._held(layer, slots, max_pages)
-            is_victim = positions == victims[:, layer, :, None]
-            self._holes[layer, slots] = self._slots_of(pages, is_victim.int().argmax(dim=2, keepdim=True))
+        pages, positions = self._held(range(self._pool.num_layers), slots, self._page_table.most_pages(req_ids))
+        is_victim = positions == victims[..., None]
+        self._holes[slots] = self._slots_of(pages, is_victim.int().argmax(dim=-1, keepdim=True))
 
     def peers(self, method: Method, req_ids: list[str]) -> Peers:
         """Return what does not change from step to step of these requests."""
@@ -100,7 +107,7 @@ class TokenEvictor:
         """
         block_size = self.block_size
         written = self._pool.page_ids(blocks) * block_size + (num_tokens - 1) % block_size
-        holes = self._holes[:, peers.slots].transpose(1, 2).contiguous()
+        holes = self._holes[peers.slots].permute(1, 2, 0).contiguous()
         self._residents.positions[holes] = (num_tokens - 1).to(torch.int32)
         if Need.ALL_QUERIES in traits_of(peers.method.policy).needs:
             self._residents.sums[holes] = 0.0
@@ -108,55 +115,79 @@ class TokenEvictor:
 
     def fill_holes(self, layer: int, step: Replacement) -> None:
         """Move the new tokens of one layer, which vLLM has written, into the holes. The pool's pages change."""
-        source, destination = step.written[layer].flatten(), step.holes[layer].flatten()
-        self._pool.move(source, destination)
+        self._pool.move(step.written[layer].flatten(), step.holes[layer].flatten())
 
-    def choose_holes(self, layer: int, step: Replacement, scale: float, weights: LayerWeights) -> None:
-        """Score what the heads of one layer hold, and choose the next holes. The newest query is in the ring."""
+    def choose_holes(self, step: Replacement, scales: Sequence[float], weights: Sequence[LayerWeights]) -> None:
+        """Score what the heads hold, and choose the next holes. The newest queries are in the ring.
+
+        scales:  softmax scale of each layer
+        weights: of each layer
+        """
+        kinds = [(scale, weight.key_scale, weight.value_scale) for scale, weight in zip(scales, weights, strict=True)]
+        needs = traits_of(step.peers.method.policy).needs
+        most = self._layers_at_once(step) if needs <= {Need.ALL_QUERIES} else 1  # else each has weights of its own
+        for first, end in scored_at_once(kinds, most):
+            self._choose(range(first, end), step, scales[first], weights[first])
+
+    def _layers_at_once(self, step: Replacement) -> int:
+        """Return how many layers fit into the scratch, at least 1."""
+        of_slots = _BYTES_PER_SLOT * self._pool.num_kv_heads * step.peers.max_pages * self.block_size
+        of_queries = self._ring.bytes_per_query * self._num_queries(step.peers)
+        of_tokens = 4 * step.max_tokens  # sums over heads
+        return max(MOST_BYTES // (len(step.peers.slots) * (of_slots + of_queries + of_tokens)), 1)
+
+    def _num_queries(self, peers: Peers) -> int:
+        traits = traits_of(peers.method.policy)
+        return max(traits.query_window, int(Need.ALL_QUERIES in traits.needs))
+
+    def _choose(self, layers: range, step: Replacement, scale: float, weights: LayerWeights) -> None:
         peers, method, policy = step.peers, step.peers.method, step.peers.method.policy
-        pages, positions = self._held(layer, peers.slots, peers.max_pages)
-        keys, _, page_table = self._pool.readable(pages)
-        traits = traits_of(policy)
-        observes = Need.ALL_QUERIES in traits.needs
+        pages, positions = self._held(layers, peers.slots, peers.max_pages)
+        queries = self._ring.last_of(layers, peers.ring_slots, step.num_tokens, self._num_queries(peers))
+        num_tokens = step.num_tokens[:, None].expand(-1, len(layers)).flatten()
+        observes = Need.ALL_QUERIES in traits_of(policy).needs
+        sums = self._residents.sums.view(-1, self.block_size) if observes else None
+        keys, _, page_table = self._pool.readable(pages.flatten(0, 1))
         inputs = StepInputs(
-            self._ring.last_of(layer, peers.ring_slots, step.num_tokens, max(traits.query_window, int(observes))),
+            queries.flatten(0, 1),
             keys,
             page_table,
-            positions,
-            step.num_tokens,
+            positions.flatten(0, 1),
+            num_tokens,
             step.max_tokens,
             scale,
             weights,
-            self._residents.sums.view(-1, self.block_size)[pages].flatten(2) if observes else None,
+            None if sums is None else sums[pages].flatten(0, 1).flatten(2),
         )
         source = f"{type(policy).__name__}.score_step"
-        scores = checked(source, policy.score_step(inputs), positions.shape, positions.device)
-        if observes:
+        scores = checked(source, policy.score_step(inputs), inputs.positions.shape, positions.device)
+        if sums is not None:
             # page 0, which stands behind those of shorter heads, keeps its own
-            sums = torch.where(inputs.is_held, scores, inputs.state)
-            self._residents.sums.view(-1, self.block_size)[pages] = sums.unflatten(2, (-1, self.block_size))
-        recent = (step.num_tokens - method.num_recent)[:, None, None]
+            sums[pages] = torch.where(inputs.is_held, scores, inputs.state).view(*pages.shape, -1)
+        recent = (num_tokens - method.num_recent)[:, None, None]
         # what is not held has position -1, and is no candidate either
-        is_candidate = (positions >= method.num_sink) & (positions < recent)
+        is_candidate = (inputs.positions >= method.num_sink) & (inputs.positions < recent)
         candidates = torch.where(is_candidate, torch.nan_to_num(scores, nan=-torch.inf), torch.inf)
-        self._holes[layer, peers.slots] = self._slots_of(pages, candidates.argmin(dim=2, keepdim=True))
+        places = candidates.argmin(dim=2, keepdim=True).view(*pages.shape[:3], 1)
+        self._holes[peers.slots, layers.start : layers.stop] = self._slots_of(pages, places)
 
-    def _held(self, layer: int, rows: torch.Tensor, max_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the pages [num_reqs, num_kv_heads, max_pages] int64 of one layer, and which token is in each of their
-        slots [num_reqs, num_kv_heads, max_pages * block_size] int64: its position, -1 behind the last page of a head.
+    def _held(self, layers: range, rows: torch.Tensor, max_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the pages [num_reqs, num_layers, num_kv_heads, max_pages] int64 of some layers, and which token is in
+        each of their slots [num_reqs, num_layers, num_kv_heads, max_pages * block_size] int64: its position, -1 behind
+        the last page of a head.
 
         rows: [num_reqs] int64 of the page table
         """
-        pages, num_pages = self._page_table.layer_rows(layer, rows, max_pages)
+        pages, num_pages = self._page_table.layer_rows(layers, rows, max_pages)
         is_held = torch.arange(max_pages, device=pages.device) < num_pages[..., None]
         positions = self._residents.positions.view(-1, self.block_size)[pages].to(torch.int64)
-        return pages, positions.masked_fill_(~is_held[..., None], -1).flatten(2)
+        return pages, positions.masked_fill_(~is_held[..., None], -1).flatten(3)
 
     def _slots_of(self, pages: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Return [num_reqs, num_kv_heads] int64, the slots of the pool that stand at ``places`` of these pages.
+        """Return [num_reqs, num_layers, num_kv_heads] int64, the slots of the pool that stand at ``places`` of pages.
 
-        pages:  [num_reqs, num_kv_heads, max_pages] int64
-        places: [num_reqs, num_kv_heads, 1] int64, page by page
+        pages:  [num_reqs, num_layers, num_kv_heads, max_pages] int64
+        places: [num_reqs, num_layers, num_kv_heads, 1] int64, page by page
         """
-        page = pages.gather(2, torch.div(places, self.block_size, rounding_mode="floor"))
+        page = pages.gather(3, torch.div(places, self.block_size, rounding_mode="floor"))
         return (page * self.block_size + places.remainder(self.block_size))[..., 0]

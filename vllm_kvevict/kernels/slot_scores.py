@@ -84,7 +84,7 @@ def slot_scores(batch: SlotBatch, group: Group, fusion: Fusion) -> torch.Tensor:
              queries are not fused. 0 where a head holds nothing; a query that sees nothing pays 0.
 
     CPU tensors use csrc/cpu/slot_scores.cpp where it was built, else ``slot_scores_reference``; CUDA tensors use
-    Triton. The C++ holds the logits of 8 queries and one KV head per thread, Triton two numbers per query row and
+    Triton. The C++ holds the logits of 32 queries and one KV head per thread, Triton two numbers per query row and
     split. The result of the C++ does not depend on the number of threads.
 
     Raises ValueError for a wrong shape, dtype, device or stride and, on CPU, for a page id outside the pool, which

@@ -152,19 +152,20 @@ class ScoreInputs:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """One layer of several requests after a step of their decode, for policies that evict token by token. Read only.
+    """Several requests after a step of their decode, for policies that evict token by token. Read only.
 
-    What a head holds is in no order: ``positions`` say which tokens they are.
+    A row is one request in one layer; layers come together that have the same scales, and those of a policy that asks
+    for ``weights`` one by one. What a head holds is in no order: ``positions`` say which tokens they are.
 
-    query:      [num_reqs, num_queries, num_heads, head_size] the last queries, RoPE applied; the newest stands last
+    query:      [num_rows, num_queries, num_heads, head_size] the last queries, RoPE applied; the newest stands last
     keys:       [num_pages, block_size, head_size] a view of the whole page pool, as in ``ScoreInputs``
-    page_table: [num_reqs, num_kv_heads, max_pages] int64, every page full; page 0 behind those of shorter heads
-    positions:  [num_reqs, num_kv_heads, max_pages * block_size] int64, -1 where a head holds nothing
-    num_tokens: [num_reqs] int64, true lengths, the newest token included
+    page_table: [num_rows, num_kv_heads, max_pages] int64, every page full; page 0 behind those of shorter heads
+    positions:  [num_rows, num_kv_heads, max_pages * block_size] int64, -1 where a head holds nothing
+    num_tokens: [num_rows] int64, true lengths, the newest token included
     max_tokens: the longest of these, or more
     scale:      softmax scale
     weights:    as in ``ScoreInputs``
-    state:      [num_reqs, num_kv_heads, max_pages * block_size] float32, what the policy has summed up of each token
+    state:      [num_rows, num_kv_heads, max_pages * block_size] float32, what the policy has summed up of each token
                 before this step, 0 for the newest one; None if it does not observe all queries
     """
 
@@ -180,27 +181,27 @@ class StepInputs:
 
     @property
     def is_held(self) -> torch.Tensor:
-        """[num_reqs, num_kv_heads, num_slots] bool, the slots in which a token of the request is."""
+        """[num_rows, num_kv_heads, num_slots] bool, the slots in which a token of the request is."""
         return self.positions >= 0
 
     def slot_scores(self, query: torch.Tensor, last_seen: torch.Tensor, group: Group, fusion: Fusion) -> torch.Tensor:
-        """Return [num_reqs, num_kv_heads, num_slots] float32, scores by the attention that ``query`` pays to each slot.
+        """Return [num_rows, num_kv_heads, num_slots] float32, scores by the attention that ``query`` pays to each slot.
 
-        query:     [num_reqs, num_queries, num_heads, head_size], any number of heads for each KV head
-        last_seen: [num_reqs, num_queries] int64, a query sees what the head holds up to this position
+        query:     [num_rows, num_queries, num_heads, head_size], any number of heads for each KV head
+        last_seen: [num_rows, num_queries] int64, a query sees what the head holds up to this position
         group:     over the query heads of one KV head, of each query by itself
-        fusion:    over the queries, then; "none" returns [num_reqs, num_kv_heads, num_queries, num_slots]
+        fusion:    over the queries, then; "none" returns [num_rows, num_kv_heads, num_queries, num_slots]
         """
         scale = self.scale * self.weights.key_scale
         batch = SlotBatch(query, self.keys, self.page_table, self.positions, last_seen.contiguous(), scale)
         return slot_scores(batch, group, fusion)
 
     def newest_attention(self) -> torch.Tensor:
-        """Return [num_reqs, num_kv_heads, num_slots] float32, what the newest query pays, mean over each group."""
+        """Return [num_rows, num_kv_heads, num_slots] float32, what the newest query pays, mean over each group."""
         return self.slot_scores(self.query[:, -1:], self.num_tokens[:, None] - 1, "mean", "sum")
 
     def sum_over_heads(self, of_heads: torch.Tensor) -> torch.Tensor:
-        """Return [num_reqs, num_kv_heads, num_queries, num_slots], for every token the sum over the heads that hold it.
+        """Return [num_rows, num_kv_heads, num_queries, num_slots], for every token the sum over the heads that hold it.
 
         of_heads: likewise, of one head each; 0 where a head holds nothing
         """
@@ -212,7 +213,7 @@ class StepInputs:
 
     @property
     def grouped_query(self) -> torch.Tensor:
-        """[num_reqs, num_kv_heads, group, num_queries, head_size] float32, the queries by the KV head they read."""
+        """[num_rows, num_kv_heads, group, num_queries, head_size] float32, the queries by the KV head they read."""
         return _by_kv_head(self.query, self.page_table.shape[1])
 
 
@@ -328,9 +329,9 @@ class EvictionPolicy(ABC):
         raise NotImplementedError
 
     def score_step(self, inputs: StepInputs) -> torch.Tensor:
-        """Return [num_reqs, num_kv_heads, num_slots] float32; of what a head holds the lowest unprotected one goes.
+        """Return [num_rows, num_kv_heads, num_slots] float32; of what a head holds the lowest unprotected one goes.
 
-        Called for every layer in every step of a decode that evicts token by token. The scores of a policy that
+        Called for all layers in every step of a decode that evicts token by token. The scores of a policy that
         observes all queries are the sums that it will find as ``inputs.state`` in the next step.
         """
         raise NotImplementedError

@@ -47,7 +47,9 @@ class Answers:
             queries = like.new_empty(self._pool.num_layers, 0, *like.shape[1:])
         else:
             facts = to_device(np.stack([slots, np.array(num_tokens)]), self._pool.pages.device)
-            queries = self._ring.last_of(slice(None), facts[0], facts[1], most).flatten(1, 2)
+            queries = (
+                self._ring.last_of(range(self._pool.num_layers), facts[0], facts[1], most).transpose(0, 1).flatten(1, 2)
+            )
         bounds = zip(requests, (ends - num_new).tolist(), ends.tolist(), strict=True)
         return queries, [BatchRow(request, start, end) for request, start, end in bounds]
 

@@ -149,6 +149,7 @@ class EvictionBridge:
         self._choose_budgets(step)
         choose_kept(step, self._watched, self.pool, self.failures)
         self._answers.score(step, self._watched, self._weights)
+        self._replacing.choose_holes(step.replacements, self._weights)
 
     def _evict(self, step: Step) -> dict[str, float]:
         """Move what was chosen; return the seconds that each request took in all.
@@ -275,8 +276,8 @@ class EvictionBridge:
         if not split.evicted:
             return StepRows(split, prefills, remembered, [])
         prefills += self._chunk_groups(common, step)
-        replacements = self._replacing.rows(req_ids, common)
-        return StepRows(split, prefills, remembered, replacements)
+        step.replacements = self._replacing.rows(req_ids, common)
+        return StepRows(split, prefills, remembered, step.replacements)
 
     def _check_lengths(self, common: CommonAttentionMetadata) -> None:
         if common.seq_lens_cpu_upper_bound is not None:
@@ -366,11 +367,10 @@ class EvictionBridge:
 
     def remember(self, rows: StepRows, layer: int, query: torch.Tensor) -> None:
         """After a layer's attention: keep those of its queries [num_tokens, num_heads, head_size] that an eviction will
-        ask for, and evict from the requests that replace their tokens one by one.
+        ask for.
         """
         if rows.remembered is not None:
             self.ring.write(layer, query, rows.remembered)
-        self._replacing.choose_holes(rows.replacements, layer, self._weights)
 
     def observe(
         self,

@@ -23,6 +23,7 @@ class ModelWeights:
         self._layer_names = layer_names
         self._attention_modules: list[tuple[Any, Any]] = []
         self._projections = projections
+        self._of_layers: dict[frozenset[Need], tuple[list[float], list[LayerWeights]]] = {}
 
     def of(self, layer: int, needs: frozenset[Need]) -> LayerWeights:
         """Return what ``needs`` name of one layer, and the scales of its cache.
@@ -34,6 +35,16 @@ class ModelWeights:
         projection = self._output_projection(layer) if Need.OUTPUT_PROJECTION in needs else None
         _, attention = self._modules(layer)
         return LayerWeights(rotary, projection, attention._k_scale_float, attention._v_scale_float)
+
+    def of_layers(self, needs: frozenset[Need]) -> tuple[list[float], list[LayerWeights]]:
+        """Return the softmax scale of every layer, and what ``needs`` name of each."""
+        if needs in self._of_layers:
+            return self._of_layers[needs]
+        layers = range(len(self._layer_names))
+        of_each = [self.scale(layer) for layer in layers], [self.of(layer, needs) for layer in layers]
+        if Need.OUTPUT_PROJECTION not in needs:  # which would be copies
+            self._of_layers[needs] = of_each
+        return of_each
 
     def scale(self, layer: int) -> float:
         """Return the softmax scale of one layer."""

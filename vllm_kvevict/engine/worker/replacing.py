@@ -72,15 +72,15 @@ class Replacing:
         for replacement in replacements:
             self._tokens.fill_holes(layer, replacement)
 
-    def choose_holes(self, replacements: list[Replacement], layer: int, weights: ModelWeights) -> None:
-        """Choose which tokens of one layer the next ones replace; a policy that fails ends its requests."""
+    def choose_holes(self, replacements: list[Replacement], weights: ModelWeights) -> None:
+        """Choose which tokens the next ones replace; a policy that fails ends its requests."""
         for replacement in replacements:
             req_ids = replacement.peers.req_ids
             if req_ids[0] in self._failures:  # all of them fail together
                 continue
-            with self._failures.of(req_ids, f"choosing what the next tokens replace in layer {layer}"):
-                of_layer = weights.of(layer, traits_of(replacement.peers.method.policy).needs)
-                self._tokens.choose_holes(layer, replacement, weights.scale(layer), of_layer)
+            with self._failures.of(req_ids, "choosing what the next tokens replace"):
+                needs = traits_of(replacement.peers.method.policy).needs
+                self._tokens.choose_holes(replacement, *weights.of_layers(needs))
 
 
 def _are_equal(one: Method, other: Method) -> bool:

@@ -33,7 +33,7 @@ class ModelMemory:
     spec:        of the cache of each of these layers
     num_layers:  how many there are on this worker
     page_table:  all of a page table that does not grow with the pool
-    holes:       [num_layers, max_num_reqs, num_kv_heads] int64, as in ``TokenEvictor``; for no request if none may be
+    holes:       [max_num_reqs, num_layers, num_kv_heads] int64, as in ``TokenEvictor``; for no request if none may be
                  evicted token by token
     projections: W_O of layers by their names, as far as they are copies that are kept; None: none is
     """
@@ -56,7 +56,7 @@ class ModelMemory:
         max_tokens = vllm_config.model_config.max_model_len
         page_table = PageTableMemory.take(*sizes, spec.block_size, max_num_reqs, max_tokens, device)
         num_replacing = 0 if reserve_of(vllm_config) is None else max_num_reqs
-        holes = torch.zeros(len(layers), num_replacing, spec.num_kv_heads, dtype=torch.int64, device=device)
+        holes = torch.zeros(num_replacing, len(layers), spec.num_kv_heads, dtype=torch.int64, device=device)
         projections: dict[str, torch.Tensor] | None = None
         if Need.OUTPUT_PROJECTION in traits_of(config.method().policy).needs:
             projections = {}

@@ -10,6 +10,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvevict.engine.messages import StepEvictions
 from vllm_kvevict.engine.worker.watched import ChunkGroup, PrefillGroup, PrefillRow
+from vllm_kvevict.eviction.per_token import Replacement
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.eviction.resident import ResidentEvictions
 
@@ -28,6 +29,7 @@ class Step:
     chosen:      of those in ``evictions``, the ones that keep what was chosen, as they move
     again:       of requests that are evicted again behind a chunk of their prompt, as their layers are scored
     answers:     of requests that are evicted again while they decode, as they were scored
+    replacements: of requests whose new tokens replace others one by one
     auto_rows:   chunks of prompts whose budget is "auto"
     pseudo_rows: last chunks of prompts that pseudo tokens follow
     is_over:     whether batches that come now are none of the scheduler's
@@ -43,6 +45,7 @@ class Step:
     chosen: list[tuple[list[str], Evictions]] = field(default_factory=list)
     again: list[ChunkGroup] = field(default_factory=list)
     answers: list[tuple[list[str], ResidentEvictions]] = field(default_factory=list)
+    replacements: list[Replacement] = field(default_factory=list)
     auto_rows: list[PrefillRow] = field(default_factory=list)
     pseudo_rows: list[PrefillRow] = field(default_factory=list)
     is_over: bool = False
