@@ -1,4 +1,4 @@
-"""Requests that are evicted again while they decode: all that are due in a step together."""
+"""Requests that are evicted again, while they decode and between chunks: all that are due in a step together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.engine.worker.step import Step
-from vllm_kvevict.engine.worker.watched import BatchRow, LastRows, WatchedRequest
+from vllm_kvevict.engine.worker.watched import BatchRow, ChunkGroup, LastRows, WatchedRequest
 from vllm_kvevict.eviction.grouping import scored_again_together
 from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.policies.base import Need
@@ -47,11 +47,34 @@ class Answers:
             queries = like.new_empty(self._pool.num_layers, 0, *like.shape[1:])
         else:
             facts = to_device(np.stack([slots, np.array(num_tokens)]), self._pool.pages.device)
-            queries = (
-                self._ring.last_of(range(self._pool.num_layers), facts[0], facts[1], most).transpose(0, 1).flatten(1, 2)
-            )
+            remembered = self._ring.last_of(range(self._pool.num_layers), facts[0], facts[1], most)
+            queries = remembered.transpose(0, 1).flatten(1, 2)
         bounds = zip(requests, (ends - num_new).tolist(), ends.tolist(), strict=True)
         return queries, [BatchRow(request, start, end) for request, start, end in bounds]
+
+    def chunk_groups(self, step: Step, watched: Mapping[str, WatchedRequest], bounds: list[int]) -> list[ChunkGroup]:
+        """Prepare the evictions behind chunks of prompts.
+
+        bounds: [num_reqs + 1], where the tokens of each row of the batch begin
+        """
+        chunks = step.decisions.chunks
+        rows = {
+            req_id: BatchRow(watched[req_id], bounds[row], bounds[row + 1])
+            for row, req_id in enumerate(step.req_ids if chunks else [])
+            if req_id in chunks
+        }
+        for per_token in (False, True):
+            due = {
+                req_id: (row.request.method, chunks[req_id].plan.num_tokens - row.request.num_tokens)
+                for req_id, row in rows.items()
+                if chunks[req_id].plan.per_token == per_token
+            }
+            for req_ids in scored_again_together(due):
+                members = [rows[req_id] for req_id in req_ids]
+                num_tokens = [chunks[req_id].plan.num_tokens for req_id in req_ids]
+                evictions = self._evictions([row.request for row in members], num_tokens, step, per_token)
+                step.again.append(ChunkGroup(members, evictions))
+        return step.again
 
     def score(self, step: Step, watched: Mapping[str, WatchedRequest], weights: ModelWeights) -> None:
         """Score all that the due requests hold, the blocks that their answers have filled included."""
@@ -67,7 +90,7 @@ class Answers:
         req_ids, layers = [request.req_id for request in requests], range(self._pool.num_layers)
         num_tokens = [step.decisions.shrinking[req_id] for req_id in req_ids]
         last, chunk = self._queries(requests, num_tokens)
-        evictions = self.evictions(requests, num_tokens, step)
+        evictions = self._evictions(requests, num_tokens, step)
         scales = [weights.scale(layer) for layer in layers]
         of_layers = [weights.of(layer, requests[0].needs) for layer in layers]
         are_well = len(req_ids) > 1 and not any(req_id in self._failures for req_id in req_ids)
@@ -93,7 +116,7 @@ class Answers:
             return last, last[:, :, :0]
         return last, queries.unflatten(1, (num_reqs, -1)).transpose(0, 1)  # all have as many new ones
 
-    def evictions(
+    def _evictions(
         self, requests: list[WatchedRequest], num_tokens: list[int], step: Step, per_token: bool = False
     ) -> ResidentEvictions:
         """Return the evictions of requests of ``num_tokens`` tokens, behind this step; per_token: as there."""

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from itertools import chain
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvevict.cache.pages import PagePool
-from vllm_kvevict.cache.plan import EvictionPlan, cdiv
-from vllm_kvevict.cache.staging import to_device
+from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.messages import STEP, EvictionReport, StepEvictions
 from vllm_kvevict.engine.worker.agreement import Workers
@@ -29,7 +26,6 @@ from vllm_kvevict.engine.worker.rows import BatchFolder, StepRows, longest_lens
 from vllm_kvevict.engine.worker.side_memory import Held
 from vllm_kvevict.engine.worker.step import Step, none, num_tokens_after
 from vllm_kvevict.engine.worker.watched import (
-    BatchRow,
     ChunkGroup,
     LayerPass,
     PrefillGroup,
@@ -37,7 +33,6 @@ from vllm_kvevict.engine.worker.watched import (
     WatchedRequest,
     keep_last,
 )
-from vllm_kvevict.eviction.grouping import scored_again_together
 from vllm_kvevict.eviction.per_token import TokenEvictor
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.eviction.resident import ResidentEvictions
@@ -267,7 +262,7 @@ class EvictionBridge:
         req_ids = step.req_ids = self._row_req_ids(common)
         split = self._folder.split(self.page_table.slots.of(req_ids), common)
         self._check_lengths(common)
-        self._stage_blocks(common, step)
+        step.stage_blocks(common.block_table_tensor, self.pool)
         prefills: list[PrefillGroup | PrefillRow | ChunkGroup] = [*in_groups(self._prefill_rows(common, step), step)]
         query_start_loc = common.query_start_loc_cpu.numpy()[: len(req_ids) + 1]
         remembered = self.ring.to_write(req_ids, query_start_loc, common.seq_lens)
@@ -275,55 +270,13 @@ class EvictionBridge:
             return None
         if not split.evicted:
             return StepRows(split, prefills, remembered, [])
-        prefills += self._chunk_groups(common, step)
+        prefills += self._answers.chunk_groups(step, self._watched, common.query_start_loc_cpu.tolist())
         step.replacements = self._replacing.rows(req_ids, common)
         return StepRows(split, prefills, remembered, step.replacements)
 
     def _check_lengths(self, common: CommonAttentionMetadata) -> None:
         if common.seq_lens_cpu_upper_bound is not None:
             self.step.check_lengths(longest_lens(common))
-
-    def _stage_blocks(self, common: CommonAttentionMetadata, step: Step) -> None:
-        """Note the block tables of all requests that are looked at, and the blocks that some are evicted into."""
-        num_tokens = step.lengths_of_watched
-        rows = [row for row, req_id in enumerate(step.req_ids) if req_id in num_tokens]
-        if not rows or step.block_ids:  # of a drafter, whose passes follow each other
-            return
-        req_ids = [step.req_ids[row] for row in rows]
-        counts = [cdiv(num_tokens[req_id], self.pool.block_size) for req_id in req_ids]
-        device = self.pool.pages.device
-        tables = common.block_table_tensor[to_device(np.array(rows), device), : max(counts)].to(torch.int64)
-        step.block_ids = {req_id: ids[:count] for req_id, ids, count in zip(req_ids, tables, counts, strict=True)}
-        ends = step.decisions.ending.items()
-        fresh = {req_id: end.fresh_block_ids for req_id, end in ends if end.fresh_block_ids is not None}
-        if fresh:
-            ids = to_device(np.array([*chain(*fresh.values())], dtype=np.int64), device)
-            step.fresh = dict(zip(fresh, ids.split([*map(len, fresh.values())]), strict=True))
-
-    def _chunk_groups(self, common: CommonAttentionMetadata, step: Step) -> list[ChunkGroup]:
-        """Prepare the evictions behind chunks of prompts."""
-        chunks = step.decisions.chunks
-        if not chunks:
-            return []
-        bounds = common.query_start_loc_cpu.tolist()
-        rows = {
-            req_id: BatchRow(self._watched[req_id], bounds[row], bounds[row + 1])
-            for row, req_id in enumerate(step.req_ids)
-            if req_id in chunks
-        }
-        for per_token in (False, True):
-            due = {
-                req_id: (row.request.method, chunks[req_id].plan.num_tokens - row.request.num_tokens)
-                for req_id, row in rows.items()
-                if chunks[req_id].plan.per_token == per_token
-            }
-            for req_ids in scored_again_together(due):
-                members = [rows[req_id] for req_id in req_ids]
-                num_tokens = [chunks[req_id].plan.num_tokens for req_id in req_ids]
-                requests = [row.request for row in members]
-                evictions = self._answers.evictions(requests, num_tokens, step, per_token)
-                step.again.append(ChunkGroup(members, evictions))
-        return step.again
 
     def _row_req_ids(self, common: CommonAttentionMetadata) -> list[str]:
         if common.req_idx is not None:  # model runner V2

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.cache.plan import cdiv
+from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.engine.messages import StepEvictions
 from vllm_kvevict.engine.worker.watched import ChunkGroup, PrefillGroup, PrefillRow
 from vllm_kvevict.eviction.per_token import Replacement
@@ -54,6 +58,26 @@ class Step:
     def lengths_of_watched(self) -> dict[str, int]:
         """Tokens behind this step of each request that is looked at in it."""
         return {req_id: self.num_tokens[req_id] for req_id in self.decisions.prefilling} | self.decisions.planned
+
+    def stage_blocks(self, block_table: torch.Tensor, pool: PagePool) -> None:
+        """Note the block tables of all requests that are looked at, and the blocks that some are evicted into.
+
+        block_table: [num_reqs, max_blocks] of the batch
+        """
+        num_tokens = self.lengths_of_watched
+        rows = [row for row, req_id in enumerate(self.req_ids) if req_id in num_tokens]
+        if not rows or self.block_ids:  # of a drafter, whose passes follow each other
+            return
+        req_ids = [self.req_ids[row] for row in rows]
+        counts = [cdiv(num_tokens[req_id], pool.block_size) for req_id in req_ids]
+        device = pool.pages.device
+        tables = block_table[to_device(np.array(rows), device), : max(counts)].to(torch.int64)
+        self.block_ids = {req_id: ids[:count] for req_id, ids, count in zip(req_ids, tables, counts, strict=True)}
+        ends = self.decisions.ending.items()
+        fresh = {req_id: end.fresh_block_ids for req_id, end in ends if end.fresh_block_ids is not None}
+        if fresh:
+            ids = to_device(np.array([*chain(*fresh.values())], dtype=np.int64), device)
+            self.fresh = dict(zip(fresh, ids.split([*map(len, fresh.values())]), strict=True))
 
     def check_lengths(self, held: np.ndarray) -> None:
         """Raise RuntimeError if a request that is to be evicted has another length here than in the scheduler.
