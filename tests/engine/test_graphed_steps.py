@@ -32,10 +32,10 @@ IDS = ["whole", "evicted"]
 
 def bridge(decisions: StepEvictions | None = None) -> SimpleNamespace:
     """What a step of ``IDS`` is judged by, of a worker that knows two more requests."""
-    table = PageTable(make_pool(2, 2, 20, 16, 32).pool, max_num_reqs=4, max_tokens=256)
+    table = PageTable.of(make_pool(2, 2, 20, 16, 32).pool, max_num_reqs=4, max_tokens=256)
     for req_id, per_token in (("evicted", False), ("replaced", True)):
         table.slots.take(req_id)
-        table.shrink(req_id, 64, per_token)
+        table.shrink([req_id], [64], per_token)
     slots = RequestSlots(4)
     slots.take("remembered")
     step = Step(decisions or StepEvictions(), {})
