@@ -9,7 +9,7 @@ from time import perf_counter
 import torch
 
 from benchmarks.timing import write_row
-from vllm_kvevict.cache.compaction import plan_compaction
+from tests.compactions import plan_compaction
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import plan_eviction
 from vllm_kvevict.kernels.move_tokens import move_tokens, move_tokens_reference

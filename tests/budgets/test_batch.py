@@ -33,7 +33,7 @@ def test_together_as_alone(name, kind):
     scores = torch.full((len(LENS), LAYERS, HEADS, max(LENS)), float("nan"))
     for req, of_request in enumerate(alone):
         scores[req, ..., : LENS[req]] = of_request
-    batch = WishBatch(scores, LENS, NUM_TOKENS, [NUM_PROTECTED] * len(LENS), measures)
+    batch = WishBatch.of(scores, LENS, NUM_TOKENS, [NUM_PROTECTED] * len(LENS), measures)
     summary = allocator.summarise(batch)
     for req, of_request in enumerate(alone):
         part = torch.empty(0) if summary is None else summary[req]

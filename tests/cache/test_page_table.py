@@ -96,7 +96,7 @@ def evict(
             lists[layer, head, : len(row)] = torch.tensor(row, dtype=torch.int64)
     lists = lists[..., : max(max(map(max, num_full)), 1) + has_tail]
     kv_lens = torch.tensor(num_full) * block_size + plan.num_tail_tokens
-    compaction = Compaction([], lists, torch.tensor(num_full) + has_tail, kv_lens)
+    compaction = Compaction(lists, torch.tensor(num_full) + has_tail)
     model = RequestModel(num_tokens, pages, kv_lens.tolist(), table, kept, grows)
     return compaction, plan, torch.tensor(kept, dtype=torch.int64), model
 

@@ -217,7 +217,7 @@ def held_bytes(policy, kv_len):
 
 def test_scoring_holds_no_more_bytes_per_token_than_it_says(policy, monkeypatch):
     """The growth between two lengths, both long enough for what does not depend on the prompt to be little of it."""
-    monkeypatch.setattr(scratch, "MOST_BYTES", 2**10)
+    monkeypatch.setattr(scratch, "_most_bytes", 2**10)
     stated = policy.scratch_bytes(KV_HEADS * GROUP, KV_HEADS, HEAD_SIZE)
     # observing takes time that grows with the square of the length
     length = 3_072 if Need.ALL_QUERIES in policy.needs else 15_360
