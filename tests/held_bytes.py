@@ -56,6 +56,6 @@ def held_bytes() -> Iterator[HeldBytes]:
     def brought(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         return tensor.clone()
 
-    with patch.object(held_scores, "on_host", on_host), patch.object(held_scores, "brought", brought):
-        with HeldBytes() as held:
-            yield held
+    patches = patch.object(held_scores, "on_host", on_host), patch.object(held_scores, "brought", brought)
+    with patches[0], patches[1], HeldBytes() as held:
+        yield held

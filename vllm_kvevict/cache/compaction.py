@@ -229,16 +229,13 @@ class _Layout:
         A head keeps its own pages first, the latest of them; what it lacks comes from heads of its request that want
         fewer, and give away their first ones, in the order of heads.
         """
-        most, own_most = self.wanted.max(), [[plan.num_full_blocks] for plan in self.plans]
-        column = torch.arange(int(most) + 1, device=self.want.device)
+        column = torch.arange(int(self.wanted.max()) + 1, device=self.want.device)
         want = self.want[:, heads]
         num_own = want.minimum(self.num_full)[..., None]
         block = self.first[..., None] + (self.num_full[..., None] - num_own) + column
         own = self._shared_blocks(block.flatten(1)).view_as(block)
         own += self.shared.first_pages.flatten()[heads, None]
         own.masked_fill_(column >= num_own, 0)
-        if not (self.wanted[:, heads] > own_most).any():
-            return own.to(torch.int32)
         taken = (self.taken_before[:, heads, None] + (column - num_own)).clamp_(min=0).flatten(1)
         giver = torch.searchsorted(self.given_before.contiguous(), taken, right=True) - 1
         place = taken.sub_(self.given_before.gather(1, giver)).add_(self.first)

@@ -43,9 +43,24 @@ class HeldScores:
         """Return those of one request, which are not copied."""
         return HeldScores(self._all[req : req + 1, :, :, :num_tokens], self.device, self.is_on_host, self._whole)
 
-    def put(self, layer: int, scores: torch.Tensor, req: int | slice = slice(None)) -> None:
-        """Set the first scores of one layer: [num_kv_heads, num_tokens] of one request; or of several."""
-        self._all[req, layer, :, : scores.shape[-1]].copy_(scores, non_blocking=True)
+    def put(
+        self, layer: int, scores: torch.Tensor, req: int | slice = slice(None), heads: torch.Tensor | None = None
+    ) -> None:
+        """Set the first scores of one layer: [num_kv_heads, num_tokens] of one request; or of several.
+
+        heads: [num_heads] int64 that they are of; None: all
+        """
+        of_layer = self._all[req, layer]
+        if heads is not None and not self.is_on_host:
+            of_layer[heads, : scores.shape[-1]] = scores
+            return
+        rows = enumerate(heads.tolist()) if heads is not None else [(slice(None), slice(None))]
+        for row, head in rows:
+            of_layer[..., head, : scores.shape[-1]].copy_(scores[..., row, :], non_blocking=True)
+
+    def put_layers(self, first: int, scores: torch.Tensor) -> None:
+        """Set those of some layers from ``first`` on: [num_reqs, num_layers, num_kv_heads, max_tokens]."""
+        self._all[:, first : first + scores.shape[1]].copy_(scores, non_blocking=True)
 
     def take(self, req: int, scores: HeldScores) -> None:
         """Set the scores of one request to those of another one, which are on the device."""

@@ -77,6 +77,11 @@ class Eviction:
             self._alone = Evictions([proxy(self)])  # in a circle scores would stay until Python looks for circles
         return self._alone
 
+    @property
+    def is_scored_on_host(self) -> bool:
+        """Whether there are scores of this request only that wait on the host."""
+        return self._alone is not None and self._alone.are_on_host
+
     def go_on(self, alone: Evictions) -> None:
         """Go on with what was seen of this request together with others."""
         self._alone = alone
@@ -197,6 +202,11 @@ class Evictions:
         ]
         together = torch.cat([*block_ids, block_ids[0].new_zeros(1)])
         return self._pool.pages_of(together[to_device(np.array(index, dtype=np.int64), together.device)])
+
+    @property
+    def are_on_host(self) -> bool:
+        """Whether there are scores that wait on the host."""
+        return self._scores.are_on_host
 
     def break_up(self) -> None:
         """Let each member go on alone, by its own methods, with what has been seen and scored so far."""
@@ -323,14 +333,15 @@ class Evictions:
         num_slots = pages.to_blocks.shape[1] * block_size
         lane = torch.arange(block_size, device=pages.to_blocks.device)
         position = torch.arange(num_slots, dtype=torch.int32, device=lane.device)
-        bytes_of_layer = len(self.members) * num_kv_heads * num_slots * _BYTES_PER_SLOT
-        for first, end in scratch.tiles([bytes_of_layer] * self._pool.num_layers):
-            page_ids = pages.of_heads(slice(first * num_kv_heads, end * num_kv_heads))
+        bytes_of_head = len(self.members) * num_slots * _BYTES_PER_SLOT
+        for first, end in scratch.tiles([bytes_of_head] * self._pool.num_layers * num_kv_heads):
+            page_ids = pages.of_heads(slice(first, end))
             slots = (page_ids[..., None] * block_size + lane).flatten(2)
             residents.positions[slots] = position
             for of_request, sums in zip(slots, states, strict=True):
                 if sums is not None:
-                    residents.sums[of_request[:, : sums[0].shape[1]]] = torch.cat(sums[first:end])
+                    of_heads = [sums[head // num_kv_heads][head % num_kv_heads] for head in range(first, end)]
+                    residents.sums[of_request[:, : len(of_heads[0])]] = torch.stack(of_heads)
         for source, destination in self._compactions.moves():
             # a gap moves the first slot of the null page to itself
             residents.move(source.clamp(min=0), destination.clamp(min=0))

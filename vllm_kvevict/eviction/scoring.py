@@ -48,6 +48,11 @@ class PromptScores:
         return self._scores
 
     @property
+    def are_on_host(self) -> bool:
+        """Whether there are scores that wait on the host."""
+        return self._scores is not None and self._scores.is_on_host
+
+    @property
     def measures(self) -> torch.Tensor:
         """[num_reqs, num_layers, num_measures] float64"""
         measures = torch.stack([measure for of_request in self._measures for measure in of_request])
