@@ -1,13 +1,11 @@
 """What every registered policy must do, whatever it computes."""
 
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.held_bytes import HeldBytes
 from tests.gpu import HAS_GPU, on_gpu
 from tests.paged import LAYOUTS, PACKINGS, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.kernels.rotary import Rotary
@@ -170,35 +168,6 @@ def test_inputs_are_only_read(policy, packing):
     policy.score(inputs)
     for tensor, copy in zip([inputs.query, cache.pool.pages, inputs.page_table], before, strict=True):
         torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
-
-
-class HeldBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside this context hold at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self.seen = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.hold(tensor.untyped_storage(), inputs)
-        return result
-
-    def hold(self, storage, inputs):
-        if storage._cdata in inputs or storage._cdata in self.seen:
-            return  # a view, or an operation in place
-        self.seen.add(storage._cdata)
-        self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
-
-    def release(self, key, num_bytes):
-        self.seen.remove(key)
-        self.now -= num_bytes
 
 
 def held_bytes(policy, kv_len):
