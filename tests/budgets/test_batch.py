@@ -27,6 +27,7 @@ def scores_of(kind: str, kv_len: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["dense", "sparse", "signed"])
 @pytest.mark.parametrize("name", NAMES)
 def test_together_as_alone(name, kind):
+    """Up to the rounding of float64: LAVa's entropies are summed up over tables of another width."""
     allocator = ALLOCATORS.get(name)(**OPTIONS.get(name, {}))
     alone = [scores_of(kind, kv_len, seed) for seed, kv_len in enumerate(LENS)]
     measures = torch.rand(len(LENS), LAYERS, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
