@@ -47,15 +47,11 @@ class HeldBytes(TorchDispatchMode):
 
 @contextmanager
 def held_bytes() -> Iterator[HeldBytes]:
-    """Count as on a device: what waits on the host does not count there, and is copied when it is needed."""
+    """Count as on a device: what waits on the host does not count there."""
 
     def on_host(*arguments: Any) -> torch.Tensor:
         with _disable_current_modes():
             return staging.on_host(*arguments)
 
-    def brought(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        return tensor.clone()
-
-    patches = patch.object(held_scores, "on_host", on_host), patch.object(held_scores, "brought", brought)
-    with patches[0], patches[1], HeldBytes() as held:
+    with patch.object(held_scores, "on_host", on_host), HeldBytes() as held:
         yield held

@@ -25,8 +25,3 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
 def on_host(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Return float32 memory of the host with which ``device`` exchanges tiles without anybody waiting."""
     return torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda")
-
-
-def brought(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a part of what ``on_host`` returned as a tensor on ``device``, in the order of its work."""
-    return tensor.to(device, non_blocking=True)

@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from vllm_kvevict.cache.staging import brought, on_host
+from vllm_kvevict.cache.staging import on_host
 from vllm_kvevict.policies import scratch
 
 
@@ -50,27 +50,44 @@ class HeldScores:
 
         heads: [num_heads] int64 that they are of; None: all
         """
-        of_layer = self._all[req, layer]
-        if heads is not None and not self.is_on_host:
-            of_layer[heads, : scores.shape[-1]] = scores
-            return
-        rows = enumerate(heads.tolist()) if heads is not None else [(slice(None), slice(None))]
-        for row, head in rows:
-            of_layer[..., head, : scores.shape[-1]].copy_(scores[..., row, :], non_blocking=True)
+        part = self._all[req, layer, :, : scores.shape[-1]]
+        if heads is None:
+            self._copy(part, scores)
+        elif self.is_on_host:
+            for head, of_head in zip(heads.tolist(), scores, strict=True):
+                self._copy(part[head], of_head)
+        else:
+            part[heads] = scores
 
     def put_layers(self, first: int, scores: torch.Tensor) -> None:
         """Set those of some layers from ``first`` on: [num_reqs, num_layers, num_kv_heads, max_tokens]."""
-        self._all[:, first : first + scores.shape[1]].copy_(scores, non_blocking=True)
+        self._copy(self._all[:, first : first + scores.shape[1]], scores)
 
     def take(self, req: int, scores: HeldScores) -> None:
         """Set the scores of one request to those of another one, which are on the device."""
-        self._all[req, :, :, : scores.shape[3]].copy_(scores._all[0], non_blocking=True)
+        self._copy(self._all[req, :, :, : scores.shape[3]], scores._all[0])
 
     def of_layers(self, first: int, end: int) -> torch.Tensor:
         """Return [num_reqs, end - first, num_kv_heads, max_tokens] on the device, to be read only."""
-        return brought(self._all[:, first:end], self.device) if self.is_on_host else self._all[:, first:end]
+        return self._brought(self._all[:, first:end])
 
     def of_heads(self, first: int, end: int) -> torch.Tensor:
         """Return [num_reqs, end - first, max_tokens] of heads counted through all layers, likewise."""
-        part = self._all.flatten(1, 2)[:, first:end]
-        return brought(part, self.device) if self.is_on_host else part
+        return self._brought(self._all.flatten(1, 2)[:, first:end])
+
+    def _brought(self, part: torch.Tensor) -> torch.Tensor:
+        if not self.is_on_host:
+            return part
+        on_device = torch.empty(part.shape, device=self.device)
+        self._copy(on_device, part)
+        return on_device
+
+    def _copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy in the order of the device's work. With the host that is done in pieces without gaps: else torch would
+        read or write memory of the host at once, without regard to copies that are still under way.
+        """
+        if not self.is_on_host or (to.is_contiguous() and source.is_contiguous()):
+            to.copy_(source, non_blocking=True)
+        else:
+            for one, other in zip(to, source, strict=True):
+                self._copy(one, other)
