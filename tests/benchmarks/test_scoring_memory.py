@@ -25,7 +25,7 @@ def peak(policy: str, allocator: str, num_layers: int, num_tokens: int) -> int:
     [
         pair
         if pair in OFTEN
-        else pytest.param(*pair, marks=pytest.mark.more(reason="other policies are evicted in the same way"))
+        else pytest.param(*pair, marks=pytest.mark.more("other policies are evicted in the same way"))
         for pair in pairs()
     ],
 )

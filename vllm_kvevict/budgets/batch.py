@@ -16,7 +16,8 @@ from vllm_kvevict.budgets.base import BudgetAllocator
 from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.policies import scratch
 
-_Made, _Other = TypeVar("_Made"), TypeVar("_Other")
+_Made = TypeVar("_Made")
+_Other = TypeVar("_Other")
 
 
 class Tiles(Generic[_Made]):
@@ -71,10 +72,16 @@ class WishBatch:
         measures: torch.Tensor,
     ) -> WishBatch:
         """Return the batch of these scores [num_reqs, num_layers, num_kv_heads, max_kv_len]."""
-        shape = (*scores.shape,)
+        num_reqs, num_layers, num_kv_heads, max_kv_len = scores.shape
         return cls(
-            lambda first, end: scores[:, first:end], shape, scores.device, kv_lens, num_tokens, num_protected, measures
-        )  # type: ignore[arg-type]
+            lambda first, end: scores[:, first:end],
+            (num_reqs, num_layers, num_kv_heads, max_kv_len),
+            scores.device,
+            kv_lens,
+            num_tokens,
+            num_protected,
+            measures,
+        )
 
     @cached_property
     def scores(self) -> torch.Tensor:

@@ -66,7 +66,10 @@ class Global(BatchAllocator):
 def _count_best(tiles: Tiles[torch.Tensor], totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return two of [num_reqs, heads], what ``count_best`` counts of all layers of each request together."""
     rows = tiles.map(lambda guarded: guarded.flatten(1, 2))
-    return count_best(*rows, totals) if len(rows.bounds) == 1 else count_best_of_tiles(rows, totals)
+    if len(rows.bounds) > 1:
+        return count_best_of_tiles(rows, totals)
+    (only,) = rows
+    return count_best(only, totals)
 
 
 def _of_layers(sure: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -190,15 +190,18 @@ class _Layout:
         own_share = np.minimum(wanted, sizes[:, :1])
         staying = own_share if fresh is None else np.zeros_like(wanted)
         given, taken = sizes[:, :1] - own_share, wanted - own_share
-        before = [numbers.cumsum(axis=1) - numbers for numbers in (given, taken)]
+        sums = [numbers.cumsum(axis=1) - numbers for numbers in (given, taken)]
         heads = wanted.shape[1]
-        copied = to_device(np.concatenate([sizes, wanted, staying, *before], axis=1), own.to_blocks.device)
-        num_full, num_tail, last, end_staying, *of_heads = copied.split([1, 1, 1, 1, *[heads] * 4], dim=1)
+        copied = to_device(np.concatenate([sizes, wanted, staying, *sums], axis=1), own.to_blocks.device)
+        num_full, num_tail, last, end_staying, want, num_staying, given_before, taken_before = copied.split(
+            [1, 1, 1, 1, heads, heads, heads, heads], dim=1
+        )
         shared, first = own, last - num_full
         if fresh is not None and fresh.to_blocks.shape[1]:
             shared, first = fresh, torch.zeros_like(last)
-        ends = num_full, num_tail, last, end_staying, wanted, staying
-        return cls(plans, own, shared, first, *of_heads, *ends)
+        before = given_before.contiguous(), taken_before
+        sizes_on_device = num_full, num_tail, last, end_staying
+        return cls(plans, own, shared, first, want, num_staying, *before, *sizes_on_device, wanted, staying)
 
     @property
     def block_size(self) -> int:
@@ -207,7 +210,8 @@ class _Layout:
     def _most_moves(self, heads: slice) -> int:
         num_tail = sum(plan.num_tail_tokens for plan in self.plans)
         wanted = self.wanted[:, heads]
-        return int(wanted.sum()) * self.block_size + num_tail * wanted.shape[1]
+        num_heads: int = wanted.shape[1]
+        return int(wanted.sum()) * self.block_size + num_tail * num_heads
 
     def _first_staying(self, heads: slice) -> torch.Tensor:
         """[num_reqs, num_heads, 1] first token of the pages that a head stays in."""
@@ -237,7 +241,7 @@ class _Layout:
         own += self.shared.first_pages.flatten()[heads, None]
         own.masked_fill_(column >= num_own, 0)
         taken = (self.taken_before[:, heads, None] + (column - num_own)).clamp_(min=0).flatten(1)
-        giver = torch.searchsorted(self.given_before.contiguous(), taken, right=True) - 1
+        giver = torch.searchsorted(self.given_before, taken, right=True) - 1
         place = taken.sub_(self.given_before.gather(1, giver)).add_(self.first)
         pages = self._shared_blocks(place)
         pages += self.shared.first_pages.flatten()[giver]

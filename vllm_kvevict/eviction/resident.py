@@ -121,12 +121,13 @@ class ResidentEvictions:
         num_kv_heads = self.pool.num_kv_heads
         first, end = layers.start * num_kv_heads, layers.stop * num_kv_heads
         if self._only_order is not None:
-            return self._order(first, end)[0].unflatten(1, (-1, num_kv_heads))
-        slots = self.page_table.new_empty(len(self.num_tokens), end - first, self._num_slots)
-        size = self._tiles[0][1]
-        for head in range(first, end, size):
-            slots[:, head - first : head - first + size] = self._order(head, min(head + size, end))[0]
-        return slots.unflatten(1, (-1, num_kv_heads))
+            slots = self._order(first, end)[0]
+        else:
+            slots = self.page_table.new_empty(len(self.num_tokens), end - first, self._num_slots)
+            size = self._tiles[0][1]
+            for head in range(first, end, size):
+                slots[:, head - first : head - first + size] = self._order(head, min(head + size, end))[0]
+        return slots.view(len(slots), len(layers), num_kv_heads, self._num_slots)
 
     def alone(self, req: int) -> ResidentEvictions:
         """Return the eviction of one of the requests as if it were the only one, not scored yet."""
