@@ -86,7 +86,7 @@ def test_answers_are_evicted_as_in_one_tile(size, seed, policy, packing, per_tok
     with scratch_of(size):
         in_tiles = tiled.evict(policy, per_token, [0, 1, 2])
     expected = whole.evict(policy, per_token, [0, 1, 2])
-    assert len(in_tiles._tiles) > 1 or size == 2**16
+    assert len(in_tiles._order.tiles) > 1 or size == 2**16
     assert not per_token or in_tiles.next_victims.equal(expected.next_victims)
     assert tiled.cache.pool.pages.view(torch.int32).equal(whole.cache.pool.pages.view(torch.int32))
     assert tiled.residents.positions.equal(whole.residents.positions)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from time import perf_counter
 
 import numpy as np
@@ -27,13 +28,11 @@ from vllm_kvevict.eviction.held_scores import HeldScores
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.selection import protect, select
+from vllm_kvevict.eviction.token_order import TokenOrder
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies import scratch
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
 from vllm_kvevict.policies.batch import ScoreBatch, scored_at_once, scores_batches
-
-# What is held at once by each slot: where its token stands in order, which tokens stay, and what moves.
-_BYTES_PER_SLOT = 48
 
 Moves = tuple[torch.Tensor, torch.Tensor]
 
@@ -72,62 +71,17 @@ class ResidentEvictions:
     _first_moves: Moves = field(init=False)
 
     def __post_init__(self) -> None:
-        """Note the positions of the new tokens."""
-        start = perf_counter()
         device, block_size = self.page_table.device, self.pool.block_size
         tails = [0 if self.per_token else num_tokens % block_size for num_tokens in self.num_tokens]
         facts = to_device(np.array([self.num_tokens, self.num_new, tails], dtype=np.int64), device)
-        self._all_tokens, self._all_new, self._num_tail = facts[..., None, None].unbind(0)  # [num_reqs, 1, 1] each
-        self._kv_lens = self.num_pages * block_size - -self._all_tokens % block_size
-        num_reqs, num_layers, num_kv_heads, max_pages = self.page_table.shape
-        self._num_slots, self._num_heads = max_pages * block_size, num_layers * num_kv_heads
-        self._tiles = scratch.tiles([num_reqs * self._num_slots * _BYTES_PER_SLOT] * self._num_heads)
-        self._scores = HeldScores.empty((num_reqs, num_layers, num_kv_heads, self._num_slots), device)
-        orders = [self._put_in_order(*tile) for tile in self._tiles[:1]]
-        self._only_order = orders[0] if len(self._tiles) == 1 else None
-        self.seconds += perf_counter() - start
+        num_tokens, num_new, self._num_tail = facts[..., None, None].unbind(0)  # [num_reqs, 1, 1] each
+        self._kv_lens = self.num_pages * block_size - -num_tokens % block_size
+        pages = self.page_table, self.num_pages, self.num_full_pages
+        self._order = TokenOrder(self.pool, self.residents, *pages, num_tokens, num_new, self._num_tail, self._kv_lens)
 
-    def _put_in_order(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the slots of some heads [num_reqs, end - first, num_slots] int64 in the order of their tokens, those
-        that hold none last, and whether each stays. The positions of new tokens are noted.
-
-        first, end: heads, counted through all layers
-        """
-        heads, block_size = slice(first, end), self.pool.block_size
-        lane = torch.arange(block_size, device=self.page_table.device)
-        slots = (self.page_table.flatten(1, 2)[:, heads, :, None] * block_size + lane).flatten(2)
-        place = torch.arange(self._num_slots, device=slots.device)
-        kv_lens = self._kv_lens.flatten(1)[:, heads, None]
-        is_new = (place < kv_lens) & (place >= kv_lens - self._all_new)
-        positions = self.residents.positions
-        # all slots are written, those of no new token with what they have
-        new_positions = (self._all_tokens - kv_lens + place).to(torch.int32)
-        known = torch.where(is_new, new_positions, positions[slots])
-        positions[slots] = known
-        order = known.masked_fill_(place >= kv_lens, torch.iinfo(torch.int32).max).argsort(dim=-1)
-        page = place // block_size
-        is_tail = (page == self.num_pages.flatten(1)[:, heads, None] - 1) & (self._num_tail > 0)
-        stays = (page < self.num_full_pages.flatten(1)[:, heads, None]) | is_tail
-        return slots.gather(2, order), stays.gather(2, order)
-
-    def _order(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._only_order is None:
-            return self._put_in_order(first, end)
-        slots, stays = self._only_order
-        return slots[:, first:end], stays[:, first:end]
-
-    def _slots_of(self, layers: range) -> torch.Tensor:
-        """Return [num_reqs, num_layers, num_kv_heads, num_slots] int64 of some layers, as ``_put_in_order`` does."""
-        num_kv_heads = self.pool.num_kv_heads
-        first, end = layers.start * num_kv_heads, layers.stop * num_kv_heads
-        if self._only_order is not None:
-            slots = self._order(first, end)[0]
-        else:
-            slots = self.page_table.new_empty(len(self.num_tokens), end - first, self._num_slots)
-            size = self._tiles[0][1]
-            for head in range(first, end, size):
-                slots[:, head - first : head - first + size] = self._order(head, min(head + size, end))[0]
-        return slots.view(len(slots), len(layers), num_kv_heads, self._num_slots)
+    @cached_property
+    def _scores(self) -> HeldScores:
+        return HeldScores.empty(self._order.shape, self.page_table.device)
 
     def alone(self, req: int) -> ResidentEvictions:
         """Return the eviction of one of the requests as if it were the only one, not scored yet."""
@@ -173,7 +127,7 @@ class ResidentEvictions:
                 self._score_together(tile, query[:, some], chunk[:, some], scales[first], weight)
         else:
             for place, layer in enumerate(layers):
-                slots = self._slots_of(range(layer, layer + 1))[:, 0]
+                slots = self._order.of_layers(range(layer, layer + 1))[:, 0]
                 for req in range(len(self.num_tokens)):
                     of_layer = query[req, place], chunk[req, place]
                     self._score_layer_alone(req, layer, slots[req], *of_layer, scales[place], weights[place])
@@ -190,7 +144,7 @@ class ResidentEvictions:
         """Yield bounds of layers that are scored together: they have the same scales, and fit into the scratch."""
         kinds = [(scale, weight.key_scale, weight.value_scale) for scale, weight in zip(scales, weights, strict=True)]
         per_slot = 2 * self.pool.head_size * self.pool.keys.element_size() + 12
-        per_layer = len(self.num_tokens) * self.pool.num_kv_heads * self._num_slots * per_slot
+        per_layer = len(self.num_tokens) * self.pool.num_kv_heads * self._order.shape[3] * per_slot
         return scored_at_once(kinds, max(scratch.most_bytes() // per_layer, 1))
 
     def _score_together(
@@ -198,7 +152,7 @@ class ResidentEvictions:
     ) -> None:
         policy, some = self.method.policy, slice(layers.start, layers.stop)
         traits = traits_of(policy)
-        slots = self._slots_of(layers)
+        slots = self._order.of_layers(layers)
         batch = ScoreBatch(
             query[:, :, max(query.shape[2] - traits.query_window, 0) :],
             *self.pool.in_order(slots),
@@ -222,7 +176,7 @@ class ResidentEvictions:
 
     def _sums_of_all(self) -> HeldScores:
         if self._sums is None:
-            self._sums = HeldScores.empty(self._scores.shape, self._scores.device)
+            self._sums = HeldScores.empty(self._order.shape, self.page_table.device)
         return self._sums
 
     def _score_layer_alone(
@@ -303,9 +257,9 @@ class ResidentEvictions:
         """Select what stays, and plan the moves of the first heads: there is memory for those of the others, then."""
         num_kept, kv_lens = self._num_kept.flatten(1), self._kv_lens.flatten(1)
         protection, victims = (self.method.num_sink, self.method.num_recent), []
-        shape = len(self.num_tokens), self._num_heads, self._num_slots
-        packed = None if len(self._tiles) == 1 else PackedMarks(shape, num_kept.device)
-        for first, end in self._tiles:
+        shape = *num_kept.shape, self._order.shape[3]
+        packed = None if len(self._order.tiles) == 1 else PackedMarks(shape, num_kept.device)
+        for first, end in self._order.tiles:
             scores, lens = self._scores.of_heads(first, end), kv_lens[:, first:end]
             kept = select(scores, num_kept[:, first:end], *protection, lens)
             if packed is not None:
@@ -313,23 +267,19 @@ class ResidentEvictions:
             if self.per_token:
                 protected = protect(scores, *protection, lens)
                 lowest = protected.masked_fill_(~kept, float("inf")).argmin(dim=2, keepdim=True)
-                slots = self._order(first, end)[0].gather(2, lowest)[..., 0]
+                slots = self._order.of_heads(first, end)[0].gather(2, lowest)[..., 0]
                 victims.append(self.residents.positions[slots].to(torch.int64))
         if victims:
             self.next_victims = torch.cat(victims, dim=1).view_as(self.num_pages)
         self._kept = packed or Marks(kept)
-        self._first_moves = self._moves(*self._tiles[0])
+        self._first_moves = self._moves(*self._order.tiles[0])
 
     def _moves(self, first: int, end: int) -> Moves:
         """Return where the tokens of some heads move from and to: what is kept fills the slots that stay."""
-        (slots, stays), kept = self._order(first, end), self._kept.rows(first, end)
+        (slots, stays), kept = self._order.of_heads(first, end), self._kept.rows(first, end)
         # head by head as many of the ones as of the others
-        holes = ~kept & self._is_held(first, end) & stays
+        holes = ~kept & self._order.is_held(first, end) & stays
         return self._marked(slots, kept & ~stays), self._marked(slots, holes)
-
-    def _is_held(self, first: int, end: int) -> torch.Tensor:
-        place = torch.arange(self._num_slots, device=self._kv_lens.device)
-        return place < self._kv_lens.flatten(1)[:, first:end, None]
 
     def _marked(self, slots: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
         """Return the slots of some heads that are marked, in order, and -1 behind them: as many as may move."""
@@ -349,11 +299,11 @@ class ResidentEvictions:
         start = perf_counter()
         if not self._are_all_scored:
             raise RuntimeError("some layers of an answer were not scored; nothing was evicted")
-        for first, end in self._tiles:
+        for first, end in self._order.tiles:
             if self._sums is not None:
-                slots, sums = self._order(first, end)[0], self.residents.sums
+                slots, sums = self._order.of_heads(first, end)[0], self.residents.sums
                 of_heads = self._sums.of_heads(first, end)
-                sums[slots] = torch.where(self._is_held(first, end), of_heads, sums[slots])
+                sums[slots] = torch.where(self._order.is_held(first, end), of_heads, sums[slots])
             moves = self._first_moves if first == 0 else self._moves(first, end)
             self.pool.move(*moves)
             self.residents.move(*(slots.clamp(min=0) for slots in moves))  # gaps move the null page's slot to itself

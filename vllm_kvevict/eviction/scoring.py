@@ -61,12 +61,14 @@ class PromptScores:
     def only(self, req: int) -> PromptScores:
         """Return those of one prompt, which goes on alone."""
         plan = self._plans[req]
-        pages = self.pages.only(req, cdiv(plan.num_tokens, self._pool.block_size))
+        num_blocks = cdiv(plan.num_tokens, self._pool.block_size)
+        pages = self.pages.only(req, num_blocks)
         alone = PromptScores(self._method, self._pool, [plan], pages)
         alone._scores = None if self._scores is None else self._scores.only(req, plan.num_tokens)
         alone.scored = set(self.scored)
         alone._measures = [self._measures[req]]
-        alone._waiting = [[of_layer[req]] for of_layer in self._waiting]
+        waiting = [of_layer[req] for of_layer in self._waiting]
+        alone._waiting = [[replace(inputs, page_table=inputs.page_table[:, :num_blocks])] for inputs in waiting]
         return alone
 
     def take(self, req: int, alone: PromptScores) -> None:
