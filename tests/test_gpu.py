@@ -53,7 +53,7 @@ def evict_prompt(
     compaction = eviction.finish()
     table, residents = PageTable.of(pool, 2, PROMPT + ANSWER), Residents(pool)
     table.add([REQUEST], compaction.pages, [plan], [eviction.full_block_ids])
-    residents.note(compaction, plan, blocks, None)
+    eviction.alone.note(residents, [None])
     return eviction, table, residents
 
 

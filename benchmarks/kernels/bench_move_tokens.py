@@ -9,7 +9,8 @@ from time import perf_counter
 import torch
 
 from benchmarks.timing import write_row
-from vllm_kvevict.cache.compaction import plan_compaction
+from vllm_kvevict.cache.compaction import Compactions
+from vllm_kvevict.cache.marks import Marks
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import plan_eviction
 from vllm_kvevict.kernels.move_tokens import move_tokens, move_tokens_reference
@@ -70,8 +71,10 @@ def setup(arguments: argparse.Namespace, num_tokens: int, budget: int) -> Compac
     pages = torch.full((layers, heads), plan.num_full_blocks)
     kept = select(scores, pages * block_size + plan.num_tail_tokens, NUM_SINK, NUM_RECENT)
     fresh = None if arguments.in_place else ids[plan.num_blocks :]
-    compaction = plan_compaction(kept, pages, ids[: plan.num_blocks], plan, pool, fresh)
-    return Compaction(pool, compaction.phases)
+    own, fresh = pool.pages_of(ids[None, : plan.num_blocks]), None if fresh is None else pool.pages_of(fresh[None])
+    compactions = Compactions(Marks(kept.flatten(0, 1)[None]), pages[None], own, [plan], fresh, [(0, layers * heads)])
+    phases = [(source[source >= 0], destination[source >= 0]) for source, destination in compactions.moves()]
+    return Compaction(pool, phases)
 
 
 def check(compaction: Compaction) -> None:

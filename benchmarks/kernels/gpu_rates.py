@@ -156,29 +156,29 @@ def evict(method: Method, pool: PagePool, block_ids: torch.Tensor, plan: Evictio
         eviction.score_layer(layer, query, SCALE)
     torch.cuda.synchronize()
     start = perf_counter()
-    compaction = eviction.finish()
+    eviction.finish()
     torch.cuda.synchronize()
-    return compaction, perf_counter() - start
+    return eviction, perf_counter() - start
 
 
 def moves(num_tokens: int, budget: int) -> Iterator[Rate]:
     pool, block_ids, plan = prompt(num_tokens, budget)
     method = Method(POLICIES.get("snapkv")(), ALLOCATORS.get("uniform")(), 0, WINDOW)
     query = torch.randn(WINDOW, HEADS, HEAD_SIZE, device="cuda").to(DTYPE)
-    compaction, _ = evict(method, pool, block_ids, plan, query)
+    phases = list(evict(method, pool, block_ids, plan, query)[0].alone._compactions.moves())
     launchers = {"Triton": moving.move_tokens_triton, "CUDA": moving.move_tokens_cuda}
     if cuda_library() is None:
         del launchers["CUDA"]
-    num_moves = sum(len(source) for source, _ in compaction.phases)
+    num_moves = sum(len(source) for source, _ in phases)
     shape = f"{num_moves} tokens of {num_tokens} to {budget}"
     for name, move in launchers.items():
         before = pool.pages.clone()
-        for phase in compaction.phases:
+        for phase in phases:
             moving.move_tokens_reference(pool.keys, pool.values, *phase)
         expected, _ = pool.pages.clone(), pool.pages.copy_(before)
 
         def call(move: Callable[..., None] = move) -> None:
-            for phase in compaction.phases:
+            for phase in phases:
                 move(pool.keys, pool.values, *phase)
 
         call()
@@ -214,7 +214,7 @@ def folds(batch: int, kept: int) -> Iterator[Rate]:
     for req in range(batch):
         rows = ids[req, : pages + 1].expand(LAYERS, KV_HEADS, -1)
         counts = torch.full((LAYERS, KV_HEADS), pages + 1, device="cuda")
-        table.add(str(req), Compaction([], rows, counts, counts * BLOCK_SIZE - 27), plan)
+        table.add(str(req), Compaction(rows, counts), plan)
     slots = torch.tensor([table.slots[str(req)] for req in range(batch)], device="cuda")
     lens = torch.full((batch,), plan.num_tokens + 3, device="cuda")
     block_table = torch.zeros(batch, plan.num_blocks + 1, dtype=torch.int64, device="cuda")

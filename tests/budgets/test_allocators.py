@@ -80,6 +80,7 @@ def test_wishes_round_to_pages_that_sum_and_keep_the_minimum(allocator, seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_permuting_heads_and_layers_permutes_the_wish(allocator, seed):
+    """Up to the rounding of float64, in which entropies and shares are summed up in another order then."""
     scores = random_scores(seed)
     generator = torch.Generator().manual_seed(seed)
     heads, layers = torch.randperm(HEADS, generator=generator), torch.randperm(LAYERS, generator=generator)

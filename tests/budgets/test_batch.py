@@ -27,13 +27,14 @@ def scores_of(kind: str, kv_len: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["dense", "sparse", "signed"])
 @pytest.mark.parametrize("name", NAMES)
 def test_together_as_alone(name, kind):
+    """Up to the rounding of float64: LAVa's entropies are summed up over tables of another width."""
     allocator = ALLOCATORS.get(name)(**OPTIONS.get(name, {}))
     alone = [scores_of(kind, kv_len, seed) for seed, kv_len in enumerate(LENS)]
     measures = torch.rand(len(LENS), LAYERS, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     scores = torch.full((len(LENS), LAYERS, HEADS, max(LENS)), float("nan"))
     for req, of_request in enumerate(alone):
         scores[req, ..., : LENS[req]] = of_request
-    batch = WishBatch(scores, LENS, NUM_TOKENS, [NUM_PROTECTED] * len(LENS), measures)
+    batch = WishBatch.of(scores, LENS, NUM_TOKENS, [NUM_PROTECTED] * len(LENS), measures)
     summary = allocator.summarise(batch)
     for req, of_request in enumerate(alone):
         part = torch.empty(0) if summary is None else summary[req]

@@ -63,7 +63,7 @@ def test_an_observer_sees_the_choice_before_anything_moves_and_then_what_moved()
         compaction = eviction.compact()
     assert notes.compactions == [(choice, compaction, eviction.seconds)]
     assert choice.method is METHOD and choice.plan is eviction.plan and choice.pool is prompt.cache.pool
-    assert choice.scores.equal(eviction.alone._scores.scores[0])
+    assert choice.scores.equal(eviction.alone._scores.scores.of_layers(0, LAYERS)[0])
     for layer, of_layer in enumerate(choice.kept):
         for head, kept in enumerate(of_layer):
             assert prompt.kept_tokens(compaction, layer, head) == kept.nonzero()[:, 0].tolist()
@@ -131,7 +131,7 @@ def test_an_observer_that_fails_changes_no_eviction_and_is_heard_of():
     with pytest.raises(ZeroDivisionError, match="a bug in an observer"), observed_by(failing), observed_by(other):
         compaction = scored(observed).finish()
         scored(Prompt(200)).finish()
-    assert compaction.page_table.equal(expected.page_table) and compaction.kv_lens.equal(expected.kv_lens)
+    assert compaction.page_table.equal(expected.page_table) and compaction.num_pages.equal(expected.num_pages)
     assert observed.cache.pool.pages.view(torch.int32).equal(alone.cache.pool.pages.view(torch.int32))
     assert len(failing.choices) == 1 and not failing.compactions, "it is shown no more"
     assert len(other.choices) == len(other.compactions) == 2
@@ -168,6 +168,6 @@ def test_evictions_are_recorded_in_the_order_in_which_they_end():
         compaction = first.compact()
     assert [record.plan.num_tokens for record in records] == [160, 200], "of the early one nobody has seen the scores"
     record = records[1]
-    assert record.kept_tokens.equal(compaction.kv_lens) and record.num_pages.equal(compaction.num_pages)
-    assert record.scores.equal(first.alone._scores.scores[0]) and record.seconds == first.seconds
+    assert record.kept_tokens.equal(Prompt(200).kv_lens(compaction)) and record.num_pages.equal(compaction.num_pages)
+    assert record.scores.equal(first.alone._scores.scores.of_layers(0, LAYERS)[0]) and record.seconds == first.seconds
     assert (record.num_first, record.num_last, record.page_bytes) == (2, 8, 16 * 2 * 16 * 4)

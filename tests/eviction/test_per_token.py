@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.paged import make_pool
 from vllm_kvevict.budgets.uniform import Uniform
 from vllm_kvevict.cache.request_slots import RequestSlots
-from vllm_kvevict.eviction import per_token
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.per_token import TokenEvictor
 from vllm_kvevict.kernels import slot_scores as slot_scores_module
+from vllm_kvevict.policies import scratch
 from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, Need, StepInputs
 from vllm_kvevict.policies.h2o import H2O
 
@@ -149,7 +149,7 @@ def test_layers_are_scored_together_that_fit_and_have_the_same_weights(
     setup, monkeypatch, needs, key_scales, layers_in_scratch, expected
 ):
     bytes_per_layer = REQS * (KV_HEADS * MAX_PAGES * BLOCK * 32 + 4 * NUM_TOKENS)  # it looks at no query
-    monkeypatch.setattr(per_token, "MOST_BYTES", layers_in_scratch * bytes_per_layer)
+    monkeypatch.setattr(scratch, "most_bytes", lambda: layers_in_scratch * bytes_per_layer)
     scores = scores_of(2)
     policy, lowest = Given(scores, frozenset(needs)), setup.lowest(scores)
     setup.evictor.choose_holes(setup.step(policy), SCALES, [LayerWeights(key_scale=scale) for scale in key_scales])

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.compactions import kv_lens_of
 from tests.gpu import HAS_GPU, on_gpu
 from tests.paged import LAYOUTS, PACKINGS, PagedCache, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
@@ -77,9 +78,12 @@ class Prompt:
     def evict(self, method: Method, plan: EvictionPlan) -> Compaction:
         return evict(method, plan, self.cache.pool, self.block_ids, self.queries)
 
+    def kv_lens(self, compaction: Compaction) -> torch.Tensor:
+        return kv_lens_of(compaction, EvictionPlan(self.num_tokens, 1, self.block_size))
+
     def kept_tokens(self, compaction: Compaction, layer: int, head: int) -> list[int]:
         """Which tokens a head reads, recognised by their keys; their values must be the right ones."""
-        kv_len = int(compaction.kv_lens[layer, head])
+        kv_len = int(self.kv_lens(compaction)[layer, head])
         keys, values = self.cache.read(compaction.page_table[layer, head], kv_len)
         tokens = (keys.float()[:, None] == self.keys[layer, head].float()).all(-1).nonzero()[:, 1]
         assert len(tokens) == kv_len
@@ -147,7 +151,7 @@ def test_a_gpu_evicts_as_the_cpu_does(allocator, packing, dtype):
     expected = cpu.evict(method, plan)
     actual = on_gpu(evict)(method, plan, gpu.cache.pool, gpu.block_ids, gpu.queries)
     assert actual.page_table.equal(expected.page_table)
-    assert actual.kv_lens.equal(expected.kv_lens)
+    assert actual.num_pages.equal(expected.num_pages)
     assert gpu.cache.pool.pages.view(torch.uint8).equal(cpu.cache.pool.pages.view(torch.uint8))
 
 
@@ -187,7 +191,7 @@ def test_ragged_wishes_conserve_pages_and_tokens(seed, budget, num_tokens, num_r
     held = held_pages(compaction)
     assert set(held) == pages_of_blocks(prompt, prompt.block_ids[plan.first_kept_block :].tolist())
     assert set(held.values()) == {1}
-    assert int(compaction.kv_lens.sum()) == plan.num_kept_tokens * len(HEADS)
+    assert int(prompt.kv_lens(compaction).sum()) == plan.num_kept_tokens * len(HEADS)
     for head in HEADS:
         tokens = prompt.kept_tokens(compaction, *head)
         assert len(set(tokens)) == len(tokens)
@@ -198,8 +202,8 @@ def test_wishes_are_followed():
     """Ragged wishes must make ragged heads, or the tests above would show little."""
     prompt = Prompt(200)
     compaction = prompt.evict(Method(SnapKV(window=4), Ragged(1), 0, 0), plan_eviction(200, 100, 16, 0))
-    assert len(set(compaction.kv_lens.flatten().tolist())) > 2
-    assert int(compaction.kv_lens.max()) <= 200
+    assert len(set(prompt.kv_lens(compaction).flatten().tolist())) > 2
+    assert int(prompt.kv_lens(compaction).max()) <= 200
 
 
 def test_an_allocator_by_name(monkeypatch):
@@ -211,7 +215,7 @@ def test_an_allocator_by_name(monkeypatch):
     assert method == Method(SnapKV(), Ragged(5), 0, 32)
     prompt = Prompt(200)
     compaction = prompt.evict(method, plan_eviction(200, 100, 16, method.num_protected))
-    assert len(set(compaction.kv_lens.flatten().tolist())) > 1
+    assert len(set(prompt.kv_lens(compaction).flatten().tolist())) > 1
 
 
 @pytest.mark.parametrize("scored", [[], [0, 2], [1]])
@@ -263,7 +267,7 @@ def test_evicting_twice_the_same_gives_the_same():
     ]
     first, second = compactions
     assert first.page_table.equal(second.page_table)
-    assert first.kv_lens.equal(second.kv_lens)
+    assert first.num_pages.equal(second.num_pages)
 
 
 def test_num_recent_below_the_window_does_not_shrink_what_a_budget_must_hold():

@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import _disable_current_modes
 
+from tests.compactions import kv_lens_of
 from tests.launches import Launches, counted
 from tests.paged import LAYOUTS, PACKINGS, PagedCache, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
+from vllm_kvevict.cache.compaction import Compaction
 from vllm_kvevict.cache.plan import EvictionPlan, plan_eviction, plan_per_token
 from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.eviction import allocation, grouping, scoring
@@ -121,11 +123,11 @@ def test_each_keeps_and_moves_what_it_would_alone(policy, seed, allocator, packi
     for eviction, single, compaction in zip(together.evictions, alone.evictions, compactions, strict=True):
         alone.score([single.alone])
         of_single = single.finish()
-        expected.note(of_single, single.plan, single.block_ids, None)
-        for name in ("page_table", "num_pages", "kv_lens"):
+        single.alone.note(expected, [None])
+        for name in ("page_table", "num_pages"):
             assert getattr(compaction, name).equal(getattr(of_single, name))
         assert not per_token or eviction.next_victims.equal(single.next_victims)
-        held = slots_of(compaction)
+        held = slots_of(compaction, single.plan)
         assert noted.positions[held].equal(expected.positions[held])
     assert together.cache.pool.pages.view(torch.int32).equal(alone.cache.pool.pages.view(torch.int32))
 
@@ -139,14 +141,15 @@ def test_what_is_scored_together_is_what_a_policy_says_of_each_layer(policy, mon
     group.choose()
     monkeypatch.setattr(scoring, "scores_batches", lambda policy: False)
     alone.score([eviction.alone for eviction in alone.evictions])
-    for of_request, single in zip(group._scores.scores, alone.evictions, strict=True):
+    for req, single in enumerate(alone.evictions):
         single.choose()
-        assert of_request[..., : single.plan.num_tokens].equal(single.alone._scores.scores[0])
+        of_request = group._scores.scores.of_layers(0, LAYERS)[req, ..., : single.plan.num_tokens]
+        assert of_request.equal(single.alone._scores.scores.of_layers(0, LAYERS)[0])
 
 
-def slots_of(compaction) -> torch.Tensor:
+def slots_of(compaction: Compaction, plan: EvictionPlan) -> torch.Tensor:
     slots = (compaction.page_table[..., None] * BLOCK + torch.arange(BLOCK)).flatten(2)
-    return slots[torch.arange(slots.shape[2]) < compaction.kv_lens[..., None]]
+    return slots[torch.arange(slots.shape[2]) < kv_lens_of(compaction, plan)[..., None]]
 
 
 def on_the_host(function: Callable[..., Any]) -> Callable[..., Any]:

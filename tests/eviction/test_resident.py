@@ -170,10 +170,11 @@ def test_sums_grow_by_what_the_new_queries_pay_and_are_those_of_the_tokens(monke
     before, num_new = requests.residents.sums.clone(), requests.num_new[0]
     monkeypatch.setattr(Residents, "move", lambda *arguments: None)
     eviction = requests.evict("h2o", False, [0, 1, 2])
-    is_held = torch.arange(eviction._slots.shape[3]) < eviction._kv_lens[..., None]
-    is_earlier = torch.arange(eviction._slots.shape[3]) < eviction._kv_lens[..., None] - num_new
-    sums = requests.residents.sums[eviction._slots].masked_fill(~is_held, 0).sum(dim=3)
-    earlier = before[eviction._slots].masked_fill(~is_earlier, 0).sum(dim=3)
+    slots = eviction._order.of_layers(range(LAYERS))
+    is_held = torch.arange(eviction._order.shape[3]) < eviction._kv_lens[..., None]
+    is_earlier = torch.arange(eviction._order.shape[3]) < eviction._kv_lens[..., None] - num_new
+    sums = requests.residents.sums[slots].masked_fill(~is_held, 0).sum(dim=3)
+    earlier = before[slots].masked_fill(~is_earlier, 0).sum(dim=3)
     torch.testing.assert_close(sums, earlier + num_new, rtol=1e-5, atol=1e-4)
 
 

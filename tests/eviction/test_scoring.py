@@ -8,9 +8,9 @@ import torch
 from tests.paged import make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.budgets.uniform import Uniform
 from vllm_kvevict.cache.plan import EvictionPlan
-from vllm_kvevict.eviction import scoring
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction
+from vllm_kvevict.policies import scratch
 from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.snapkv import SnapKV
 
@@ -36,12 +36,12 @@ def test_as_many_layers_are_scored_together_as_fit(
 
     monkeypatch.setattr(SnapKV, "score_batch", recorded)
     for limit in (1, most):
-        monkeypatch.setattr(scoring, "MOST_BYTES", limit)
+        monkeypatch.setattr(scratch, "_most_bytes", limit)
         found.clear()
         eviction = Eviction(Method(SnapKV(), Uniform(), 4, 32), plan, cache.pool, block_ids)
         for layer in range(LAYERS):
             eviction.score_layer(layer, query[layer], 0.25)
         eviction.choose()
-        scores.append(eviction.alone._scores.scores)
+        scores.append(eviction.alone._scores.scores.of_layers(0, LAYERS))
     assert found == together
     assert scores[0].equal(scores[1])

@@ -1,13 +1,11 @@
 """What every registered policy must do, whatever it computes."""
 
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.held_bytes import HeldBytes
 from tests.gpu import HAS_GPU, on_gpu
 from tests.paged import LAYOUTS, PACKINGS, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.kernels.rotary import Rotary
@@ -172,35 +170,6 @@ def test_inputs_are_only_read(policy, packing):
         torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
 
 
-class HeldBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside this context hold at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self.seen = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.hold(tensor.untyped_storage(), inputs)
-        return result
-
-    def hold(self, storage, inputs):
-        if storage._cdata in inputs or storage._cdata in self.seen:
-            return  # a view, or an operation in place
-        self.seen.add(storage._cdata)
-        self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
-
-    def release(self, key, num_bytes):
-        self.seen.remove(key)
-        self.now -= num_bytes
-
-
 def held_bytes(policy, kv_len):
     """By ``score``, and by ``observe`` for a chunk of 100 tokens at the end."""
     inputs, _ = make_inputs(policy, kv_len)
@@ -217,7 +186,7 @@ def held_bytes(policy, kv_len):
 
 def test_scoring_holds_no_more_bytes_per_token_than_it_says(policy, monkeypatch):
     """The growth between two lengths, both long enough for what does not depend on the prompt to be little of it."""
-    monkeypatch.setattr(scratch, "MOST_BYTES", 2**10)
+    monkeypatch.setattr(scratch, "_most_bytes", 2**10)
     stated = policy.scratch_bytes(KV_HEADS * GROUP, KV_HEADS, HEAD_SIZE)
     # observing takes time that grows with the square of the length
     length = 3_072 if Need.ALL_QUERIES in policy.needs else 15_360

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.compactions import kv_lens_of
 from tests.llama_layer import BLOCK_SIZE, make_llama_layer
 from tests.policies.test_contract import HeldBytes
 from vllm_kvevict.budgets.adakv import AdaKV
@@ -121,7 +122,7 @@ def test_a_joint_ranking_leaves_every_head_its_first_stage():
         method = Method(replace(policy, first_stage_ratio=ratio), AdaKV(alpha=0.0), 0, 32)
         eviction = Eviction(method, plan, cache.pool, block_ids)
         eviction.score_layer(0, inputs.query, inputs.scale, None, inputs.weights)
-        kept[ratio] = eviction.finish().kv_lens[0].tolist()
+        kept[ratio] = kv_lens_of(eviction.finish(), plan)[0].tolist()
     assert kept == {0.5: [192, 64], 0.0: [224, 32]}
 
 
@@ -203,6 +204,6 @@ class TestAgainstKvpress:
         eviction.score_layer(0, inputs.query, inputs.scale, None, inputs.weights)
         compaction = eviction.finish()
         for head, pages in enumerate(compaction.page_table[0]):
-            values = cache.read(pages, int(compaction.kv_lens[0, head]))[1]
+            values = cache.read(pages, int(kv_lens_of(compaction, plan)[0, head]))[1]
             assert values.shape == kept_values[head].shape
             assert sorted(values.tolist()) == sorted(kept_values[head].tolist())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from tests.compactions import kv_lens_of
 from tests.llama_layer import BLOCK_SIZE, make_llama_layer
 from tests.tiny_llama import tiny_llama_config
 from vllm_kvevict.budgets.uniform import Uniform
@@ -244,7 +245,7 @@ class TestAgainstKvpress:
         eviction.score_layer(0, inputs.query, inputs.scale, None, inputs.weights, inputs.state)
         compaction = eviction.finish()
         for head, pages in enumerate(compaction.page_table[0]):
-            kept = cache.read(pages, int(compaction.kv_lens[0, head]))[1][:, 0].sort().values
+            kept = cache.read(pages, int(kv_lens_of(compaction, plan)[0, head]))[1][:, 0].sort().values
             assert kept.tolist() == theirs[head].tolist()
 
 
@@ -262,6 +263,6 @@ def test_logits_of_a_long_prompt_are_computed_twice(monkeypatch):
     held = policy.score(inputs)
     tiles = [(4, 1028), (1028, 1500)]
     assert found == tiles
-    monkeypatch.setattr(scratch, "MOST_BYTES", 4 * NUM_HEADS * 1500 - 1)
+    monkeypatch.setattr(scratch, "_most_bytes", 4 * NUM_HEADS * 1500 - 1)
     assert policy.score(inputs).equal(held)
     assert found == 3 * tiles

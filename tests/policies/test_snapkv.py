@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.compactions import kv_lens_of
 from tests.llama_layer import make_llama_layer
 from tests.paged import LAYOUTS, PACKINGS, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.budgets.uniform import Uniform
@@ -192,7 +193,7 @@ class TestAgainstKvpress:
         eviction.score_layer(0, layer.query[-64:].contiguous(), layer.module.scaling)
         compaction = eviction.finish()
         for head, pages in enumerate(compaction.page_table[0]):
-            kv_len = int(compaction.kv_lens[0, head])
+            kv_len = int(kv_lens_of(compaction, plan)[0, head])
             kept = cache.read(pages, kv_len)[1][:, 0].sort().values
             assert kept.tolist() == theirs[head].tolist()
 

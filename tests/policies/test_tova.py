@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.compactions import kv_lens_of
 from tests.llama_layer import make_llama_layer
 from vllm_kvevict.budgets.uniform import Uniform
 from vllm_kvevict.cache.plan import plan_eviction
@@ -80,5 +81,5 @@ class TestAgainstKvpress:
         eviction.score_layer(0, layer.query[-1:].contiguous(), layer.module.scaling)
         compaction = eviction.finish()
         for head, pages in enumerate(compaction.page_table[0]):
-            kept = cache.read(pages, int(compaction.kv_lens[0, head]))[1][:, 0].sort().values
+            kept = cache.read(pages, int(kv_lens_of(compaction, plan)[0, head]))[1][:, 0].sort().values
             assert kept.tolist() == theirs[head].tolist()

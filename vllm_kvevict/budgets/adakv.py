@@ -13,6 +13,9 @@ from vllm_kvevict.budgets.batch import BatchAllocator, WishBatch, WishFacts, joi
 from vllm_kvevict.kernels.select import count_best, select
 from vllm_kvevict.policies.options import between
 
+# what ``guard_best`` and ``count_best`` hold by each score: as it came, as it is guarded, and what is the best
+BYTES_PER_GUARDED = 10
+
 
 @ALLOCATORS.register("adakv")
 @dataclass(frozen=True)
@@ -31,19 +34,23 @@ class AdaKV(BatchAllocator):
     name: ClassVar[str] = "adakv"
 
     def summarise(self, batch: WishBatch) -> torch.Tensor:
-        guarded = guard_best(batch, [int(num_tokens * self.alpha) for num_tokens in batch.num_tokens])
-        num_reqs, num_layers, num_heads, _ = guarded.shape
+        num_reqs, _, num_heads, _ = batch.shape
         totals = batch.on_device([num_tokens * num_heads for num_tokens in batch.num_tokens])
-        of_layers = totals[:, None].expand(num_reqs, num_layers)
-        return joint_summary(*count_best(guarded.flatten(0, 1), of_layers.flatten()), num_reqs)
+        sure = [int(num_tokens * self.alpha) for num_tokens in batch.num_tokens]
+
+        def count(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            of_layers = totals[:, None].expand(scores.shape[:2])
+            return count_best(guard_best(batch, scores, sure).flatten(0, 1), of_layers.flatten())
+
+        return joint_summary(batch.tiles(BYTES_PER_GUARDED).map(count), num_reqs)
 
     def share(self, summary: torch.Tensor, facts: WishFacts) -> torch.Tensor:
         return joint_shares(summary, torch.full((facts.num_layers,), facts.num_tokens * facts.num_kv_heads))
 
 
-def guard_best(batch: WishBatch, counts: Sequence[int]) -> torch.Tensor:
-    """Return the scores with the ``counts`` [num_reqs] highest of every head at +inf."""
-    shape = batch.scores.shape[:3]
+def guard_best(batch: WishBatch, scores: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """Return ``scores`` of some layers with the ``counts`` [num_reqs] highest of every head at +inf."""
+    shape = scores.shape[:3]
     num_sure, lens = (numbers[:, None, None].expand(shape) for numbers in (batch.on_device(counts), batch.lens))
-    best = select(batch.scores, num_sure, 0, 0, lens if batch.is_ragged else None)
-    return batch.scores.masked_fill(best, float("inf"))
+    best = select(scores, num_sure, 0, 0, lens if batch.is_ragged else None)
+    return scores.masked_fill(best, float("inf"))

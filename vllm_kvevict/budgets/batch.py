@@ -3,39 +3,104 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import starmap
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
 from vllm_kvevict.budgets.base import BudgetAllocator
 from vllm_kvevict.cache.staging import to_device
+from vllm_kvevict.policies import scratch
+
+_Made = TypeVar("_Made")
+_Other = TypeVar("_Other")
+
+
+class Tiles(Generic[_Made]):
+    """What is made of the scores of some layers at a time, again each time that they are gone through.
+
+    Where one tile has all layers, it is made once and kept.
+
+    bounds: of the layers of each tile
+    """
+
+    def __init__(self, bounds: Sequence[tuple[int, int]], make: Callable[[int, int], _Made]) -> None:
+        self.bounds = bounds
+        self._make = cache(make) if len(bounds) == 1 else make
+
+    def __iter__(self) -> Iterator[_Made]:
+        return starmap(self._make, self.bounds)
+
+    def map(self, make: Callable[[_Made], _Other]) -> Tiles[_Other]:
+        """Return what ``make`` makes of each of these."""
+        return Tiles(self.bounds, lambda first, end: make(self._make(first, end)))
 
 
 @dataclass(frozen=True)
 class WishBatch:
     """Several requests that are to be given budgets.
 
-    scores:        [num_reqs, num_layers, num_kv_heads, max_kv_len] float32, protected tokens at +inf; NaN behind the
-                   tokens of a request, and nowhere else
+    read:          returns [num_reqs, end - first, num_kv_heads, max_kv_len] float32, the scores of layers ``first`` to
+                   ``end``, protected tokens at +inf; NaN behind the tokens of a request, and nowhere else
+    shape:         num_reqs, num_layers, num_kv_heads, max_kv_len
+    device:        of the scores
     kv_lens:       [num_reqs] tokens of each
     num_tokens:    [num_reqs] tokens per (layer, head) that each keeps on average
     num_protected: [num_reqs] protected tokens of each
     measures:      [num_reqs, num_layers, num_measures] float64, what ``measure`` returned
     """
 
-    scores: torch.Tensor
+    read: Callable[[int, int], torch.Tensor]
+    shape: tuple[int, int, int, int]
+    device: torch.device
     kv_lens: Sequence[int]
     num_tokens: Sequence[int]
     num_protected: Sequence[int]
     measures: torch.Tensor
 
+    @classmethod
+    def of(
+        cls,
+        scores: torch.Tensor,
+        kv_lens: Sequence[int],
+        num_tokens: Sequence[int],
+        num_protected: Sequence[int],
+        measures: torch.Tensor,
+    ) -> WishBatch:
+        """Return the batch of these scores [num_reqs, num_layers, num_kv_heads, max_kv_len]."""
+        num_reqs, num_layers, num_kv_heads, max_kv_len = scores.shape
+        return cls(
+            lambda first, end: scores[:, first:end],
+            (num_reqs, num_layers, num_kv_heads, max_kv_len),
+            scores.device,
+            kv_lens,
+            num_tokens,
+            num_protected,
+            measures,
+        )
+
+    @cached_property
+    def scores(self) -> torch.Tensor:
+        """[num_reqs, num_layers, num_kv_heads, max_kv_len], the scores of all layers: too many for long prompts."""
+        return self.read(0, self.shape[1])
+
+    def tiles(self, num_bytes: int) -> Tiles[torch.Tensor]:
+        """Return the scores of as many layers at a time as fit into the scratch: [num_reqs, num_layers, ...] each.
+
+        num_bytes: what is held at once by each score
+        """
+        num_reqs, num_layers, num_kv_heads, max_kv_len = self.shape
+        bounds = scratch.tiles([num_bytes * num_reqs * num_kv_heads * max_kv_len] * num_layers)
+        return Tiles(bounds, self.read)
+
     @property
     def is_ragged(self) -> bool:
         """Whether some requests have fewer tokens than the longest one."""
-        return min(self.kv_lens) < self.scores.shape[3]
+        return min(self.kv_lens) < self.shape[3]
 
     @cached_property
     def lens(self) -> torch.Tensor:
@@ -44,11 +109,11 @@ class WishBatch:
 
     def on_device(self, numbers: Sequence[int]) -> torch.Tensor:
         """Return [num_reqs] int64 on the device of the scores."""
-        return to_device(np.array(numbers, dtype=np.int64), self.scores.device)
+        return to_device(np.array(numbers, dtype=np.int64), self.device)
 
     def facts(self, req: int) -> WishFacts:
         """Return what the host knows of a request."""
-        num_layers, num_kv_heads = self.scores.shape[1:3]
+        _, num_layers, num_kv_heads, _ = self.shape
         numbers = self.kv_lens[req], self.num_tokens[req], self.num_protected[req]
         return WishFacts(num_layers, num_kv_heads, *numbers)
 
@@ -83,7 +148,7 @@ class BatchAllocator(BudgetAllocator):
 
     def wish(self, scores: torch.Tensor, num_tokens: int, measures: torch.Tensor) -> torch.Tensor:
         num_protected = int(torch.isposinf(scores[0, 0]).sum())
-        batch = WishBatch(scores[None], [scores.shape[2]], [num_tokens], [num_protected], measures[None])
+        batch = WishBatch.of(scores[None], [scores.shape[2]], [num_tokens], [num_protected], measures[None])
         summary = self.summarise(batch)
         return self.share(torch.empty(0) if summary is None else summary[0].cpu(), batch.facts(0))
 
@@ -94,9 +159,13 @@ def wishes_for_batches(allocator: type) -> bool:
     return issubclass(allocator, BatchAllocator) and allocator.wish is BatchAllocator.wish
 
 
-def joint_summary(above: torch.Tensor, ties: torch.Tensor, num_reqs: int) -> torch.Tensor:
-    """Return [num_reqs, 2 * counts of a request] float64, what ``count_best`` has counted, for ``joint_shares``."""
-    return torch.cat([counts.view(num_reqs, -1) for counts in (above, ties)], dim=1).to(torch.float64)
+def joint_summary(counts: Iterable[tuple[torch.Tensor, torch.Tensor]], num_reqs: int) -> torch.Tensor:
+    """Return [num_reqs, 2 * counts of a request] float64, what ``count_best`` has counted, for ``joint_shares``.
+
+    counts: of some layers each
+    """
+    parts = [part.view(num_reqs, -1) for parts in zip(*counts, strict=True) for part in parts]
+    return torch.cat(parts, dim=1).to(torch.float64)
 
 
 def joint_shares(summary: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:

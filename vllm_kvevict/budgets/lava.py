@@ -12,6 +12,9 @@ from vllm_kvevict.budgets.batch import BatchAllocator, WishBatch, WishFacts, joi
 from vllm_kvevict.kernels.select import count_best
 from vllm_kvevict.policies.options import between
 
+_PIECE = 2**18  # scores of a layer that are summed up in float64 at once, whatever the scratch: sums depend on it
+_BYTES_PER_SCORE = 36  # as they came, as masses, which are none, and pieces in float64
+
 
 @ALLOCATORS.register("lava")
 @dataclass(frozen=True)
@@ -32,18 +35,20 @@ class Lava(BatchAllocator):
     name: ClassVar[str] = "lava"
 
     def summarise(self, batch: WishBatch) -> torch.Tensor:
-        num_reqs, num_layers, num_heads, _ = batch.scores.shape
-        free = _masses(batch.scores.flatten(0, 1))
-        shares = layer_entropies(free).view(num_reqs, num_layers)
+        num_reqs, num_layers, num_heads, _ = batch.shape
+        tiles = batch.tiles(_BYTES_PER_SCORE).map(lambda scores: _masses(scores.flatten(0, 1), batch.is_ragged))
+        shares = torch.cat([layer_entropies(free).view(num_reqs, -1) for free in tiles], dim=1)
         total = shares.sum(dim=1, keepdim=True)
         shares = torch.where(total > 0, shares / total, 1 / num_layers)
         spare = [kept - protected for kept, protected in zip(batch.num_tokens, batch.num_protected, strict=True)]
         layer_tokens = shares * batch.on_device(spare)[:, None] * num_layers  # per head
         counts = (layer_tokens * num_heads).round().to(torch.int64)
         wanted = counts.clamp(min=1).minimum(batch.lens[:, None] * num_heads)
-        if batch.is_ragged:  # what no request holds ranks below its scores, which are at least 0
-            free = free.masked_fill(batch.scores.flatten(0, 1).isnan(), float("nan"))
-        joint = joint_summary(*count_best(free, wanted.flatten()), num_reqs)
+        counted = [
+            count_best(free, wanted[:, slice(*layers)].flatten())
+            for layers, free in zip(tiles.bounds, tiles, strict=True)
+        ]
+        joint = joint_summary(counted, num_reqs)
         return torch.cat([joint, layer_tokens, wanted, counts], dim=1)
 
     def share(self, summary: torch.Tensor, facts: WishFacts) -> torch.Tensor:
@@ -54,24 +59,31 @@ class Lava(BatchAllocator):
         return shares * (1 - self.floor_alpha) + floor + facts.num_protected
 
 
-def _masses(scores: torch.Tensor) -> torch.Tensor:
+def _masses(scores: torch.Tensor, is_ragged: bool) -> torch.Tensor:
     """Return the scores of the unprotected tokens as numbers of at least 0; 0 for the protected ones.
 
     LAVa's own are amounts of attention. Policies whose scores may be negative are shifted, layer by layer.
 
-    scores: [num_layers, num_kv_heads, kv_len]
+    scores:    [num_layers, num_kv_heads, kv_len]
+    is_ragged: whether NaN, which stands behind the tokens of some requests, is to stay: it ranks below all masses
     """
-    finite = torch.isfinite(scores)
-    lowest = scores.masked_fill(~finite, 0.0).amin(dim=(1, 2), keepdim=True)
-    return (scores - lowest.clamp(max=0)).masked_fill(~finite, 0.0)
+    others = ~torch.isfinite(scores)
+    masses = scores.masked_fill(others, 0.0)
+    masses -= masses.amin(dim=(1, 2), keepdim=True).clamp(max=0)
+    masses.masked_fill_(others, 0.0)
+    return masses.masked_fill_(scores.isnan(), float("nan")) if is_ragged else masses
 
 
 def layer_entropies(scores: torch.Tensor) -> torch.Tensor:
     """Return [num_layers] float64, the entropy of each layer's scores over its heads and tokens, in nats.
 
-    scores: [num_layers, num_kv_heads, kv_len] >= 0
+    scores: [num_layers, num_kv_heads, kv_len] >= 0, or NaN, which counts as 0
     """
-    flat = scores.flatten(1).to(torch.float64)
-    probabilities = flat / flat.sum(dim=1, keepdim=True).clamp(min=torch.finfo(flat.dtype).tiny)
-    entropies: torch.Tensor = torch.special.entr(probabilities).sum(dim=1)
-    return entropies
+    pieces = scores.flatten(1).split(_PIECE, dim=1)
+    total = _sum([piece.to(torch.float64).nan_to_num().sum(dim=1) for piece in pieces])
+    total = total.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+    return _sum([torch.special.entr(piece.to(torch.float64).nan_to_num().div_(total)).sum(dim=1) for piece in pieces])
+
+
+def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.cache.marks import Marks
+from vllm_kvevict.cache.pages import BlockPages
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.cache.staging import to_device
+
+# What is held at once: by each token that may move, by each token of a prompt, and by each page of a result.
+BYTES_PER_MOVE, BYTES_PER_TOKEN, BYTES_PER_PAGE = 88, 6, 72
+
+Moves = tuple[torch.Tensor, torch.Tensor]
 
 
 class KeptPages(NamedTuple):
     """Where the kept tokens of several requests are once they have moved.
 
-    page_table: [num_reqs, num_layers, num_kv_heads, max_pages] int64; full pages, then the tail page, then 0
+    page_table: [num_reqs, num_layers, num_kv_heads, max_pages] int32; full pages, then the tail page, then 0
     num_pages:  [num_reqs, num_layers, num_kv_heads] int64, pages of the row in use, the tail page included
     widths:     per request, pages of its longest row
     """
@@ -29,132 +36,107 @@ class KeptPages(NamedTuple):
 
 @dataclass(frozen=True)
 class Compaction:
-    """The moves of one request, and the page table that holds once they are done.
+    """The page table of one request that holds once its tokens have moved.
 
-    phases:     (source, destination) slots, int64 [num_moves] each, to run in this order. Inside a phase no slot is
-                both read and written, so a phase may run in any order and needs no scratch
-    page_table: [num_layers, num_kv_heads, max_pages] int64; full pages, then the tail page, then null page ids (0)
+    page_table: [num_layers, num_kv_heads, max_pages] int32; full pages, then the tail page, then null page ids (0)
     num_pages:  [num_layers, num_kv_heads] int64, pages of the row in use, the tail page included
-    kv_lens:    [num_layers, num_kv_heads] int64, tokens kept
     """
 
-    phases: list[tuple[torch.Tensor, torch.Tensor]]
     page_table: torch.Tensor
     num_pages: torch.Tensor
-    kv_lens: torch.Tensor
 
     @property
     def pages(self) -> KeptPages:
         return KeptPages(self.page_table[None], self.num_pages[None], [self.page_table.shape[2]])
 
 
-@dataclass(frozen=True)
 class Compactions:
-    """What a ``Compaction`` is, of several requests together.
+    """The moves of several requests, and the page tables that hold once they are done.
 
-    phases:     (source, destination) slots of all requests, int64 [num_moves] each, with gaps of -1
-    page_table: [num_reqs, num_layers, num_kv_heads, max_pages] int64
-    num_pages:  [num_reqs, num_layers, num_kv_heads] int64
-    kv_lens:    [num_reqs, num_layers, num_kv_heads] int64
-    widths:     per request, pages of its longest row
-    """
+    The kept tokens are laid out in fresh blocks, or in place in the last blocks of their prompts. The partly filled
+    last block stays in both cases. A survivor in a page that its head keeps stays where it is. Every other one moves,
+    once, into a fresh page, a slot of an evicted token, or a page that another head of the request gave away. Heads
+    that give pages away come first: in place they write only into their own pages, and once they are done what they
+    gave is free.
 
-    phases: list[tuple[torch.Tensor, torch.Tensor]]
-    page_table: torch.Tensor
-    num_pages: torch.Tensor
-    kv_lens: torch.Tensor
-    widths: list[int]
-
-    @property
-    def pages(self) -> KeptPages:
-        return KeptPages(self.page_table, self.num_pages, self.widths)
-
-    def of(self, req: int, phases: list[tuple[torch.Tensor, torch.Tensor]]) -> Compaction:
-        """Return that of one request, to whom these moves belong."""
-        page_table = self.page_table[req, :, :, : self.widths[req]]
-        return Compaction(phases, page_table, self.num_pages[req], self.kv_lens[req])
-
-
-def plan_compaction(
-    kept: torch.Tensor,
-    num_full_pages: torch.Tensor,
-    block_ids: torch.Tensor,
-    plan: EvictionPlan,
-    pool: PagePool,
-    fresh_block_ids: torch.Tensor | None = None,
-) -> Compaction:
-    """Return what ``plan_compactions`` does for a single request. Its moves have no gaps: this waits for the device.
-
-    kept:            [num_layers, num_kv_heads, num_tokens] bool, exactly num_full_pages * block_size + tail each
-    num_full_pages:  [num_layers, num_kv_heads] int64, sums to the pages of the plan's full blocks
-    block_ids:       [num_blocks] the request's block table before the eviction
-    fresh_block_ids: [num_full_blocks] blocks that hold nothing yet; None to compact in place
-
-    Raises ValueError if the pages do not add up to the blocks of the plan, or a head keeps another number of tokens.
-    """
-    num_full_pages = num_full_pages.cpu()
-    _check_pages(num_full_pages[None], [plan])
-    num_kept, expected = kept.sum(dim=-1).cpu(), num_full_pages * plan.block_size + plan.num_tail_tokens
-    if not num_kept.equal(expected):
-        raise ValueError(
-            f"kept: expected as many survivors to move as holes in every head, which are {expected.tolist()} tokens "
-            f"with those that stay; got {num_kept.tolist()}"
-        )
-    own = pool.page_ids(block_ids.to(kept.device))[None]
-    fresh = None if fresh_block_ids is None else pool.page_ids(fresh_block_ids.to(kept.device))[None]
-    planned = plan_compactions(kept[None], num_full_pages[None], own, [plan], fresh)
-    phases = [(source[source >= 0], destination[source >= 0]) for source, destination in planned.phases]
-    return planned.of(0, [phase for phase in phases if phase[0].numel()])
-
-
-def plan_compactions(
-    kept: torch.Tensor,
-    num_full_pages: torch.Tensor,
-    own: torch.Tensor,
-    plans: Sequence[EvictionPlan],
-    fresh: torch.Tensor | None = None,
-) -> Compactions:
-    """Lay the kept tokens of several requests out in fresh blocks, or in place in the last blocks of their prompts.
-
-    The partly filled last block stays in both cases. A survivor in a page that its head keeps stays where it is.
-    Every other one moves, once, into a fresh page, a slot of an evicted token, or a page that another head of the
-    request gave away. Heads that give pages away come first: in place they write only into their own pages, and once
-    they are done what they gave is free.
+    Moves are planned for as many heads at once as fit into the scratch; those of the first ones now, so that it is
+    known that there is memory for them. Where all fit, nothing is planned later.
 
     The number of launches does not depend on that of the requests, and nothing waits for the device.
 
-    kept:           [num_reqs, num_layers, num_kv_heads, max_tokens] bool, exactly num_full_pages * block_size + tail
-                    each, False behind the tokens of a request
-    num_full_pages: [num_reqs, num_layers, num_kv_heads] int64 on the CPU; those of a request sum to the pages of its
-                    plan's full blocks
-    own:            [num_reqs, num_layers, num_kv_heads, max_blocks] int64, the pages of the requests' blocks
-    plans:          [num_reqs] alike in ``block_size`` and ``per_token``
-    fresh:          [num_reqs, num_layers, num_kv_heads, max_full_blocks] int64, pages that hold nothing yet; None to
-                    compact in place
-
-    Raises ValueError if the pages do not add up to the blocks of the plans.
+    page_table: [num_reqs, num_layers, num_kv_heads, max_pages] int32
+    num_pages:  [num_reqs, num_layers, num_kv_heads] int64
     """
-    _check_pages(num_full_pages, plans)
-    layout = _Layout.of(num_full_pages, own, plans, fresh)
-    kept = kept.flatten(1, 2)
-    req, head, sources = layout.survivors(kept)
-    destinations = layout.holes(kept)
-    parts = [req >= 0]
-    if fresh is None:
-        gives = (layout.want < layout.num_full)[req, head]
-        parts = [parts[0] & gives, parts[0] & ~gives]
-    widths = [
-        max(most, 1) + (plan.num_tail_tokens > 0)
-        for most, plan in zip(num_full_pages.flatten(1).amax(dim=1).tolist(), plans, strict=True)
-    ]
-    shape = num_full_pages.shape
-    return Compactions(
-        [(sources.masked_fill(~part, -1), destinations.masked_fill(~part, -1)) for part in parts],
-        layout.page_table()[..., : max(widths)].view(*shape, -1),
-        (layout.want + (layout.num_tail > 0)).view(shape),
-        (layout.want * layout.block_size + layout.num_tail).view(shape),
-        widths,
-    )
+
+    def __init__(
+        self,
+        kept: Marks,
+        num_full_pages: torch.Tensor,
+        own: BlockPages,
+        plans: Sequence[EvictionPlan],
+        fresh: BlockPages | None,
+        tiles: Sequence[tuple[int, int]],
+    ) -> None:
+        """kept:        exactly num_full_pages * block_size + tail tokens each, none behind the tokens of a request
+        num_full_pages: [num_reqs, num_layers, num_kv_heads] int64 on the CPU; those of a request sum to the pages of
+                        its plan's full blocks
+        own:            of the requests' blocks
+        plans:          [num_reqs] alike in ``block_size`` and ``per_token``
+        fresh:          of blocks that hold nothing yet, as many as the plans' full ones; None to compact in place
+        tiles:          bounds of heads, counted through all layers, that are planned at once
+
+        Raises ValueError if the pages do not add up to the blocks of the plans.
+        """
+        _check_pages(num_full_pages, plans)
+        self._kept, self._tiles, self._is_in_place = kept, tiles, fresh is None
+        self._layout = _Layout.of(num_full_pages, own, plans, fresh)
+        self._widths = [
+            max(most, 1) + (plan.num_tail_tokens > 0)
+            for most, plan in zip(num_full_pages.flatten(1).amax(dim=1).tolist(), plans, strict=True)
+        ]
+        tables = [self._layout.page_table(*tile) for tile in tiles]
+        shape = num_full_pages.shape
+        self._pages = tables[0] if len(tables) == 1 else _joined(tables)
+        self.page_table = self._pages[..., : max(self._widths)].view(*shape, -1)
+        self.num_pages = (self._layout.want + (self._layout.num_tail > 0)).view(shape)
+        self._first = self._planned(*tiles[0])
+
+    @property
+    def pages(self) -> KeptPages:
+        return KeptPages(self.page_table, self.num_pages, self._widths)
+
+    def of(self, req: int) -> Compaction:
+        """Return the result for one request."""
+        return Compaction(self.page_table[req, :, :, : self._widths[req]], self.num_pages[req])
+
+    def moves(self) -> Iterator[Moves]:
+        """Yield (source, destination) slots, int64 [num_moves] each, with gaps of -1, to run in this order.
+
+        Inside one of them no slot is both read and written, so that it may run in any order and needs no scratch.
+        """
+        for giving in (True, False) if self._is_in_place else (None,):
+            for tile in self._tiles:
+                sources, destinations, gives = self._first if tile == self._tiles[0] else self._planned(*tile)
+                if giving is None:
+                    yield sources, destinations
+                else:
+                    others = gives if not giving else ~gives
+                    yield sources.masked_fill(others, -1), destinations.masked_fill(others, -1)
+
+    def _planned(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return sources and destinations of some heads, and whether each is of a head that gives pages away."""
+        kept = self._kept.rows(first, end)
+        sources, gives = self._layout.survivors(kept, first)
+        return sources, self._layout.holes(kept, first, self._pages), gives
+
+
+def _joined(tables: list[torch.Tensor]) -> torch.Tensor:
+    """Return tables of some heads as one; what was joined is freed on the way."""
+    ends = [0, *np.cumsum([table.shape[1] for table in tables]).tolist()]
+    joined = tables[0].new_empty(len(tables[0]), ends[-1], tables[0].shape[2])
+    for first, end in pairwise(ends):
+        joined[:, first:end] = tables.pop(0)
+    return joined
 
 
 def _check_pages(num_full_pages: torch.Tensor, plans: Sequence[EvictionPlan]) -> None:
@@ -162,6 +144,18 @@ def _check_pages(num_full_pages: torch.Tensor, plans: Sequence[EvictionPlan]) ->
     for pages, plan in zip(num_full_pages.flatten(1).sum(dim=1).tolist(), plans, strict=True):
         if pages != plan.num_full_blocks * heads:
             raise ValueError(f"num_full_pages: expected a sum of {plan.num_full_blocks * heads} pages, got {pages}")
+
+
+def bytes_of_heads(num_full_pages: torch.Tensor, plans: Sequence[EvictionPlan]) -> list[int]:
+    """Return what planning the moves of each head, counted through all layers, takes at once.
+
+    num_full_pages: [num_reqs, num_layers, num_kv_heads] int64 on the CPU
+    """
+    pages, longest = num_full_pages.flatten(1).numpy(), max(plan.num_tokens for plan in plans)
+    moves = pages.sum(axis=0) * plans[0].block_size + sum(plan.num_tail_tokens for plan in plans)
+    fixed = len(plans) * (longest * BYTES_PER_TOKEN + (pages.max() + 1) * BYTES_PER_PAGE)
+    of_heads: list[int] = (moves * BYTES_PER_MOVE + fixed).tolist()
+    return of_heads
 
 
 def _last(plan: EvictionPlan) -> int:
@@ -176,138 +170,163 @@ def _end_staying(plan: EvictionPlan) -> int:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Which pages each head gets, of several requests. Here ``heads`` are those of all layers.
+    """Which pages each head gets, of several requests. Here ``heads`` are those of all layers, of which most methods
+    look at some.
 
-    own:         [num_reqs, heads, max_blocks] pages of the requests' blocks
-    full_pages:  [num_reqs, heads, 1 + most pages of a head], 0 past its count
-    want:        [num_reqs, heads] full pages of each head
-    num_staying: [num_reqs, heads] of these, pages in which its tokens are already: the last ones of its prompt
-    num_full:    [num_reqs, 1] pages that the heads of a request get on average
-    num_tail:    [num_reqs, 1] tokens of the partly filled last page
-    last:        [num_reqs, 1] block behind the full ones that stay
-    end_staying: [num_reqs, 1] token behind those that may stay where they are
-    fewest, most: per request, of ``num_staying``; they and the plans are known to the host
+    own:          of the requests' blocks
+    shared:       of the blocks that are shared out: own ones, or fresh ones
+    first:        [num_reqs, 1] where these begin
+    want:         [num_reqs, heads] full pages of each head
+    num_staying:  [num_reqs, heads] of these, pages in which its tokens are already: the last ones of its prompt
+    given_before: [num_reqs, heads] pages that the heads before it give away
+    taken_before: [num_reqs, heads] pages that the heads before it take
+    num_full:     [num_reqs, 1] pages that the heads of a request get on average
+    num_tail:     [num_reqs, 1] tokens of the partly filled last page
+    last:         [num_reqs, 1] block behind the full ones that stay
+    end_staying:  [num_reqs, 1] token behind those that may stay where they are
+    wanted, staying: ``want`` and ``num_staying``, and the plans, as the host knows them
     """
 
     plans: Sequence[EvictionPlan]
-    own: torch.Tensor
-    full_pages: torch.Tensor
+    own: BlockPages
+    shared: BlockPages
+    first: torch.Tensor
     want: torch.Tensor
     num_staying: torch.Tensor
+    given_before: torch.Tensor
+    taken_before: torch.Tensor
     num_full: torch.Tensor
     num_tail: torch.Tensor
     last: torch.Tensor
     end_staying: torch.Tensor
-    fewest: list[int]
-    most: list[int]
+    wanted: np.ndarray
+    staying: np.ndarray
 
     @classmethod
     def of(
-        cls, num_full_pages: torch.Tensor, own: torch.Tensor, plans: Sequence[EvictionPlan], fresh: torch.Tensor | None
+        cls, num_full_pages: torch.Tensor, own: BlockPages, plans: Sequence[EvictionPlan], fresh: BlockPages | None
     ) -> _Layout:
-        """The arguments are those of ``plan_compactions``."""
-        want = num_full_pages.flatten(1)
-        staying = want.minimum(torch.tensor([[plan.num_full_blocks * (fresh is None)] for plan in plans]))
-        sizes = [[plan.num_full_blocks, plan.num_tail_tokens, _last(plan), _end_staying(plan)] for plan in plans]
-        copied = to_device(torch.cat([torch.tensor(sizes), want, staying], dim=1).numpy(), own.device)
-        num_full, num_tail, last, end_staying, on_device, num_staying = copied.split(
-            [1, 1, 1, 1, want.shape[1], want.shape[1]], dim=1
+        """The arguments are those of ``Compactions``."""
+        wanted = num_full_pages.flatten(1).numpy()
+        sizes = np.array([[p.num_full_blocks, p.num_tail_tokens, _last(p), _end_staying(p)] for p in plans])
+        own_share = np.minimum(wanted, sizes[:, :1])
+        staying = own_share if fresh is None else np.zeros_like(wanted)
+        given, taken = sizes[:, :1] - own_share, wanted - own_share
+        sums = [numbers.cumsum(axis=1) - numbers for numbers in (given, taken)]
+        heads = wanted.shape[1]
+        copied = to_device(np.concatenate([sizes, wanted, staying, *sums], axis=1), own.to_blocks.device)
+        num_full, num_tail, last, end_staying, want, num_staying, given_before, taken_before = copied.split(
+            [1, 1, 1, 1, heads, heads, heads, heads], dim=1
         )
-        own = own.flatten(1, 2)
-        # the pages that are shared out: own ones, or fresh ones
         shared, first = own, last - num_full
-        if fresh is not None and fresh.shape[3]:
-            shared, first = fresh.flatten(1, 2), torch.zeros_like(last)
-        full_pages = _assign_pages(shared, first, num_full, on_device, max(map(max, want.tolist())) + 1)
-        ends = staying.amin(dim=1).tolist(), staying.amax(dim=1).tolist()
-        return cls(plans, own, full_pages, on_device, num_staying, num_full, num_tail, last, end_staying, *ends)
+        if fresh is not None and fresh.to_blocks.shape[1]:
+            shared, first = fresh, torch.zeros_like(last)
+        before = given_before.contiguous(), taken_before
+        sizes_on_device = num_full, num_tail, last, end_staying
+        return cls(plans, own, shared, first, want, num_staying, *before, *sizes_on_device, wanted, staying)
 
     @property
     def block_size(self) -> int:
         return self.plans[0].block_size
 
-    @property
-    def _most_moves(self) -> int:
-        return sum(plan.num_kept_tokens for plan in self.plans) * self.want.shape[1]
+    def _most_moves(self, heads: slice) -> int:
+        num_tail = sum(plan.num_tail_tokens for plan in self.plans)
+        wanted = self.wanted[:, heads]
+        num_heads: int = wanted.shape[1]
+        return int(wanted.sum()) * self.block_size + num_tail * num_heads
 
-    @property
-    def _first_staying(self) -> torch.Tensor:
-        """[num_reqs, heads, 1] first token of the pages that a head stays in."""
-        return ((self.last - self.num_staying) * self.block_size)[..., None]
+    def _first_staying(self, heads: slice) -> torch.Tensor:
+        """[num_reqs, num_heads, 1] first token of the pages that a head stays in."""
+        return ((self.last - self.num_staying[:, heads]) * self.block_size)[..., None]
 
-    def page_table(self) -> torch.Tensor:
-        """Return [num_reqs, heads, max_pages], full pages, then the tail page, then 0."""
+    def page_table(self, first: int, end: int) -> torch.Tensor:
+        """Return [num_reqs, end - first, 1 + most pages] int32: full pages, then the tail page, then 0."""
+        pages, heads = self._full_pages(slice(first, end)), slice(first, end)
         if not any(plan.num_tail_tokens for plan in self.plans):
-            return self.full_pages
-        last_block = self.last.clamp(max=self.own.shape[2] - 1)[..., None].expand(-1, self.want.shape[1], -1)
-        tail_page = self.own.gather(2, last_block).masked_fill(self.num_tail[..., None] == 0, 0)
-        return self.full_pages.scatter(2, self.want[..., None], tail_page)
+            return pages
+        last_block = self.last.clamp(max=self.own.to_blocks.shape[1] - 1)
+        tail_page = self.own.first_pages.flatten()[heads] + self.own.to_blocks.gather(1, last_block)
+        tail_page = tail_page.masked_fill(self.num_tail == 0, 0)
+        return pages.scatter_(2, self.want[:, heads, None], tail_page[..., None].to(torch.int32))
 
-    def survivors(self, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return request, head and slot [num_moves] of the kept tokens that leave their page, head by head; then -1.
+    def _full_pages(self, heads: slice) -> torch.Tensor:
+        """Return [num_reqs, num_heads, 1 + most pages] int32, the full pages of each head, 0 past its count.
 
-        kept: [num_reqs, heads, max_tokens]
+        A head keeps its own pages first, the latest of them; what it lacks comes from heads of its request that want
+        fewer, and give away their first ones, in the order of heads.
         """
-        ends = [
-            plan.num_tokens if plan.per_token else (_last(plan) - fewest) * plan.block_size
-            for plan, fewest in zip(self.plans, self.fewest, strict=True)
-        ]
-        token = torch.arange(max(ends), device=kept.device)
-        leaves = (token < self._first_staying) | (token >= self.end_staying[..., None])
-        found = (kept[..., : len(token)] & leaves).nonzero_static(size=self._most_moves)
-        req, head, token = found.unbind(dim=1)
-        return req, head, self._own_slots(req, head, token)
+        column = torch.arange(int(self.wanted.max()) + 1, device=self.want.device)
+        want = self.want[:, heads]
+        num_own = want.minimum(self.num_full)[..., None]
+        block = self.first[..., None] + (self.num_full[..., None] - num_own) + column
+        own = self._shared_blocks(block.flatten(1)).view_as(block)
+        own += self.shared.first_pages.flatten()[heads, None]
+        own.masked_fill_(column >= num_own, 0)
+        taken = (self.taken_before[:, heads, None] + (column - num_own)).clamp_(min=0).flatten(1)
+        giver = torch.searchsorted(self.given_before, taken, right=True) - 1
+        place = taken.sub_(self.given_before.gather(1, giver)).add_(self.first)
+        pages = self._shared_blocks(place)
+        pages += self.shared.first_pages.flatten()[giver]
+        is_taken = (column >= num_own) & (column < want[..., None])
+        return torch.where(is_taken, pages.view_as(own), own).to(torch.int32)
 
-    def holes(self, kept: torch.Tensor) -> torch.Tensor:
+    def _shared_blocks(self, places: torch.Tensor) -> torch.Tensor:
+        """Return page ids from block 0 to those of these places [num_reqs, num_places], which are no more needed."""
+        blocks = self.shared.to_blocks
+        found: torch.Tensor = blocks.gather(1, places.clamp_(0, blocks.shape[1] - 1))
+        return found
+
+    def survivors(self, kept: torch.Tensor, first_head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the slots [num_moves] of the kept tokens that leave their page, head by head, then -1; and whether
+        each is of a head that gives pages away.
+
+        kept: [num_reqs, num_heads, max_tokens] of heads from ``first_head`` on
+        """
+        heads = slice(first_head, first_head + kept.shape[1])
+        fewest = self.staying[:, heads].min(axis=1).tolist()
+        ends = [
+            plan.num_tokens if plan.per_token else (_last(plan) - few) * plan.block_size
+            for plan, few in zip(self.plans, fewest, strict=True)
+        ]
+        token = torch.arange(max(ends), dtype=torch.int32, device=kept.device)
+        leaves = (token < self._first_staying(heads)) | (token >= self.end_staying[..., None])
+        leaves &= kept[..., : len(token)]
+        req, head, token = leaves.nonzero_static(size=self._most_moves(heads)).unbind(dim=1)
+        gives = (self.want < self.num_full)[:, heads][req, head]
+        return self._own_slots(req, head, token, heads).masked_fill_(req < 0, -1), gives
+
+    def holes(self, kept: torch.Tensor, first_head: int, pages: torch.Tensor) -> torch.Tensor:
         """Return the slots [num_moves] of the places that each head has to fill, head by head; then -1.
 
         Holes in the pages it stays in, and all slots of the pages it takes: fresh ones, or those of other heads.
 
-        kept: [num_reqs, heads, max_tokens]
+        kept:  [num_reqs, num_heads, max_tokens] of heads from ``first_head`` on
+        pages: [num_reqs, heads, 1 + most pages], the page table of all heads
         """
-        first = [(_last(plan) - most) * plan.block_size for plan, most in zip(self.plans, self.most, strict=True)]
+        heads = slice(first_head, first_head + kept.shape[1])
+        staying = self.staying[:, heads]
+        most, fewest = staying.max(axis=1).tolist(), int(staying.min())
+        first = [(_last(plan) - many) * plan.block_size for plan, many in zip(self.plans, most, strict=True)]
         width = max(_end_staying(plan) - start for plan, start in zip(self.plans, first, strict=True))
         first_token = to_device(np.array(first, dtype=np.int64), kept.device)
         token = (first_token[:, None] + torch.arange(width, device=kept.device))[:, None]  # [num_reqs, 1, width]
-        is_staying = (token >= self._first_staying) & (token < self.end_staying[..., None])
-        marks = kept.gather(2, token.clamp(max=kept.shape[2] - 1).expand(-1, kept.shape[1], -1))
+        holes = (token >= self._first_staying(heads)) & (token < self.end_staying[..., None])
+        holes &= ~kept.gather(2, token.clamp_(max=kept.shape[2] - 1).expand(-1, kept.shape[1], -1))
 
-        first_column = min(self.fewest)
-        column = torch.arange(first_column, self.full_pages.shape[2], device=kept.device)
-        taken = (column >= self.num_staying[..., None]) & (column < self.want[..., None])
-        taken_slots = taken[..., None].expand(-1, -1, -1, self.block_size).flatten(2)
-        holes = torch.cat([is_staying & ~marks, taken_slots], dim=2)
-        req, head, place = holes.nonzero_static(size=self._most_moves).unbind(dim=1)
-        behind = (place - width).clamp(min=0)
-        column, lane = first_column + behind // self.block_size, behind % self.block_size
-        of_taken = self.full_pages[req, head, column] * self.block_size + lane
-        of_own = self._own_slots(req, head, first_token[req] + place.clamp(max=width - 1))
-        return torch.where(place < width, of_own, of_taken).masked_fill(req < 0, -1)
+        column = torch.arange(fewest, pages.shape[2], device=kept.device)
+        taken = (column >= self.num_staying[:, heads, None]) & (column < self.want[:, heads, None])
+        holes = torch.cat([holes, taken[..., None].expand(-1, -1, -1, self.block_size).flatten(2)], dim=2)
+        req, head, place = holes.nonzero_static(size=self._most_moves(heads)).unbind(dim=1)
+        del holes, taken, token
+        behind = (place - width).clamp_(min=0)
+        of_taken = pages[:, heads][req, head, fewest + behind // self.block_size].to(torch.int64)
+        of_taken.mul_(self.block_size).add_(behind.remainder_(self.block_size))
+        own_token = place.clamp(max=width - 1).add_(first_token[req])
+        of_own = self._own_slots(req, head, own_token, heads)
+        return torch.where(place < width, of_own, of_taken).masked_fill_(req < 0, -1)
 
-    def _own_slots(self, req: torch.Tensor, head: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-        block = (token // self.block_size).clamp(max=self.own.shape[2] - 1)  # of a token that is none
-        return self.own[req, head, block] * self.block_size + token % self.block_size
-
-
-def _assign_pages(
-    shared: torch.Tensor, first: torch.Tensor, num_blocks: torch.Tensor, want: torch.Tensor, width: int
-) -> torch.Tensor:
-    """Return the full pages of each head [num_reqs, heads, width], 0 past its count.
-
-    A head keeps its own pages first, the latest of them; what it lacks comes from heads of its request that want fewer.
-
-    shared:     [num_reqs, heads, max_blocks] pages, of which ``num_blocks`` [num_reqs, 1] from ``first`` [num_reqs, 1]
-                on are shared out
-    want:       [num_reqs, heads]
-    """
-    block, column = (torch.arange(size, device=shared.device) for size in (shared.shape[2], width))
-    num_own = want.minimum(num_blocks)[..., None]
-    first_own = (first + num_blocks)[..., None] - num_own
-    given = ((block >= first[..., None]) & (block < first_own)).flatten(1)
-    place = torch.where(given, given.cumsum(dim=1) - 1, given.shape[1])
-    given_pages = shared.new_zeros(len(shared), given.shape[1] + 1).scatter_(1, place, shared.flatten(1))
-    is_taken = (column >= num_own) & (column < want[..., None])
-    place = (is_taken.flatten(1).cumsum(dim=1) - 1).clamp(min=0)
-    taken = given_pages.gather(1, place).view(is_taken.shape)
-    own = shared.gather(2, (first_own + column).clamp(max=shared.shape[2] - 1))
-    return torch.where(is_taken, taken, own.masked_fill(column >= num_own, 0))
+    def _own_slots(self, req: torch.Tensor, head: torch.Tensor, token: torch.Tensor, heads: slice) -> torch.Tensor:
+        """Return the slots of tokens of some heads; anything for a token that is none."""
+        block = (token // self.block_size).clamp_(max=self.own.to_blocks.shape[1] - 1)
+        slots = self.own.at(req, head + heads.start, block).mul_(self.block_size)
+        return slots.add_(token % self.block_size)

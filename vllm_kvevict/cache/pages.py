@@ -16,6 +16,34 @@ Packing = Literal["transposed", "interleaved", "tiled"]
 
 
 @dataclass(frozen=True)
+class BlockPages:
+    """The pages of some requests' blocks in all layers and heads, computed when they are asked for: there are many.
+
+    first_pages: [num_layers, num_kv_heads] int64, pages of block 0
+    to_blocks:   [num_reqs, max_blocks] int64, page ids from block 0 to each block
+    """
+
+    first_pages: torch.Tensor
+    to_blocks: torch.Tensor
+
+    def of_layer(self, layer: int) -> torch.Tensor:
+        """Return [num_reqs, num_kv_heads, max_blocks] int64 of one layer."""
+        return self.first_pages[layer][:, None] + self.to_blocks[:, None]
+
+    def of_heads(self, heads: slice) -> torch.Tensor:
+        """Return [num_reqs, num_heads, max_blocks] int64 of some heads, counted through all layers."""
+        return self.first_pages.flatten()[heads, None] + self.to_blocks[:, None]
+
+    def at(self, req: torch.Tensor, head: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+        """Return [num_places] int64, the page of each of these; heads are counted through all layers."""
+        return self.first_pages.flatten()[head] + self.to_blocks[req, block]
+
+    def only(self, req: int, num_blocks: int) -> BlockPages:
+        """Return those of the first blocks of one request."""
+        return BlockPages(self.first_pages, self.to_blocks[req : req + 1, :num_blocks])
+
+
+@dataclass(frozen=True)
 class PagePool:
     """Every page of a cache group, and where the page of (layer, block, KV head) lies.
 
@@ -51,10 +79,16 @@ class PagePool:
 
     def page_ids(self, block_ids: torch.Tensor) -> torch.Tensor:
         """Return [num_layers, num_kv_heads, *block_ids.shape] int64, the pages of these blocks."""
-        heads = torch.arange(self.num_kv_heads, device=self.layer_offset.device)
-        first = self.layer_offset[:, None] + heads  # [num_layers, num_kv_heads]
-        blocks = block_ids.to(torch.int64) * self.block_stride
+        first, blocks = self._first_pages(), block_ids.to(torch.int64) * self.block_stride
         return first.reshape(*first.shape, *[1] * block_ids.ndim) + blocks
+
+    def pages_of(self, block_ids: torch.Tensor) -> BlockPages:
+        """Return the pages of the blocks [num_reqs, max_blocks] int64 of some requests."""
+        return BlockPages(self._first_pages(), block_ids * self.block_stride)
+
+    def _first_pages(self) -> torch.Tensor:
+        """Return [num_layers, num_kv_heads] int64, the pages of block 0."""
+        return self.layer_offset[:, None] + torch.arange(self.num_kv_heads, device=self.layer_offset.device)
 
     def layer_page_ids(self, layer: int, block_ids: torch.Tensor) -> torch.Tensor:
         """Return [num_kv_heads, *block_ids.shape] int64, the pages of these blocks in one layer."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_kvevict.cache.compaction import Compaction
 from vllm_kvevict.cache.pages import PagePool
-from vllm_kvevict.cache.plan import EvictionPlan
 
 
 class Residents:
@@ -34,23 +32,6 @@ class Residents:
     def num_bytes(self) -> int:
         """Bytes of the positions and of the sums."""
         return self.positions.nbytes + self.sums.nbytes
-
-    def note(
-        self, compaction: Compaction, plan: EvictionPlan, block_ids: torch.Tensor, states: list[torch.Tensor] | None
-    ) -> None:
-        """Note what the compacted cache of a request holds.
-
-        block_ids: [num_blocks] int64, the request's block table before its compaction
-        states:    per layer [num_kv_heads, num_tokens] float32, what a policy summed up of its tokens; None if nothing
-        """
-        lane = torch.arange(plan.block_size, device=block_ids.device)
-        pages = self._pool.page_ids(block_ids)[..., None] * plan.block_size
-        slots = (pages + lane).flatten(2)[..., : plan.num_tokens]  # [num_layers, num_kv_heads, num_tokens]
-        self.positions[slots] = torch.arange(plan.num_tokens, dtype=torch.int32, device=slots.device)
-        if states is not None:
-            self.sums[slots] = torch.stack(states)
-        for source, destination in compaction.phases:
-            self.move(source, destination)
 
     def move(self, source: torch.Tensor, destination: torch.Tensor) -> None:
         """Follow tokens that moved from slot to slot, [num_tokens] int64 each."""

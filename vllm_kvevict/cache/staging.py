@@ -20,3 +20,8 @@ def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor on the CPU: here the host waits until the device has made it."""
     return tensor.cpu()
+
+
+def on_host(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return float32 memory of the host with which ``device`` exchanges tiles without anybody waiting."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -10,22 +10,37 @@ from vllm_kvevict.budgets import round_to_pages
 from vllm_kvevict.budgets.batch import BatchAllocator, WishBatch, wishes_for_batches
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.staging import to_host
+from vllm_kvevict.eviction.held_scores import HeldScores
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.results import checked_wish
+from vllm_kvevict.eviction.selection import protect
 
 
 def allocate(
-    method: Method, plans: Sequence[EvictionPlan], scores: torch.Tensor, measures: torch.Tensor
+    method: Method,
+    plans: Sequence[EvictionPlan],
+    scores: HeldScores,
+    measures: torch.Tensor,
+    lens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return [num_reqs, num_layers, num_kv_heads] int64 on the CPU, the full pages of every head.
 
+    Allocators see protected scores, NaN behind the tokens of a request: those of the package tile by tile, others all
+    at once.
+
     plans:    of the requests
-    scores:   [num_reqs, num_layers, num_kv_heads, max_kv_len] float32, protected, NaN behind the tokens of a request
+    scores:   of all layers
     measures: [num_reqs, num_layers, num_measures] float64, what the allocator has measured
+    lens:     [num_reqs, num_layers, num_kv_heads] int64, tokens of each head; None if all requests have as many
 
     Raises whatever an allocator raises; ValueError or TypeError if it returns what is none of an answer.
     """
-    wishes = _wishes(method, plans, scores, measures)
+
+    def read(first: int, end: int) -> torch.Tensor:
+        lens_of_layers = None if lens is None else lens[:, first:end]
+        return protect(scores.of_layers(first, end), method.num_sink, method.num_recent, lens_of_layers)
+
+    wishes = _wishes(method, plans, scores, read, measures)
     return torch.stack([_pages(method, plan, wish) for plan, wish in zip(plans, wishes, strict=True)])
 
 
@@ -43,7 +58,11 @@ def _pages(method: Method, plan: EvictionPlan, wish: torch.Tensor) -> torch.Tens
 
 
 def _wishes(
-    method: Method, plans: Sequence[EvictionPlan], scores: torch.Tensor, measures: torch.Tensor
+    method: Method,
+    plans: Sequence[EvictionPlan],
+    scores: HeldScores,
+    read: Callable[[int, int], torch.Tensor],
+    measures: torch.Tensor,
 ) -> Iterator[torch.Tensor]:
     """Yield [num_layers, num_kv_heads] float64 on the CPU, what the allocator wishes for each request.
 
@@ -54,7 +73,7 @@ def _wishes(
     source = f"{type(allocator).__name__}.wish"
     kv_lens, num_kept = [plan.num_tokens for plan in plans], [plan.num_kept_tokens for plan in plans]
     protected = [min(method.num_protected, kv_len) for kv_len in kv_lens]
-    batch = WishBatch(scores, kv_lens, num_kept, protected, measures)
+    batch = WishBatch(read, scores.shape, scores.device, kv_lens, num_kept, protected, measures)
     are_known, summaries = _host_copies(method, batch)
     for req, kv_len in enumerate(kv_lens):
         if not are_known[req]:
@@ -62,7 +81,9 @@ def _wishes(
         elif isinstance(allocator, BatchAllocator) and summaries is not None:
             yield checked_wish(source, allocator.share(summaries[req], batch.facts(req)), shape)
         else:
-            yield checked_wish(source, allocator.wish(scores[req, ..., :kv_len], num_kept[req], measures[req]), shape)
+            yield checked_wish(
+                source, allocator.wish(batch.scores[req, ..., :kv_len], num_kept[req], measures[req]), shape
+            )
 
 
 def _host_copies(method: Method, batch: WishBatch) -> tuple[list[bool], torch.Tensor | None]:
@@ -75,7 +96,7 @@ def _host_copies(method: Method, batch: WishBatch) -> tuple[list[bool], torch.Te
     if isinstance(allocator, BatchAllocator) and wishes_for_batches(type(allocator)):
         summary = allocator.summarise(batch)
         summaries = measures.new_empty(num_reqs, 0) if summary is None else summary
-    parts = [part.to(batch.scores.device) for part in (measures, summaries) if part is not None and part.numel()]
+    parts = [part.to(batch.device) for part in (measures, summaries) if part is not None and part.numel()]
     if not parts:
         return [True] * num_reqs, summaries
     copied, num_measures = to_host(torch.cat(parts, dim=1)), measures.shape[1]

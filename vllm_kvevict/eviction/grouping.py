@@ -9,12 +9,15 @@ from vllm_kvevict.budgets.batch import wishes_for_batches
 from vllm_kvevict.eviction.method import Method, are_equal
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.eviction.traits import traits_of
+from vllm_kvevict.policies import scratch
 from vllm_kvevict.policies.base import Need
 from vllm_kvevict.policies.batch import scores_batches
 
 # Prompts of at most so many tokens share a group, whatever their lengths; of longer ones those that are less than twice
 # as long as each other, so that tables of a group are at most twice what its prompts fill.
 _SHORT = 1 << 12
+# What is held at once by each score of a layer.
+_BYTES_PER_SCORE = 16
 
 _T = TypeVar("_T")
 
@@ -30,16 +33,16 @@ def scored_together(evictions: Mapping[str, Eviction]) -> list[tuple[list[str], 
         for name, eviction in evictions.items()
         if scores_batches(type(eviction.method.policy)) and not _observes(eviction.method) and _shares(eviction)
     }
-    groups = [names for names in _grouped(batched, _fit) if len(names) > 1]
+    groups = [names for names in _grouped(batched, _fit, _have_room) if len(names) > 1]
     return [(names, Evictions([batched[name] for name in names])) for names in groups]
 
 
 def chosen_together(evictions: Mapping[str, Eviction]) -> list[tuple[list[str], Evictions]]:
     """Return groups of evictions that have been scored by their own methods, each with the names of its members.
 
-    Allocators that see one request at a time have groups of one.
+    Allocators that see one request at a time have groups of one, as have prompts whose scores wait on the host.
     """
-    groups = _grouped(evictions, lambda one, other: _shares(one) and _fit(one, other))
+    groups = _grouped(evictions, lambda one, other: _shares(one) and _fit(one, other), _have_room)
     return [(names, Evictions.joined([evictions[name] for name in names])) for names in groups]
 
 
@@ -51,10 +54,18 @@ def scored_again_together(due: Mapping[str, tuple[Method, int]]) -> list[list[st
     return _grouped(due, _fit_again)
 
 
-def _grouped(members: Mapping[str, _T], fit: Callable[[_T, _T], bool]) -> list[list[str]]:
+def _grouped(
+    members: Mapping[str, _T],
+    fit: Callable[[_T, _T], bool],
+    have_room: Callable[[list[_T]], bool] = lambda together: True,
+) -> list[list[str]]:
     groups: list[list[str]] = []
+
+    def takes(group: list[str], member: _T) -> bool:
+        return fit(members[group[0]], member) and have_room([*(members[name] for name in group), member])
+
     for name, member in members.items():
-        fitting = next((group for group in groups if fit(members[group[0]], member)), None)
+        fitting = next((group for group in groups if takes(group, member)), None)
         if fitting is None:
             groups.append([name])
         else:
@@ -76,6 +87,14 @@ def _fit(one: Eviction, other: Eviction) -> bool:
         for eviction in (one, other)
     ]
     return kinds[0] == kinds[1] and are_equal(one.method, other.method)
+
+
+def _have_room(together: list[Eviction]) -> bool:
+    """Whether one layer of these prompts fits into the scratch: all requests of a group are in each tile."""
+    if any(eviction.is_scored_on_host for eviction in together):
+        return False
+    num_tokens = max(eviction.plan.num_tokens for eviction in together) * len(together)
+    return scratch.fits(num_tokens * together[0].pool.num_kv_heads * _BYTES_PER_SCORE)
 
 
 def _length_class(num_tokens: int) -> int:

@@ -21,9 +21,9 @@ from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import traits_of
+from vllm_kvevict.policies import scratch
 from vllm_kvevict.policies.base import LayerWeights, Need, StepInputs
 from vllm_kvevict.policies.batch import scored_at_once
-from vllm_kvevict.policies.scratch import MOST_BYTES
 
 # what choosing holds of each slot, beside its policy's scores: its position, and what those are compared with
 _BYTES_PER_SLOT = 32
@@ -134,7 +134,7 @@ class TokenEvictor:
         of_slots = _BYTES_PER_SLOT * self._pool.num_kv_heads * step.peers.max_pages * self.block_size
         of_queries = self._ring.bytes_per_query * self._num_queries(step.peers)
         of_tokens = 4 * step.max_tokens  # sums over heads
-        return max(MOST_BYTES // (len(step.peers.slots) * (of_slots + of_queries + of_tokens)), 1)
+        return max(scratch.most_bytes() // (len(step.peers.slots) * (of_slots + of_queries + of_tokens)), 1)
 
     def _num_queries(self, peers: Peers) -> int:
         traits = traits_of(peers.method.policy)

@@ -8,6 +8,10 @@ to its pool in which nothing of the request lives any more.
 Prompts of one method that end in one step go through the verbs together: what is launched for them does not depend on
 how many they are, and the host waits for the device once, between *allocate* and *select*. Policies and allocators that
 see one request at a time, as a third party's may, are asked for each of them.
+
+Prompts may be so long that what these verbs work on does not fit into the scratch (``policies/scratch.py``). Then all
+of them go through it in tiles of layers or heads: scores wait on the host for the last layer, of what was chosen a bit
+is kept for each token, and moves are planned again for each tile when it is its turn. No result depends on that.
 """
 
 from __future__ import annotations
@@ -22,8 +26,9 @@ from weakref import ProxyType, proxy
 import numpy as np
 import torch
 
-from vllm_kvevict.cache.compaction import Compaction, Compactions, KeptPages, plan_compactions
-from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.cache.compaction import Compaction, Compactions, KeptPages, bytes_of_heads
+from vllm_kvevict.cache.marks import Marks, PackedMarks
+from vllm_kvevict.cache.pages import BlockPages, PagePool
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.cache.staging import to_device
@@ -34,7 +39,11 @@ from vllm_kvevict.eviction.results import checked_tokens
 from vllm_kvevict.eviction.scoring import PromptScores, last_queries
 from vllm_kvevict.eviction.selection import protect, select
 from vllm_kvevict.eviction.traits import traits_of
+from vllm_kvevict.policies import scratch
 from vllm_kvevict.policies.base import LayerWeights, ScoreInputs
+
+# What is held at once by each score of which the best are selected, and by each slot that is noted.
+_BYTES_PER_SCORE, _BYTES_PER_SLOT = 16, 28
 
 
 @dataclass
@@ -67,6 +76,11 @@ class Eviction:
         if self._alone is None:
             self._alone = Evictions([proxy(self)])  # in a circle scores would stay until Python looks for circles
         return self._alone
+
+    @property
+    def is_scored_on_host(self) -> bool:
+        """Whether there are scores of this request only that wait on the host."""
+        return self._alone is not None and self._alone.are_on_host
 
     def go_on(self, alone: Evictions) -> None:
         """Go on with what was seen of this request together with others."""
@@ -171,15 +185,15 @@ class Evictions:
         self.members = list(members)
         self._method, self._pool = members[0].method, members[0].pool
         if scores is None:
-            page_ids = self._pages_of([eviction.block_ids for eviction in members])
-            scores = PromptScores(self._method, self._pool, [eviction.plan for eviction in members], page_ids)
+            pages = self._pages_of([eviction.block_ids for eviction in members])
+            scores = PromptScores(self._method, self._pool, [eviction.plan for eviction in members], pages)
         self._scores = scores
         self._compactions: Compactions
 
-    def _pages_of(self, block_ids: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return [num_reqs, num_layers, num_kv_heads, max_blocks] int64, pages of blocks; of the null block behind."""
+    def _pages_of(self, block_ids: Sequence[torch.Tensor]) -> BlockPages:
+        """Return the pages of the requests' blocks; behind the last one those of the null block."""
         if len(block_ids) == 1:
-            return self._pool.page_ids(block_ids[0])[None]
+            return self._pool.pages_of(block_ids[0][None])
         ends = list(accumulate(map(len, block_ids)))
         width, null = max(map(len, block_ids)), ends[-1]
         index = [
@@ -187,8 +201,12 @@ class Evictions:
             for ids, end in zip(block_ids, ends, strict=True)
         ]
         together = torch.cat([*block_ids, block_ids[0].new_zeros(1)])
-        table = together[to_device(np.array(index, dtype=np.int64), together.device)]
-        return self._pool.page_ids(table).permute(2, 0, 1, 3)
+        return self._pool.pages_of(together[to_device(np.array(index, dtype=np.int64), together.device)])
+
+    @property
+    def are_on_host(self) -> bool:
+        """Whether there are scores that wait on the host."""
+        return self._scores.are_on_host
 
     def break_up(self) -> None:
         """Let each member go on alone, by its own methods, with what has been seen and scored so far."""
@@ -244,17 +262,11 @@ class Evictions:
         plans, scores = [eviction.plan for eviction in self.members], self._scores.scores
         is_ragged = len({plan.num_tokens for plan in plans}) > 1
         lens = self._scores.lens(self._pool.num_layers) if is_ragged else None
-        protection = self._method.num_sink, self._method.num_recent
-        protected = protect(scores, *protection, lens)
-        num_full_pages = allocate(self._method, plans, protected, self._scores.measures)
-        tails = torch.tensor([plan.num_tail_tokens for plan in plans])[:, None, None]
-        num_kept = to_device((num_full_pages * self._pool.block_size + tails).numpy(), scores.device)
-        kept = select(scores, num_kept, *protection, lens)
-        if plans[0].per_token:
-            victims = protected.masked_fill_(~kept, float("inf")).argmin(dim=-1)
-            for eviction, of_request in zip(self.members, victims, strict=True):
-                eviction.next_victims = of_request
-        self._compactions = plan_compactions(kept, num_full_pages, self._scores.page_ids, plans, self._fresh_pages())
+        num_full_pages = allocate(self._method, plans, scores, self._scores.measures, lens)
+        kept = self._select(num_full_pages, None if lens is None else lens.flatten(1))
+        tiles = scratch.tiles(bytes_of_heads(num_full_pages, plans))
+        fresh = self._fresh_pages()
+        self._compactions = Compactions(kept, num_full_pages, self._scores.pages, plans, fresh, tiles)
         self._took(start)
         if is_observed():
             self._show(kept)
@@ -264,47 +276,77 @@ class Evictions:
         """What the members keep, once ``choose`` was called."""
         return self._compactions.pages
 
-    def _fresh_pages(self) -> torch.Tensor | None:
+    def _select(self, num_full_pages: torch.Tensor, lens: torch.Tensor | None) -> Marks:
+        """Return which tokens stay, and note the next victims.
+
+        lens: [num_reqs, heads] int64 as for ``allocate``
+        """
+        plans, scores = [eviction.plan for eviction in self.members], self._scores.scores
+        tails = torch.tensor([plan.num_tail_tokens for plan in plans])[:, None]
+        num_kept = to_device((num_full_pages.flatten(1) * self._pool.block_size + tails).numpy(), scores.device)
+        num_reqs, num_heads, max_tokens = len(plans), num_kept.shape[1], scores.shape[3]
+        tiles = scratch.tiles([num_reqs * max_tokens * _BYTES_PER_SCORE] * num_heads)
+        packed = None if len(tiles) == 1 else PackedMarks((num_reqs, num_heads, max_tokens), scores.device)
+        protection, victims = (self._method.num_sink, self._method.num_recent), []
+        for first, end in tiles:
+            of_heads = scores.of_heads(first, end)
+            of_lens = None if lens is None else lens[:, first:end]
+            kept = select(of_heads, num_kept[:, first:end], *protection, of_lens)
+            if packed is not None:
+                packed.put(first, kept)
+            if plans[0].per_token:
+                protected = protect(of_heads, *protection, of_lens)
+                victims.append(protected.masked_fill_(~kept, float("inf")).argmin(dim=-1))
+        if victims:
+            together = torch.cat(victims, dim=1).view(num_full_pages.shape)
+            for eviction, of_request in zip(self.members, together, strict=True):
+                eviction.next_victims = of_request
+        return packed or Marks(kept)
+
+    def _fresh_pages(self) -> BlockPages | None:
         fresh = [eviction.fresh_block_ids for eviction in self.members if eviction.fresh_block_ids is not None]
         return self._pages_of(fresh) if fresh else None
 
-    def _show(self, kept: torch.Tensor) -> None:
+    def _show(self, kept: Marks) -> None:
+        shape = self._scores.scores.shape
+        scores = self._scores.scores.of_layers(0, shape[1])
+        marks = kept.rows(0, kept.shape[1]).view(shape)
         for req, eviction in enumerate(self.members):
             of_prompt = slice(eviction.plan.num_tokens)
-            scores = self._scores.scores[req, ..., of_prompt]
-            choice = Choice(self._method, eviction.plan, self._pool, scores, kept[req, ..., of_prompt])
+            choice = Choice(
+                self._method, eviction.plan, self._pool, scores[req, ..., of_prompt], marks[req, ..., of_prompt]
+            )
             eviction.show_chosen(choice)
 
     def compact(self) -> list[Compaction]:
-        """Move what was chosen of all members. The pool's pages change; the caller fills its page table.
-
-        The moves of a single one are in its result; those of several are done, and ``note`` follows them.
-        """
+        """Move what was chosen of all members. The pool's pages change; the caller fills its page table."""
         start = perf_counter()
-        for source, destination in self._compactions.phases:
+        for source, destination in self._compactions.moves():
             self._pool.move(source, destination)
         self._took(start)
-        phases = self._followed() if len(self.members) == 1 else []
-        compactions = [self._compactions.of(req, phases) for req in range(len(self.members))]
+        compactions = [self._compactions.of(req) for req in range(len(self.members))]
         for eviction, compaction in zip(self.members, compactions, strict=True):
             eviction.show_compacted(compaction)
         return compactions
 
-    def _followed(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return the moves as plain indices of slots: a gap moves the first slot of the null page to itself."""
-        return [(source.clamp(min=0), destination.clamp(min=0)) for source, destination in self._compactions.phases]
-
     def note(self, residents: Residents, states: Sequence[list[torch.Tensor] | None]) -> None:
-        """Note what the compacted caches hold: ``Residents.note`` for all members.
+        """Note what the compacted caches hold.
 
         states: of each, per layer [num_kv_heads, num_tokens] float32, what the policy summed up; None if nothing
         """
-        page_ids, block_size = self._scores.page_ids, self._pool.block_size
-        lane = torch.arange(block_size, device=page_ids.device)
-        slots = (page_ids[..., None] * block_size + lane).flatten(3)
-        residents.positions[slots] = torch.arange(slots.shape[3], dtype=torch.int32, device=slots.device)
-        for of_request, sums in zip(slots, states, strict=True):
-            if sums is not None:
-                residents.sums[of_request[..., : sums[0].shape[1]]] = torch.stack(sums)
-        for source, destination in self._followed():
-            residents.move(source, destination)
+        pages, block_size, num_kv_heads = self._scores.pages, self._pool.block_size, self._pool.num_kv_heads
+        num_slots = pages.to_blocks.shape[1] * block_size
+        lane = torch.arange(block_size, device=pages.to_blocks.device)
+        position = torch.arange(num_slots, dtype=torch.int32, device=lane.device)
+        bytes_of_head = len(self.members) * num_slots * _BYTES_PER_SLOT
+        for first, end in scratch.tiles([bytes_of_head] * self._pool.num_layers * num_kv_heads):
+            page_ids = pages.of_heads(slice(first, end))
+            slots = (page_ids[..., None] * block_size + lane).flatten(2)
+            residents.positions[slots] = position
+            for of_request, sums in zip(slots, states, strict=True):
+                if sums is not None:
+                    of_heads = [sums[head // num_kv_heads][head % num_kv_heads] for head in range(first, end)]
+                    residents.sums[of_request[:, : len(of_heads[0])]] = torch.stack(of_heads)
+        for source, destination in self._compactions.moves():
+            # a gap moves the first slot of the null page to itself
+            residents.move(source.clamp(min=0), destination.clamp(min=0))

@@ -10,35 +10,47 @@ import numpy as np
 import torch
 
 from vllm_kvevict.budgets import BudgetAllocator
-from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.cache.pages import BlockPages, PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.staging import to_device
+from vllm_kvevict.eviction.held_scores import HeldScores
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import allocator_traits_of, traits_of
+from vllm_kvevict.policies import scratch
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
 from vllm_kvevict.policies.batch import ScoreBatch, scored_at_once, scores_batches
-from vllm_kvevict.policies.scratch import MOST_BYTES
 
 
 class PromptScores:
     """What a policy thinks of several prompts, and what an allocator has measured of them.
 
-    page_ids: [num_reqs, num_layers, num_kv_heads, max_blocks] int64, the pages of their blocks
-    scores:   [num_reqs, num_layers, num_kv_heads, max_tokens] float32; anything behind the tokens of a prompt
-    scored:   layers that are in it
+    pages:  of their blocks
+    scored: layers whose scores are known
     """
 
-    def __init__(self, method: Method, pool: PagePool, plans: Sequence[EvictionPlan], page_ids: torch.Tensor) -> None:
-        self._method, self._pool, self._plans = method, pool, plans
-        self.page_ids = page_ids
+    def __init__(self, method: Method, pool: PagePool, plans: Sequence[EvictionPlan], pages: BlockPages) -> None:
+        self._method, self._pool, self._plans, self.pages = method, pool, plans, pages
         self._kv_lens = [plan.num_tokens for plan in plans]
-        self.scores = torch.empty(*page_ids.shape[:3], max(self._kv_lens), device=page_ids.device)
+        self._scores: HeldScores | None = None
         self.scored: set[int] = set()
         no_measure = torch.empty(0, dtype=torch.float64)
         self._measures = [[no_measure] * pool.num_layers for _ in plans]
         self._waiting: list[list[ScoreInputs]] = []
         self._lens: torch.Tensor | None = None
+
+    @property
+    def scores(self) -> HeldScores:
+        """Anything behind the tokens of a prompt. There is no memory for them before the first layer is scored."""
+        if self._scores is None:
+            shape = len(self._plans), self._pool.num_layers, self._pool.num_kv_heads, max(self._kv_lens)
+            self._scores = HeldScores.empty(shape, self.pages.to_blocks.device)
+        return self._scores
+
+    @property
+    def are_on_host(self) -> bool:
+        """Whether there are scores that wait on the host."""
+        return self._scores is not None and self._scores.is_on_host
 
     @property
     def measures(self) -> torch.Tensor:
@@ -49,25 +61,27 @@ class PromptScores:
     def only(self, req: int) -> PromptScores:
         """Return those of one prompt, which goes on alone."""
         plan = self._plans[req]
-        page_ids = self.page_ids[req : req + 1, :, :, : cdiv(plan.num_tokens, self._pool.block_size)]
-        alone = PromptScores(self._method, self._pool, [plan], page_ids)
-        alone.scores = self.scores[req : req + 1, :, :, : plan.num_tokens]
+        num_blocks = cdiv(plan.num_tokens, self._pool.block_size)
+        pages = self.pages.only(req, num_blocks)
+        alone = PromptScores(self._method, self._pool, [plan], pages)
+        alone._scores = None if self._scores is None else self._scores.only(req, plan.num_tokens)
         alone.scored = set(self.scored)
         alone._measures = [self._measures[req]]
-        alone._waiting = [[of_layer[req]] for of_layer in self._waiting]
+        waiting = [of_layer[req] for of_layer in self._waiting]
+        alone._waiting = [[replace(inputs, page_table=inputs.page_table[:, :num_blocks])] for inputs in waiting]
         return alone
 
     def take(self, req: int, alone: PromptScores) -> None:
         """Take over the scores of one prompt, beginning with the first."""
         alone.score_waiting()
-        self.scores[req, :, :, : alone.scores.shape[3]] = alone.scores[0]
+        self.scores.take(req, alone.scores)
         self._measures[req] = alone._measures[0]
         self.scored = self.scored & alone.scored if req else set(alone.scored)
 
     def lens(self, num_layers: int) -> torch.Tensor:
         """Return [num_reqs, num_layers, num_kv_heads] int64, the tokens of each head."""
         if self._lens is None:
-            self._lens = to_device(np.array(self._kv_lens, dtype=np.int64), self.page_ids.device)
+            self._lens = to_device(np.array(self._kv_lens, dtype=np.int64), self.pages.to_blocks.device)
         shape = len(self._plans), num_layers, self._pool.num_kv_heads
         return self._lens[:, None, None].expand(shape).contiguous()
 
@@ -82,12 +96,13 @@ class PromptScores:
         pseudo_query: Sequence[torch.Tensor | None],
     ) -> None:
         """Score a layer of all prompts, now or together with the next ones; the arguments are as in ``Eviction``."""
+        page_ids = self.pages.of_layer(layer)
         of_layer = [
             ScoreInputs(
                 query[req],
                 self._pool.keys,
                 self._pool.values,
-                self.page_ids[req, layer],
+                page_ids[req],
                 plan.num_tokens,
                 scale,
                 output[req],
@@ -100,7 +115,7 @@ class PromptScores:
             for req, plan in enumerate(self._plans)
         ]
         self._waiting.append(of_layer)
-        most = MOST_BYTES // self.scores[:, 0].nbytes
+        most = scratch.most_bytes() // (4 * len(self._plans) * self._pool.num_kv_heads * max(self._kv_lens))
         if len(self._waiting) >= max(min(traits_of(self._method.policy).layers_at_once, most), 1):
             self.score_waiting()
 
@@ -129,16 +144,19 @@ class PromptScores:
     def _score_together(self, waiting: list[list[ScoreInputs]]) -> None:
         policy, first = self._method.policy, waiting[0][0]
         window, layers = traits_of(policy).query_window, [of_layer[0].layer for of_layer in waiting]
-        queries = [last_queries(of_layer[req], window).query for req in range(len(self._plans)) for of_layer in waiting]
-        page_ids = torch.stack([self.page_ids[:, layer] for layer in layers], dim=1)
+        inputs = [of_layer[req] for req in range(len(self._plans)) for of_layer in waiting]
+        queries, page_ids = (
+            torch.stack(parts).unflatten(0, (-1, len(layers)))
+            for parts in zip(*((last_queries(one, window).query, one.page_table) for one in inputs), strict=True)
+        )
         keys, values, page_table = self._pool.readable(page_ids)
         batch = ScoreBatch(
-            torch.stack(queries).unflatten(0, (-1, len(layers))),
+            queries,
             keys,
             lambda: values,
             page_table,
             self.lens(len(layers)),
-            self.scores.shape[3],
+            max(self._kv_lens),
             first.scale * first.weights.key_scale,
             first.weights.value_scale,
             alike=True,
@@ -146,14 +164,14 @@ class PromptScores:
         name = f"{type(policy).__name__}.score_batch"
         scores = checked(name, policy.score_batch(batch), batch.shape, self.scores.device)
         for place, layer in enumerate(layers):
-            self.scores[:, layer] = scores[:, place]
+            self.scores.put(layer, scores[:, place])
 
     def _score_alone(self, req: int, waiting: list[ScoreInputs]) -> None:
         policy, shape = self._method.policy, (self._pool.num_kv_heads, self._kv_lens[req])
         window, name = traits_of(policy).query_window, f"{type(policy).__name__}.score"
         scores = policy.score_layers([last_queries(inputs, window) for inputs in waiting])
         for inputs, of_layer in zip(waiting, scores, strict=True):
-            self.scores[req, inputs.layer, :, : shape[1]] = checked(name, of_layer, shape, self.scores.device)
+            self.scores.put(inputs.layer, checked(name, of_layer, shape, self.scores.device), req)
 
     def _measure(self) -> None:
         allocator = self._method.allocator

@@ -21,7 +21,7 @@ from vllm_kvevict.engine.reserve import Reserve, reserve_of
 from vllm_kvevict.engine.scheduler.managers import EvictionSpec
 from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.eviction.traits import traits_of
-from vllm_kvevict.policies import Need
+from vllm_kvevict.policies import Need, scratch
 
 logger = logging.getLogger("vllm.kvevict")
 
@@ -123,6 +123,7 @@ class SideMemory:
         self.models = models
         self.reserve = reserve_of(vllm_config)
         self.scratch_bytes = config.scoring_scratch_mib << 20
+        scratch.set_most_bytes(self.scratch_bytes)
 
     def held(self, pools: Sequence[PagePool], num_blocks: int) -> list[Held]:
         """Take the rest beside the pools of the models, in a cache of so many blocks, and log all of it."""

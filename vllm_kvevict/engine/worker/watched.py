@@ -95,6 +95,11 @@ class WatchedRequest:
             for state in self.states:
                 checked(f"{type(self.method.policy).__name__}.observe", state, shape, device)
 
+    def forget_state(self, layer: int) -> None:
+        """What was summed up of a layer that is scored has served, unless evictions go on after the prompt's."""
+        if not self.method.schedule.is_bounded:
+            self.states[layer] = None
+
     def take_states(self) -> list[torch.Tensor] | None:
         """Return what the policy has summed up per token in every layer, None if nothing; it is forgotten here."""
         states, self.states = self.states, [None] * len(self.states)
@@ -253,6 +258,7 @@ class PrefillRow(BatchRow):
             outputs = request.outputs.last(layer) if Need.OUTPUTS in request.needs else None
             last, state = request.queries.last(layer), request.states[layer]
             self.eviction.score_layer(layer, last, scale, outputs, weights, state, pseudo_query)
+            request.forget_state(layer)
 
 
 @dataclass
