@@ -194,8 +194,8 @@ class EvictionConfig(BaseModel):
     scoring_scratch_mib: Annotated[
         int,
         Field(ge=1),
-        Option("MiB beside the KV cache that scoring and selection may use.", "a whole number of MiB of at least 1"),
-    ] = 64
+        Option("MiB left free beside the KV cache for scoring and selection.", "a whole number of MiB of at least 1"),
+    ] = 256
     log_requests: Annotated[
         bool,
         Option(

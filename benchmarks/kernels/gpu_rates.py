@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.timing import measure, write_row
 from vllm_kvevict.budgets import ALLOCATORS
-from vllm_kvevict.cache.compaction import Compaction
+from vllm_kvevict.cache.compaction import KeptPages
 from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, plan_eviction
@@ -29,6 +29,7 @@ from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.kernels import move_tokens as moving
 from vllm_kvevict.kernels import select as selecting
+from vllm_kvevict.kernels.expand_page_table import BatchRows
 from vllm_kvevict.kernels.native import cuda_library
 from vllm_kvevict.kernels.optional_xformers import HAS_XFORMERS
 from vllm_kvevict.kernels.paged_attention import PagedRows, paged_attention
@@ -203,23 +204,27 @@ def evictions(num_tokens: int, budget: int, policy: str, allocator: str) -> Iter
     yield Rate(f"of it after the last layer, {policy}", shape, None, sorted(finishing)[len(finishing) // 2])
 
 
-def folds(batch: int, kept: int) -> Iterator[Rate]:
-    """What a decode step's metadata take when every request is evicted and none enters a block."""
+def expansions(batch: int, kept: int) -> Iterator[Rate]:
+    """What the page tables of a decode step take in which every request is evicted, of all layers together."""
     pages = kept // BLOCK_SIZE
-    pool = random_pool(batch * (pages + 2), 1)
-    layers = torch.zeros(LAYERS, dtype=torch.int64, device="cuda")
-    table = PageTable(replace(pool, layer_offset=layers), batch)
-    ids = torch.arange(batch * (pages + 2), device="cuda").view(batch, -1)
+    # nobody reads the tokens
+    numbers = torch.empty(batch * (pages + 2) * LAYERS * KV_HEADS, 1, device="cuda")
+    tokens = numbers[:, :, None].expand(-1, BLOCK_SIZE, HEAD_SIZE)
+    layers = torch.arange(LAYERS, device="cuda") * KV_HEADS
     plan = EvictionPlan(8 * kept + 5, pages + 1, BLOCK_SIZE)
-    for req in range(batch):
-        rows = ids[req, : pages + 1].expand(LAYERS, KV_HEADS, -1)
-        counts = torch.full((LAYERS, KV_HEADS), pages + 1, device="cuda")
-        table.add(str(req), Compaction(rows, counts), plan)
-    slots = torch.tensor([table.slots[str(req)] for req in range(batch)], device="cuda")
-    lens = torch.full((batch,), plan.num_tokens + 3, device="cuda")
-    block_table = torch.zeros(batch, plan.num_blocks + 1, dtype=torch.int64, device="cuda")
-    call = partial(table.fold, slots, lens, torch.ones_like(lens), block_table)
-    yield Rate("fold", f"batch {batch}, {LAYERS} layers", None, call_seconds(call))
+    pool = PagePool(numbers, tokens, tokens, layers, LAYERS * KV_HEADS, KV_HEADS)
+    table = PageTable.of(pool, batch, plan.num_tokens + BLOCK_SIZE)
+    ids = torch.arange(batch * (pages + 2), device="cuda").view(batch, -1)
+    lists = ids[:, None, None, : pages + 1].expand(-1, LAYERS, KV_HEADS, -1)
+    counts = torch.full((batch, LAYERS, KV_HEADS), pages + 1, device="cuda")
+    req_ids = [str(req) for req in range(batch)]
+    table.add(req_ids, KeptPages(lists, counts, [pages + 1] * batch), [plan] * batch, [*ids[:, :pages]])
+    rows = torch.arange(batch, dtype=torch.int32, device="cuda")
+    block_table = torch.zeros(batch, plan.num_blocks + 1, dtype=torch.int32, device="cuda")
+    slots = torch.from_numpy(table.slots.of(req_ids)).cuda()
+    some = BatchRows(rows, slots, torch.full_like(rows, plan.num_tokens + 3), block_table)
+    call = partial(table.expand, [(some, kept + BLOCK_SIZE)])
+    yield Rate("expand_page_table", f"batch {batch}, {LAYERS} layers", None, call_seconds(call))
 
 
 def decoding(batch: int, kept: int, num_tokens: int) -> Iterator[Rate]:
@@ -296,7 +301,7 @@ PARTS: dict[str, list[Callable[[], Iterator[Rate]]]] = {
         partial(evictions, 32000, 2048, "lava", "lava"),
     ],
     "decode": [
-        *(partial(folds, batch, 1024) for batch in (1, 16, 64)),
+        *(partial(expansions, batch, 1024) for batch in (1, 16, 64)),
         *(partial(decoding, batch, 1024, 7500) for batch in (1, 16, 64)),
     ],
 }

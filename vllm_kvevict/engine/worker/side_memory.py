@@ -23,6 +23,10 @@ from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies import Need, scratch
 
+# held at once, each as large as the bound of the scratch: scores that wait, a tile of them, and where its tokens move;
+# a quarter is for what does not go in tiles, such as page lists (benchmarks/serving/scoring_memory.py measures it all)
+_NUM_TILES = 4
+
 logger = logging.getLogger("vllm.kvevict")
 
 
@@ -123,7 +127,7 @@ class SideMemory:
         self.models = models
         self.reserve = reserve_of(vllm_config)
         self.scratch_bytes = config.scoring_scratch_mib << 20
-        scratch.set_most_bytes(self.scratch_bytes)
+        scratch.set_most_bytes(self.scratch_bytes // _NUM_TILES)
 
     def held(self, pools: Sequence[PagePool], num_blocks: int) -> list[Held]:
         """Take the rest beside the pools of the models, in a cache of so many blocks, and log all of it."""
