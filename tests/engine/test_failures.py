@@ -79,6 +79,15 @@ class _WrongSums(_FailingLate):
         return torch.zeros(inputs.num_kv_heads, inputs.kv_len - 1)
 
 
+@dataclass(frozen=True)
+class _WrongForLong(_WrongSums):
+    def observe(self, state: Any, inputs: ScoreInputs) -> Any:
+        return None if inputs.kv_len == 130 else torch.zeros(inputs.num_kv_heads, inputs.kv_len)
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        return torch.zeros(inputs.num_kv_heads, inputs.kv_len)
+
+
 class _Unprintable(Exception):
     def __str__(self) -> str:
         raise ZeroDivisionError
@@ -209,6 +218,7 @@ POLICY_CLASSES = {
     "late": _FailingLate,
     "wrong_late": _WrongLate,
     "wrong_sums": _WrongSums,
+    "wrong_for_long": _WrongForLong,
     "unprintable": _FailingUnprintably,
     "quitting": _Quitting,
     "ahead": _Ahead,
@@ -267,6 +277,15 @@ def check_only_one_ends(running: Engine, options: dict[str, Any]) -> None:
     assert failed.finish_reason == "error" and len(failed.token_ids) <= 1 + ("kv_evict_interval" in options)
     answers = [list(outputs[request_id].outputs[0].token_ids) for request_id in ids]
     assert [answers[0], *answers[2:]] == expected
+    running.check_all_free()
+
+
+def test_sums_that_are_wrong_for_one_of_two_end_that_one(running: Engine) -> None:
+    """Both prompts end in one step, and both are evicted again while they are answered."""
+    options = {"kv_eviction": "wrong_for_long", "kv_evict_during_decode": 1}
+    ids = [running.add(random_prompt(length, seed=length), extra_args=options) for length in (100, 130)]
+    outputs = running.run()
+    assert [outputs[request_id].outputs[0].finish_reason for request_id in ids] == ["length", "error"]
     running.check_all_free()
 
 

@@ -197,7 +197,8 @@ NO_POLICIES = {"options": ["kv_budget", "kv_evict_during_decode"]}
         ("snapkv", {"max_num_seqs": 0}, None),
         ("snapkv", {"max_num_seqs": 3}, (True, 3, False)),
         ("snapkv", {"max_num_seqs": 300}, (True, 8, False)),
-        ("snapkv", {"max_num_seqs": 3, "request_options": NO_POLICIES}, (False, 0, False)),
+        ("snapkv", {"max_num_seqs": 3, "request_options": NO_POLICIES}, (False, 3, False)),
+        ("snapkv", {"max_num_seqs": 3, "request_options": {"options": ["kv_budget"]}}, (False, 0, False)),
         ("snapkv", {"during_decode": True}, (True, 8, True)),
         ("snapkv", {"during_decode": True, "request_options": "none"}, (False, 8, True)),
         ("h2o", {"during_decode": True, "request_options": "none"}, (True, 8, True)),
@@ -239,6 +240,14 @@ def test_a_request_without_memory_for_it_is_refused(tiny_llama: Path, options: d
     check_config(request, config_of(tiny_llama, "snapkv", max_num_seqs=1))
 
 
+def test_a_request_that_no_seat_can_be_for_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tiny_llama, "streaming_llm", during_decode=True, request_options="none")
+    assert reserve_of(config).max_num_seqs == 0
+    check_config(EvictionConfig.parse({"policy": "streaming_llm", "budget": 256, "during_decode": True}), config)
+    with pytest.raises(ValueError, match="kv_evict_during_decode: this server has reserved no memory"):
+        check_config(EvictionConfig.parse({"policy": "snapkv", "budget": 256, "during_decode": True}), config)
+
+
 def test_a_server_without_memory_for_its_own_options_is_refused(tiny_llama: Path) -> None:
     with pytest.raises(ValueError, match="kv_evict_during_decode: this server has reserved no memory"):
         config_of(tiny_llama, "morphkv", max_num_seqs=0)
@@ -263,9 +272,12 @@ def test_a_cache_of_the_users_size_that_does_not_fit_is_refused(
     assert "gpu-memory-utilization" not in caplog.text
     memory.check(cache, cache + beside, cache + beside - 1)
     assert "more than --gpu-memory-utilization leaves" in caplog.text
-    with pytest.raises(ValueError, match=r"--kv-cache-memory-bytes: .* give at most (\d+), or leave it out") as error:
+    with pytest.raises(
+        ValueError,
+        match=r"--kv-cache-memory-bytes: .* give less than (\d+), for",
+    ) as error:
         memory.check(cache, cache + beside - 1, cache)
-    found = re.search(r"at most (\d+)", str(error.value))
+    found = re.search(r"less than (\d+)", str(error.value))
     assert found is not None
     most = int(found[1])
     assert cache - 4096 < most < cache

@@ -59,7 +59,7 @@ def _check_reserve(config: EvictionConfig, method: Method, vllm_config: VllmConf
     if not method.needs_reserve:
         return
     reserve = reserve_of(vllm_config)
-    if reserve is None:
+    if reserve is None or (method.watches_answer and not reserve.max_num_seqs):
         option = POLICY
         if method.schedule.is_bounded:
             option = DURING_DECODE if method.schedule.evicts_answer else DURING_PREFILL

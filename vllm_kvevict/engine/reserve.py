@@ -12,7 +12,7 @@ from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.settings import eviction_config
 from vllm_kvevict.eviction.building import policy_named
 from vllm_kvevict.eviction.traits import traits_of
-from vllm_kvevict.options.names import ALL, ALLOCATOR, MAX_NUM_SEQS, POLICY
+from vllm_kvevict.options.names import ALL, ALLOCATOR, DURING_DECODE, MAX_NUM_SEQS, POLICY
 from vllm_kvevict.policies import Need
 
 _MOST_OF_CACHE = 0.01  # that the queries of answers take unless an operator says how many requests there may be
@@ -79,7 +79,8 @@ def reserve_of(vllm_config: VllmConfig) -> Reserve | None:
     if given == 0 or (given is None and not method.needs_reserve):
         return None
     limits = config.limits
-    remembers = method.watches_answer or limits.allows(POLICY) or limits.allows(ALLOCATOR)
+    # whatever a request may choose that makes the engine watch its answer
+    remembers = method.watches_answer or any(map(limits.allows, (POLICY, ALLOCATOR, DURING_DECODE)))
     return Reserve(
         _may_sum_up(config),
         min(most if given is None else given, most) if remembers else 0,

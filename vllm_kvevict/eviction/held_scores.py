@@ -86,6 +86,8 @@ class HeldScores:
         """Copy in the order of the device's work. With the host that is done in pieces without gaps: else torch would
         read or write memory of the host at once, without regard to copies that are still under way.
         """
+        if to.is_contiguous():  # a policy's scores may be a transposed view
+            source = source.contiguous()
         if not self.is_on_host or (to.is_contiguous() and source.is_contiguous()):
             to.copy_(source, non_blocking=True)
         else:

@@ -197,10 +197,10 @@ class EvictionSchedulerMixin(Scheduler):
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         """vLLM asks here whether a waiting request can run. Those behind one that cannot may all the same."""
-        life = self._lives.get(request.request_id)
-        if life is not None and life.method.watches_answer and not self._seats.offer(request.request_id):
+        if not super()._handle_blocked_waiting_request(request):
             return False
-        return bool(super()._handle_blocked_waiting_request(request))
+        life = self._lives.get(request.request_id)
+        return life is None or not life.method.watches_answer or self._seats.offer(request.request_id)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self._seats.forget_offers()

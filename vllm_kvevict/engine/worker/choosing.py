@@ -28,6 +28,10 @@ def in_groups(rows: list[PrefillRow], step: Step) -> list[PrefillGroup | Prefill
 
 def choose_kept(step: Step, watched: Mapping[str, WatchedRequest], pool: PagePool, failures: Failures) -> None:
     """Choose for all together that can, and one by one where that fails; the step notes who moves with whom."""
+    for req_id, eviction in step.evictions.items():  # first: what was summed up moves with those that keep something
+        if watched[req_id].method.schedule.is_bounded:
+            shape = pool.num_kv_heads, eviction.plan.num_tokens
+            failures.ask(req_id, _DOING, watched[req_id].check_states, shape, pool.pages.device)
     for group in step.groups:
         if any(req_id in failures for req_id in group.req_ids):
             group.break_up()
@@ -48,7 +52,3 @@ def choose_kept(step: Step, watched: Mapping[str, WatchedRequest], pool: PagePoo
         for req_id in req_ids:
             failures.ask(req_id, _DOING, step.evictions[req_id].choose)
             step.chosen.append(([req_id], step.evictions[req_id].alone))
-    for req_id, eviction in step.evictions.items():
-        if watched[req_id].method.schedule.is_bounded:
-            shape = pool.num_kv_heads, eviction.plan.num_tokens
-            failures.ask(req_id, _DOING, watched[req_id].check_states, shape, pool.pages.device)

@@ -50,17 +50,21 @@ class ModelMemory:
 
     @classmethod
     def take(
-        cls, vllm_config: VllmConfig, config: EvictionConfig, specs: Mapping[str, AttentionSpec], model: nn.Module
+        cls,
+        vllm_config: VllmConfig,
+        config: EvictionConfig,
+        specs: Mapping[str, AttentionSpec],
+        model: nn.Module,
+        device: torch.device,
     ) -> ModelMemory:
         """specs: of the evicted layers of ``model``, by their names"""
         spec, layers = next(iter(specs.values())), list(specs)
-        device = next(model.parameters()).device
         sizes = len(layers), spec.num_kv_heads
         max_num_reqs = vllm_config.scheduler_config.max_num_seqs
         max_tokens = vllm_config.model_config.max_model_len
         page_table = PageTableMemory.take(*sizes, spec.block_size, max_num_reqs, max_tokens, device)
         num_replacing = 0 if reserve_of(vllm_config) is None else max_num_reqs
-        holes = torch.zeros(num_replacing, len(layers), spec.num_kv_heads, dtype=torch.int64, device=device)
+        holes = torch.full((num_replacing, len(layers), spec.num_kv_heads), 0, dtype=torch.int64, device=device)
         projections: dict[str, torch.Tensor] | None = None
         if Need.OUTPUT_PROJECTION in traits_of(config.method().policy).needs:
             projections = {}
@@ -130,7 +134,18 @@ class SideMemory:
         scratch.set_most_bytes(self.scratch_bytes // _NUM_TILES)
 
     def held(self, pools: Sequence[PagePool], num_blocks: int) -> list[Held]:
-        """Take the rest beside the pools of the models, in a cache of so many blocks, and log all of it."""
+        """Take the rest beside the pools of the models, in a cache of so many blocks, and log all of it.
+
+        Raises ValueError if vLLM has given the layers other blocks than they asked for, and requests that are evicted
+        again count their tokens by these.
+        """
+        asked, got = self.models[0].spec.block_size, pools[0].block_size
+        if self.reserve is not None and asked != got:
+            raise ValueError(
+                f"--kv-eviction during decode and between chunks needs blocks of one size; the layers of this model "
+                f"asked for {asked} tokens and got {got}, as large as those of its other layers. Leave "
+                f"--kv-evict-during-decode, --kv-evict-during-prefill and --kv-evict-max-num-seqs out"
+            )
         held = [
             Held.beside(pool, model, self.reserve, num_blocks) for pool, model in zip(pools, self.models, strict=True)
         ]
@@ -169,12 +184,11 @@ class SideMemory:
             most = self.cache_bytes(free)
             raise ValueError(
                 f"--kv-cache-memory-bytes: the KV cache would take {mib}, and the device has {free / 2**20:,.0f} MiB "
-                f"left; give at most {most}, or leave it out"
+                f"left; give less than {most}, for the forward pass needs memory, too, or leave it out"
             )
         if cache_bytes + beside > left:
-            logger.warning(
-                "The KV cache takes %s: more than --gpu-memory-utilization leaves (%s MiB)", mib, f"{left / 2**20:,.0f}"
-            )
+            within = f"{max(left, 0) / 2**20:,.0f}"
+            logger.warning("The KV cache takes %s: more than --gpu-memory-utilization leaves (%s MiB)", mib, within)
 
 
 def log_sizes(models: Sequence[Held], scratch_bytes: int) -> None:

@@ -45,7 +45,9 @@ class LastRows:
                 lens.append(num_earlier + num_new)
         # a copy: the engine reuses its buffers in the next step
         together = torch.cat(parts)
-        last = iter(together.split(lens))
+        split = together.split(lens)
+        # of several each in memory of its own, which is free once its request has ended
+        last = iter(torch._foreach_mul(split, 1) if len(several) > 1 else split)
         for layer in layers:
             for rows in several:
                 rows._rows[layer] = next(last)

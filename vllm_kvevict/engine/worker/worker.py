@@ -63,7 +63,7 @@ class EvictionWorkerMixin(Worker):
         if draft_names:
             models.append((draft_names, runner.get_draft_model()))
         taken = [
-            ModelMemory.take(self.vllm_config, config, {name: specs[name] for name in names}, model)
+            ModelMemory.take(self.vllm_config, config, {name: specs[name] for name in names}, model, runner.device)
             for names, model in models
         ]
         self.side_memory = SideMemory(self.vllm_config, config, taken)
@@ -124,7 +124,7 @@ class EvictionWorkerMixin(Worker):
     def determine_available_memory(self) -> int:
         """Return what vLLM finds for the cache, less what eviction holds beside it. A size that the user gave stays.
 
-        Raises ValueError if that leaves no room for the rest.
+        Raises ValueError if the device has no room for what is held beside that.
         """
         with self._on_its_own():
             available: int = super().determine_available_memory()
