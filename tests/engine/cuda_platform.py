@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tests import fake_cuda
 
@@ -112,6 +113,28 @@ def graph_modes(vllm_config: VllmConfig, builders: list[tuple[Any, Any]]) -> dic
     return modes
 
 
+class _Runner:
+    """As far as memory beside the KV cache is concerned, on a device without any."""
+
+    device = torch.device("meta")
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self._vllm_config = vllm_config
+
+    def get_model(self) -> nn.Module:
+        return nn.Module()
+
+    get_draft_model = get_model
+
+    def get_kv_cache_spec(self) -> dict[str, Any]:
+        """As vLLM's runners do it."""
+        layers = self._vllm_config.compilation_config.static_forward_context
+        return {
+            name: customize_attention_spec(layer.get_attn_backend(), layer.get_kv_cache_spec(self._vllm_config))
+            for name, layer in layers.items()
+        }
+
+
 def configure(case: dict[str, Any], classes: Classes) -> dict[str, Any]:
     fake_cuda.set_gpu(tuple(case["capability"]), case["flash_attention_4"])
     vllm_config = EngineArgs(case["model"], skip_tokenizer_init=True, **case["args"]).create_engine_config()
@@ -119,12 +142,9 @@ def configure(case: dict[str, Any], classes: Classes) -> dict[str, Any]:
     scheduler = vllm_config.scheduler_config.get_scheduler_cls()
     worker = worker_class.__new__(worker_class)
     worker.vllm_config = vllm_config
+    worker.model_runner = _Runner(vllm_config)
     worker.load_model()
-    layers = vllm_config.compilation_config.static_forward_context
-    specs = {}
-    for name, layer in layers.items():
-        spec = layer.get_kv_cache_spec(vllm_config)
-        specs[name] = customize_attention_spec(layer.get_attn_backend(), spec)
+    layers, specs = vllm_config.compilation_config.static_forward_context, worker.get_kv_cache_spec()
     backends = {layer.get_attn_backend() for layer in layers.values()}
     builders = [(layer.get_attn_backend().get_builder_cls(), specs[name]) for name, layer in layers.items()]
     managers = {KVCacheSpecRegistry.get_manager_class(spec) for spec in specs.values()}

@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {
     "budget": 96,
     "max_model_len": 1152,
     "max_num_batched_tokens": 300,
-    "fields": {"calibration": CALIBRATION, "max_num_seqs": 16},
+    "fields": {"calibration": CALIBRATION},
 }
 LITTLE_MEMORY = {"num_gpu_blocks_override": 40, "max_num_seqs": 8}
 WHOLE: list[dict[str, Any]] = [
@@ -309,7 +309,7 @@ def two_workers(model: Path, **settings: Any) -> Iterator[LLM]:
         tensor_parallel_size=2,
         **values,
         **settings,
-        **kv_eviction_args("snapkv", SETTINGS["budget"], **SETTINGS["fields"]),
+        **kv_eviction_args("snapkv", SETTINGS["budget"], max_num_seqs=16, **SETTINGS["fields"]),
     )
     try:
         yield llm

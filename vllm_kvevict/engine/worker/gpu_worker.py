@@ -26,8 +26,8 @@ class EvictionGPUWorker(EvictionWorkerMixin):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         with cuda_backends(self.vllm_config):
             super().load_model(*args, **kwargs)
-        self.take_memory()
         check_backends(get_layers_from_vllm_config(self.vllm_config, Attention).values())
+        self.take_memory()
 
     def memory_left(self) -> tuple[int, int]:
         torch.accelerator.empty_cache()
