@@ -113,6 +113,7 @@ def test_triton_takes_the_place_of_flash_attention_4_beside_sliding_windows(
             with backend_in_place_of(AttentionBackendEnum.CPU_ATTN, chosen):
                 super(EvictionCPUWorker, worker).load_model(**arguments)
         check_backends(get_layers_from_vllm_config(worker.vllm_config, Attention).values())
+        worker.take_memory()
 
     warnings: list[str] = []
     monkeypatch.setattr(cuda.logger, "warning", lambda text, *args: warnings.append(text % args))
