@@ -198,6 +198,8 @@ def run(
         str(lengths[1] + 200),
         "--max-num-seqs",
         "16",
+        "--kv-evict-max-num-seqs",  # requests choose any policy
+        "16",
     ]
     memory = ["--num-gpu-blocks-override", str(3 * lengths[1] // BLOCK_SIZE + 1), "--enforce-eager", "--dtype", dtype]
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TRITON_INTERPRET": "0", **BOUNDED_CACHES}
