@@ -31,7 +31,7 @@ from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.eviction.rehearsal import Rehearsal
-from vllm_kvevict.eviction.resident import ResidentEviction
+from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.kernels import (
     chunk_attention,
     expand_page_table,
@@ -182,10 +182,11 @@ def serve_answer(method: Method, pool: PagePool, query: torch.Tensor, weights: L
     in_use = torch.full((pool.num_layers, pool.num_kv_heads), most)
     in_use[:, -1] -= 1
     pages = pool.page_ids(torch.arange(1, most + 1))
-    eviction = ResidentEviction(method, most * BLOCK_SIZE, BLOCK_SIZE, pool, Residents(pool), pages, in_use, in_use - 1)
+    tables = pages[None], in_use[None], in_use[None] - 1
+    eviction = ResidentEvictions(method, [most * BLOCK_SIZE], [BLOCK_SIZE], pool, Residents(pool), *tables)
     for layer in range(pool.num_layers):
-        last = query[len(query) - max(method.query_window, 1) :]
-        eviction.score_layer(layer, last, query[:BLOCK_SIZE], SCALE, weights)
+        last, chunk = query[len(query) - max(method.query_window, 1) :], query[:BLOCK_SIZE]
+        eviction.score_layers(range(layer, layer + 1), last[None, None], chunk[None, None], [SCALE], [weights])
     eviction.compact()
 
 

@@ -18,7 +18,7 @@ from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.per_token import TokenEvictor
 from vllm_kvevict.eviction.prompt import Eviction
-from vllm_kvevict.eviction.resident import ResidentEviction
+from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.eviction.schedule import DuringDecode, Schedule
 from vllm_kvevict.kernels.expand_page_table import BatchRows
 from vllm_kvevict.policies import POLICIES
@@ -104,9 +104,10 @@ def block_by_block(
         for layer in range(LAYERS):
             write(pool, layer, block_ids[(PROMPT + step) // BLOCK_SIZE], PROMPT + step, answer[:, step, layer])
     tables = (*table.rows([REQUEST], [PROMPT + ANSWER], [block_ids]), table.num_full_pages([REQUEST]))
-    eviction = ResidentEviction(method, PROMPT + ANSWER, ANSWER, pool, residents, *(of_all[0] for of_all in tables))
+    eviction = ResidentEvictions(method, [PROMPT + ANSWER], [ANSWER], pool, residents, *tables)
     for layer in range(LAYERS):
-        eviction.score_layer(layer, queries[layer, -WINDOW:], queries[layer, -ANSWER:], SCALE)
+        last, chunk = queries[None, None, layer, -WINDOW:], queries[None, None, layer, -ANSWER:]
+        eviction.score_layers(range(layer, layer + 1), last, chunk, [SCALE], [LayerWeights()])
     eviction.compact()
     table.shrink([REQUEST], [PROMPT + ANSWER])
     return [*table.rows([REQUEST], [PROMPT + ANSWER], [block_ids]), residents.positions]

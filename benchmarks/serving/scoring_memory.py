@@ -34,7 +34,7 @@ from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction
-from vllm_kvevict.eviction.resident import ResidentEviction
+from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies import POLICIES, EvictionPolicy, scratch
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
@@ -99,9 +99,10 @@ def peaks(policy_name: str, allocator: str, shape: Shape, num_tokens: int, budge
         num_full = num_pages - NUM_NEW // BLOCK_SIZE
         _ = residents.sums
         with held_bytes() as held:
-            again = ResidentEviction(method, num_tokens, NUM_NEW, pool, residents, table, num_pages, num_full)
+            tables = table[None], num_pages[None], num_full[None]
+            again = ResidentEvictions(method, [num_tokens], [NUM_NEW], pool, residents, *tables)
             for layer in range(shape.num_layers):
-                again.score_layer(layer, query, chunk, 0.3, weights)
+                again.score_layers(range(layer, layer + 1), query[None, None], chunk[None, None], [0.3], [weights])
             again.compact()
             found["again"] = held.most
     return found

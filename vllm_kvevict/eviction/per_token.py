@@ -18,12 +18,12 @@ from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.query_ring import QueryRing
 from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.cache.staging import to_device
+from vllm_kvevict.eviction.layers import scored_at_once
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies import scratch
 from vllm_kvevict.policies.base import LayerWeights, Need, StepInputs
-from vllm_kvevict.policies.batch import scored_at_once
 
 # what choosing holds of each slot, beside its policy's scores: its position, and what those are compared with
 _BYTES_PER_SLOT = 32
@@ -123,10 +123,9 @@ class TokenEvictor:
         scales:  softmax scale of each layer
         weights: of each layer
         """
-        kinds = [(scale, weight.key_scale, weight.value_scale) for scale, weight in zip(scales, weights, strict=True)]
         needs = traits_of(step.peers.method.policy).needs
         most = self._layers_at_once(step) if needs <= {Need.ALL_QUERIES} else 1  # else each has weights of its own
-        for first, end in scored_at_once(kinds, most):
+        for first, end in scored_at_once(scales, weights, most):
             self._choose(range(first, end), step, scales[first], weights[first])
 
     def _layers_at_once(self, step: Replacement) -> int:

@@ -17,7 +17,7 @@ from vllm_kvevict.cache.plan import EvictionPlan, min_kept_blocks
 from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction
-from vllm_kvevict.eviction.resident import ResidentEviction
+from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.kernels.expand_page_table import BatchRows
 from vllm_kvevict.kernels.window_scores import MAX_ROWS
@@ -117,20 +117,13 @@ class Rehearsal:
         plan, pages = self._plan, self._pool.page_ids(self._block_ids)
         num_pages = torch.full(pages.shape[:2], plan.num_blocks, device=pages.device)
         num_full = torch.full_like(num_pages, plan.num_full_blocks)
-        eviction = ResidentEviction(
-            self._method,
-            plan.num_tokens,
-            num_new,
-            self._pool,
-            Residents(self._pool),
-            pages,
-            num_pages,
-            num_full,
-            plan.per_token,
+        tables = pages[None], num_pages[None], num_full[None]
+        eviction = ResidentEvictions(
+            self._method, [plan.num_tokens], [num_new], self._pool, Residents(self._pool), *tables, plan.per_token
         )
-        last, chunk = self._last_queries(self._method.query_window), self._last_queries(num_new)
+        last, chunk = self._last_queries(self._method.query_window)[None, None], self._last_queries(num_new)[None, None]
         for layer in range(self._pool.num_layers):
-            eviction.score_layer(layer, last, chunk, self._scale, self._weights(layer))
+            eviction.score_layers(range(layer, layer + 1), last, chunk, [self._scale], [self._weights(layer)])
         eviction.compact()
 
     def _score_step(self) -> None:

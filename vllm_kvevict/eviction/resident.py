@@ -25,6 +25,7 @@ from vllm_kvevict.cache.plan import cdiv
 from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.eviction.held_scores import HeldScores
+from vllm_kvevict.eviction.layers import scored_at_once
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.selection import protect, select
@@ -32,7 +33,7 @@ from vllm_kvevict.eviction.token_order import TokenOrder
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies import scratch
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
-from vllm_kvevict.policies.batch import ScoreBatch, scored_at_once, scores_batches
+from vllm_kvevict.policies.batch import ScoreBatch, scores_batches
 
 Moves = tuple[torch.Tensor, torch.Tensor]
 
@@ -147,10 +148,9 @@ class ResidentEvictions:
 
     def _layers_at_once(self, scales: Sequence[float], weights: Sequence[LayerWeights]) -> Iterator[tuple[int, int]]:
         """Yield bounds of layers that are scored together: they have the same scales, and fit into the scratch."""
-        kinds = [(scale, weight.key_scale, weight.value_scale) for scale, weight in zip(scales, weights, strict=True)]
         per_slot = 2 * self.pool.head_size * self.pool.keys.element_size() + 12
         per_layer = len(self.num_tokens) * self.pool.num_kv_heads * self._order.shape[3] * per_slot
-        return scored_at_once(kinds, max(scratch.most_bytes() // per_layer, 1))
+        return scored_at_once(scales, weights, max(scratch.most_bytes() // per_layer, 1))
 
     def _score_together(
         self, layers: range, query: torch.Tensor, chunk: torch.Tensor, scale: float, weights: LayerWeights
@@ -313,67 +313,3 @@ class ResidentEvictions:
             self.pool.move(*moves)
             self.residents.move(*(slots.clamp(min=0) for slots in moves))  # gaps move the null page's slot to itself
         self.seconds += perf_counter() - start
-
-
-class ResidentEviction:
-    """One request's eviction after its first one: ``ResidentEvictions`` of a single request.
-
-    num_tokens: tokens it has
-    num_new:    of these, since the last eviction
-    page_table: [num_layers, num_kv_heads, max_pages] int64; the other tables likewise without requests
-    """
-
-    def __init__(
-        self,
-        method: Method,
-        num_tokens: int,
-        num_new: int,
-        pool: PagePool,
-        residents: Residents,
-        page_table: torch.Tensor,
-        num_pages: torch.Tensor,
-        num_full_pages: torch.Tensor,
-        per_token: bool = False,
-    ) -> None:
-        self.num_tokens, self.per_token = num_tokens, per_token
-        self._batch = ResidentEvictions(
-            method,
-            [num_tokens],
-            [num_new],
-            pool,
-            residents,
-            page_table[None],
-            num_pages[None],
-            num_full_pages[None],
-            per_token,
-        )
-
-    @property
-    def seconds(self) -> float:
-        """What scoring, selection and compaction took so far."""
-        return self._batch.seconds
-
-    @property
-    def next_victims(self) -> torch.Tensor:
-        """As in ``Eviction``, once ``compact`` was called."""
-        return self._batch.next_victims[0]
-
-    def score_layer(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        chunk: torch.Tensor,
-        scale: float,
-        weights: LayerWeights | None = None,
-    ) -> None:
-        """Score one layer.
-
-        query: [num_queries, num_heads, head_size] the last queries, at least as many as the policy looks at
-        chunk: [num_new, num_heads, head_size] all queries since the last eviction, if it looks at all; else unused
-        """
-        of_layer = range(layer, layer + 1)
-        self._batch.score_layers(of_layer, query[None, None], chunk[None, None], [scale], [weights or LayerWeights()])
-
-    def compact(self) -> None:
-        """Select, and move what survives of the pages that go."""
-        self._batch.compact()

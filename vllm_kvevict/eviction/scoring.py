@@ -14,12 +14,13 @@ from vllm_kvevict.cache.pages import BlockPages, PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.eviction.held_scores import HeldScores
+from vllm_kvevict.eviction.layers import scored_at_once
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import allocator_traits_of, traits_of
 from vllm_kvevict.policies import scratch
 from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
-from vllm_kvevict.policies.batch import ScoreBatch, scored_at_once, scores_batches
+from vllm_kvevict.policies.batch import ScoreBatch, scores_batches
 
 
 class PromptScores:
@@ -124,8 +125,9 @@ class PromptScores:
         if not self._waiting:
             return
         if self._are_scored_together():
-            kinds = [_scales(of_layer[0]) for of_layer in self._waiting]
-            for first, end in scored_at_once(kinds, len(kinds)):
+            firsts = [of_layer[0] for of_layer in self._waiting]
+            scales, weights = [inputs.scale for inputs in firsts], [inputs.weights for inputs in firsts]
+            for first, end in scored_at_once(scales, weights, len(firsts)):
                 self._score_together(self._waiting[first:end])
         else:
             for req in range(len(self._plans)):
@@ -194,10 +196,6 @@ class PromptScores:
             replace(inputs, keys=keys, values=values, page_table=page_table)
             for inputs, page_table in zip(layers, page_tables, strict=True)
         ]
-
-
-def _scales(inputs: ScoreInputs) -> tuple[float, float, float]:
-    return inputs.scale, inputs.weights.key_scale, inputs.weights.value_scale
 
 
 def last_queries(inputs: ScoreInputs, window: int) -> ScoreInputs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -96,20 +96,6 @@ class ScoreBatch:
         last = kv_lens + torch.arange(-num_queries, 0, device=scores.device)
         value = value.masked_fill(kv_lens <= num_queries, 0.0).expand(last.shape)
         return scores.scatter_(3, last.clamp(min=0), value)
-
-
-def scored_at_once(kinds: Sequence[Hashable], most: int) -> Iterator[tuple[int, int]]:
-    """Yield bounds of stretches of equal ``kinds``, in order and none longer than ``most``.
-
-    kinds: of layers, what those have in common that are scored together
-    """
-    first = 0
-    while first < len(kinds):
-        end = first + 1
-        while end < min(len(kinds), first + most) and kinds[end] == kinds[first]:
-            end += 1
-        yield first, end
-        first = end
 
 
 @cache
