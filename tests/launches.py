@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_kvevict.kernels import move_tokens, select, streaming_sums, tiled_tokens, window_scores
+from vllm_kvevict.kernels import move_tokens, select, slot_scores, streaming_sums, tiled_tokens, window_scores
 
-_KERNELS = (move_tokens, select, streaming_sums, tiled_tokens, window_scores)
+_KERNELS = (move_tokens, select, slot_scores, streaming_sums, tiled_tokens, window_scores)
 # what only makes another view of memory launches nothing
 VIEWS = {
     "_unsafe_view", "alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split",
@@ -72,6 +72,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
         for module in _KERNELS:
             patched.setattr(module, "function", counting(module.function))
         checks = [(select, "check_arguments"), (select, "_check_groups")]
+        checks += [(slot_scores, "check_page_ids")]
         checks += [(move_tokens, "check_slots"), (tiled_tokens, "check_slots")]
         for module, check in checks:
             patched.setattr(module, check, lambda *arguments, **options: None)

@@ -3,7 +3,8 @@
 //
 // A task is one KV head of one request and some of its queries, all heads of the group: the logits of these rows are
 // held until their softmax is known, so that keys are multiplied once; up to a few thousand slots they stay in the second
-// cache. Vector lanes are slots. Where AVX-512 multiplies pairs of bfloat16, dimensions go two by two.
+// cache. Where a head holds so many slots that they would take too much memory, a task goes through its queries in
+// passes. Vector lanes are slots. Where AVX-512 multiplies pairs of bfloat16, dimensions go two by two.
 
 #include <algorithm>
 #include <cstdint>
@@ -25,6 +26,8 @@ namespace {
 // Queries of a task, for which keys are read once: all of a usual window. Work is split by it alone, so results do not
 // depend on the number of threads.
 constexpr int64_t TASK_QUERIES = 32;
+// Logits that a thread holds, 16 MiB, but always those of one query.
+constexpr int64_t MOST_LOGITS = 1 << 22;
 // The position of a slot that no query sees.
 constexpr int32_t NOWHERE = std::numeric_limits<int32_t>::max();
 // Least sum of the softmax of a row that sees a slot: the largest term is 1. Hidden ones may be 2^-125 each.
@@ -54,8 +57,12 @@ struct Job {
   int64_t num_items() const { return num_reqs * num_kv_heads; }
   int64_t tasks_per_item() const { return (num_queries + TASK_QUERIES - 1) / TASK_QUERIES; }
   bool has_parts() const { return fusion_code != NO_FUSION && tasks_per_item() > 1; }
-  // Rows of a task: its queries, of each the heads of the group, and zeros up to a whole block.
-  int64_t most_rows() const { return round_up(std::min(TASK_QUERIES, num_queries) * group(), ROWS); }
+  int64_t queries_of_pass() const {
+    return std::clamp<int64_t>(MOST_LOGITS / (group() * padded_slots()), 1, std::min(TASK_QUERIES, num_queries));
+  }
+  // Rows of a pass: its queries, of each the heads of the group, and zeros up to a whole block.
+  int64_t most_rows() const { return rows_of(queries_of_pass()); }
+  int64_t rows_of(int64_t queries) const { return round_up(queries * group(), ROWS); }
   int64_t padded_slots() const { return round_up(num_slots, TILE_TOKENS); }
   int64_t thread_scratch() const {
     return most_rows() * (head_size + padded_slots()) + TILE_TOKENS * head_size + padded_slots();
@@ -63,7 +70,7 @@ struct Job {
   static int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 };
 
-// One task, and a thread's scratch for it.
+// One task, or a pass over some of its queries, and a thread's scratch for it.
 struct Task {
   int64_t req, kv_head, first_query, num_queries, num_rows;
   int64_t num_slots;  // up to the last one that is held, whole tiles
@@ -80,7 +87,7 @@ KVEVICT_INLINE Task make_task(const Job& job, int64_t index, float* scratch) {
   task.req = item / job.num_kv_heads, task.kv_head = item % job.num_kv_heads;
   task.first_query = part * TASK_QUERIES;
   task.num_queries = std::min(TASK_QUERIES, job.num_queries - task.first_query);
-  task.num_rows = Job::round_up(task.num_queries * job.group(), ROWS);
+  task.num_rows = job.rows_of(task.num_queries);
   const int64_t rows_before = job.fusion_code == NO_FUSION ? item * job.num_queries + task.first_query : index;
   task.out = (job.has_parts() ? job.parts : job.scores) + rows_before * job.num_slots;
   task.query = scratch;
@@ -222,24 +229,37 @@ KVEVICT_INLINE void fuse_query(const Job& job, const Task& task, const float* te
   if (is_first) std::fill(out + count, out + job.num_slots, 0.0f);
 }
 
+// Scores a pass; `is_first`: nothing of its task stands in `pass.out` yet.
+template <int LANES, int VECS, bool PAIRS>
+KVEVICT_INLINE void score_pass(const Job& job, const Task& pass, float* weights, bool is_first) {
+  if constexpr (PAIRS) {
+    pack_query_pairs(job, pass);
+  } else {
+    with_model_type(job.query_dtype,
+                    [&](auto element) KVEVICT_INLINE_LAMBDA { pack_query<decltype(element)>(job, pass); });
+  }
+  for (int64_t first = 0; first < pass.num_slots; first += TILE_TOKENS)
+    compute_logits<LANES, VECS, PAIRS>(job, pass, first);
+  for (int64_t query = 0; query < pass.num_queries; ++query) {
+    float* logits = pass.logits + query * job.group() * job.padded_slots();
+    for (int64_t member = 0; member < job.group(); ++member)
+      weights[member] = finish_row<LANES>(job, pass, logits + member * job.padded_slots());
+    const bool is_apart = job.fusion_code == NO_FUSION;
+    fuse_query<LANES>(job, pass, logits, weights, pass.out + (is_apart ? query * job.num_slots : 0),
+                      is_apart || (is_first && query == 0));
+  }
+}
+
 template <int LANES, int VECS, bool PAIRS = false>
 KVEVICT_INLINE void score_task(const Job& job, int64_t index, float* scratch, float* weights) {
   const Task task = make_task(job, index, scratch);
-  if constexpr (PAIRS) {
-    pack_query_pairs(job, task);
-  } else {
-    with_model_type(job.query_dtype,
-                    [&](auto element) KVEVICT_INLINE_LAMBDA { pack_query<decltype(element)>(job, task); });
-  }
-  for (int64_t first = 0; first < task.num_slots; first += TILE_TOKENS)
-    compute_logits<LANES, VECS, PAIRS>(job, task, first);
-  for (int64_t query = 0; query < task.num_queries; ++query) {
-    float* logits = task.logits + query * job.group() * job.padded_slots();
-    for (int64_t member = 0; member < job.group(); ++member)
-      weights[member] = finish_row<LANES>(job, task, logits + member * job.padded_slots());
-    const bool is_apart = job.fusion_code == NO_FUSION;
-    fuse_query<LANES>(job, task, logits, weights, task.out + (is_apart ? query * job.num_slots : 0),
-                      is_apart || query == 0);
+  for (int64_t done = 0; done < task.num_queries; done += job.queries_of_pass()) {
+    Task pass = task;
+    pass.first_query += done;
+    pass.num_queries = std::min(job.queries_of_pass(), task.num_queries - done);
+    pass.num_rows = job.rows_of(pass.num_queries);
+    if (job.fusion_code == NO_FUSION) pass.out += done * job.num_slots;
+    score_pass<LANES, VECS, PAIRS>(job, pass, weights, done == 0);
   }
 }
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.compactions import kv_lens_of
 from tests.launches import Launches, counted
+from tests.one_by_one import THIRD_PARTY, policy_of
 from tests.paged import LAYOUTS, PACKINGS, PagedCache, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
 from vllm_kvevict.cache.compaction import Compaction
@@ -27,10 +28,16 @@ from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.eviction.schedule import DuringDecode, Schedule
 from vllm_kvevict.policies import POLICIES
-from vllm_kvevict.policies.base import LayerWeights
+from vllm_kvevict.policies.base import LayerWeights, Need
+from vllm_kvevict.policies.batch import scores_batches
 
 LAYERS, KV_HEADS, GROUP, HEAD_SIZE, BLOCK, SCALE = 3, 2, 2, 16, 16, 0.25
-WITHOUT_BATCHES = ("keydiff", "morphkv", "random")
+PROJECTION = torch.randn(24, KV_HEADS * GROUP * HEAD_SIZE, generator=torch.Generator().manual_seed(0))
+BATCHED = [
+    name
+    for name in POLICIES.names()
+    if scores_batches(POLICIES.get(name)) and Need.ALL_QUERIES not in POLICIES.get(name)().needs
+]
 OPTIONS = {"global": {"head_floor": 0.2, "layer_floor": 0.5}, "lava": {"floor_alpha": 0.2}}
 ALLOCATOR_NAMES = [name for name in ALLOCATORS.names() if name != "fixed"]  # which needs a file
 
@@ -48,18 +55,22 @@ class Prompts:
         return {str(req): eviction for req, eviction in enumerate(self.evictions)}
 
     def score(self, parts: list[Evictions]) -> None:
+        asks_for_outputs = Need.OUTPUTS in self.evictions[0].method.policy.needs
         for part in parts:
             for layer in range(LAYERS):
                 reqs = [self.number_of(eviction) for eviction in part.members]
-                weights = LayerWeights(key_scale=0.5 if layer == 1 else 1.0)  # as an fp8 cache may have them
-                part.score_layer(layer, [self.queries[req, layer] for req in reqs], SCALE, weights=weights)
+                # scales as an fp8 cache may have them
+                weights = LayerWeights(output_projection=PROJECTION + layer, key_scale=0.5 if layer == 1 else 1.0)
+                queries = [self.queries[req, layer] for req in reqs]
+                outputs = [query.flip(0) for query in queries] if asks_for_outputs else None
+                part.score_layer(layer, queries, SCALE, outputs, weights)
 
     def number_of(self, eviction: Eviction) -> int:
         return next(req for req, known in enumerate(self.evictions) if known.block_ids is eviction.block_ids)
 
 
 def method_of(policy: str, allocator: str, per_token: bool = False) -> Method:
-    scorer = POLICIES.get(policy)()
+    scorer = policy_of(policy)
     schedule = Schedule(during_decode=DuringDecode.BY_TOKEN) if per_token else Schedule()
     allocator_options = OPTIONS.get(allocator, {})
     return Method(scorer, ALLOCATORS.get(allocator)(**allocator_options), 2, scorer.num_recent, schedule)
@@ -91,7 +102,13 @@ def plan_of(method: Method, num_tokens: int, budget: int | float) -> EvictionPla
     return plan or EvictionPlan(num_tokens, -(-num_tokens // BLOCK) - 1, BLOCK)
 
 
-POLICY_NAMES = ("snapkv", "lava", "vatp", "tova", "streaming_llm", *WITHOUT_BATCHES)
+def joined(prompts: Prompts) -> list[tuple[list[str], Evictions]]:
+    """Those that were scored by their own methods, in the groups that go on together."""
+    groups = chosen_together(prompts.by_name)
+    return [(names, Evictions.joined([prompts.by_name[name] for name in names])) for names in groups]
+
+
+POLICY_NAMES = [*BATCHED, THIRD_PARTY]
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
@@ -108,10 +125,10 @@ def test_each_keeps_and_moves_what_it_would_alone(policy, seed, allocator, packi
     method = method_of(policy, allocator, per_token)
     together, alone = (prompts(method, 3, seed, packing, layout, fresh) for _ in range(2))
     groups = scored_together(together.by_name)
-    if policy in WITHOUT_BATCHES:
+    if policy == THIRD_PARTY:
         assert groups == []
         together.score([eviction.alone for eviction in together.evictions])
-        groups = chosen_together(together.by_name)
+        groups = joined(together)
     else:
         together.score([group for _, group in groups])
     ((names, group),) = groups
@@ -132,7 +149,7 @@ def test_each_keeps_and_moves_what_it_would_alone(policy, seed, allocator, packi
     assert together.cache.pool.pages.view(torch.int32).equal(alone.cache.pool.pages.view(torch.int32))
 
 
-@pytest.mark.parametrize("policy", [name for name in POLICY_NAMES if name not in WITHOUT_BATCHES])
+@pytest.mark.parametrize("policy", BATCHED)
 def test_what_is_scored_together_is_what_a_policy_says_of_each_layer(policy, monkeypatch):
     method = method_of(policy, "uniform")
     together, alone = prompts(method, 4, 21), prompts(method, 4, 21)
@@ -164,14 +181,14 @@ def on_the_host(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("allocator", [name for name in ALLOCATOR_NAMES if name != "cake"])
-@pytest.mark.parametrize("policy", [name for name in POLICY_NAMES if name not in WITHOUT_BATCHES])
+@pytest.mark.parametrize("policy", BATCHED)
 @pytest.mark.parametrize("fresh", [False, True])
 def test_launches_do_not_depend_on_how_many_there_are_and_the_host_waits_once(policy, allocator, fresh, monkeypatch):
     """Cake is exempt by name: it measures layer by layer and request by request."""
     method = method_of(policy, allocator)
     of_two, of_five = (launches(method, num_reqs, fresh, monkeypatch) for num_reqs in (2, 5))
     assert of_two.counts == of_five.counts
-    assert of_two.counts.total() < 300
+    assert of_two.counts.total() < 400
     assert of_five.counts["to_host"] == (allocator not in ("pyramid", "uniform"))
     assert of_five.waits == []
     selects = {"adakv": 2, "global": 2}.get(allocator, 1)
@@ -217,7 +234,7 @@ def test_a_third_party_s_allocator_is_asked_request_by_request():
     method = replace(method_of("snapkv", "uniform"), allocator=OneByOne([]))
     several = prompts(method, 3, 2)
     assert scored_together(several.by_name) == []
-    assert [names for names, _ in chosen_together(several.by_name)] == [["0"], ["1"], ["2"]]
+    assert chosen_together(several.by_name) == [["0"], ["1"], ["2"]]
     group = Evictions(several.evictions)
     several.score([group])
     group.choose()
@@ -269,7 +286,7 @@ def test_those_are_together_that_one_method_evicts_alike_and_whose_lengths_are_n
 
 def test_answers_are_together_that_one_method_evicts_and_whose_queries_are_as_many_if_all_are_observed():
     methods = [
-        method_of(policy, "uniform") for policy in ("snapkv", "snapkv", "h2o", "h2o", "h2o", "keydiff", "keydiff")
+        method_of(policy, "uniform") for policy in ("snapkv", "snapkv", "h2o", "h2o", "h2o", THIRD_PARTY, THIRD_PARTY)
     ]
     due = {str(place): (method, 16 + (place == 4)) for place, method in enumerate(methods)}
     due["1"] = (methods[1], 9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.launches import counted
+from tests.one_by_one import THIRD_PARTY, policy_of
 from tests.paged import LAYOUTS, PACKINGS, PagedCache, make_pool, scrambled_blocks
 from vllm_kvevict.budgets.uniform import Uniform
 from vllm_kvevict.cache.residents import Residents
@@ -24,8 +25,12 @@ from vllm_kvevict.policies.base import LayerWeights, Need
 from vllm_kvevict.policies.batch import scores_batches
 
 LAYERS, KV_HEADS, GROUP, HEAD_SIZE, BLOCK, SCALE = 3, 2, 2, 16, 16, 0.25
+PROJECTIONS = torch.randn(LAYERS, 24, KV_HEADS * GROUP * HEAD_SIZE, generator=torch.Generator().manual_seed(0))
 HEADS = list(product(range(LAYERS), range(KV_HEADS)))
-WITHOUT_BATCHES = ("keydiff", "knorm", "morphkv", "random")  # of those below
+BATCHED = [
+    name for name in POLICIES.names() if scores_batches(POLICIES.get(name)) and POLICIES.get(name)().supports_decode
+]
+POLICY_NAMES = [*BATCHED, THIRD_PARTY]
 
 
 @dataclass
@@ -48,7 +53,7 @@ class Answers:
         return eviction
 
     def begin(self, policy_name: str, per_token: bool, reqs: list[int]) -> ResidentEvictions:
-        policy = POLICIES.get(policy_name)()
+        policy = policy_of(policy_name)
         method = Method(policy, Uniform(), policy.num_sink, policy.num_recent)
         return ResidentEvictions(
             method,
@@ -66,7 +71,8 @@ class Answers:
         num_new = min(eviction.num_new) if Need.ALL_QUERIES in eviction.method.policy.needs else 0
         query = self.query[reqs][:, layers]
         chunk = query[:, :, query.shape[2] - num_new :]
-        weights = [LayerWeights(), LayerWeights(), LayerWeights(key_scale=0.5)]  # as an fp8 cache may have them
+        weights = [LayerWeights(output_projection=projection) for projection in PROJECTIONS]
+        weights[2] = replace(weights[2], key_scale=0.5)  # as an fp8 cache may have it
         eviction.score_layers(layers, query, chunk, [SCALE] * len(layers), weights[layers.start : layers.stop])
 
 
@@ -126,9 +132,6 @@ def _write(cache: PagedCache, slots: torch.Tensor, keys: torch.Tensor, values: t
         pool.keys[slots // BLOCK, slots % BLOCK], pool.values[slots // BLOCK, slots % BLOCK] = keys, values
 
 
-POLICY_NAMES = ("snapkv", "lava", "vatp", "tova", "h2o", "streaming_llm", *WITHOUT_BATCHES)
-
-
 @pytest.mark.parametrize("policy", POLICY_NAMES)
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
@@ -139,7 +142,7 @@ POLICY_NAMES = ("snapkv", "lava", "vatp", "tova", "h2o", "streaming_llm", *WITHO
     ragged=st.booleans(),
 )
 def test_each_keeps_and_moves_what_it_would_alone(policy, seed, packing, layout, per_token, ragged):
-    same_new = Need.ALL_QUERIES in POLICIES.get(policy)().needs
+    same_new = Need.ALL_QUERIES in policy_of(policy).needs
     per_token &= all(new % BLOCK == 0 for new in answers(3, seed, packing, layout, ragged, same_new).num_new)
     together, alone = (answers(3, seed, packing, layout, ragged, same_new) for _ in range(2))
     batch = together.evict(policy, per_token, [0, 1, 2])
@@ -151,7 +154,8 @@ def test_each_keeps_and_moves_what_it_would_alone(policy, seed, packing, layout,
         assert batch.next_victims.equal(torch.cat([single.next_victims for single in singles]))
 
 
-@pytest.mark.parametrize("policy", [name for name in POLICY_NAMES if name not in WITHOUT_BATCHES])
+# draws of "random" are those of a head's number, which differs among fewer heads
+@pytest.mark.parametrize("policy", [name for name in BATCHED if name != "random"])
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_what_is_scored_together_is_what_a_policy_says_of_each_head(policy, packing, monkeypatch):
     """``score`` and ``observe`` see heads that hold equally many tokens, request by request and layer by layer."""
@@ -178,7 +182,7 @@ def test_sums_grow_by_what_the_new_queries_pay_and_are_those_of_the_tokens(monke
     torch.testing.assert_close(sums, earlier + num_new, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("policy", ["snapkv", "h2o", "random"])
+@pytest.mark.parametrize("policy", ["snapkv", "h2o", THIRD_PARTY])
 def test_who_goes_on_alone_keeps_what_was_scored(policy):
     together, parted = (answers(3, 5, "interleaved", "LBHNC") for _ in range(2))
     together.evict(policy, False, [0, 1, 2])
@@ -193,7 +197,7 @@ def test_who_goes_on_alone_keeps_what_was_scored(policy):
     assert parted.residents.sums.equal(together.residents.sums)
 
 
-@pytest.mark.parametrize("policy", [name for name in POLICY_NAMES if name not in WITHOUT_BATCHES])
+@pytest.mark.parametrize("policy", BATCHED)
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_launches_do_not_depend_on_how_many_there_are_and_nothing_waits(policy, packing, monkeypatch):
     """The heads are ragged, and so no two requests are alike. Of one request more tables are contiguous already."""
@@ -204,7 +208,8 @@ def test_launches_do_not_depend_on_how_many_there_are_and_nothing_waits(policy, 
     assert of_five.waits == []
     moves = "kvevict_move_tiled_tokens" if packing == "tiled" else "kvevict_move_tokens"
     assert (of_five.counts["kvevict_select"], of_five.counts[moves]) == (1, 1)
-    assert of_five.counts["kvevict_window_scores"] == (0 if policy == "streaming_llm" else 2)  # two pairs of scales
+    by_window = policy in ("snapkv", "lava", "vatp", "tova", "h2o")
+    assert of_five.counts["kvevict_window_scores"] == (2 if by_window else 0)  # two pairs of scales
 
 
 def _launches(num_reqs, policy, packing, monkeypatch):
@@ -217,8 +222,9 @@ def _launches(num_reqs, policy, packing, monkeypatch):
 def test_all_others_are_asked_request_by_request():
     """Exempt by name: whoever adds a policy decides on which side it stands."""
     batched = {name for name in POLICIES.names() if scores_batches(POLICIES.get(name))}
-    assert batched == {"h2o", "lava", "snapkv", "streaming_llm", "tova", "vatp"}
-    assert not batched & set(WITHOUT_BATCHES)
+    assert batched == {
+        "h2o", "keydiff", "knorm", "lava", "morphkv", "random", "snapkv", "streaming_llm", "tova", "vatp"
+    }  # fmt: skip
 
 
 def test_a_subclass_that_changes_score_is_asked_for_it():

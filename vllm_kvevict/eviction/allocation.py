@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,32 +17,94 @@ from vllm_kvevict.eviction.results import checked_wish
 from vllm_kvevict.eviction.selection import protect
 
 
-def allocate(
-    method: Method,
-    plans: Sequence[EvictionPlan],
-    scores: HeldScores,
-    measures: torch.Tensor,
-    lens: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return [num_reqs, num_layers, num_kv_heads] int64 on the CPU, the full pages of every head.
+@dataclass
+class Allocation:
+    """The budgets of several requests of one method, of which the host must know something of the scores.
 
-    Allocators see protected scores, NaN behind the tokens of a request: those of the package tile by tile, others all
-    at once.
-
-    plans:    of the requests
-    scores:   of all layers
-    measures: [num_reqs, num_layers, num_measures] float64, what the allocator has measured
-    lens:     [num_reqs, num_layers, num_kv_heads] int64, tokens of each head; None if all requests have as many
-
-    Raises whatever an allocator raises; ValueError or TypeError if it returns what is none of an answer.
+    on_device: [num_reqs, num_numbers] float64, this; what was measured of each request comes first
     """
 
-    def read(first: int, end: int) -> torch.Tensor:
-        lens_of_layers = None if lens is None else lens[:, first:end]
-        return protect(scores.of_layers(first, end), method.num_sink, method.num_recent, lens_of_layers)
+    method: Method
+    plans: Sequence[EvictionPlan]
+    batch: WishBatch
+    on_device: torch.Tensor
+    _on_host: torch.Tensor | None = field(init=False, default=None)
 
-    wishes = _wishes(method, plans, scores, read, measures)
-    return torch.stack([_pages(method, plan, wish) for plan, wish in zip(plans, wishes, strict=True)])
+    @classmethod
+    def of(
+        cls,
+        method: Method,
+        plans: Sequence[EvictionPlan],
+        scores: HeldScores,
+        measures: torch.Tensor,
+        lens: torch.Tensor | None = None,
+    ) -> Allocation:
+        """Make on the device what the host must know.
+
+        Allocators see protected scores, NaN behind the tokens of a request: those of the package tile by tile, others
+        all at once.
+
+        plans:    of the requests
+        scores:   of all layers
+        measures: [num_reqs, num_layers, num_measures] float64, what the allocator has measured
+        lens:     [num_reqs, num_layers, num_kv_heads] int64, tokens of each head; None if all requests have as many
+
+        Raises whatever an allocator raises.
+        """
+
+        def read(first: int, end: int) -> torch.Tensor:
+            lens_of_layers = None if lens is None else lens[:, first:end]
+            return protect(scores.of_layers(first, end), method.num_sink, method.num_recent, lens_of_layers)
+
+        allocator, kv_lens = method.allocator, [plan.num_tokens for plan in plans]
+        protected = [min(method.num_protected, kv_len) for kv_len in kv_lens]
+        num_kept = [plan.num_kept_tokens for plan in plans]
+        batch = WishBatch(read, scores.shape, scores.device, kv_lens, num_kept, protected, measures)
+        parts = [measures.flatten(1)]
+        if isinstance(allocator, BatchAllocator) and wishes_for_batches(type(allocator)):
+            summary = allocator.summarise(batch)
+            parts += [] if summary is None else [summary]
+        return cls(method, plans, batch, torch.cat([part.to(scores.device, torch.float64) for part in parts], dim=1))
+
+    @staticmethod
+    def fetch(several: Sequence[Allocation]) -> None:
+        """Copy what the host must know of all of these, if anything: here it waits for the device, once for all."""
+        numbers = [allocation.on_device for allocation in several]
+        flat = torch.cat([part.flatten() for part in numbers])
+        copied = (to_host(flat) if len(flat) else flat.new_empty(0, device="cpu")).split(
+            [part.numel() for part in numbers]
+        )
+        for allocation, part in zip(several, copied, strict=True):
+            allocation._on_host = part.view(allocation.on_device.shape)
+
+    def pages(self) -> torch.Tensor:
+        """Return [num_reqs, num_layers, num_kv_heads] int64 on the CPU, the full pages of every head.
+
+        Raises whatever an allocator raises; ValueError or TypeError if it returns what is none of an answer.
+        """
+        wishes = zip(self.plans, self._wishes(), strict=True)
+        return torch.stack([_pages(self.method, plan, wish) for plan, wish in wishes])
+
+    def _wishes(self) -> Iterator[torch.Tensor]:
+        """Yield [num_layers, num_kv_heads] float64 on the CPU, what the allocator wishes for each request.
+
+        One key that is not finite spoils what is measured of its layer; then nothing is known of how layers differ, and
+        all heads get the same.
+        """
+        if self._on_host is None:
+            self.fetch([self])
+        allocator, batch, shape = self.method.allocator, self.batch, self.batch.shape[1:3]
+        source = f"{type(allocator).__name__}.wish"
+        measures, summaries = self._on_host.tensor_split([batch.measures[0].numel()], dim=1)
+        are_known = torch.isfinite(measures).all(dim=1).tolist()
+        for req, kv_len in enumerate(batch.kv_lens):
+            if not are_known[req]:
+                yield torch.ones(shape, dtype=torch.float64)
+            elif isinstance(allocator, BatchAllocator) and wishes_for_batches(type(allocator)):
+                yield checked_wish(source, allocator.share(summaries[req], batch.facts(req)), shape)
+            else:
+                scores = batch.scores[req, ..., :kv_len]
+                yield checked_wish(source, allocator.wish(scores, batch.num_tokens[req], batch.measures[req]), shape)
 
 
 def _pages(method: Method, plan: EvictionPlan, wish: torch.Tensor) -> torch.Tensor:
@@ -55,50 +118,3 @@ def _pages(method: Method, plan: EvictionPlan, wish: torch.Tensor) -> torch.Tens
         min(minimum, plan.num_full_blocks),
         plan.num_tokens // plan.block_size,
     )
-
-
-def _wishes(
-    method: Method,
-    plans: Sequence[EvictionPlan],
-    scores: HeldScores,
-    read: Callable[[int, int], torch.Tensor],
-    measures: torch.Tensor,
-) -> Iterator[torch.Tensor]:
-    """Yield [num_layers, num_kv_heads] float64 on the CPU, what the allocator wishes for each request.
-
-    One key that is not finite spoils what is measured of its layer; then nothing is known of how layers differ, and all
-    heads get the same.
-    """
-    allocator, shape = method.allocator, scores.shape[1:3]
-    source = f"{type(allocator).__name__}.wish"
-    kv_lens, num_kept = [plan.num_tokens for plan in plans], [plan.num_kept_tokens for plan in plans]
-    protected = [min(method.num_protected, kv_len) for kv_len in kv_lens]
-    batch = WishBatch(read, scores.shape, scores.device, kv_lens, num_kept, protected, measures)
-    are_known, summaries = _host_copies(method, batch)
-    for req, kv_len in enumerate(kv_lens):
-        if not are_known[req]:
-            yield torch.ones(shape, dtype=torch.float64)
-        elif isinstance(allocator, BatchAllocator) and summaries is not None:
-            yield checked_wish(source, allocator.share(summaries[req], batch.facts(req)), shape)
-        else:
-            yield checked_wish(
-                source, allocator.wish(batch.scores[req, ..., :kv_len], num_kept[req], measures[req]), shape
-            )
-
-
-def _host_copies(method: Method, batch: WishBatch) -> tuple[list[bool], torch.Tensor | None]:
-    """Return whether what was measured of each request is finite, and what a ``BatchAllocator`` must know of each.
-
-    Both come in one copy, if there is anything to copy: for this the host waits.
-    """
-    allocator, num_reqs = method.allocator, len(batch.kv_lens)
-    measures, summaries = batch.measures.flatten(1), None
-    if isinstance(allocator, BatchAllocator) and wishes_for_batches(type(allocator)):
-        summary = allocator.summarise(batch)
-        summaries = measures.new_empty(num_reqs, 0) if summary is None else summary
-    parts = [part.to(batch.device) for part in (measures, summaries) if part is not None and part.numel()]
-    if not parts:
-        return [True] * num_reqs, summaries
-    copied, num_measures = to_host(torch.cat(parts, dim=1)), measures.shape[1]
-    are_known = torch.isfinite(copied[:, :num_measures]).all(dim=1).tolist()
-    return are_known, None if summaries is None else copied[:, num_measures:]

@@ -37,13 +37,12 @@ def scored_together(evictions: Mapping[str, Eviction]) -> list[tuple[list[str], 
     return [(names, Evictions([batched[name] for name in names])) for names in groups]
 
 
-def chosen_together(evictions: Mapping[str, Eviction]) -> list[tuple[list[str], Evictions]]:
-    """Return groups of evictions that have been scored by their own methods, each with the names of its members.
+def chosen_together(evictions: Mapping[str, Eviction]) -> list[list[str]]:
+    """Return groups of evictions that have been scored by their own methods: the names of the members of each.
 
     Allocators that see one request at a time have groups of one, as have prompts whose scores wait on the host.
     """
-    groups = _grouped(evictions, lambda one, other: _shares(one) and _fit(one, other), _have_room)
-    return [(names, Evictions.joined([evictions[name] for name in names])) for names in groups]
+    return _grouped(evictions, lambda one, other: _shares(one) and _fit(one, other), _have_room)
 
 
 def scored_again_together(due: Mapping[str, tuple[Method, int]]) -> list[list[str]]:

@@ -6,7 +6,8 @@ attention backend); *allocate* and *select* once after the last layer (``Evictio
 to its pool in which nothing of the request lives any more.
 
 Prompts of one method that end in one step go through the verbs together: what is launched for them does not depend on
-how many they are, and the host waits for the device once, between *allocate* and *select*. Policies and allocators that
+how many they are. The host waits for the device once, whatever the methods: what it must know to *allocate* is made on
+the device (``Evictions.summarise``), and copied for all that are evicted in the step. Policies and allocators that
 see one request at a time, as a third party's may, are asked for each of them.
 
 Prompts may be so long that what these verbs work on does not fit into the scratch (``policies/scratch.py``). Then all
@@ -32,7 +33,7 @@ from vllm_kvevict.cache.pages import BlockPages, PagePool
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.cache.staging import to_device
-from vllm_kvevict.eviction.allocation import allocate
+from vllm_kvevict.eviction.allocation import Allocation
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.observer import Choice, is_observed, show
 from vllm_kvevict.eviction.results import checked_tokens
@@ -188,6 +189,7 @@ class Evictions:
             pages = self._pages_of([eviction.block_ids for eviction in members])
             scores = PromptScores(self._method, self._pool, [eviction.plan for eviction in members], pages)
         self._scores = scores
+        self._allocation: Allocation | None = None
         self._compactions: Compactions
 
     def _pages_of(self, block_ids: Sequence[torch.Tensor]) -> BlockPages:
@@ -252,17 +254,40 @@ class Evictions:
         self._scores.score_waiting()
         self._took(start)
 
-    def choose(self) -> None:
-        """``Eviction.choose`` for all members."""
+    def summarise(self) -> Allocation:
+        """Score what waits, and make on the device what the host must know to allocate: it does not wait yet.
+
+        Raises as ``Eviction.choose`` does.
+        """
         start = perf_counter()
         self._scores.score_waiting()
         missing = [layer for layer in range(self._pool.num_layers) if layer not in self._scores.scored]
         if missing:
             raise RuntimeError(f"layers {missing} were not scored at the end of the prefill; nothing was evicted")
-        plans, scores = [eviction.plan for eviction in self.members], self._scores.scores
-        is_ragged = len({plan.num_tokens for plan in plans}) > 1
-        lens = self._scores.lens(self._pool.num_layers) if is_ragged else None
-        num_full_pages = allocate(self._method, plans, scores, self._scores.measures, lens)
+        plans, scores = [eviction.plan for eviction in self.members], self._scores
+        self._allocation = Allocation.of(self._method, plans, scores.scores, scores.measures, self._lens)
+        self._took(start)
+        return self._allocation
+
+    @staticmethod
+    def fetch(several: Sequence[Evictions]) -> None:
+        """Let the host wait for what it must know of all that have been summarised, if anything: once for all."""
+        allocations = [evictions._allocation for evictions in several if evictions._allocation is not None]
+        if allocations:
+            Allocation.fetch(allocations)
+
+    @property
+    def _lens(self) -> torch.Tensor | None:
+        """[num_reqs, num_layers, num_kv_heads] int64, tokens of each head; None if all requests have as many."""
+        is_ragged = len({eviction.plan.num_tokens for eviction in self.members}) > 1
+        return self._scores.lens(self._pool.num_layers) if is_ragged else None
+
+    def choose(self) -> None:
+        """``Eviction.choose`` for all members."""
+        allocation = self._allocation or self.summarise()
+        start = perf_counter()
+        plans, lens = [eviction.plan for eviction in self.members], self._lens
+        num_full_pages = allocation.pages()
         kept = self._select(num_full_pages, None if lens is None else lens.flatten(1))
         tiles = scratch.tiles(bytes_of_heads(num_full_pages, plans))
         fresh = self._fresh_pages()

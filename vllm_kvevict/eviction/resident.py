@@ -128,9 +128,8 @@ class ResidentEvictions:
         start = perf_counter()
         if scores_batches(type(self.method.policy)):
             for first, end in self._layers_at_once(scales, weights):
-                some, weight = slice(first, end), weights[first]
-                tile = range(layers.start + first, layers.start + end)
-                self._score_together(tile, query[:, some], chunk[:, some], scales[first], weight)
+                some, tile = slice(first, end), range(layers.start + first, layers.start + end)
+                self._score_together(tile, query[:, some], chunk[:, some], scales[first], weights[some])
         else:
             for place, layer in enumerate(layers):
                 slots = self._order.of_layers(range(layer, layer + 1))[:, 0]
@@ -153,7 +152,7 @@ class ResidentEvictions:
         return scored_at_once(scales, weights, max(scratch.most_bytes() // per_layer, 1))
 
     def _score_together(
-        self, layers: range, query: torch.Tensor, chunk: torch.Tensor, scale: float, weights: LayerWeights
+        self, layers: range, query: torch.Tensor, chunk: torch.Tensor, scale: float, weights: Sequence[LayerWeights]
     ) -> None:
         policy, some = self.method.policy, slice(layers.start, layers.stop)
         traits = traits_of(policy)
@@ -163,8 +162,12 @@ class ResidentEvictions:
             *self.pool.in_order(slots),
             self._kv_lens[:, some].contiguous(),
             slots.shape[3],
-            scale * weights.key_scale,
-            weights.value_scale,
+            scale * weights[0].key_scale,
+            weights[0].value_scale,
+            key_scale=weights[0].key_scale,
+            layers=layers,
+            weights=weights,
+            num_kept=self._num_kept[:, some],
         )
         if Need.ALL_QUERIES in traits.needs:
             num_earlier = self._kv_lens[:, some, :, None] - chunk.shape[2]

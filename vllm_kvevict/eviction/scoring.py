@@ -146,22 +146,32 @@ class PromptScores:
     def _score_together(self, waiting: list[list[ScoreInputs]]) -> None:
         policy, first = self._method.policy, waiting[0][0]
         window, layers = traits_of(policy).query_window, [of_layer[0].layer for of_layer in waiting]
-        inputs = [of_layer[req] for req in range(len(self._plans)) for of_layer in waiting]
-        queries, page_ids = (
-            torch.stack(parts).unflatten(0, (-1, len(layers)))
-            for parts in zip(*((last_queries(one, window).query, one.page_table) for one in inputs), strict=True)
-        )
-        keys, values, page_table = self._pool.readable(page_ids)
+        inputs = [last_queries(of_layer[req], window) for req in range(len(self._plans)) for of_layer in waiting]
+
+        outputs = [one.output for one in inputs if one.output is not None]
+
+        def stacked(parts: list[torch.Tensor]) -> torch.Tensor:
+            together: torch.Tensor = torch.stack(parts).unflatten(0, (-1, len(layers)))
+            return together
+
+        keys, values, page_table = self._pool.readable(stacked([one.page_table for one in inputs]))
+        lens = self.lens(len(layers))
+        num_kept = to_device(np.array([plan.num_kept_tokens for plan in self._plans]), lens.device)
         batch = ScoreBatch(
-            queries,
+            stacked([one.query for one in inputs]),
             keys,
             lambda: values,
             page_table,
-            self.lens(len(layers)),
+            lens,
             max(self._kv_lens),
             first.scale * first.weights.key_scale,
             first.weights.value_scale,
             alike=True,
+            key_scale=first.weights.key_scale,
+            layers=layers,
+            weights=[of_layer[0].weights for of_layer in waiting],
+            num_kept=num_kept[:, None, None].expand(lens.shape),
+            output=stacked(outputs) if outputs else None,
         )
         name = f"{type(policy).__name__}.score_batch"
         scores = checked(name, policy.score_batch(batch), batch.shape, self.scores.device)

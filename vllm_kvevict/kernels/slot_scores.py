@@ -84,8 +84,9 @@ def slot_scores(batch: SlotBatch, group: Group, fusion: Fusion) -> torch.Tensor:
              queries are not fused. 0 where a head holds nothing; a query that sees nothing pays 0.
 
     CPU tensors use csrc/cpu/slot_scores.cpp where it was built, else ``slot_scores_reference``; CUDA tensors use
-    Triton. The C++ holds the logits of 32 queries and one KV head per thread, Triton two numbers per query row and
-    split. The result of the C++ does not depend on the number of threads.
+    Triton. The C++ holds the logits of 32 queries and one KV head per thread, or of fewer at once where they would take
+    more than 16 MiB; Triton two numbers per query row and split. The result of the C++ does not depend on the number of
+    threads.
 
     Raises ValueError for a wrong shape, dtype, device or stride and, on CPU, for a page id outside the pool, which
     would have to wait for a GPU; MemoryError if the scratch memory cannot be had.

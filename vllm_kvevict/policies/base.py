@@ -131,16 +131,23 @@ class ScoreInputs:
     def together(layers: Sequence[ScoreInputs]) -> ScoreBatch:
         """Return a batch of some layers of one prompt, which have the same scales."""
         first = layers[0]
+        kv_lens = torch.full((1, len(layers), first.num_kv_heads), first.kv_len, device=first.query.device)
+        outputs = [inputs.output for inputs in layers if inputs.output is not None]
         return ScoreBatch(
             torch.stack([inputs.query for inputs in layers])[None],
             first.keys,
             lambda: first.values,
             torch.stack([inputs.page_table for inputs in layers])[None],
-            torch.full((1, len(layers), first.num_kv_heads), first.kv_len, device=first.query.device),
+            kv_lens,
             first.kv_len,
             first.scale * first.weights.key_scale,
             first.weights.value_scale,
             alike=True,
+            key_scale=first.weights.key_scale,
+            layers=[inputs.layer for inputs in layers],
+            weights=[inputs.weights for inputs in layers],
+            num_kept=None if first.num_kept is None else kv_lens.new_full(kv_lens.shape, first.num_kept),
+            output=torch.stack(outputs)[None] if outputs else None,
         )
 
     def tiles(self, start: int = 0, end: int | None = None, size: int = 1024) -> Iterator[tuple[int, int]]:

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
+from vllm_kvevict.policies.batch import ScoreBatch
+
+_STRETCH = 64  # tokens
 
 
 @POLICIES.register("keydiff")
@@ -25,17 +28,34 @@ class KeyDiff(EvictionPolicy):
     paper: ClassVar[str] = "KeyDiff, arXiv:2504.15364"
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        anchor = _anchor(inputs)
-        scores = inputs.new_scores()
-        for start, end in inputs.tiles():
-            scores[:, start:end] = -F.cosine_similarity(inputs.gather_keys(start, end), anchor, dim=-1)
-        return scores
+        return self.score_batch(ScoreInputs.together([inputs]))[0, 0]
+
+    @property
+    def layers_at_once(self) -> int:
+        return 16
+
+    def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        scores = batch.new_scores()
+        for heads in batch.head_tiles(12 * batch.keys.shape[2]):
+            anchor = _anchor(batch, heads)
+            for start, end in batch.token_tiles():
+                keys = batch.gather_keys(heads, start, end)
+                scores[heads, start:end] = -F.cosine_similarity(keys, anchor, dim=-1)
+        return scores.view(batch.shape)
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         return 4 * num_kv_heads  # the scores; all else is a tile
 
 
-def _anchor(inputs: ScoreInputs) -> torch.Tensor:
-    """Return [num_kv_heads, 1, head_size] float32, the mean direction of the keys of each head."""
-    sums = [F.normalize(inputs.gather_keys(*tile), dim=-1).sum(dim=1, keepdim=True) for tile in inputs.tiles()]
-    return torch.stack(sums).sum(dim=0) / inputs.kv_len
+def _anchor(batch: ScoreBatch, heads: slice) -> torch.Tensor:
+    """Return [num_heads, 1, head_size] float32, the mean direction of the keys of each of these heads.
+
+    Sums go from stretch to stretch, so that what stands behind the tokens of a head does not change their order.
+    """
+    lens, total = batch.kv_lens.flatten()[heads, None, None], torch.zeros((), device=batch.keys.device)
+    for start, end in batch.token_tiles():
+        is_held = torch.arange(start, end, device=lens.device)[:, None] < lens
+        directions = F.normalize(batch.gather_keys(heads, start, end), dim=-1).masked_fill_(~is_held, 0.0)
+        stretches = F.pad(directions, (0, 0, 0, -(end - start) % _STRETCH)).unflatten(1, (-1, _STRETCH)).sum(dim=2)
+        total = total + stretches.cumsum(dim=1)[:, -1:]
+    return total / lens

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
+from vllm_kvevict.policies.batch import ScoreBatch
 
 
 @POLICIES.register("knorm")
@@ -24,10 +25,18 @@ class Knorm(EvictionPolicy):
     paper: ClassVar[str] = "L2 norm, arXiv:2406.11430"
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        scores = inputs.new_scores()
-        for start, end in inputs.tiles():
-            scores[:, start:end] = -inputs.gather_keys(start, end).norm(dim=-1)
-        return scores
+        return self.score_batch(ScoreInputs.together([inputs]))[0, 0]
+
+    @property
+    def layers_at_once(self) -> int:
+        return 16
+
+    def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        scores = batch.new_scores()
+        for heads in batch.head_tiles(8 * batch.keys.shape[2]):
+            for start, end in batch.token_tiles():
+                scores[heads, start:end] = -batch.gather_keys(heads, start, end).norm(dim=-1)
+        return scores.view(batch.shape)
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         return 4 * num_kv_heads  # the scores; all else is a tile

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
 
 from vllm_kvevict.kernels.slot_scores import Group
-from vllm_kvevict.policies.attention import attention_tiles
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs, StepInputs
+from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.options import at_least
 
 # Scores of slots by single queries that are held at once while a step is scored.
@@ -58,19 +59,39 @@ class MorphKV(EvictionPolicy):
         return True
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        num_older = inputs.kv_len - len(inputs.query)
-        scores = inputs.query.new_zeros(inputs.num_kv_heads, inputs.kv_len, dtype=torch.float32)
-        if num_older <= 0:  # every token observes: none is to be judged
-            return scores
-        query = inputs.grouped_query
+        return self.score_batch(ScoreInputs.together([inputs]))[0, 0]
+
+    @property
+    def layers_at_once(self) -> int:
+        return 16
+
+    def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        query, num_queries = batch.query, batch.query.shape[2]
         if self.variant == "logits":
-            query = query.sum(dim=1, keepdim=True)
-        for tile in attention_tiles(inputs, query, num_older if self.denominator == "older" else None):
-            end = min(tile.end, num_older)
-            if tile.start < end:
-                scores[:, tile.start : end] = self._fused(tile.probabilities[..., : end - tile.start])
-        scores[:, num_older:] = scores.amax()
-        return scores
+            query = query.float().unflatten(3, (batch.kv_lens.shape[2], -1)).sum(dim=4)
+        place = torch.arange(num_queries, device=query.device)
+        newest_older = batch.kv_lens[..., None] - num_queries - 1
+        last_seen = newest_older + (0 * place if self.denominator == "older" else place + 1)
+        scores = self._fused(batch, query, last_seen)
+        # of the queries' own tokens none is judged
+        scores = batch.fill_last(scores, scores.new_zeros(1, 1, 1, 1))
+        return batch.fill_last(scores, scores.amax(dim=(2, 3), keepdim=True)).expand(batch.shape)
+
+    def _fused(self, batch: ScoreBatch, query: torch.Tensor, last_seen: torch.Tensor) -> torch.Tensor:
+        """Return [num_reqs, num_layers, num_kv_heads, max_kv_len] float32, of one head if one ranking is that of all.
+
+        The arguments are those of ``ScoreBatch.slot_scores``.
+        """
+        if self.group != "layer":
+            return batch.slot_scores(query, last_seen, self.group, self.fusion)
+        if self.fusion == "sum":  # sums may change places
+            return batch.mean_over_peers(batch.slot_scores(query, last_seen, "mean", "sum"))
+        at_once = max(_MAX_SCORES // math.prod(batch.shape), 1)
+        parts = [
+            batch.mean_over_peers(batch.slot_scores(*part, "mean", "none")).amax(dim=3)
+            for part in zip(query.split(at_once, dim=2), last_seen.split(at_once, dim=3), strict=True)
+        ]
+        return torch.stack(parts).amax(dim=0)
 
     def score_step(self, inputs: StepInputs) -> torch.Tensor:
         query = inputs.query
@@ -91,13 +112,5 @@ class MorphKV(EvictionPolicy):
         ]
         return torch.stack(parts).amax(dim=0)
 
-    def _fused(self, attention: torch.Tensor) -> torch.Tensor:
-        """Return [num_kv_heads or 1, num_tokens] from [num_kv_heads, group or 1, num_queries, num_tokens]."""
-        if self.group == "max":
-            of_heads = attention.amax(dim=1)
-        else:
-            of_heads = attention.mean(dim=1) if self.group == "mean" else attention.mean(dim=(0, 1))[None]
-        return of_heads.sum(dim=1) if self.fusion == "sum" else of_heads.amax(dim=1)
-
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        return 4 * num_kv_heads  # the scores; all else is a tile
+        return 12 * num_kv_heads  # which token each slot has, and the scores

@@ -37,14 +37,7 @@ class Tova(EvictionPolicy):
         return self.score_batch(ScoreInputs.together([inputs]))[0, 0]
 
     def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
-        scores = batch.window_scores(Reduction("mean"))
-        if batch.alike:
-            scores = scores.mean(dim=2, keepdim=True)
-        else:  # heads that hold as many tokens hold the same ones, with the allocator of the paper
-            of_heads, to_heads = batch.kv_lens[:, :, None, :, None], batch.kv_lens[:, :, :, None, None]
-            are_peers = of_heads == to_heads
-            summed = (scores[:, :, None] * are_peers).sum(dim=3)
-            scores = summed / are_peers.sum(dim=3)
+        scores = batch.mean_over_peers(batch.window_scores(Reduction("mean")))
         return batch.fill_last(scores, scores.amax(dim=(2, 3), keepdim=True)).expand(batch.shape)
 
     def score_step(self, inputs: StepInputs) -> torch.Tensor:

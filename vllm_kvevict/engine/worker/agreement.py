@@ -1,4 +1,4 @@
-"""What the workers that share requests tell each other of failures. They never wait for a device to do so."""
+"""What the workers that share requests tell each other, of failures and of budgets. None waits for a device over it."""
 
 from __future__ import annotations
 
@@ -44,6 +44,14 @@ class Workers:
             group = get_tp_group().cpu_group
             torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX, group=group)
             _note(failures, req_ids, failed)
+
+    def told_by_first(self, numbers: Sequence[int]) -> list[int]:
+        """Return what the first of the tensor-parallel workers has found, whatever the last digits of others' sums."""
+        if self._num_ranks == 1:
+            return list(numbers)
+        told, group = torch.tensor(numbers), get_tp_group()
+        torch.distributed.broadcast(told, src=group.first_rank, group=group.cpu_group)
+        return told.tolist()
 
     def hand_on(self, failures: Failures, req_ids: Sequence[str]) -> None:
         """Tell the last stage, whose worker reports, which of these requests have failed on an earlier one.

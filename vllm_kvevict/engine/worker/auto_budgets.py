@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-from vllm.distributed.parallel_state import get_tp_group
-
+from vllm_kvevict.engine.worker.agreement import Workers
 from vllm_kvevict.engine.worker.guard import Failures
-from vllm_kvevict.engine.worker.likelihood import PromptLikelihood
+from vllm_kvevict.engine.worker.likelihood import PromptLikelihood, mean_nlls
 from vllm_kvevict.engine.worker.watched import PrefillRow, WatchedRequest
 from vllm_kvevict.eviction.prompt import Eviction
 
@@ -20,9 +18,9 @@ class AutoBudgets:
     Every worker takes part for the same requests, whether they have failed on it or not.
     """
 
-    def __init__(self, runner: Any, failures: Failures) -> None:
+    def __init__(self, runner: Any, failures: Failures, workers: Workers) -> None:
         self._likelihood = PromptLikelihood(runner)
-        self._failures = failures
+        self._failures, self._workers = failures, workers
 
     def observe(self, rows: list[PrefillRow]) -> None:
         """See the chunks of this step."""
@@ -31,17 +29,15 @@ class AutoBudgets:
                 self._likelihood.observe(rows)
 
     def choose(self, evictions: dict[str, Eviction], watched: dict[str, WatchedRequest]) -> None:
-        """Choose the plans of those that end in this step."""
-        chosen = {}
-        for req_id, eviction in evictions.items():
-            auto, nll = watched[req_id].auto_budget, watched[req_id].nll
-            if auto is not None:
-                plan = self._failures.ask(req_id, "choosing the budget", auto.choose, eviction.plan, nll)
-                chosen[req_id] = plan or eviction.plan
-        if chosen:
-            # all workers free the same blocks, whatever the last digits of their sums are
-            device = next(iter(evictions.values())).block_ids.device
-            sizes = torch.tensor([plan.num_kept_blocks for plan in chosen.values()], device=device)
-            sizes = get_tp_group().broadcast(sizes, src=0)
-            for (req_id, plan), num_kept in zip(chosen.items(), sizes.tolist(), strict=True):
-                evictions[req_id].adopt(replace(plan, num_kept_blocks=num_kept))
+        """Choose the plans of those that end in this step; for their likelihoods the host waits once."""
+        chosen = [req_id for req_id in evictions if watched[req_id].auto_budget is not None]
+        if not chosen:
+            return
+        sizes = []
+        for req_id, nll in zip(chosen, mean_nlls([watched[req_id] for req_id in chosen]), strict=True):
+            auto, plan = watched[req_id].auto_budget, evictions[req_id].plan
+            adapted = auto and self._failures.ask(req_id, "choosing the budget", auto.choose, plan, nll)
+            sizes.append((adapted or plan).num_kept_blocks)
+        for req_id, num_kept in zip(chosen, self._workers.told_by_first(sizes), strict=True):
+            eviction = evictions[req_id]
+            eviction.adopt(replace(eviction.plan, num_kept_blocks=num_kept))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence, Set
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -37,6 +37,8 @@ from vllm_kvevict.eviction.per_token import TokenEvictor
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.eviction.resident import ResidentEvictions
 
+_Evictions = TypeVar("_Evictions", Evictions, ResidentEvictions)
+
 
 class EvictionBridge:
     """Knows, in every step, the requests behind the rows. One per model; its attention builder asks it.
@@ -68,7 +70,7 @@ class EvictionBridge:
         tokens = TokenEvictor(pool, self.page_table, self.residents, self.ring, held.holes)
         self._replacing = Replacing(tokens, self.page_table, self.failures)
         self._answers = Answers(pool, self.page_table, self.residents, self.ring, self.failures)
-        self._auto_budgets = AutoBudgets(runner, self.failures)
+        self._auto_budgets = AutoBudgets(runner, self.failures, self._workers)
         self._pseudo_passes = PseudoPasses(runner, pool, layer_names, self.failures)
 
     def forget_weights(self) -> None:
@@ -117,13 +119,15 @@ class EvictionBridge:
     def end_step(self) -> dict[str, EvictionReport]:
         """After the last layer: allocate, select and compact what the layers have scored.
 
-        What a third party may have written comes first. When all workers know what of it failed, tokens move.
+        What a third party may have written comes first. When all workers know what of it failed, tokens move; and who
+        has run out of memory over that says so.
         """
         step = self.step
         self._choose(step)
         evicted = self._commands.evicted() if self._workers.are_several else []
         self._workers.agree(self.failures, evicted)
         seconds = self._evict(step)
+        self._workers.agree(self.failures, evicted)
         self._workers.hand_on(self.failures, evicted)
         plans = self._commands.plans | {req_id: eviction.plan for req_id, eviction in step.evictions.items()}
         failed = self.failures.known_to_all & self._commands.scheduled
@@ -153,28 +157,31 @@ class EvictionBridge:
         """
         seconds = {}
         for req_ids, evictions in step.chosen:
-            if not all(req_id in self.failures for req_id in req_ids):
-                self._compact(req_ids, evictions)
+            self._move(self._compact, req_ids, evictions)
         for req_id, eviction in step.evictions.items():
             seconds[req_id] = eviction.seconds + self._watched[req_id].seconds
             if not step.decisions.ending[req_id].goes_on:
                 self._stop_watching(req_id)
         for group in step.again:
             for part in group.parts or [group]:
-                self._evict_again(part.req_ids, part.evictions)
+                self._move(self._evict_again, part.req_ids, part.evictions)
                 seconds |= dict.fromkeys(part.req_ids, part.evictions.seconds / len(part.req_ids))
             for req_id in group.req_ids:
                 if not step.decisions.chunks[req_id].goes_on:
                     self._stop_watching(req_id)
         for req_ids, answers in step.answers:
-            self._evict_again(req_ids, answers)
+            self._move(self._evict_again, req_ids, answers)
             seconds |= dict.fromkeys(req_ids, answers.seconds / len(req_ids))
         return seconds
 
+    def _move(self, how: Callable[[list[str], _Evictions], None], req_ids: list[str], evictions: _Evictions) -> None:
+        """Carry out what was chosen for some requests. They end if memory runs out: it is in their own blocks only."""
+        if not all(req_id in self.failures for req_id in req_ids):
+            with self.failures.of(req_ids, "moving what is kept"):
+                how(req_ids, evictions)
+
     def _evict_again(self, req_ids: list[str], evictions: ResidentEvictions) -> None:
         """Carry out evictions after the first ones: of blocks that answers have filled, or behind chunks of prompts."""
-        if all(req_id in self.failures for req_id in req_ids):
-            return
         evictions.compact()
         for req_id, num_tokens in zip(req_ids, evictions.num_tokens, strict=True):
             self._watched[req_id].num_tokens = num_tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.engine.worker.guard import Failures
@@ -12,6 +12,8 @@ from vllm_kvevict.eviction.grouping import chosen_together, scored_together
 from vllm_kvevict.eviction.prompt import Evictions
 
 _DOING = "choosing what to keep"
+# some requests, and their evictions, which go on together
+Part = tuple[list[str], Evictions]
 
 
 def in_groups(rows: list[PrefillRow], step: Step) -> list[PrefillGroup | PrefillRow]:
@@ -27,28 +29,46 @@ def in_groups(rows: list[PrefillRow], step: Step) -> list[PrefillGroup | Prefill
 
 
 def choose_kept(step: Step, watched: Mapping[str, WatchedRequest], pool: PagePool, failures: Failures) -> None:
-    """Choose for all together that can, and one by one where that fails; the step notes who moves with whom."""
+    """Choose for all together that can, and one by one where that fails; the step notes who moves with whom.
+
+    The host waits for the device once, whatever is due.
+    """
     for req_id, eviction in step.evictions.items():  # first: what was summed up moves with those that keep something
         if watched[req_id].method.schedule.is_bounded:
             shape = pool.num_kv_heads, eviction.plan.num_tokens
             failures.ask(req_id, _DOING, watched[req_id].check_states, shape, pool.pages.device)
+    parts = [part for whole in _together(step, failures) for part in _each(Evictions.summarise, whole, step, failures)]
+    Evictions.fetch([evictions for _, evictions in parts])
+    step.chosen += [part for whole in parts for part in _each(Evictions.choose, whole, step, failures)]
+
+
+def _together(step: Step, failures: Failures) -> list[Part]:
+    """Return who is chosen for together."""
     for group in step.groups:
         if any(req_id in failures for req_id in group.req_ids):
             group.break_up()
-    choices: list[tuple[list[str], Evictions]] = [
-        (group.req_ids, group.evictions) for group in step.groups if not group.parts
-    ]
-    grouped = {req_id for req_ids, _ in choices for req_id in req_ids}
+    found: list[Part] = [(group.req_ids, group.evictions) for group in step.groups if not group.parts]
+    grouped = {req_id for req_ids, _ in found for req_id in req_ids}
     alone = {req_id: eviction for req_id, eviction in step.evictions.items() if req_id not in grouped}
     for req_id, eviction in alone.items():
         failures.ask(req_id, _DOING, eviction.score_waiting)
-    scored = {req_id: eviction for req_id, eviction in alone.items() if req_id not in failures}
-    choices += chosen_together(scored)
-    for req_ids, together in choices:
-        if len(req_ids) > 1 and failures.together(_DOING, together.choose):
-            step.chosen.append((req_ids, together))
-            continue
-        together.break_up()
-        for req_id in req_ids:
-            failures.ask(req_id, _DOING, step.evictions[req_id].choose)
-            step.chosen.append(([req_id], step.evictions[req_id].alone))
+
+    def join(req_ids: list[str]) -> None:
+        found.append((req_ids, Evictions.joined([step.evictions[req_id] for req_id in req_ids])))
+
+    for req_ids in chosen_together({req_id: one for req_id, one in alone.items() if req_id not in failures}):
+        if not failures.together(_DOING, join, req_ids):
+            found += [([req_id], step.evictions[req_id].alone) for req_id in req_ids]
+    return found
+
+
+def _each(verb: Callable[[Evictions], object], part: Part, step: Step, failures: Failures) -> list[Part]:
+    """Do something for some requests together, for each by itself where that fails; return who went on with whom."""
+    req_ids, evictions = part
+    if len(req_ids) > 1 and failures.together(_DOING, verb, evictions):
+        return [part]
+    evictions.break_up()
+    parts: list[Part] = [([req_id], step.evictions[req_id].alone) for req_id in req_ids]
+    for (req_id,), alone in parts:
+        failures.ask(req_id, _DOING, verb, alone)
+    return parts

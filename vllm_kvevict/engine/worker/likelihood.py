@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from vllm.lora.layers import LogitsProcessorWithLoRA
 
-from vllm_kvevict.engine.worker.watched import PrefillRow
+from vllm_kvevict.cache.staging import to_host
+from vllm_kvevict.engine.worker.watched import PrefillRow, WatchedRequest
 
 # every so many tokens one is looked at: the head of the model is a small part of a pass then
 STRIDE = 16
@@ -45,14 +45,14 @@ class PromptLikelihood:
         if not flat:
             return
         hidden, targets = torch.stack([pair.hidden for pair in flat]), torch.cat([pair.target for pair in flat])
-        nlls: list[float] = []
+        parts = []
         for start in range(0, len(flat), PIECE):
             with _without_adapters(self._adapted):
                 logits = self._runner.model.compute_logits(hidden[start : start + PIECE]).float()
-            nlls += _nll(logits, targets[start : start + PIECE].to(torch.int64)).tolist()
-        for row, of_row in zip(rows, pairs, strict=True):
-            row.request.likelihood += filter(math.isfinite, nlls[: len(of_row)])
-            nlls = nlls[len(of_row) :]
+            parts.append(_nll(logits, targets[start : start + PIECE].to(torch.int64)))
+        of_rows = torch.cat(parts).split([len(of_row) for of_row in pairs])
+        for row, nlls in zip(rows, of_rows, strict=True):
+            row.request.likelihood.append(nlls)
 
     @cached_property
     def _adapted(self) -> list[LogitsProcessorWithLoRA]:
@@ -73,6 +73,19 @@ class PromptLikelihood:
             else:
                 row.request.waiting = hidden[place].clone()
         return pairs
+
+
+def mean_nlls(requests: Sequence[WatchedRequest]) -> list[float | None]:
+    """Return the mean negative log-likelihood of the tokens of each, nats; None if none was looked at.
+
+    The host waits once, for all of them.
+    """
+    counts = [sum(map(len, request.likelihood)) for request in requests]
+    if not any(counts):
+        return [None] * len(requests)
+    nlls = to_host(torch.cat([of_chunk for request in requests for of_chunk in request.likelihood])).to(torch.float64)
+    finite = [of_request[of_request.isfinite()] for of_request in nlls.split(counts)]
+    return [float(of_request.mean()) if len(of_request) else None for of_request in finite]
 
 
 class _NoAdapter:

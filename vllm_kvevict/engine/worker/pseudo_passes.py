@@ -7,11 +7,13 @@ from functools import cached_property
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.forward_context import set_forward_context
 
 from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.cache.staging import to_device, to_host
 from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.engine.worker.watched import PrefillRow
@@ -48,7 +50,7 @@ class PseudoPasses:
     @cached_property
     def _end_tokens(self) -> torch.Tensor:
         # read only where a policy wants pseudo tokens: the generation config is a file
-        return _end_tokens(self._vllm_config.model_config)
+        return _end_tokens(self._vllm_config.model_config).to(self._pool.pages.device)
 
     def score(self, rows: list[PrefillRow], weights: ModelWeights) -> None:
         """Score what the pseudo tokens of these prompts attend to.
@@ -67,31 +69,31 @@ class PseudoPasses:
         """
         start = perf_counter()
         device = self._pool.pages.device
-        kv_lens = torch.tensor([row.kv_len for row in rows], device=device)
-        wanted = torch.tensor([row.request.num_pseudo_tokens for row in rows], device=device)
-        last_position = self._vllm_config.model_config.max_model_len - 1
-        wanted = torch.minimum(wanted, last_position + 1 - kv_lens)
+        max_model_len = self._vllm_config.model_config.max_model_len
+        most = [min(row.request.num_pseudo_tokens, max_model_len - row.kv_len) for row in rows]
+        facts = np.array([[row.kv_len for row in rows], most, [row.end - 1 for row in rows]], dtype=np.int64)
+        kv_lens, wanted, last = to_device(facts, device).unbind(0)
         decode = self._decode(rows)
         count, goes_on = torch.zeros_like(wanted), torch.ones_like(wanted, dtype=torch.bool)
-        hidden = self._runner.execute_model_state.hidden_states[[row.end - 1 for row in rows]]
-        for number in range(int(wanted.max())):
+        hidden = self._runner.execute_model_state.hidden_states[last]
+        for number in range(max(most)):
             tokens = self._runner.model.compute_logits(hidden).argmax(dim=-1)
             if number:  # a single one is looked at even if it ends the answer
-                goes_on &= ~torch.isin(tokens, self._end_tokens.to(device))
+                goes_on &= ~torch.isin(tokens, self._end_tokens)
             count += goes_on & (number < wanted)
-            hidden = self._pass(tokens, (kv_lens + number).clamp(max=last_position), decode, weights)
+            hidden = self._pass(tokens, (kv_lens + number).clamp(max=max_model_len - 1), decode, weights)
         for row in rows:
             row.request.seconds += (perf_counter() - start) / len(rows)
         return [
             [decode.queries(layer, index, num_tokens) for layer in range(self._pool.num_layers)]
-            for index, num_tokens in enumerate(count.tolist())
+            for index, num_tokens in enumerate(to_host(count).tolist())
         ]
 
     def _decode(self, rows: list[PrefillRow]) -> PseudoDecode:
         device = self._pool.pages.device
         selected = [self._selected(row) for row in rows]
-        counts = torch.tensor([slots.shape[2] for slots in selected], device=device)
-        most = int(counts.max())
+        num_selected = np.array([slots.shape[2] for slots in selected])
+        counts, most = to_device(num_selected, device), int(num_selected.max())
         # where a prompt has fewer tokens selected than another one, a masked one of its own stands in
         padded = [torch.cat([slots, slots[..., :1].expand(-1, -1, most - slots.shape[2])], dim=2) for slots in selected]
         is_visible = torch.arange(most, device=device) < counts[:, None]

@@ -66,7 +66,8 @@ class WatchedRequest:
 
     num_tokens: tokens whose queries were seen
     auto_budget: how its budget is chosen; None if it is fixed
-    likelihood: negative log-likelihoods of those of its tokens that were looked at, nats, if its budget is chosen
+    likelihood: [*] float32 of each chunk, if its budget is chosen: negative log-likelihoods of those of its tokens that
+        were looked at, nats; NaN where a token is none of the vocabulary
     waiting: hidden state [hidden_size] of the last token so far, if it is to be looked at
     seconds: what observing took so far
     """
@@ -75,7 +76,7 @@ class WatchedRequest:
         self.req_id = req_id
         self.method = method
         self.auto_budget = auto_budget
-        self.likelihood: list[float] = []
+        self.likelihood: list[torch.Tensor] = []
         self.waiting: torch.Tensor | None = None
         traits = traits_of(method.policy)
         self.needs = traits.needs
@@ -85,11 +86,6 @@ class WatchedRequest:
         self.states: list[Any] = [None] * num_layers
         self.num_tokens = 0
         self.seconds = 0.0
-
-    @property
-    def nll(self) -> float | None:
-        """Mean negative log-likelihood of its tokens, nats; None if none was looked at."""
-        return sum(self.likelihood) / len(self.likelihood) if self.likelihood else None
 
     def check_states(self, shape: tuple[int, int], device: torch.device) -> None:
         """Raise ValueError or TypeError unless the policy has summed up [num_kv_heads, num_tokens] of every layer."""
@@ -284,8 +280,9 @@ class PrefillGroup:
         for row in self.rows:
             row.see(ran)
         last = [row.request.queries.last(ran.layer) for row in self.rows]
-        weights = ran.weights_for(self.rows[0].request)
-        self.evictions.score_layer(ran.layer, last, ran.scale, weights=weights)
+        weights, asks = ran.weights_for(self.rows[0].request), Need.OUTPUTS in self.rows[0].request.needs
+        outputs = [row.request.outputs.last(ran.layer) if asks else None for row in self.rows]
+        self.evictions.score_layer(ran.layer, last, ran.scale, outputs, weights)
 
     def break_up(self) -> None:
         """From now on each row is observed by itself."""
