@@ -71,7 +71,7 @@ def token_by_token(
     eviction, table, residents = evict_prompt(method, True, pool, block_ids, queries)
     ring = QueryRing(torch.zeros(LAYERS, 2, 64, *queries.shape[2:], dtype=queries.dtype, device=device))
     ring.slots.take(REQUEST)
-    where = ring.to_seed([REQUEST], [PROMPT], [WINDOW])
+    where = ring.to_write([REQUEST], np.array([0, WINDOW]), torch.tensor([PROMPT], device=device))
     for layer in range(LAYERS):
         ring.write(layer, queries[layer, PROMPT - WINDOW : PROMPT], where)
     evictor = TokenEvictor(

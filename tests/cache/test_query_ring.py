@@ -23,7 +23,7 @@ def test_last_queries_of_requests_in_changing_batches():
     ring.slots.take("a")
     for _ in range(60):
         batch = rng.sample(list(seq_lens), rng.randint(1, 3))
-        query_lens = [rng.choice([1, 1, 3]) if req_id == "whole" else 1 for req_id in batch]
+        query_lens = [rng.choice([1, 1, 3, DEPTH, DEPTH + 3]) for _ in batch]
         for req_id, query_len in zip(batch, query_lens, strict=True):
             seq_lens[req_id] += query_len
         start_loc = np.cumsum([0, *query_lens], dtype=np.int32)
@@ -47,20 +47,6 @@ def test_last_queries_of_requests_in_changing_batches():
     assert ring.last_of(range(LAYERS), slots, num_tokens, 0).shape[:3] == (2, LAYERS, 0)
     assert ring.bytes_per_query == HEADS * HEAD_SIZE * 4
     assert ring.num_bytes == LAYERS * 4 * DEPTH * HEADS * HEAD_SIZE * 4
-
-
-def test_rings_that_begin_in_the_middle():
-    ring = QueryRing(torch.zeros(LAYERS, 4, DEPTH, HEADS, HEAD_SIZE))
-    for req_id in "ba":
-        ring.slots.take(req_id)
-    expected = {"a": range(12, 18), "b": range(9, 12)}
-    seeds = [query_of(0, req_id, position) for req_id in "ab" for position in expected[req_id]]
-    ring.write(0, torch.stack(seeds), ring.to_seed(["a", "b"], [18, 12], [6, 3]))
-    ring.write(0, query_of(0, "a", 18)[None], ring.to_write(["a"], np.array([0, 1]), torch.tensor([19])))
-    for req_id, num_tokens, count in (("a", 19, 7), ("b", 12, 3)):
-        slot = torch.tensor([ring.slots[req_id]])
-        last = ring.last_of(range(1), slot, torch.tensor([num_tokens]), count)[0, 0]
-        assert torch.equal(last, torch.stack([query_of(0, req_id, num_tokens - count + i) for i in range(count)]))
 
 
 def test_nothing_is_kept_for_requests_without_a_slot():

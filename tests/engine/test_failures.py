@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,9 +17,12 @@ from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
 from vllm_kvevict.budgets.auto import AutoBudget
+from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.worker.likelihood import PromptLikelihood
 from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.prompt import Evictions
+from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.policies import POLICIES, EvictionPolicy, Need, ScoreInputs, StepInputs
 
 
@@ -300,6 +303,54 @@ def test_a_budget_that_cannot_be_chosen_ends_its_request(
     owner, name = function.split(".")
     monkeypatch.setattr({"AutoBudget": AutoBudget, "PromptLikelihood": PromptLikelihood}[owner], name, fail)
     check_only_one_ends(running, {"kv_budget": "auto"})
+
+
+def _plans_of(evictions: Any, *arguments: Any) -> list[int]:
+    return [eviction.plan.num_tokens for eviction in evictions.members]
+
+
+OF_BOTH = {"kv_eviction": "h2o", "kv_evict_during_decode": 1}
+# where memory may run out while tokens move: the tokens of the requests that it is about, and how one is evicted
+MOVING: dict[str, tuple[type, str, Callable[..., list[int]], dict[str, Any]]] = {
+    "moving": (Evictions, "compact", _plans_of, {"kv_eviction": "tova"}),
+    "page lists": (
+        PageTable,
+        "add",
+        lambda table, req_ids, pages, plans, block_ids: [plan.num_tokens for plan in plans],
+        {"kv_eviction": "tova"},
+    ),
+    "notes": (Evictions, "note", _plans_of, OF_BOTH),
+    "again": (ResidentEvictions, "compact", lambda evictions: list(evictions.num_tokens), OF_BOTH),
+    "page lists again": (PageTable, "shrink", lambda table, req_ids, num_tokens, *rest: list(num_tokens), OF_BOTH),
+}
+
+
+@pytest.mark.parametrize("place", [pytest.param(place, marks=ON_V1 if place != "again" else ()) for place in MOVING])
+@pytest.mark.parametrize("is_done", [False, True], ids=["before", "behind"])
+def test_who_runs_out_of_memory_while_tokens_move_ends_alone(
+    running: Engine, monkeypatch: pytest.MonkeyPatch, place: str, is_done: bool
+) -> None:
+    owner, name, lengths, options = MOVING[place]
+    move, failed = getattr(owner, name), []
+
+    def fail(*arguments: Any) -> Any:
+        fails = max(lengths(*arguments)) >= 700
+        result = move(*arguments) if is_done or not fails else None
+        if fails:
+            failed.append(place)
+            raise torch.OutOfMemoryError("no memory is left")
+        return result
+
+    prompts = [random_prompt(400 + index, seed=index) for index in range(3)]
+    expected = running.tokens(prompts, skip_reading_prefix_cache=True, max_tokens=40)
+    monkeypatch.setattr(owner, name, fail)
+    ids = [running.add(prompts[0], max_tokens=40)]
+    failing = running.add(random_prompt(700, seed=9), extra_args=options, max_tokens=80, ignore_eos=True)
+    ids += [running.add(prompt, max_tokens=40) for prompt in prompts[1:]]
+    outputs = running.run()
+    assert len(failed) == 1 and outputs[failing].outputs[0].finish_reason == "error"
+    assert [list(outputs[request_id].outputs[0].token_ids) for request_id in ids] == expected
+    running.check_all_free()
 
 
 def test_a_policy_that_cannot_be_made_in_the_worker_ends_its_request(

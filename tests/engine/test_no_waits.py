@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,28 @@ import pytest
 import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
 
-from tests.engine.counted_device import CountedDevice, Work
+from tests.engine.counted_device import CountedDevice, Work, on_host
 from tests.engine.fake_device import FakeDevice, WaitError
 from tests.engine.harness import Engine, async_on_cpu, engine
+from tests.paged import make_pool
 from tests.tiny_llama import random_prompt
+from vllm_kvevict.budgets.uniform import Uniform
+from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.engine.messages import StepEvictions
 from vllm_kvevict.engine.worker.backends.base import EvictionMetadata, EvictionMetadataBuilder
 from vllm_kvevict.engine.worker.backends.cpu import EvictionCPUImpl, EvictionCPUMetadataBuilder
+from vllm_kvevict.engine.worker.guard import Failures
+from vllm_kvevict.engine.worker.likelihood import PromptLikelihood, mean_nlls
+from vllm_kvevict.engine.worker.model import ModelWeights
+from vllm_kvevict.engine.worker.pseudo_passes import PseudoPasses
+from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.prompt import Eviction
+from vllm_kvevict.eviction.pseudo_tokens import PseudoDecode
+from vllm_kvevict.policies.base import LayerWeights
+from vllm_kvevict.policies.snapkv import SnapKV
 
 LONG, SHORT = 300, 40
+FIELDS = {"calibration": {"snapkv": {"alpha": 10.0, "beta": -74.0}}}
 # kinds of requests: tokens of the prompt, and how it is evicted
 KINDS: dict[str, tuple[int, dict[str, Any]]] = {
     "whole": (SHORT, {}),
@@ -54,10 +68,10 @@ WAYS = [
 @pytest.fixture(scope="module", params=WAYS)
 def running(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[Engine]:
     if request.param:
-        with async_on_cpu(), engine(tiny_llama, budget=96, async_scheduling=True) as started:
+        with async_on_cpu(), engine(tiny_llama, budget=96, fields=FIELDS, async_scheduling=True) as started:
             yield started
     else:
-        with engine(tiny_llama, budget=96) as started:
+        with engine(tiny_llama, budget=96, fields=FIELDS) as started:
             yield started
 
 
@@ -208,11 +222,18 @@ def answers_fill_the_budget(decisions: StepEvictions) -> int:
 
 BY_BLOCK, BY_TOKEN = {"kv_evict_during_decode": True}, {"kv_evict_during_decode": True, "kv_evict_interval": 1}
 LAVA = {"kv_budget_allocator": "lava"}
+METHODS = [LAVA, {"kv_budget_allocator": "adakv"}, {"kv_eviction": "keydiff"} | LAVA]
 # how many requests a step evicts, tokens of their prompts, how they are evicted, and how often that waits
 EVICTING: dict[str, tuple[Callable[[StepEvictions], int], int, dict[str, Any], int]] = {
     "prompts": (prompts_end, LONG, {}, 0),
     "prompts, by what is scored": (prompts_end, LONG, LAVA, 1),
     "answers by block": (lambda decisions: len(decisions.shrinking), 318, BY_BLOCK | LAVA, 0),
+    "answers by block, by keys": (
+        lambda decisions: len(decisions.shrinking),
+        318,
+        BY_BLOCK | {"kv_eviction": "keydiff"},
+        0,
+    ),
     "answers by block, summed": (lambda decisions: len(decisions.shrinking), 318, BY_BLOCK | {"kv_eviction": "h2o"}, 0),
     "chunks": (lambda decisions: len(decisions.chunks), LONG, {"kv_evict_during_prefill": True}, 0),
     "late answers": (answers_fill_the_budget, 94, BY_BLOCK | LAVA, 1),
@@ -230,10 +251,30 @@ def test_a_step_that_evicts_waits_once_and_launches_as_much_for_five_as_for_two(
     assert two.launches == five.launches
 
 
+@pytest.mark.parametrize(
+    ("count", "length", "methods"),
+    [
+        pytest.param(prompts_end, LONG, METHODS, id="prompts"),
+        pytest.param(answers_fill_the_budget, 94, [BY_BLOCK | method for method in METHODS], id="late answers"),
+        pytest.param(prompts_end, LONG, [{"kv_budget": "auto"}], id="budgets by likelihood"),
+    ],
+)
+def test_a_step_that_evicts_by_several_methods_waits_once(
+    running: Engine, count: Callable[[StepEvictions], int], length: int, methods: list[dict[str, Any]]
+) -> None:
+    work = evicting(running, count, length, methods, 4)
+    assert work.waits == ["to_host"]
+
+
 def evicting(
-    running: Engine, count: Callable[[StepEvictions], int], length: int, options: dict[str, Any], num_reqs: int
+    running: Engine,
+    count: Callable[[StepEvictions], int],
+    length: int,
+    options: dict[str, Any] | list[dict[str, Any]],
+    num_reqs: int,
 ) -> Work:
-    """Return the work of the first step that evicts as many requests."""
+    """Return the work of the first step that evicts as many requests, which take turns if there are several options."""
+    methods = options if isinstance(options, list) else [options]
     found: list[Work] = []
 
     def stepped(work: Work) -> None:
@@ -242,13 +283,87 @@ def evicting(
 
     scheduling = running.scheduler.scheduler_config
     with pytest.MonkeyPatch.context() as patch, CountedDevice().serving(running.bridge, stepped):
-        patch.setattr(scheduling, "long_prefill_token_threshold", 100 if "kv_evict_during_prefill" in options else 0)
+        patch.setattr(scheduling, "long_prefill_token_threshold", 100 if "kv_evict_during_prefill" in methods[0] else 0)
         for seed in range(num_reqs):
-            running.add(random_prompt(length, seed), extra_args=options, max_tokens=40, ignore_eos=True)
+            method = methods[seed % len(methods)]
+            running.add(random_prompt(length, seed), extra_args=method, max_tokens=40, ignore_eos=True)
         while not found:
             running.step()
         abort(running)
     return found[0]
+
+
+class Passes(PseudoPasses):
+    """Whose model answers with noise, on the device."""
+
+    device: CountedDevice
+
+    def _pass(
+        self, tokens: torch.Tensor, positions: torch.Tensor, decode: PseudoDecode, weights: ModelWeights
+    ) -> torch.Tensor:
+        for layer in range(self._pool.num_layers):
+            query, key, value = (self.device.of(torch.randn(len(tokens), heads, 16)) for heads in (4, 2, 2))
+            decode.attend(layer, query, key, value, 0.25, LayerWeights())
+        return self.device.of(torch.randn(len(tokens), 8))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_pseudo_tokens_are_waited_for_once_and_together(known: bool) -> None:
+    """The first request wants four of them and sees 3 tokens in each layer, the second one wants two and sees 5."""
+    device, failures, plan, rows = CountedDevice(), Failures(), EvictionPlan(100, 3, 16), []
+    with torch.inference_mode():
+        head, pool = device.of(torch.randn(8, 50)), make_pool(2, 2, 20, 16, 16, "interleaved").pool
+        pool.pages.zero_()
+        device.move(pool)
+    with torch.inference_mode(), device.at_work():
+        for index, (wanted, num_seen) in enumerate([(4, 3), (2, 5)]):
+            tokens = device.of(torch.full((2, num_seen), 99 if known or index else 100))
+            eviction = Eviction(Method(SnapKV(), Uniform(), 0, 0), plan, pool, device.of(torch.arange(1, 8)))
+            request = SimpleNamespace(req_id=str(index), num_pseudo_tokens=wanted, seconds=0.0)
+            row = SimpleNamespace(request=request, kv_len=100, end=9 * index + 9, eviction=eviction, selected=[])
+            rows.append(row)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(SnapKV, "preselect", lambda _, inputs, tokens=tokens: tokens)
+                query = device.of(torch.randn(32, 4, 16))
+                row.selected = [eviction.preselect_layer(layer, query, 0.25) for layer in range(2)]
+        config = SimpleNamespace(max_model_len=103, hf_text_config=None, try_get_generation_config=lambda: {})
+        runner = SimpleNamespace(
+            vllm_config=SimpleNamespace(model_config=config),
+            model=SimpleNamespace(compute_logits=lambda hidden: hidden @ head),
+            execute_model_state=SimpleNamespace(hidden_states=device.of(torch.randn(20, 8))),
+        )
+        passes = Passes(runner, pool, ["a", "b"], failures)
+        passes.device = device
+        (first, is_first_known), (second, is_second_known) = passes.run(rows, None)  # type: ignore[arg-type]
+    assert device.work.waits == ["to_host"]
+    # the context has room for three
+    assert [len(queries) for queries in (*first, *second)] == [3, 3, 2, 2]
+    assert (is_first_known, is_second_known) == (known, True)
+
+
+def test_likelihoods_of_prompts_are_waited_for_once_and_together() -> None:
+    device = CountedDevice()
+    head = torch.nn.Linear(8, 50, bias=False)
+    requests = [SimpleNamespace(likelihood=[], waiting=None) for _ in range(2)]
+    ids = torch.randint(0, 50, (300,))
+    ids[8 + 1] = 99  # an image's
+    with torch.inference_mode(), device.at_work():
+        weight = device.of(head.weight.detach())
+        states = SimpleNamespace(hidden_states=device.of(torch.randn(300, 8)), input_batch=None)
+        model = SimpleNamespace(compute_logits=lambda hidden: hidden @ weight.t(), modules=list)
+        runner = SimpleNamespace(model=model, execute_model_state=states, input_ids=SimpleNamespace(gpu=device.of(ids)))
+        rows = [SimpleNamespace(request=requests[0], start=0, end=200, kv_len=200)]
+        rows += [SimpleNamespace(request=requests[1], start=200, end=300, kv_len=100)]
+        for _ in range(2):
+            PromptLikelihood(runner).observe(rows)  # type: ignore[arg-type]
+        assert not device.work.waits
+        found = mean_nlls([*requests, SimpleNamespace(likelihood=[])])  # type: ignore[list-item]
+    assert device.work.waits == ["to_host"]
+    logits = on_host(states.hidden_states) @ on_host(weight).t()
+    nll = torch.nn.functional.cross_entropy(logits[:-1], ids[1:].clamp(max=49), reduction="none")
+    assert found[0] == pytest.approx(float(nll[24:199:16].mean()))
+    assert found[1] == pytest.approx(float(nll[208:299:16].mean()))
+    assert found[2] is None
 
 
 @pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)

@@ -258,7 +258,7 @@ def test_seconds_count_scoring_and_the_rest(monkeypatch):
         eviction.score_layer(layer, prompt.queries[layer, -8:], SCALE)
         assert eviction.seconds == 2 * (layer + 1)
     eviction.finish()
-    assert eviction.seconds == 2 * (LAYERS + 2)  # choosing and moving
+    assert eviction.seconds == 2 * (LAYERS + 3)  # summing up, choosing and moving
 
 
 def test_evicting_twice_the_same_gives_the_same():

@@ -29,7 +29,7 @@ def test_nothing_is_compiled_for_a_request_of_any_length() -> None:
     assert found["later"] == []
     # the kernels that evictions launch, all of them, for three models
     assert set(found["rehearsed"]) == set(found["kernels"])
-    assert len(found["rehearsed"]) < 3 * 35
+    assert len(found["rehearsed"]) < 3 * 36
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

@@ -17,7 +17,7 @@ def test_what_is_right_passes_as_it_is():
     scores = torch.full((2, 5), NAN)
     assert checked("P.score", scores, (2, 5), CPU) is scores
     tokens = torch.tensor([[0, 4], [3, 3]])
-    assert checked_tokens("P.preselect", tokens, 2, 5) is tokens
+    assert [part.tolist() for part in checked_tokens("P.preselect", tokens, 2, 5)] == [[[0, 4], [3, 3]], True]
     assert checked_wish("A.wish", torch.tensor([[0, 3]]), (1, 2)).tolist() == [[0.0, 3.0]]
 
 
@@ -55,8 +55,6 @@ def test_other_scores_are_refused(result, got):
 @pytest.mark.parametrize(
     "result",
     [
-        torch.tensor([[0, 5], [0, 1]]),
-        torch.tensor([[0, -1], [0, 1]]),
         torch.tensor([[0, 1]]),
         torch.zeros(2, 0, dtype=torch.int64),
         torch.zeros(2, dtype=torch.int64),
@@ -64,10 +62,17 @@ def test_other_scores_are_refused(result, got):
     ],
     ids=str,
 )
-def test_tokens_that_the_prompt_does_not_have_are_refused(result):
-    message = r"P\.preselect: expected \[2, at least 1\] int64 of tokens from 0 to 4, got"
+def test_other_tokens_are_refused(result):
+    message = r"P\.preselect: expected \[2, at least 1\] int64, got"
     with pytest.raises(ValueError, match=message):
         checked_tokens("P.preselect", result, 2, 5)
+
+
+@pytest.mark.parametrize("wrong", [5, 2**40, -1, -(2**40)])
+def test_tokens_that_the_prompt_does_not_have_are_noticed_and_index_nothing(wrong):
+    tokens, are_known = checked_tokens("P.preselect", torch.tensor([[0, wrong], [0, 1]]), 2, 5)
+    assert not are_known
+    assert tokens.tolist() == [[0, 4 if wrong > 0 else 0], [0, 1]]
 
 
 @pytest.mark.parametrize("wish", [[[NAN, 1]], [[INF, 1]], [[-1, 2]], [[0, 0]], [[1e308, 1e308]]], ids=str)

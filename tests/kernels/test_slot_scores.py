@@ -119,6 +119,15 @@ def test_equals_dense_formula(implementation, held, num_queries, block_size, gro
     torch.testing.assert_close(actual, expected[reduction], **TOLERANCE)
 
 
+@pytest.mark.parametrize("fusion", ["sum", "max", "none"])
+def test_a_task_goes_through_its_queries_in_passes_where_a_head_holds_many_slots(fusion):
+    """Of 32 queries with 8 heads each 16 MiB have the logits of 32,768 slots of 16; of 40 there are two tasks."""
+    batch, _ = make_batch(((32768, 64),), 40, 64, 8)
+    with one_of("native-16", slot_scores, slot_scores_reference, slot_scores_triton) as native:
+        actual = native(batch, "max", fusion)
+    torch.testing.assert_close(actual, slot_scores_reference(batch, "max", fusion), **TOLERANCE)
+
+
 @pytest.mark.parametrize("packing", ["plain", "transposed"])
 @pytest.mark.parametrize("dtype, key_dtype", PAIRS, ids=str)
 def test_dtypes(implementation, dtype, key_dtype, packing):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,8 +15,8 @@ from vllm_kvevict.cache.staging import to_device
 class RingWrite:
     """Which queries of a batch are to be remembered, and where.
 
-    rows:   [num_queries] int64 of the batch, those of requests that have a slot
-    tokens: [num_queries] int64 into the batch, the last query of each of them
+    rows:   [num_queries] int64 of the batch, those of requests that have a slot, each as often as it has queries
+    tokens: [num_queries] int64 into the batch, the last queries of each of them
     slots:  [num_queries] int64, the slot of each query's request
     places: [num_queries] int64, its place in the ring of the request
     """
@@ -36,8 +35,9 @@ class QueryRing:
         self._queries = queries
         self.slots = RequestSlots(queries.shape[1])
         self.depth = queries.shape[2]
-        # the last batch, by the slots of its requests and where its queries began
-        self._known: tuple[np.ndarray, np.ndarray, RingWrite] | None = None
+        # the last batch, by the slots of its requests and where its queries began; and how far each query that is to be
+        # remembered stands from the last one of its request
+        self._known: tuple[np.ndarray, np.ndarray, RingWrite, torch.Tensor] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -55,35 +55,32 @@ class QueryRing:
             return None
         slots = self.slots.of(req_ids)
         if self._known is None or self._known[0] is not slots or not np.array_equal(self._known[1], query_start_loc):
-            rows = np.flatnonzero(slots >= 0)
-            if not len(rows):
+            asked = np.flatnonzero(slots >= 0)
+            if not len(asked):
                 return None
-            tokens = query_start_loc[1:][rows].astype(np.int64) - 1
-            parts = [to_device(part, self._queries.device) for part in (rows, tokens, slots[rows].astype(np.int64))]
-            self._known = slots, query_start_loc.copy(), RingWrite(parts[0], parts[1], parts[2], places=parts[0])
-        where = self._known[2]
-        return replace(where, places=(seq_lens.to(torch.int64)[where.rows] - 1) % self.depth)
+            counts = np.minimum(np.diff(query_start_loc)[asked], self.depth)
+            rows = asked.repeat(counts)
+            from_last = counts.cumsum().repeat(counts) - np.arange(len(rows)) - 1
+            tokens = query_start_loc[1:][rows] - 1 - from_last
+            facts = np.stack([rows, tokens, slots[rows], from_last]).astype(np.int64)
+            on_device = to_device(facts, self._queries.device).unbind(0)
+            where = RingWrite(on_device[0], on_device[1], on_device[2], places=on_device[0])
+            self._known = slots, query_start_loc.copy(), where, on_device[3]
+        _, _, where, behind = self._known
+        return replace(where, places=(seq_lens.to(torch.int64)[where.rows] - 1 - behind) % self.depth)
 
     def write(self, layer: int, queries: torch.Tensor, where: RingWrite) -> None:
         """Remember those queries of one layer's [num_tokens, num_heads, head_size] that ``where`` names."""
         self._queries[layer, where.slots, where.places] = queries[where.tokens]
 
-    def to_seed(self, req_ids: Sequence[str], num_tokens: Sequence[int], num_queries: Sequence[int]) -> RingWrite:
-        """Return how the last ``num_queries`` of each request's ``num_tokens`` tokens are remembered, where all of
-        them stand in a row: for requests whose queries are asked for from now on.
-        """
-        positions = [np.arange(end - count, end) for end, count in zip(num_tokens, num_queries, strict=True)]
-        slots = np.array([self.slots[req_id] for req_id in req_ids]).repeat(num_queries)
-        places = np.concatenate(positions) % self.depth
-        tokens, slots_on_device, places_on_device = to_device(
-            np.stack([np.arange(len(places)), slots, places]), self._queries.device
-        ).unbind(0)
-        return RingWrite(tokens, tokens, slots_on_device, places_on_device)
-
     @property
     def bytes_per_query(self) -> int:
         """Bytes of one query of all heads."""
         return self._queries.shape[3:].numel() * self._queries.element_size()
+
+    def none_of(self, num_reqs: int, layers: range) -> torch.Tensor:
+        """Return [num_reqs, num_layers, 0, num_heads, head_size]."""
+        return self._queries.new_empty(num_reqs, len(layers), 0, *self._queries.shape[3:])
 
     def last_of(self, layers: range, slots: torch.Tensor, num_tokens: torch.Tensor, num_queries: int) -> torch.Tensor:
         """Return [num_reqs, num_layers, num_queries, num_heads, head_size], the last queries of several requests in
@@ -94,7 +91,7 @@ class QueryRing:
         num_queries: at most the depth; 0 for none, of requests that need not have a slot
         """
         if num_queries == 0:
-            return torch.empty(len(slots), len(layers), 0, 0, 0)
+            return self.none_of(len(slots), layers)
         positions = num_tokens[:, None, None] + torch.arange(-num_queries, 0, device=slots.device)
         layer = torch.arange(layers.start, layers.stop, device=slots.device)
         return self._queries[layer[:, None], slots[:, None, None], positions % self.depth]

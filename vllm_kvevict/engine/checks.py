@@ -15,7 +15,6 @@ from vllm_kvevict.options.names import (
     BUDGET,
     DURING_DECODE,
     DURING_PREFILL,
-    INTERVAL,
     MAX_NUM_SEQS,
     NONE,
     POLICY,
@@ -67,10 +66,10 @@ def _check_reserve(config: EvictionConfig, method: Method, vllm_config: VllmConf
             f"{option}: this server has reserved no memory for requests that are evicted between the chunks of their "
             f"prompts or while they decode; start it with {flag_of(MAX_NUM_SEQS)} N, the most of them at once"
         )
-    if method.schedule.per_token and method.query_window > reserve.depth:
+    if method.watches_answer and method.query_window > reserve.depth:
         raise ValueError(
-            f"{INTERVAL}: policy {config.policy!r} looks at the last {method.query_window} queries, and this "
-            f"server remembers {reserve.depth}; start it with that policy, or lower the policy's window"
+            f"{POLICY}: {config.policy!r} with its allocator looks at the last {method.query_window} queries of "
+            f"answers, and this server remembers {reserve.depth}; start it with that policy, or lower the window"
         )
 
 

@@ -15,6 +15,7 @@ from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.options.names import ALL, ALLOCATOR, DURING_DECODE, MAX_NUM_SEQS, POLICY
 from vllm_kvevict.policies import Need
 
+_USUAL_WINDOW = 32  # queries that policies look at unless their options say otherwise
 _MOST_OF_CACHE = 0.01  # that the queries of answers take unless an operator says how many requests there may be
 
 
@@ -80,12 +81,13 @@ def reserve_of(vllm_config: VllmConfig) -> Reserve | None:
         return None
     limits = config.limits
     # whatever a request may choose that makes the engine watch its answer
-    remembers = method.watches_answer or any(map(limits.allows, (POLICY, ALLOCATOR, DURING_DECODE)))
+    is_free = any(map(limits.allows, (POLICY, ALLOCATOR)))
+    remembers = method.watches_answer or is_free or limits.allows(DURING_DECODE)
     return Reserve(
         _may_sum_up(config),
         min(most if given is None else given, most) if remembers else 0,
         given is None,
-        max(vllm_config.cache_config.block_size, method.query_window),
+        max(vllm_config.cache_config.block_size, method.query_window, _USUAL_WINDOW if is_free else 0),
         vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config),
         vllm_config.model_config.dtype,
     )

@@ -69,13 +69,8 @@ class Allocation:
     @staticmethod
     def fetch(several: Sequence[Allocation]) -> None:
         """Copy what the host must know of all of these, if anything: here it waits for the device, once for all."""
-        numbers = [allocation.on_device for allocation in several]
-        flat = torch.cat([part.flatten() for part in numbers])
-        copied = (to_host(flat) if len(flat) else flat.new_empty(0, device="cpu")).split(
-            [part.numel() for part in numbers]
-        )
-        for allocation, part in zip(several, copied, strict=True):
-            allocation._on_host = part.view(allocation.on_device.shape)
+        for allocation, on_host in zip(several, _copied([each.on_device for each in several]), strict=True):
+            allocation._on_host = on_host
 
     def pages(self) -> torch.Tensor:
         """Return [num_reqs, num_layers, num_kv_heads] int64 on the CPU, the full pages of every head.
@@ -91,12 +86,11 @@ class Allocation:
         One key that is not finite spoils what is measured of its layer; then nothing is known of how layers differ, and
         all heads get the same.
         """
-        if self._on_host is None:
-            self.fetch([self])
+        (known,) = _copied([self.on_device]) if self._on_host is None else [self._on_host]
         allocator, batch, shape = self.method.allocator, self.batch, self.batch.shape[1:3]
         source = f"{type(allocator).__name__}.wish"
-        measures, summaries = self._on_host.tensor_split([batch.measures[0].numel()], dim=1)
-        are_known = torch.isfinite(measures).all(dim=1).tolist()
+        measures, summaries = known.tensor_split([batch.measures[0].numel()], dim=1)
+        are_known = torch.isfinite(measures).all(dim=1).tolist() if measures.numel() else [True] * len(self.plans)
         for req, kv_len in enumerate(batch.kv_lens):
             if not are_known[req]:
                 yield torch.ones(shape, dtype=torch.float64)
@@ -105,6 +99,15 @@ class Allocation:
             else:
                 scores = batch.scores[req, ..., :kv_len]
                 yield checked_wish(source, allocator.wish(scores, batch.num_tokens[req], batch.measures[req]), shape)
+
+
+def _copied(several: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return these on the host, in one copy of all; if none has a number they stay where they are."""
+    if not any(part.numel() for part in several):
+        return list(several)
+    copied = to_host(torch.cat([part.flatten() for part in several]))
+    parts = copied.split([part.numel() for part in several])
+    return [on_host.view(part.shape) for on_host, part in zip(parts, several, strict=True)]
 
 
 def _pages(method: Method, plan: EvictionPlan, wish: torch.Tensor) -> torch.Tensor:

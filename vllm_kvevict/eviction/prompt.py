@@ -59,6 +59,7 @@ class Eviction:
                      several requests together, an equal part
     next_victims:    [num_layers, num_kv_heads] int64, positions of the lowest scores that were kept: the next tokens to
                      go, if from now on each new token takes the slot of one that goes
+    are_known:       [] bool, whether all tokens that pseudo tokens see are the prompt's, once a layer is preselected
     """
 
     method: Method
@@ -68,6 +69,7 @@ class Eviction:
     fresh_block_ids: torch.Tensor | None = None
     seconds: float = 0.0
     next_victims: torch.Tensor | None = None
+    are_known: torch.Tensor | None = field(init=False, default=None)
     _shown: Choice | None = field(init=False, default=None)
     _alone: Evictions | None = field(init=False, default=None)
 
@@ -110,6 +112,8 @@ class Eviction:
     ) -> torch.Tensor:
         """Return [num_kv_heads, num_tokens] int64, the slots of the tokens of one layer that pseudo tokens see.
 
+        Where the policy has named tokens that the prompt does not have, others stand in: ``are_known`` says so.
+
         query, weights: as for ``score_layer``
         """
         start = perf_counter()
@@ -125,7 +129,9 @@ class Eviction:
             layer=layer,
         )
         found = policy.preselect(last_queries(inputs, traits_of(policy).query_window))
-        tokens = checked_tokens(f"{type(policy).__name__}.preselect", found, self.pool.num_kv_heads, inputs.kv_len)
+        source = f"{type(policy).__name__}.preselect"
+        tokens, are_known = checked_tokens(source, found, self.pool.num_kv_heads, inputs.kv_len)
+        self.are_known = are_known if self.are_known is None else self.are_known & are_known
         block_size = self.pool.block_size
         slots = pages.gather(1, tokens // block_size) * block_size + tokens % block_size
         self.seconds += perf_counter() - start

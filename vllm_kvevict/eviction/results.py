@@ -25,21 +25,23 @@ def checked(source: str, result: object, shape: Sequence[int], device: torch.dev
     return result
 
 
-def checked_tokens(source: str, result: object, num_kv_heads: int, num_tokens: int) -> torch.Tensor:
-    """Return ``result`` if it is [num_kv_heads, at least 1] int64 with numbers of tokens from 0 to ``num_tokens`` - 1.
-
-    It waits for the device.
+def checked_tokens(
+    source: str, result: object, num_kv_heads: int, num_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``result`` if it is [num_kv_heads, at least 1] int64, with the nearest tokens from 0 to ``num_tokens`` - 1
+    in place of others; and [] bool, whether there were none of these: the host does not wait to see it.
 
     Raises TypeError if it is no tensor, ValueError if it is another one.
     """
     result = _tensor(source, result)
     is_fitting = result.ndim == 2 and len(result) == num_kv_heads and result.shape[1] and result.dtype == torch.int64
-    if not is_fitting or int(result.min()) < 0 or int(result.max()) >= num_tokens:
+    if not is_fitting:
         raise ValueError(
-            f"{source}: expected [{num_kv_heads}, at least 1] int64 of tokens from 0 to {num_tokens - 1}, got "
-            f"{list(result.shape)} {str(result.dtype).removeprefix('torch.')}"
+            f"{source}: expected [{num_kv_heads}, at least 1] int64, got {list(result.shape)} "
+            f"{str(result.dtype).removeprefix('torch.')}"
         )
-    return result
+    tokens = result.clamp(0, num_tokens - 1)
+    return tokens, (tokens == result).all()
 
 
 def checked_wish(source: str, result: object, shape: Sequence[int]) -> torch.Tensor:

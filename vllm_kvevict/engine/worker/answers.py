@@ -15,7 +15,7 @@ from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.engine.worker.step import Step
-from vllm_kvevict.engine.worker.watched import BatchRow, ChunkGroup, LastRows, WatchedRequest
+from vllm_kvevict.engine.worker.watched import BatchRow, ChunkGroup, WatchedRequest
 from vllm_kvevict.eviction.grouping import scored_again_together
 from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.policies.base import Need
@@ -36,21 +36,29 @@ class Answers:
         self, requests: Sequence[WatchedRequest], num_tokens: Sequence[int]
     ) -> tuple[torch.Tensor, list[BatchRow]]:
         """Return [num_layers, *, num_heads, head_size], queries since the last full blocks, and which are whose; none
-        of those whose policy does not ask.
+        of those whose policy does not observe all of them.
         """
-        slots = np.array([self._ring.slots.get(request.req_id) for request in requests])
-        seen = np.array([request.num_tokens for request in requests])
-        num_new = np.where(slots >= 0, np.array(num_tokens) - seen, 0)
+        layers = range(self._pool.num_layers)
+        num_new = np.array([
+            count - request.num_tokens if Need.ALL_QUERIES in request.needs else 0
+            for request, count in zip(requests, num_tokens, strict=True)
+        ])  # fmt: skip
         most, ends = int(num_new.max()), num_new.max() * np.arange(1, len(requests) + 1)
         if most == 0:
-            like = requests[0].queries.last(0)
-            queries = like.new_empty(self._pool.num_layers, 0, *like.shape[1:])
+            queries = self._ring.none_of(1, layers)[0]
         else:
-            facts = to_device(np.stack([slots, np.array(num_tokens)]), self._pool.pages.device)
-            remembered = self._ring.last_of(range(self._pool.num_layers), facts[0], facts[1], most)
+            remembered = self._last(requests, num_tokens, most)
             queries = remembered.transpose(0, 1).flatten(1, 2)
-        bounds = zip(requests, (ends - num_new).tolist(), ends.tolist(), strict=True)
-        return queries, [BatchRow(request, start, end) for request, start, end in bounds]
+        bounds = zip(requests, (ends - num_new).tolist(), ends.tolist(), num_tokens, strict=True)
+        return queries, [BatchRow(*of_row) for of_row in bounds]
+
+    def _last(self, requests: Sequence[WatchedRequest], num_tokens: Sequence[int], count: int) -> torch.Tensor:
+        """Return [num_reqs, num_layers, count, num_heads, head_size], the last queries of requests that have so many
+        tokens; -1 stands for the slot of those of which none is remembered.
+        """
+        slots = [self._ring.slots.get(request.req_id) for request in requests]
+        facts = to_device(np.array([slots, num_tokens], dtype=np.int64), self._pool.pages.device)
+        return self._ring.last_of(range(self._pool.num_layers), facts[0], facts[1], count)
 
     def chunk_groups(self, step: Step, watched: Mapping[str, WatchedRequest], bounds: list[int]) -> list[ChunkGroup]:
         """Prepare the evictions behind chunks of prompts.
@@ -59,7 +67,7 @@ class Answers:
         """
         chunks = step.decisions.chunks
         rows = {
-            req_id: BatchRow(watched[req_id], bounds[row], bounds[row + 1])
+            req_id: BatchRow(watched[req_id], bounds[row], bounds[row + 1], chunks[req_id].plan.num_tokens)
             for row, req_id in enumerate(step.req_ids if chunks else [])
             if req_id in chunks
         }
@@ -87,34 +95,39 @@ class Answers:
             self._score_group([watched[req_id] for req_id in req_ids], step, weights)
 
     def _score_group(self, requests: list[WatchedRequest], step: Step, weights: ModelWeights) -> None:
-        req_ids, layers = [request.req_id for request in requests], range(self._pool.num_layers)
+        req_ids = [request.req_id for request in requests]
         num_tokens = [step.decisions.shrinking[req_id] for req_id in req_ids]
         last, chunk = self._queries(requests, num_tokens)
         evictions = self._evictions(requests, num_tokens, step)
-        scales = [weights.scale(layer) for layer in layers]
-        of_layers = [weights.of(layer, requests[0].needs) for layer in layers]
+
+        def score(evictions: ResidentEvictions, reqs: slice) -> None:
+            num_layers, needs = self._pool.num_layers, requests[0].needs
+            at_once = 1 if weights.makes_copies(needs) else num_layers
+            for first in range(0, num_layers, at_once):
+                layers, some = range(first, first + at_once), slice(first, first + at_once)
+                scales, of_layers = zip(
+                    *((weights.scale(layer), weights.of(layer, needs)) for layer in layers), strict=True
+                )
+                evictions.score_layers(layers, last[reqs, some], chunk[reqs, some], scales, of_layers)
+
         are_well = len(req_ids) > 1 and not any(req_id in self._failures for req_id in req_ids)
-        if are_well and self._failures.together(_DOING, evictions.score_layers, layers, last, chunk, scales, of_layers):
+        if are_well and self._failures.together(_DOING, score, evictions, slice(None)):
             step.answers.append((req_ids, evictions))
             return
         for place, req_id in enumerate(req_ids):
-            alone, only = evictions.alone(place), slice(place, place + 1)
-            self._failures.ask(req_id, _DOING, alone.score_layers, layers, last[only], chunk[only], scales, of_layers)
+            alone = evictions.alone(place)
+            self._failures.ask(req_id, _DOING, score, alone, slice(place, place + 1))
             step.answers.append(([req_id], alone))
 
     def _queries(self, requests: list[WatchedRequest], num_tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the last queries of answers [num_reqs, num_layers, num_queries, num_heads, head_size], and all new
         ones, none if their policy does not observe them.
         """
-        queries, rows = self.new_queries(requests, num_tokens)
-        layers, num_reqs = range(self._pool.num_layers), len(requests)
-        chunks = [queries[:, row.start : row.end] for row in rows]
-        together = LastRows.extend([request.queries for request in requests], layers, chunks)
-        shape = len(layers), num_reqs, len(together) // (len(layers) * num_reqs)
-        last = together.view(*shape, *together.shape[1:]).transpose(0, 1)
+        last = self._last(requests, num_tokens, requests[0].method.query_window)
         if Need.ALL_QUERIES not in requests[0].needs:
             return last, last[:, :, :0]
-        return last, queries.unflatten(1, (num_reqs, -1)).transpose(0, 1)  # all have as many new ones
+        queries, _ = self.new_queries(requests, num_tokens)
+        return last, queries.unflatten(1, (len(requests), -1)).transpose(0, 1)  # all have as many new ones
 
     def _evictions(
         self, requests: list[WatchedRequest], num_tokens: list[int], step: Step, per_token: bool = False

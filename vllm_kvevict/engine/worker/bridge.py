@@ -36,6 +36,7 @@ from vllm_kvevict.engine.worker.watched import (
 from vllm_kvevict.eviction.per_token import TokenEvictor
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.eviction.resident import ResidentEvictions
+from vllm_kvevict.policies import Need
 
 _Evictions = TypeVar("_Evictions", Evictions, ResidentEvictions)
 
@@ -213,24 +214,22 @@ class EvictionBridge:
             self._go_on_per_token(req_ids, [plan.num_tokens for plan in plans], torch.stack(victims))
 
     def _go_on_per_token(self, req_ids: list[str], num_tokens: Sequence[int], victims: torch.Tensor) -> None:
-        """From their next tokens on requests replace what they hold; the ring has their last queries then.
+        """From their next tokens on requests replace what they hold.
 
         victims: [num_reqs, num_layers, num_kv_heads] int64, positions of the tokens that go first
         """
-        requests = [self._watched[req_id] for req_id in req_ids]
-        self._replacing.add(req_ids, requests[0].method, victims)
-        if req_ids[0] in self.ring.slots:
-            counts = [len(request.queries.last(0)) for request in requests]
-            where = self.ring.to_seed(req_ids, num_tokens, counts)
-            for layer in range(self.pool.num_layers):
-                self.ring.write(layer, torch.cat([request.queries.last(layer) for request in requests]), where)
+        self._replacing.add(req_ids, self._watched[req_ids[0]].method, victims)
 
     def _observe_answers(self, step: Step) -> None:
         """Show policies the queries since the last full block of requests whose prompt was not evicted, and score
         those that are to be evicted now.
         """
         decisions = step.decisions
-        due = {req_id: num_tokens for req_id, num_tokens in decisions.growing.items() if req_id in self.ring.slots}
+        due = {
+            req_id: num_tokens
+            for req_id, num_tokens in decisions.growing.items()
+            if req_id in self.ring.slots and Need.ALL_QUERIES in self._watched[req_id].needs
+        }
         for req_id, end in decisions.ending.items():
             if end.is_late:
                 due[req_id] = end.plan.num_tokens
@@ -241,12 +240,7 @@ class EvictionBridge:
         queries, answers = self._answers.new_queries([self._watched[req_id] for req_id in due], list(due.values()))
         rows = [
             PrefillRow(
-                row.request,
-                row.start,
-                row.end,
-                step.block_ids[row.req_id],
-                due[row.req_id],
-                step.evictions.get(row.req_id),
+                row.request, row.start, row.end, row.kv_len, step.block_ids[row.req_id], step.evictions.get(row.req_id)
             )
             for row in answers
         ]
@@ -307,7 +301,7 @@ class EvictionBridge:
                 eviction = step.evictions[req_id] = self._first_eviction(req_id, end.plan, step)
             block_ids, kv_len = step.block_ids[req_id], step.num_tokens[req_id]
             end_token = bounds[row + 1] - self.num_extra_tokens
-            rows.append(PrefillRow(request, bounds[row], end_token, block_ids, kv_len, eviction))
+            rows.append(PrefillRow(request, bounds[row], end_token, kv_len, block_ids, eviction))
             if request.auto_budget is not None:
                 step.auto_rows.append(rows[-1])
             if end is not None and request.num_pseudo_tokens:
@@ -344,7 +338,7 @@ class EvictionBridge:
         if not prefills:
             return
         ran = LayerPass(self.pool, layer, query, output, scale, self._weights)
-        keep_last([row for prefill in prefills for row in prefill.rows], ran)
+        keep_last([row for prefill in prefills for row in prefill.rows], ran, self.ring)
         for prefill in prefills:
             self._observe(prefill, ran)
 

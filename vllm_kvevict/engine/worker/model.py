@@ -46,6 +46,12 @@ class ModelWeights:
             self._of_layers[needs] = of_each
         return of_each
 
+    def makes_copies(self, needs: frozenset[Need]) -> bool:
+        """Return whether ``of`` copies what ``needs`` name each time that it is asked."""
+        if Need.OUTPUT_PROJECTION not in needs or self._projections is not None:
+            return False
+        return not _is_plain(self._modules(0)[0].o_proj)
+
     def scale(self, layer: int) -> float:
         """Return the softmax scale of one layer."""
         return float(self._modules(layer)[1].impl.scale)
@@ -68,8 +74,9 @@ class ModelWeights:
 
     def _output_projection(self, layer: int) -> torch.Tensor:
         linear, name = self._modules(layer)[0].o_proj, self._layer_names[layer]
-        if type(linear.quant_method) is UnquantizedLinearMethod and linear.weight.device.type != "cpu":
-            return linear.weight  # a CPU's is packed
+        if _is_plain(linear):
+            weight: torch.Tensor = linear.weight
+            return weight
         if self._projections is None:
             return self._copied(linear)
         if name not in self._projections:
@@ -81,3 +88,8 @@ class ModelWeights:
         identity = torch.eye(linear.input_size_per_partition, dtype=dtype, device=linear.weight.device)
         copy: torch.Tensor = linear.quant_method.apply(linear, identity).t()
         return copy
+
+
+def _is_plain(linear: Any) -> bool:
+    """Whether the weight of a layer is the matrix that it multiplies by; a CPU's is packed."""
+    return type(linear.quant_method) is UnquantizedLinearMethod and linear.weight.device.type != "cpu"

@@ -58,14 +58,16 @@ class PseudoPasses:
         All workers run the same passes, whatever a policy has raised on one of them.
         """
         with self._failures.of([row.request.req_id for row in rows], "generating pseudo tokens"):
-            for row, pseudo_queries in zip(rows, self.run(rows, weights), strict=True):
+            for row, (pseudo_queries, are_known) in zip(rows, self.run(rows, weights), strict=True):
                 doing = "scoring by pseudo tokens"
-                self._failures.ask(row.request.req_id, doing, _score, row, pseudo_queries, weights)
+                self._failures.ask(row.request.req_id, doing, _score, row, pseudo_queries, are_known, weights)
 
-    def run(self, rows: list[PrefillRow], weights: ModelWeights) -> list[list[torch.Tensor]]:
-        """Return per row and layer the queries of its pseudo tokens, [num_tokens, num_heads, head_size].
+    def run(self, rows: list[PrefillRow], weights: ModelWeights) -> list[tuple[list[torch.Tensor], bool]]:
+        """Return of each row the queries of its pseudo tokens, layer by layer [num_tokens, num_heads, head_size]; and
+        whether the tokens that they see are the prompt's, as ``Eviction.are_known``.
 
-        As many tokens as its policy asks for; fewer, but at least one, where the answer or the context ends.
+        As many tokens as its policy asks for; fewer, but at least one, where the answer or the context ends. How many
+        there are the host waits for, once for all rows.
         """
         start = perf_counter()
         device = self._pool.pages.device
@@ -84,9 +86,13 @@ class PseudoPasses:
             hidden = self._pass(tokens, (kv_lens + number).clamp(max=max_model_len - 1), decode, weights)
         for row in rows:
             row.request.seconds += (perf_counter() - start) / len(rows)
+        known = [row.eviction.are_known if row.eviction else None for row in rows]
+        are_known = torch.stack([goes_on.new_ones(()) if one is None else one for one in known])
+        counts, flags = to_host(torch.stack([count, are_known.to(count.dtype)])).tolist()
+        layers = range(self._pool.num_layers)
         return [
-            [decode.queries(layer, index, num_tokens) for layer in range(self._pool.num_layers)]
-            for index, num_tokens in enumerate(to_host(count).tolist())
+            ([decode.queries(layer, index, num_tokens) for layer in layers], bool(flag))
+            for index, (num_tokens, flag) in enumerate(zip(counts, flags, strict=True))
         ]
 
     def _decode(self, rows: list[PrefillRow]) -> PseudoDecode:
@@ -120,9 +126,13 @@ class PseudoPasses:
         return hidden
 
 
-def _score(row: PrefillRow, pseudo_queries: list[torch.Tensor], weights: ModelWeights) -> None:
+def _score(row: PrefillRow, pseudo_queries: list[torch.Tensor], are_known: bool, weights: ModelWeights) -> None:
+    if not are_known:
+        name = type(row.request.method.policy).__name__
+        raise ValueError(f"{name}.preselect: expected tokens from 0 to {row.kv_len - 1}, got others")
     for layer, pseudo_query in enumerate(pseudo_queries):
-        row.score(layer, weights.scale(layer), weights.of(layer, row.request.needs), pseudo_query)
+        last, of_layer = row.request.queries.last(layer), weights.of(layer, row.request.needs)
+        row.score(layer, last, weights.scale(layer), of_layer, pseudo_query)
 
 
 def _end_tokens(model: ModelConfig) -> torch.Tensor:

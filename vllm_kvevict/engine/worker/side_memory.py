@@ -40,10 +40,12 @@ class ModelMemory:
     holes:       [max_num_reqs, num_layers, num_kv_heads] int64, as in ``TokenEvictor``; for no request if none may be
                  evicted token by token
     projections: W_O of layers by their names, as far as they are copies that are kept; None: none is
+    summed_bytes: of each token in each layer, what the server's own policy sums up of a prompt until it ends
     """
 
     spec: AttentionSpec
     num_layers: int
+    summed_bytes: int
     page_table: PageTableMemory
     holes: torch.Tensor
     projections: dict[str, torch.Tensor] | None
@@ -65,19 +67,27 @@ class ModelMemory:
         page_table = PageTableMemory.take(*sizes, spec.block_size, max_num_reqs, max_tokens, device)
         num_replacing = 0 if reserve_of(vllm_config) is None else max_num_reqs
         holes = torch.full((num_replacing, len(layers), spec.num_kv_heads), 0, dtype=torch.int64, device=device)
+        policy = config.method().policy
+        num_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+        summed_bytes = policy.state_bytes(num_heads, spec.num_kv_heads, spec.head_size)
         projections: dict[str, torch.Tensor] | None = None
-        if Need.OUTPUT_PROJECTION in traits_of(config.method().policy).needs:
+        if Need.OUTPUT_PROJECTION in traits_of(policy).needs:
             projections = {}
             weights = ModelWeights(model, layers, projections)
             for layer in range(len(layers)):
                 weights.of(layer, frozenset({Need.OUTPUT_PROJECTION}))
-        return cls(spec, len(layers), page_table, holes, projections)
+        return cls(spec, len(layers), summed_bytes, page_table, holes, projections)
 
     def bytes_per_byte(self, reserve: Reserve | None) -> float:
         """Return what grows with the cache, for each byte of it."""
         page_bytes = self.spec.page_size_bytes / self.spec.num_kv_heads
         per_slot = Residents.bytes_per_slot(reserve is not None, reserve is not None and reserve.has_sums)
-        return (PageTable.BYTES_PER_PAGE + self.spec.block_size * per_slot) / page_bytes
+        return (PageTable.BYTES_PER_PAGE + self.spec.block_size * per_slot) / page_bytes + self.summed_per_byte
+
+    @property
+    def summed_per_byte(self) -> float:
+        """What is summed up of prompts that fill the cache, for each byte of it: it is left free, and taken by them."""
+        return self.summed_bytes * self.spec.block_size / self.spec.page_size_bytes
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,7 @@ class Held:
 
 
 class SideMemory:
-    """What one worker holds for all of its models, and what it leaves free for scoring.
+    """What one worker holds for all of its models, and what it leaves free: for scoring, and for what is summed up.
 
     reserve:       what is kept ready for requests that are evicted again
     scratch_bytes: what is left free
@@ -149,7 +159,8 @@ class SideMemory:
         held = [
             Held.beside(pool, model, self.reserve, num_blocks) for pool, model in zip(pools, self.models, strict=True)
         ]
-        log_sizes(held, self.scratch_bytes)
+        summed = sum(model.summed_per_byte * model.spec.page_size_bytes * model.num_layers for model in self.models)
+        log_sizes(held, self.scratch_bytes + num_blocks * summed)
         return held
 
     def cache_bytes(self, available: int) -> int:
@@ -191,7 +202,7 @@ class SideMemory:
             logger.warning("The KV cache takes %s: more than --gpu-memory-utilization leaves (%s MiB)", mib, within)
 
 
-def log_sizes(models: Sequence[Held], scratch_bytes: int) -> None:
+def log_sizes(models: Sequence[Held], free_bytes: float) -> None:
     """Say what is held for all models, and what was left free."""
     sizes: Counter[str] = Counter()
     for held in models:
@@ -200,7 +211,7 @@ def log_sizes(models: Sequence[Held], scratch_bytes: int) -> None:
         "KV eviction holds %.1f MiB beside the KV cache: %s; %.1f MiB are left free for scoring",
         sum(sizes.values()) / 2**20,
         ", ".join(f"{name} {num_bytes / 2**20:.1f}" for name, num_bytes in sizes.items()),
-        scratch_bytes / 2**20,
+        free_bytes / 2**20,
     )
 
 

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_kvevict.budgets.auto import AutoBudget
 from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.cache.query_ring import QueryRing
+from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
@@ -28,30 +31,26 @@ class LastRows:
         self._rows: list[torch.Tensor | None] = [None] * num_layers
 
     @staticmethod
-    def extend(several: Sequence[LastRows], layers: range, chunks: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Append to each of ``several`` requests its chunk [num_layers, num_tokens, num_heads, head_size], in one
-        launch for all. Return the last ``window`` rows so far [*, num_heads, head_size], layer by layer.
+    def extend(several: Sequence[LastRows], layer: int, chunks: Sequence[torch.Tensor]) -> None:
+        """Append to each of ``several`` requests its chunk [num_tokens, num_heads, head_size] of a layer, in one launch
+        for all.
 
         chunks: alike but for their length
         """
         parts, lens = [], []
-        for place, layer in enumerate(layers):
-            for rows, chunk in zip(several, chunks, strict=True):
-                earlier, num_new = rows._rows[layer], min(chunk.shape[1], rows._window)
-                num_earlier = 0 if earlier is None else min(len(earlier), rows._window - num_new)
-                if earlier is not None:
-                    parts.append(earlier[len(earlier) - num_earlier :])
-                parts.append(chunk[place, chunk.shape[1] - num_new :])
-                lens.append(num_earlier + num_new)
+        for rows, chunk in zip(several, chunks, strict=True):
+            earlier, num_new = rows._rows[layer], min(len(chunk), rows._window)
+            num_earlier = 0 if earlier is None else min(len(earlier), rows._window - num_new)
+            if earlier is not None:
+                parts.append(earlier[len(earlier) - num_earlier :])
+            parts.append(chunk[len(chunk) - num_new :])
+            lens.append(num_earlier + num_new)
         # a copy: the engine reuses its buffers in the next step
-        together = torch.cat(parts)
-        split = together.split(lens)
+        split = torch.cat(parts).split(lens)
         # of several each in memory of its own, which is free once its request has ended
-        last = iter(torch._foreach_mul(split, 1) if len(several) > 1 else split)
-        for layer in layers:
-            for rows in several:
-                rows._rows[layer] = next(last)
-        return together
+        last = torch._foreach_mul(split, 1) if len(several) > 1 else split
+        for rows, of_request in zip(several, last, strict=True):
+            rows._rows[layer] = of_request
 
     def last(self, layer: int) -> torch.Tensor:
         """Return the last ``window`` rows so far of a layer that has seen a chunk."""
@@ -64,6 +63,7 @@ class LastRows:
 class WatchedRequest:
     """What was seen of one request, from its first chunk to its last eviction.
 
+    queries: its last queries; none if the ring remembers them
     num_tokens: tokens whose queries were seen
     auto_budget: how its budget is chosen; None if it is fixed
     likelihood: [*] float32 of each chunk, if its budget is chosen: negative log-likelihoods of those of its tokens that
@@ -81,7 +81,7 @@ class WatchedRequest:
         traits = traits_of(method.policy)
         self.needs = traits.needs
         self.num_pseudo_tokens = traits.num_pseudo_tokens
-        self.queries = LastRows(num_layers, method.query_window)
+        self.queries = LastRows(num_layers, 0 if method.watches_answer else method.query_window)
         self.outputs = LastRows(num_layers, method.query_window)
         self.states: list[Any] = [None] * num_layers
         self.num_tokens = 0
@@ -112,6 +112,7 @@ class LayerPass:
     output: likewise, what attention returned
     scale:  softmax scale
     model:  of which the layer is
+    last:   [num_queries, num_heads, head_size], the last queries of those requests that are looked at, by their names
     """
 
     pool: PagePool
@@ -120,6 +121,7 @@ class LayerPass:
     output: torch.Tensor
     scale: float
     model: ModelWeights
+    last: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def weights_for(self, request: WatchedRequest) -> LayerWeights:
         """Return what the policy of a request must know of the layer."""
@@ -131,11 +133,13 @@ class BatchRow:
     """One row of a batch: tokens of a request whose queries are looked at.
 
     start, end: its tokens in the batch
+    kv_len:     tokens in the cache behind them
     """
 
     request: WatchedRequest
     start: int
     end: int
+    kv_len: int
 
     @property
     def req_id(self) -> str:
@@ -146,15 +150,29 @@ class BatchRow:
         return tokens[self.start : self.end]
 
 
-def keep_last(rows: Sequence[BatchRow], ran: LayerPass) -> None:
-    """Keep the last queries that a layer has seen of each of these rows, and what attention returned for them where a
+def keep_last(rows: Sequence[BatchRow], ran: LayerPass, ring: QueryRing) -> None:
+    """Note the last queries that a layer has seen of each of these rows, and what attention returned for them where a
     policy asks for it.
+
+    ring: which remembers the queries of requests that are watched while they decode, this layer's among them
     """
-    layers = range(ran.layer, ran.layer + 1)
-    LastRows.extend([row.request.queries for row in rows], layers, [row.of(ran.query)[None] for row in rows])
+    remembered = [row for row in rows if row.req_id in ring.slots]
+    others = [row for row in rows if row.req_id not in ring.slots]
+    if others:
+        LastRows.extend([row.request.queries for row in others], ran.layer, [row.of(ran.query) for row in others])
+        ran.last.update((row.req_id, row.request.queries.last(ran.layer)) for row in others)
+    if remembered:
+        counts = [min(row.request.method.query_window, row.kv_len) for row in remembered]
+        facts = np.array([[ring.slots[row.req_id], row.kv_len] for row in remembered], dtype=np.int64).T
+        where = to_device(facts, ran.query.device)
+        last = ring.last_of(range(ran.layer, ran.layer + 1), where[0], where[1], max(counts))[:, 0]
+        ran.last.update(
+            (row.req_id, of_row[len(of_row) - count :])
+            for row, count, of_row in zip(remembered, counts, last, strict=True)
+        )
     asked = [row for row in rows if Need.OUTPUTS in row.request.needs]
     if asked:
-        LastRows.extend([row.request.outputs for row in asked], layers, [row.of(ran.output)[None] for row in asked])
+        LastRows.extend([row.request.outputs for row in asked], ran.layer, [row.of(ran.output) for row in asked])
 
 
 @dataclass
@@ -174,9 +192,9 @@ class ChunkGroup:
         return [row.req_id for row in self.rows]
 
     def observe(self, ran: LayerPass) -> None:
-        """Score a layer of all rows, whose last queries are kept already."""
+        """Score a layer of all rows."""
         request, layers = self.rows[0].request, range(ran.layer, ran.layer + 1)
-        last = torch.stack([row.request.queries.last(ran.layer) for row in self.rows])[:, None]
+        last = torch.stack([ran.last[row.req_id] for row in self.rows])[:, None]
         is_observed = Need.ALL_QUERIES in request.needs
         chunk = torch.stack([row.of(ran.query) for row in self.rows])[:, None] if is_observed else last[:, :, :0]
         self.evictions.score_layers(layers, last, chunk, [ran.scale], [ran.weights_for(request)])
@@ -196,13 +214,11 @@ class PrefillRow(BatchRow):
     """A chunk of a prompt that will be evicted.
 
     block_ids:  [num_blocks] int64, the block table up to the end of the chunk
-    kv_len:     tokens in the cache at the end of the chunk
     eviction:   set if the chunk is the last one
     selected:   of the last chunk, per layer [num_kv_heads, num_selected] int64: slots that pseudo tokens see
     """
 
     block_ids: torch.Tensor
-    kv_len: int
     eviction: Eviction | None
     selected: list[torch.Tensor] = field(default_factory=list)
 
@@ -211,18 +227,18 @@ class PrefillRow(BatchRow):
         return [self]
 
     def observe(self, ran: LayerPass) -> None:
-        """See what a layer has done, and score it if the chunk is the last one; its last queries are kept already."""
+        """See what a layer has done, and score it if the chunk is the last one."""
         self.see(ran)
         if self.eviction is not None and self.request.num_pseudo_tokens:
-            last, weights = self.request.queries.last(ran.layer), ran.weights_for(self.request)
-            slots = self.eviction.preselect_layer(ran.layer, last, ran.scale, weights)
+            weights = ran.weights_for(self.request)
+            slots = self.eviction.preselect_layer(ran.layer, ran.last[self.req_id], ran.scale, weights)
             if self.selected and slots.shape != self.selected[0].shape:
                 raise ValueError(
                     f"expected as many selected tokens in every layer, got {slots.shape[1]} in {ran.layer}"
                 )
             self.selected.append(slots)
         else:
-            self.score(ran.layer, ran.scale, ran.weights_for(self.request))
+            self.score(ran.layer, ran.last[self.req_id], ran.scale, ran.weights_for(self.request))
 
     def observe_again(self, ran: LayerPass) -> None:
         """As ``observe``, of a row whose group has failed in it: the layer waits to be scored."""
@@ -246,15 +262,23 @@ class PrefillRow(BatchRow):
             request.states[layer] = request.method.policy.observe(request.states[layer], inputs)
             request.seconds += perf_counter() - start
 
-    def score(self, layer: int, scale: float, weights: LayerWeights, pseudo_query: torch.Tensor | None = None) -> None:
+    def score(
+        self,
+        layer: int,
+        last: torch.Tensor,
+        scale: float,
+        weights: LayerWeights,
+        pseudo_query: torch.Tensor | None = None,
+    ) -> None:
         """Score a layer, if the chunk is the last one.
 
+        last:         [num_queries, num_heads, head_size], its last queries
         pseudo_query: [num_tokens, num_heads, head_size] of the pseudo tokens that have followed
         """
         request = self.request
         if self.eviction is not None:
             outputs = request.outputs.last(layer) if Need.OUTPUTS in request.needs else None
-            last, state = request.queries.last(layer), request.states[layer]
+            state = request.states[layer]
             self.eviction.score_layer(layer, last, scale, outputs, weights, state, pseudo_query)
             request.forget_state(layer)
 
@@ -279,7 +303,7 @@ class PrefillGroup:
         """As ``PrefillRow.observe``, of all rows."""
         for row in self.rows:
             row.see(ran)
-        last = [row.request.queries.last(ran.layer) for row in self.rows]
+        last = [ran.last[row.req_id] for row in self.rows]
         weights, asks = ran.weights_for(self.rows[0].request), Need.OUTPUTS in self.rows[0].request.needs
         outputs = [row.request.outputs.last(ran.layer) if asks else None for row in self.rows]
         self.evictions.score_layer(ran.layer, last, ran.scale, outputs, weights)
