@@ -32,7 +32,7 @@ from vllm_kvevict.eviction.selection import protect, select
 from vllm_kvevict.eviction.token_order import TokenOrder
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies import scratch
-from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
+from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs, projections_of
 from vllm_kvevict.policies.batch import ScoreBatch, scores_batches
 
 Moves = tuple[torch.Tensor, torch.Tensor]
@@ -166,8 +166,8 @@ class ResidentEvictions:
             weights[0].value_scale,
             key_scale=weights[0].key_scale,
             layers=layers,
-            weights=weights,
             num_kept=self._num_kept[:, some],
+            projections=projections_of(weights),
         )
         if Need.ALL_QUERIES in traits.needs:
             num_earlier = self._kv_lens[:, some, :, None] - chunk.shape[2]

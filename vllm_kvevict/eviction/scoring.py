@@ -19,7 +19,7 @@ from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import allocator_traits_of, traits_of
 from vllm_kvevict.policies import scratch
-from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
+from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs, projections_of
 from vllm_kvevict.policies.batch import ScoreBatch, scores_batches
 
 
@@ -169,9 +169,9 @@ class PromptScores:
             alike=True,
             key_scale=first.weights.key_scale,
             layers=layers,
-            weights=[of_layer[0].weights for of_layer in waiting],
             num_kept=num_kept[:, None, None].expand(lens.shape),
             output=stacked(outputs) if outputs else None,
+            projections=projections_of([of_layer[0].weights for of_layer in waiting]),
         )
         name = f"{type(policy).__name__}.score_batch"
         scores = checked(name, policy.score_batch(batch), batch.shape, self.scores.device)

@@ -45,6 +45,11 @@ class LayerWeights:
     value_scale: float = 1.0
 
 
+def projections_of(layers: Sequence[LayerWeights]) -> list[torch.Tensor]:
+    """Return W_O of each layer, as far as it is known."""
+    return [weights.output_projection for weights in layers if weights.output_projection is not None]
+
+
 @dataclass(frozen=True)
 class ScoreInputs:
     """One layer of one request, at the end of its prefill or, for ``observe``, at the end of a chunk of it. Read only.
@@ -145,9 +150,9 @@ class ScoreInputs:
             alike=True,
             key_scale=first.weights.key_scale,
             layers=[inputs.layer for inputs in layers],
-            weights=[inputs.weights for inputs in layers],
             num_kept=None if first.num_kept is None else kv_lens.new_full(kv_lens.shape, first.num_kept),
             output=torch.stack(outputs)[None] if outputs else None,
+            projections=projections_of([inputs.weights for inputs in layers]),
         )
 
     def tiles(self, start: int = 0, end: int | None = None, size: int = 1024) -> Iterator[tuple[int, int]]:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,6 @@ from vllm_kvevict.kernels.slot_scores import Fusion, Group, SlotBatch, slot_scor
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.kernels.window_scores import window_scores
 from vllm_kvevict.policies import scratch
-
-if TYPE_CHECKING:
-    from vllm_kvevict.policies.base import LayerWeights
 
 _TILE = 1024  # tokens
 _WAYS_TO_SCORE = ("score", "score_layers", "score_batch")
@@ -42,10 +39,10 @@ class ScoreBatch:
     alike:       whether the heads of a layer hold the same tokens
     key_scale:   what stored keys are to be multiplied by, which ``scale`` has in it
     layers:      index of each layer
-    weights:     of each layer, as far as the policy's needs name them
     num_kept:    [num_reqs, num_layers, num_kv_heads] int64, tokens that each head will keep, on average at the end of
                  a prompt; None where that is not known yet
     output:      shape of the query, what attention returned for the queries, if ``Need.OUTPUTS``
+    projections: [hidden_size, num_heads * head_size], W_O of each layer, if ``Need.OUTPUT_PROJECTION``
     """
 
     query: torch.Tensor
@@ -60,9 +57,9 @@ class ScoreBatch:
     alike: bool = False
     key_scale: float = 1.0
     layers: Sequence[int] = ()
-    weights: Sequence[LayerWeights] = ()
     num_kept: torch.Tensor | None = None
     output: torch.Tensor | None = None
+    projections: Sequence[torch.Tensor] = ()
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -115,19 +112,24 @@ class ScoreBatch:
         """
         block_size = self.keys.shape[1]
         page_table = self.page_table[..., : -(-self.max_kv_len // block_size)]
-        index = torch.arange(page_table.shape[3] * block_size, device=query.device)
-        positions = index.where(index < self.kv_lens[..., None], -1)
         query = query.unflatten(3, (self.kv_lens.shape[2], -1)).transpose(2, 3)  # every head a request of one KV head
         batch = SlotBatch(
             query.flatten(0, 2),
             self.keys,
             page_table.flatten(0, 2)[:, None],
-            positions.flatten(0, 2)[:, None],
+            self._positions(page_table.shape[3] * block_size)[:, None],
             last_seen.flatten(0, 2).contiguous(),
             self.scale,
         )
         scores = slot_scores(batch, group, fusion)[..., : self.max_kv_len]
         return scores.view(*self.shape[:3], *scores.shape[2:])
+
+    def _positions(self, num_slots: int) -> torch.Tensor:
+        """Return [num_reqs * num_layers * num_kv_heads, num_slots] int64, the cache index in each slot, -1 behind a
+        head's tokens.
+        """
+        index = torch.arange(num_slots, device=self.kv_lens.device)
+        return index.where(index < self.kv_lens.flatten()[:, None], -1)
 
     def mean_over_peers(self, scores: torch.Tensor) -> torch.Tensor:
         """Return the mean over those heads of a layer that hold as many tokens: the same ones, with ``uniform``.

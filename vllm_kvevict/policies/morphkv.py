@@ -113,4 +113,4 @@ class MorphKV(EvictionPolicy):
         return torch.stack(parts).amax(dim=0)
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        return 12 * num_kv_heads  # which token each slot has, and the scores
+        return 14 * num_kv_heads  # which token each slot has, the scores, and the numbers of pages
