@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.compactions import kv_lens_of
 from tests.launches import Launches, counted
-from tests.one_by_one import THIRD_PARTY, policy_of
+from tests.one_by_one import ONE_BY_ONE, THIRD_PARTY, policy_of
 from tests.paged import LAYOUTS, PACKINGS, PagedCache, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
 from vllm_kvevict.cache.compaction import Compaction
@@ -36,7 +36,7 @@ PROJECTION = torch.randn(24, KV_HEADS * GROUP * HEAD_SIZE, generator=torch.Gener
 BATCHED = [
     name
     for name in POLICIES.names()
-    if scores_batches(POLICIES.get(name)) and Need.ALL_QUERIES not in POLICIES.get(name)().needs
+    if scores_batches(POLICIES.get(name)()) and Need.ALL_QUERIES not in POLICIES.get(name)().needs
 ]
 OPTIONS = {"global": {"head_floor": 0.2, "layer_floor": 0.5}, "lava": {"floor_alpha": 0.2}}
 ALLOCATOR_NAMES = [name for name in ALLOCATORS.names() if name != "fixed"]  # which needs a file
@@ -108,7 +108,7 @@ def joined(prompts: Prompts) -> list[tuple[list[str], Evictions]]:
     return [(names, Evictions.joined([prompts.by_name[name] for name in names])) for names in groups]
 
 
-POLICY_NAMES = [*BATCHED, THIRD_PARTY]
+POLICY_NAMES = [*BATCHED, *ONE_BY_ONE]
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
@@ -125,7 +125,7 @@ def test_each_keeps_and_moves_what_it_would_alone(policy, seed, allocator, packi
     method = method_of(policy, allocator, per_token)
     together, alone = (prompts(method, 3, seed, packing, layout, fresh) for _ in range(2))
     groups = scored_together(together.by_name)
-    if policy == THIRD_PARTY:
+    if policy in ONE_BY_ONE:
         assert groups == []
         together.score([eviction.alone for eviction in together.evictions])
         groups = joined(together)
@@ -188,10 +188,12 @@ def test_launches_do_not_depend_on_how_many_there_are_and_the_host_waits_once(po
     method = method_of(policy, allocator)
     of_two, of_five = (launches(method, num_reqs, fresh, monkeypatch) for num_reqs in (2, 5))
     assert of_two.counts == of_five.counts
-    assert of_two.counts.total() < 400
+    assert of_two.counts.total() < (500 if policy == "criticalkv" else 400)  # which goes by query heads of a layer
     assert of_five.counts["to_host"] == (allocator not in ("pyramid", "uniform"))
     assert of_five.waits == []
     selects = {"adakv": 2, "global": 2}.get(allocator, 1)
+    if policy == "criticalkv":  # of the first stage, in each of three layers: the scales of neighbours differ
+        selects += 3
     assert (of_five.counts["kvevict_select"], of_five.counts["kvevict_move_tokens"]) == (selects, 2 - fresh)
 
 

@@ -17,7 +17,8 @@ from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.policies import POLICIES, Need
-from vllm_kvevict.policies.criticalkv import CriticalKV, projected_value_norm
+from vllm_kvevict.policies.base import ScoreInputs
+from vllm_kvevict.policies.criticalkv import CriticalKV, projected_value_norms
 
 NUM_KV_HEADS, GROUP, HEAD_SIZE = 2, 4, 32
 KVPRESS_SNAPKV = {"window": 64, "pool": "avg", "pool_kernel": 5}
@@ -38,7 +39,7 @@ def dense_norm(layer):
 @torch.no_grad()
 def test_the_norm_equals_the_formula(num_tokens):
     layer = make_llama_layer(num_tokens, seed=0)
-    norm = projected_value_norm(layer.inputs(CriticalKV()), 0, num_tokens)
+    norm = projected_value_norms(ScoreInputs.together([layer.inputs(CriticalKV())]))
     torch.testing.assert_close(norm, dense_norm(layer).float(), rtol=1e-5, atol=0)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from tests.llama_layer import make_llama_layer
 from vllm_kvevict.eviction.selection import protect, select
+from vllm_kvevict.policies.base import ScoreInputs
 from vllm_kvevict.policies.curdkv import CurDKV
 
 PAPER = {"measure": "leverage", "projection_rank": 20, "local_window": 0}
@@ -17,6 +18,11 @@ FULL_BLOCKS = slice(0, 320)  # of a prompt of 333 tokens
 
 def score(policy, layer):
     return policy.score(layer.inputs(policy))
+
+
+def shares_of_keys(policy, layer):
+    batch = ScoreInputs.together([layer.inputs(policy)])
+    return policy._shares(batch, batch.gather_keys, slice(None))(0, layer.num_tokens)
 
 
 def kept_by(policy, layer, num_kept):
@@ -96,7 +102,7 @@ class TestLeverageScores:
     def test_they_sum_to_the_rank(self, rank):
         layer = make_llama_layer(333, 0)
         policy = CurDKV(**{**PAPER, "projection_rank": rank})
-        scores = policy._shares(layer.inputs(policy), layer.inputs(policy).gather_keys)(0, 333)
+        scores = shares_of_keys(policy, layer)
         torch.testing.assert_close(scores.sum(dim=1), torch.full((2,), float(rank or 32)), rtol=1e-5, atol=0)
         assert scores.amax() <= 1 + 1e-6
 
@@ -107,7 +113,7 @@ class TestLeverageScores:
         layer = replace(layer, keys=low_rank + 1e-6 * torch.randn(2, 333, 32))
         for rank in (20, 0):
             policy = CurDKV(**{**PAPER, "projection_rank": rank})
-            scores = policy._shares(layer.inputs(policy), layer.inputs(policy).gather_keys)(0, 333)
+            scores = shares_of_keys(policy, layer)
             torch.testing.assert_close(scores.sum(dim=1), torch.full((2,), 5.0), rtol=1e-5, atol=0)
 
     @pytest.mark.parametrize("num_tokens", [1, 2, 7, 20])

@@ -31,7 +31,7 @@ def scored_together(evictions: Mapping[str, Eviction]) -> list[tuple[list[str], 
     batched = {
         name: eviction
         for name, eviction in evictions.items()
-        if scores_batches(type(eviction.method.policy)) and not _observes(eviction.method) and _shares(eviction)
+        if scores_batches(eviction.method.policy) and not _observes(eviction.method) and _shares(eviction)
     }
     groups = [names for names in _grouped(batched, _fit, _have_room) if len(names) > 1]
     return [(names, Evictions([batched[name] for name in names])) for names in groups]
@@ -101,6 +101,6 @@ def _length_class(num_tokens: int) -> int:
 
 
 def _fit_again(one: tuple[Method, int], other: tuple[Method, int]) -> bool:
-    if not scores_batches(type(one[0].policy)) or not are_equal(one[0], other[0]):
+    if not scores_batches(one[0].policy) or not are_equal(one[0], other[0]):
         return False
     return one[1] == other[1] or not _observes(one[0])

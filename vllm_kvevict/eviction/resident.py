@@ -126,7 +126,7 @@ class ResidentEvictions:
         weights: of each layer
         """
         start = perf_counter()
-        if scores_batches(type(self.method.policy)):
+        if scores_batches(self.method.policy):
             for first, end in self._layers_at_once(scales, weights):
                 some, tile = slice(first, end), range(layers.start + first, layers.start + end)
                 self._score_together(tile, query[:, some], chunk[:, some], scales[first], weights[some])

@@ -141,7 +141,7 @@ class PromptScores:
         traits = traits_of(self._method.policy)
         counts = {min(len(inputs.query), traits.query_window) for of_layer in self._waiting for inputs in of_layer}
         asks_for_more = Need.ALL_QUERIES in traits.needs  # what was summed up of each prompt is a tensor of its own
-        return scores_batches(type(self._method.policy)) and len(counts) == 1 and not asks_for_more
+        return scores_batches(self._method.policy) and len(counts) == 1 and not asks_for_more
 
     def _score_together(self, waiting: list[list[ScoreInputs]]) -> None:
         policy, first = self._method.policy, waiting[0][0]

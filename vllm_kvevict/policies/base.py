@@ -138,11 +138,13 @@ class ScoreInputs:
         first = layers[0]
         kv_lens = torch.full((1, len(layers), first.num_kv_heads), first.kv_len, device=first.query.device)
         outputs = [inputs.output for inputs in layers if inputs.output is not None]
+        # of a single layer not copied: it grows with the prompt
+        page_table = torch.stack([inputs.page_table for inputs in layers]) if layers[1:] else first.page_table[None]
         return ScoreBatch(
             torch.stack([inputs.query for inputs in layers])[None],
             first.keys,
             lambda: first.values,
-            torch.stack([inputs.page_table for inputs in layers])[None],
+            page_table[None],
             kv_lens,
             first.kv_len,
             first.scale * first.weights.key_scale,

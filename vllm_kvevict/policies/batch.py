@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, reduce
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.kernels.window_scores import window_scores
 from vllm_kvevict.policies import scratch
 
-_TILE = 1024  # tokens
+_TILE, _STRETCH = 1024, 64  # tokens
 _WAYS_TO_SCORE = ("score", "score_layers", "score_batch")
 
 
@@ -131,34 +130,69 @@ class ScoreBatch:
         index = torch.arange(num_slots, device=self.kv_lens.device)
         return index.where(index < self.kv_lens.flatten()[:, None], -1)
 
-    def mean_over_peers(self, scores: torch.Tensor) -> torch.Tensor:
-        """Return the mean over those heads of a layer that hold as many tokens: the same ones, with ``uniform``.
+    @property
+    def are_peers(self) -> torch.Tensor:
+        """[num_reqs, num_layers, num_kv_heads, num_kv_heads] bool, which heads of a layer hold equally many tokens."""
+        are_peers: torch.Tensor = self.kv_lens[..., None] == self.kv_lens[:, :, None]
+        return are_peers
+
+    def sum_over_peers(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return the sum over those heads of a layer that hold as many tokens: the same ones, with ``uniform``.
+
+        Head by head: torch's own sum over the heads rounds by the place of a token in its row.
 
         scores:  [num_reqs, num_layers, num_kv_heads, *]
         returns: likewise, of one head if all are alike
         """
+        of_heads = scores.split(1, dim=2)
         if self.alike:
-            return scores.mean(dim=2, keepdim=True)
-        lens = self.kv_lens.view(*self.kv_lens.shape, *[1] * (scores.dim() - 3))
-        are_peers = lens[:, :, None] == lens[:, :, :, None]
-        return (scores[:, :, None] * are_peers).sum(dim=3) / are_peers.sum(dim=3)
+            summed: torch.Tensor = reduce(torch.add, of_heads)
+            return summed
+        shape = *self.kv_lens.shape, *[1] * (scores.dim() - 3)
+        of_peers = (
+            torch.where(are_peers.view(shape), of_head, 0.0)
+            for are_peers, of_head in zip(self.are_peers.unbind(3), of_heads, strict=True)
+        )
+        return reduce(torch.add, of_peers)
+
+    def mean_over_peers(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return the mean over the same heads; arguments and result are those of ``sum_over_peers``."""
+        summed = self.sum_over_peers(scores)
+        num_peers = self.are_peers.sum(dim=3)[:, :, : summed.shape[2]]
+        return summed / num_peers.view(*num_peers.shape, *[1] * (summed.dim() - 3))
+
+    def max_over_peers(self, of_heads: torch.Tensor) -> torch.Tensor:
+        """Return the highest number of the same heads [num_reqs, num_layers, num_kv_heads], of one if all are alike."""
+        if self.alike:
+            return of_heads.amax(dim=2, keepdim=True)
+        return of_heads[:, :, None].where(self.are_peers, float("-inf")).amax(dim=3)
 
     def new_scores(self) -> torch.Tensor:
         """Return [num_reqs * num_layers * num_kv_heads, max_kv_len] float32 to be filled, tile by tile."""
         return self.keys.new_empty(self.kv_lens.numel(), self.max_kv_len, dtype=torch.float32)
 
-    def head_tiles(self, num_bytes: int) -> Iterator[slice]:
-        """Yield tiles of all heads, in a row, of which a tile of tokens fits into the scratch.
+    def head_tiles(self, num_bytes: int, size: int = _TILE, heads: range | None = None) -> Iterator[slice]:
+        """Yield tiles of heads, in a row, of which a tile of tokens fits into the scratch.
 
         num_bytes: what is held at once by each token of a head
+        size:      tokens of a tile
+        heads:     which of all heads; None: all
         """
-        of_head = num_bytes * min(_TILE, self.max_kv_len)
-        yield from itertools.starmap(slice, scratch.tiles([of_head] * self.kv_lens.numel()))
+        heads = range(self.kv_lens.numel()) if heads is None else heads
+        of_head = num_bytes * min(size, self.max_kv_len)
+        for first, end in scratch.tiles([of_head] * len(heads)):
+            yield slice(heads[first], heads[end - 1] + 1, heads.step)
 
     def token_tiles(self, size: int = _TILE) -> Iterator[tuple[int, int]]:
         """Yield bounds of tiles of at most ``size`` tokens."""
         for start in range(0, self.max_kv_len, size):
             yield start, min(start + size, self.max_kv_len)
+
+    def tiles(self, num_bytes: int, size: int = _TILE) -> Iterator[tuple[slice, int, int]]:
+        """Yield tiles of heads, as ``head_tiles``, each with bounds of tiles of tokens, as ``token_tiles``."""
+        for heads in self.head_tiles(num_bytes, size):
+            for start, end in self.token_tiles(size):
+                yield heads, start, end
 
     def gather_keys(self, heads: slice, start: int, end: int) -> torch.Tensor:
         """Return [num_heads, end - start, head_size] float32, keys of a tile of all heads; anything behind a head's.
@@ -171,19 +205,28 @@ class ScoreBatch:
         """Return [num_heads, end - start, head_size] float32, values likewise."""
         return self._gather(self.values, self.value_scale, heads, start, end)
 
+    def is_behind(self, heads: slice, start: int, end: int) -> torch.Tensor:
+        """Return [num_heads, end - start] bool, what is behind the tokens of its head, likewise."""
+        place = torch.arange(start, end, device=self.kv_lens.device)
+        return place >= self.kv_lens.flatten()[heads, None]
+
     def _gather(self, pages: torch.Tensor, scale: float, heads: slice, start: int, end: int) -> torch.Tensor:
         block_size = pages.shape[1]
         first = start // block_size
         page_ids = self.page_table.flatten(0, 2)[heads, first : -(-end // block_size)]
-        gathered = pages[page_ids].flatten(1, 2)[:, start - first * block_size : end - first * block_size].float()
+        tokens = pages[page_ids].contiguous().flatten(1, 2)  # in one layout, also where they are of one page only
+        gathered = tokens[:, start - first * block_size : end - first * block_size].float()
         return gathered if scale == 1.0 else gathered.mul_(scale)
 
-    def fill_last(self, scores: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def fill_last(self, scores: torch.Tensor, value: torch.Tensor | None = None) -> torch.Tensor:
         """In place: give the queries' own tokens another score; not in heads that hold nothing else.
 
         scores: [num_reqs, num_layers, num_kv_heads, max_kv_len], 0 in such heads; or of one head, if all are alike
-        value:  [num_reqs, num_layers, 1, 1]
+        value:  [num_reqs, num_layers, 1 or num_kv_heads, 1]; None: the highest score of the heads of a layer that hold
+                as many tokens
         """
+        if value is None:
+            value = self.max_over_peers(scores.amax(dim=3))[..., None]
         num_queries = self.query.shape[2]
         kv_lens = self.kv_lens[:, :, : scores.shape[2], None]
         last = kv_lens + torch.arange(-num_queries, 0, device=scores.device)
@@ -191,14 +234,52 @@ class ScoreBatch:
         return scores.scatter_(3, last.clamp(min=0), value)
 
 
-@cache
-def scores_batches(policy: type) -> bool:
-    """Whether a policy scores several requests at once: its ``score_batch`` is not older than its other ways.
+def scores_batches(policy: Any) -> bool:
+    """Whether a policy scores several requests at once, and so does one that it wraps.
 
-    A subclass that changes ``score`` only is asked request by request.
+    Its ``score_batch`` is then not older than its other ways: a subclass that changes ``score`` only is asked request
+    by request.
     """
+    if not _has_batches(type(policy)):
+        return False
+    wrapped = getattr(policy, "wrapped", None)  # of a WrapperPolicy
+    return wrapped is None or scores_batches(wrapped)
+
+
+@cache
+def _has_batches(policy: type) -> bool:
     for cls in policy.__mro__:
         ways = [way for way in _WAYS_TO_SCORE if way in vars(cls)]
         if ways:
             return "score_batch" in ways
     return False
+
+
+def in_stretches(x: torch.Tensor) -> torch.Tensor:
+    """Return [num_heads, num_stretches, stretch, *], the tokens of ``x`` [num_heads, num_tokens, *], padded with 0.
+
+    Work that goes stretch by stretch gives a head the same result, bit by bit, however many tokens others hold.
+    """
+    padding = [0, 0] * (x.dim() - 2) + [0, -x.shape[1] % _STRETCH]
+    stretches: torch.Tensor = F.pad(x, padding).unflatten(1, (-1, _STRETCH))
+    return stretches
+
+
+def sum_of_tokens(x: torch.Tensor) -> torch.Tensor:
+    """Return [num_heads, *], the sum of the tokens of ``x`` [num_heads, num_tokens, *]; 0 behind changes no bit."""
+    return in_stretches(x).sum(dim=2).cumsum(dim=1)[:, -1]
+
+
+def products(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """Return [num_heads, num_tokens, m], each row times its matrix; no bit depends on how many rows there are.
+
+    rows:     [num_heads, num_tokens, n]
+    matrices: [num_heads, n, m], or one for all
+    """
+    multiplied: torch.Tensor = in_stretches(rows) @ matrices[:, None]
+    return multiplied.flatten(1, 2)[:, : rows.shape[1]]
+
+
+def tile_size(stretch: int) -> int:
+    """Return the tokens of a tile that cuts no stretch of ``stretch`` tokens, counted from the first one."""
+    return max(_TILE // stretch, 1) * stretch

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
+import torch.nn.functional as F
 
-from vllm_kvevict.policies.base import POLICIES, ScoreInputs
+from vllm_kvevict.cache.plan import cdiv
+from vllm_kvevict.policies.base import POLICIES
+from vllm_kvevict.policies.batch import ScoreBatch, tile_size
 from vllm_kvevict.policies.options import at_least
 from vllm_kvevict.policies.wrapper import WrapperPolicy
 
@@ -40,44 +43,58 @@ class ChunkKV(WrapperPolicy):
     paper: ClassVar[str] = "ChunkKV, arXiv:2502.00299"
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        # either the other policy's own, or its scores and their sum, or what all KV heads share: three rows and a bit
-        # of the tokens, and five int64 rows of the chunks
-        shared = 13 + math.ceil(40 / self.chunk_length)
-        return max(self.wrapped.scratch_bytes(num_heads, num_kv_heads, head_size), 4 * num_kv_heads + 4, shared)
+        # either the other policy's own, or its scores and ours; and of each chunk its sums, and what all KV heads share
+        of_chunk = math.ceil((8 * num_kv_heads + 72) / self.chunk_length)
+        return max(self.wrapped.scratch_bytes(num_heads, num_kv_heads, head_size), 8 * num_kv_heads + of_chunk)
 
-    def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        if inputs.kv_len < self.chunk_length:
-            return self.wrapped.score(inputs)
-        means = _chunk_means(self.wrapped.score(inputs), self.chunk_length)
-        return _descending(means, self.chunk_length, inputs.kv_len).expand(inputs.num_kv_heads, -1)
+    def rescore(self, batch: ScoreBatch, scores: torch.Tensor) -> torch.Tensor:
+        length, of_wrapped = self.chunk_length, scores.flatten(0, 2)
+        first = _descending(*self._chunk_means(batch, of_wrapped))
+        first = first.expand(*batch.shape[:3], -1).flatten(0, 2)
+        chunked, is_short = batch.new_scores(), batch.kv_lens.flatten()[:, None] < length
+        place = torch.arange(length, dtype=torch.int32, device=first.device)
+        for heads, start, end in batch.tiles(24, tile_size(length)):
+            bits = (first[heads, start // length : cdiv(end, length), None] - place).flatten(1)[:, : end - start]
+            of_chunks = _ordered_bits(bits).view(torch.float32)
+            chunked[heads, start:end] = torch.where(is_short[heads], of_wrapped[heads, start:end], of_chunks)
+        return chunked.view(batch.shape)
+
+    def _chunk_means(self, batch: ScoreBatch, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the means of all chunks, summed over the heads that hold as many tokens; and the sizes of the chunks.
+
+        scores:  [num_reqs * num_layers * num_kv_heads, max_kv_len]
+        returns: [num_reqs, num_layers, num_kv_heads, num_chunks] float32 and int64, of one head if all are alike; a
+                 chunk behind the tokens of its head has -inf and 0
+        """
+        length = self.chunk_length
+        sums = scores.new_empty(len(scores), cdiv(batch.max_kv_len, length))
+        for heads, start, end in batch.tiles(24, tile_size(length)):
+            tile = scores[heads, start:end].masked_fill(batch.is_behind(heads, start, end), 0.0)
+            chunks = F.pad(tile, (0, (start - end) % length)).unflatten(1, (-1, length))
+            sums[heads, start // length : cdiv(end, length)] = chunks.sum(dim=2)
+        summed = batch.sum_over_peers(sums.view(*batch.shape[:3], -1))
+        starts = torch.arange(0, batch.max_kv_len, length, device=sums.device)
+        sizes = (batch.kv_lens[:, :, : summed.shape[2], None] - starts).clamp_(0, length)
+        return (summed / sizes).masked_fill_(sizes == 0, float("-inf")), sizes
 
 
-def _chunk_means(scores: torch.Tensor, length: int) -> torch.Tensor:
-    """Return [num_chunks] float32, the mean of each chunk of ``scores`` [num_kv_heads, kv_len] summed over heads."""
-    summed = scores.sum(dim=0)
-    num_whole = len(summed) // length * length
-    whole, rest = summed[:num_whole], summed[num_whole:]
-    means = whole.unflatten(0, (-1, length)).mean(dim=1)
-    return torch.cat([means, rest.mean(dim=0, keepdim=True)]) if len(rest) else means
-
-
-def _descending(chunk_scores: torch.Tensor, length: int, num_tokens: int) -> torch.Tensor:
-    """Return [num_tokens] float32, the score of each token's chunk, no two of them equal.
+def _descending(chunk_scores: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Return [*, num_chunks] int32, of each chunk what its first token gets, as ``_ordered_bits``; the next ones each 1
+    less. No two tokens are equal.
 
     In the order of scores, positions breaking ties, every token gets the score of its chunk or, if that is not below
     the token before it, the next smaller number. With u_k the scores as integers that are ordered alike, this is
     min over j <= k of (u_j + j) - k; inside a chunk the minimum does not change.
 
-    chunk_scores: [num_chunks] float32, finite
+    chunk_scores: [*, num_chunks] float32, finite; -inf where there is no chunk
+    sizes:        [*, num_chunks] int64, tokens of each
     """
-    order = chunk_scores.argsort(descending=True, stable=True)
-    sizes = torch.full_like(order, length)
-    sizes[-1] = num_tokens - (len(order) - 1) * length
-    tokens_before = sizes[order].cumsum(0) - sizes[order]
-    best = (_ordered_bits(chunk_scores[order].view(torch.int32)) + tokens_before).cummin(0).values - tokens_before
-    first = torch.empty_like(best).scatter_(0, order, best).to(torch.int32)  # of each chunk, its first token
-    place = torch.arange(length, dtype=torch.int32, device=first.device)
-    return _ordered_bits((first[:, None] - place).flatten()[:num_tokens]).view(torch.float32)
+    order = chunk_scores.argsort(dim=-1, descending=True, stable=True)
+    sizes = sizes.gather(-1, order)
+    tokens_before = sizes.cumsum(-1) - sizes
+    ordered = _ordered_bits(chunk_scores.gather(-1, order).view(torch.int32)) + tokens_before
+    best = ordered.cummin(-1).values - tokens_before
+    return torch.empty_like(best).scatter_(-1, order, best).to(torch.int32)
 
 
 def _ordered_bits(bits: torch.Tensor) -> torch.Tensor:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Annotated, ClassVar
 
 import torch
 
-from vllm_kvevict.policies.base import POLICIES, Need, ScoreInputs
+from vllm_kvevict.kernels.select import select
+from vllm_kvevict.policies.base import POLICIES, Need
+from vllm_kvevict.policies.batch import ScoreBatch, products
 from vllm_kvevict.policies.options import at_least, between
 from vllm_kvevict.policies.wrapper import WrapperPolicy
 
@@ -48,42 +51,53 @@ class CriticalKV(WrapperPolicy):
         return self.wrapped.default_allocator
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        # its scores, ours, and the best of the first stage of one head with their indices
-        return max(self.wrapped.scratch_bytes(num_heads, num_kv_heads, head_size), 8 * num_kv_heads + 12)
+        # its scores, ours, and what is behind the tokens or which are the best of the first stage
+        return max(self.wrapped.scratch_bytes(num_heads, num_kv_heads, head_size), 9 * num_kv_heads + 8)
 
-    def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        by_host = self.wrapped.score(inputs)
-        critical = torch.empty_like(by_host)
-        for start, end in inputs.tiles():
-            weighted = (by_host[:, start:end] + self.epsilon) * projected_value_norm(inputs, start, end)
-            critical[:, start:end] = weighted
-        num_first = self._num_first(inputs)
-        if num_first:
-            span = critical.amax() - critical.amin()
-            for of_head, ours in zip(by_host, critical, strict=True):
-                best = of_head.topk(num_first).indices
-                ours.scatter_add_(0, best, span.expand(best.shape))
-        return critical
-
-    def _num_first(self, inputs: ScoreInputs) -> int:
-        """Return how many tokens of each head the first stage chooses."""
-        if inputs.num_kept is None or self.first_stage_ratio == 0:
-            return 0
-        return min(max(int(inputs.num_kept * self.first_stage_ratio), 1), inputs.kv_len)
+    def rescore(self, batch: ScoreBatch, scores: torch.Tensor) -> torch.Tensor:
+        by_host, critical = scores.flatten(0, 2), projected_value_norms(batch)
+        for heads, start, end in batch.tiles(4):
+            critical[heads, start:end].mul_(by_host[heads, start:end] + self.epsilon)
+        if batch.num_kept is not None and self.first_stage_ratio > 0:
+            share = (batch.num_kept.double() * self.first_stage_ratio).long().clamp_(min=1)
+            num_first = share.minimum(batch.kv_lens)
+            span = _spans(batch, critical)[:, None]
+            is_first = select(by_host, num_first.flatten(), 0, 0, batch.kv_lens.flatten())
+            for heads, start, end in batch.tiles(4):
+                critical[heads, start:end].add_(span[heads].where(is_first[heads, start:end], 0.0))
+        return critical.view(batch.shape)
 
 
-def projected_value_norm(inputs: ScoreInputs, start: int, end: int) -> torch.Tensor:
-    """Return [num_kv_heads, end - start] float32, the l1 norm of W_O v, mean over the query heads of a KV head.
+def projected_value_norms(batch: ScoreBatch) -> torch.Tensor:
+    """Return [num_reqs * num_layers * num_kv_heads, max_kv_len] float32, the l1 norm of W_O v, mean over the query
+    heads of a KV head; anything behind the tokens of a head.
 
-    One query head at a time: what it adds to the output of the layer is [num_kv_heads, end - start, hidden_size].
+    One query head of a layer at a time: what it adds to the output is [num_reqs, num_tokens, hidden_size].
     """
-    projection = inputs.weights.output_projection
-    if projection is None:
-        raise ValueError("criticalkv: expected the output projection among the weights, got none")
-    values = inputs.gather_values(start, end)
-    by_head = projection.t().unflatten(0, (inputs.num_kv_heads, -1, values.shape[2]))  # [kv heads, group, D, hidden]
-    norms = [
-        torch.stack([(value @ head.float()).abs_().sum(dim=-1) for head in heads]).mean(dim=0)
-        for value, heads in zip(values, by_head, strict=True)
-    ]
-    return torch.stack(norms)
+    norms, num_layers, num_kv_heads = batch.new_scores(), *batch.shape[1:3]
+    if len(batch.projections) != num_layers:
+        raise ValueError("criticalkv: expected the output projections of all layers, got others")
+    for place, projection in enumerate(batch.projections):
+        head_size, hidden_size = batch.values.shape[2], len(projection)
+        by_kv_head = projection.t().unflatten(0, (num_kv_heads, -1, head_size))  # [kv heads, group, D, hidden]
+        for number, of_group in enumerate(by_kv_head, place * num_kv_heads):
+            query_heads = of_group.float().split(1)
+            in_all_requests = range(number, len(norms), num_layers * num_kv_heads)
+            for heads in batch.head_tiles(8 * head_size + 4 * hidden_size, heads=in_all_requests):
+                for start, end in batch.token_tiles():
+                    values = batch.gather_values(heads, start, end)
+                    parts = (products(values, head).abs_().sum(dim=-1) for head in query_heads)
+                    norms[heads, start:end] = reduce(torch.add, parts) / len(query_heads)
+    return norms
+
+
+def _spans(batch: ScoreBatch, scores: torch.Tensor) -> torch.Tensor:
+    """Return [num_reqs * num_layers * num_kv_heads] float32, the highest of the scores of the heads of a layer that
+    hold as many tokens less the lowest.
+
+    scores: [num_reqs * num_layers * num_kv_heads, max_kv_len], of which what is behind the tokens is overwritten
+    """
+    is_behind = batch.is_behind(slice(None), 0, batch.max_kv_len)
+    highest = batch.max_over_peers(scores.masked_fill_(is_behind, float("-inf")).amax(dim=1).view(batch.shape[:3]))
+    lowest = -batch.max_over_peers(-scores.masked_fill_(is_behind, float("inf")).amin(dim=1).view(batch.shape[:3]))
+    return (highest - lowest).expand(batch.shape[:3]).flatten()

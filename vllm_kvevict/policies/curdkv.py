@@ -11,12 +11,13 @@ from typing import Annotated, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
+from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
+from vllm_kvevict.policies.batch import ScoreBatch, in_stretches, products, sum_of_tokens, tile_size
 from vllm_kvevict.policies.options import at_least
 
-Gather = Callable[[int, int], torch.Tensor]  # such as ScoreInputs.gather_keys
+Gather = Callable[[slice, int, int], torch.Tensor]  # such as ScoreBatch.gather_keys
 
-TILE = 1024  # tokens, or as many whole neighbourhoods as they hold
 SMALLEST = torch.finfo(torch.float32).tiny
 RANK_TOLERANCE = 1e-10  # of the largest eigenvalue of a Gram matrix: smaller ones are rounding, not rank
 
@@ -58,69 +59,96 @@ class CurDKV(EvictionPolicy):
     old_names: ClassVar[Mapping[str, str]] = {"n_sink": "num_sink"}
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        gathers = {"key": inputs.gather_keys, "value": inputs.gather_values}
+        return self.score_batch(ScoreInputs.together([inputs]))[0, 0]
+
+    @property
+    def layers_at_once(self) -> int:
+        return 16
+
+    def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        """As the base class has it, but "leverage" lets the host wait: a GPU inverts its matrices so."""
+        gathers = {"key": batch.gather_keys, "value": batch.gather_values}
         named = [self.combine] if self.combine in gathers else list(gathers)
-        shares = [self._shares(inputs, gathers[name]) for name in named]
         join = torch.mul if self.combine == "product" else torch.add  # a half would not outlive the last line
-        window, scores = self.local_window or 1, inputs.new_scores()
-        for start, end in inputs.tiles(size=max(TILE // window, 1) * window):  # no neighbourhood is cut
-            scores[:, start:end] = reduce(join, [share(start, end) for share in shares])
-        return scores.div_(scores.sum(dim=1, keepdim=True).clamp_min(SMALLEST))
+        size, scores = tile_size(self.local_window or 1), batch.new_scores()
+        for heads in batch.head_tiles(self._bytes_per_token(batch.keys.shape[2]), size):
+            shares = [self._shares(batch, gathers[name], heads) for name in named]
+            total = torch.zeros((), device=scores.device)
+            for start, end in batch.token_tiles(size):
+                joined = reduce(join, [share(start, end) for share in shares])
+                scores[heads, start:end] = joined
+                total = total + sum_of_tokens(joined)
+            scores[heads].div_(total[:, None].clamp_min(SMALLEST))
+        return scores.view(batch.shape)
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         return 4 * num_kv_heads  # the scores; all else is a tile
 
-    def _shares(self, inputs: ScoreInputs, gather: Gather) -> Gather:
+    def _bytes_per_token(self, head_size: int) -> int:
+        """Return what a tile holds at once by each token of a head."""
+        if self.measure == "norm":
+            return 8 * head_size
+        rank = self.projection_rank or head_size
+        return 8 * head_size + 40 * rank + rank**2 // 4  # float64, and a matrix for each stretch
+
+    def _shares(self, batch: ScoreBatch, gather: Gather, heads: slice) -> Callable[[int, int], torch.Tensor]:
         """Return a function of some tokens, ``start`` to ``end``, which cut no neighbourhood.
 
-        It returns [num_kv_heads, end - start] float32, the measures of keys or values as shares of a neighbourhood.
+        It returns [num_heads, end - start] float32, the measures of keys or values as shares of a neighbourhood, 0
+        behind the tokens of a head.
         """
-        projection = self._projection(inputs)
-        metric = _inverse_gram(inputs, gather, projection) if self.measure == "leverage" else None
-        return lambda start, end: _share(_measure(gather(start, end), projection, metric), self.local_window)
+        projection = self._projection(batch.keys)
+        metric = _inverse_gram(batch, gather, heads, projection) if self.measure == "leverage" else None
 
-    def _projection(self, inputs: ScoreInputs) -> torch.Tensor | None:
-        """Return [head_size, projection_rank] float32, entries from N(0, 1 / projection_rank); None if there is none.
+        def shares(start: int, end: int) -> torch.Tensor:
+            measure = _measure(gather(heads, start, end), projection, metric)
+            return _share(measure.masked_fill_(batch.is_behind(heads, start, end), 0.0), self.local_window)
+
+        return shares
+
+    def _projection(self, keys: torch.Tensor) -> torch.Tensor | None:
+        """Return [1, head_size, projection_rank] float32, entries from N(0, 1 / projection_rank), or None.
 
         Drawn on the CPU, so that every machine draws the same.
         """
         if self.projection_rank == 0:
             return None
         generator = torch.Generator().manual_seed(self.seed)
-        draws = torch.randn(inputs.keys.shape[-1], self.projection_rank, generator=generator, device="cpu")
-        return draws.to(inputs.keys.device) / math.sqrt(self.projection_rank)
+        draws = torch.randn(1, keys.shape[2], self.projection_rank, generator=generator, device="cpu")
+        return to_device(draws.numpy(), keys.device) / math.sqrt(self.projection_rank)
 
 
-def _inverse_gram(inputs: ScoreInputs, gather: Gather, projection: torch.Tensor | None) -> torch.Tensor:
-    """Return [num_kv_heads, rank, rank] float64, the pseudo-inverse of X^T X over the whole prompt."""
-    gram = torch.zeros((), dtype=torch.float64, device=inputs.keys.device)
-    for tile in inputs.tiles(size=TILE):
-        rows = _project(gather(*tile), projection).double()
-        gram = gram + rows.transpose(1, 2) @ rows
+def _inverse_gram(batch: ScoreBatch, gather: Gather, heads: slice, projection: torch.Tensor | None) -> torch.Tensor:
+    """Return [num_heads, rank, rank] float64, the pseudo-inverse of X^T X over all tokens of each of these heads."""
+    gram = torch.zeros((), dtype=torch.float64, device=batch.keys.device)
+    for start, end in batch.token_tiles():
+        rows = _project(gather(heads, start, end), projection).double()
+        stretches = in_stretches(rows.masked_fill_(batch.is_behind(heads, start, end)[..., None], 0.0))
+        gram = gram + (stretches.transpose(2, 3) @ stretches).cumsum(dim=1)[:, -1]
     inverse: torch.Tensor = torch.linalg.pinv(gram, rtol=RANK_TOLERANCE, hermitian=True)
     return inverse
 
 
 def _measure(x: torch.Tensor, projection: torch.Tensor | None, metric: torch.Tensor | None) -> torch.Tensor:
-    """Return [num_kv_heads, num_tokens] float32: squared lengths of the rows of ``x``, in the metric if there is one.
+    """Return [num_heads, num_tokens] float32: squared lengths of the rows of ``x``, in the metric if there is one.
 
-    x: [num_kv_heads, num_tokens, head_size]
+    x: [num_heads, num_tokens, head_size]
     """
     rows = _project(x, projection)
     if metric is None:
         return rows.square().sum(dim=-1)
     rows = rows.double()
-    return (rows @ metric * rows).sum(dim=-1).clamp(min=0).float()
+    return (products(rows, metric) * rows).sum(dim=-1).clamp(min=0).float()
 
 
 def _project(x: torch.Tensor, projection: torch.Tensor | None) -> torch.Tensor:
-    return x if projection is None else x @ projection
+    return x if projection is None else products(x, projection)
 
 
 def _share(measure: torch.Tensor, window: int) -> torch.Tensor:
-    """Return ``measure`` [num_kv_heads, num_tokens] over its sum in each stretch of ``window`` tokens."""
+    """Return ``measure`` [num_heads, num_tokens] over its sum in each stretch of ``window`` tokens."""
     if window == 0:
         return measure
-    num_kv_heads, num_tokens = measure.shape
-    blocks = F.pad(measure, (0, -num_tokens % window)).view(num_kv_heads, -1, window)
+    num_tokens = measure.shape[1]
+    blocks: torch.Tensor = F.pad(measure, (0, -num_tokens % window)).unflatten(1, (-1, window))
     return (blocks / blocks.sum(dim=-1, keepdim=True).clamp_min(SMALLEST)).flatten(1)[:, :num_tokens]

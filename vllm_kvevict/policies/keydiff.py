@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
-from vllm_kvevict.policies.batch import ScoreBatch
-
-_STRETCH = 64  # tokens
+from vllm_kvevict.policies.batch import ScoreBatch, sum_of_tokens
 
 
 @POLICIES.register("keydiff")
@@ -44,18 +42,13 @@ class KeyDiff(EvictionPolicy):
         return scores.view(batch.shape)
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        return 5 * num_kv_heads  # the scores, and the numbers of pages; all else is a tile
+        return 4 * num_kv_heads  # the scores; all else is a tile
 
 
 def _anchor(batch: ScoreBatch, heads: slice) -> torch.Tensor:
-    """Return [num_heads, 1, head_size] float32, the mean direction of the keys of each of these heads.
-
-    Sums go from stretch to stretch, so that what stands behind the tokens of a head does not change their order.
-    """
-    lens, total = batch.kv_lens.flatten()[heads, None, None], torch.zeros((), device=batch.keys.device)
+    """Return [num_heads, 1, head_size] float32, the mean direction of the keys of each of these heads."""
+    total = torch.zeros((), device=batch.keys.device)
     for start, end in batch.token_tiles():
-        is_held = torch.arange(start, end, device=lens.device)[:, None] < lens
-        directions = F.normalize(batch.gather_keys(heads, start, end), dim=-1).masked_fill_(~is_held, 0.0)
-        stretches = F.pad(directions, (0, 0, 0, -(end - start) % _STRETCH)).unflatten(1, (-1, _STRETCH)).sum(dim=2)
-        total = total + stretches.cumsum(dim=1)[:, -1:]
-    return total / lens
+        directions = F.normalize(batch.gather_keys(heads, start, end), dim=-1)
+        total = total + sum_of_tokens(directions.masked_fill_(batch.is_behind(heads, start, end)[..., None], 0.0))
+    return (total / batch.kv_lens.flatten()[heads, None])[:, None]

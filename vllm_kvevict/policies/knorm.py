@@ -39,4 +39,4 @@ class Knorm(EvictionPolicy):
         return scores.view(batch.shape)
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        return 5 * num_kv_heads  # the scores, and the numbers of pages; all else is a tile
+        return 4 * num_kv_heads  # the scores; all else is a tile

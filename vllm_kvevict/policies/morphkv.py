@@ -75,7 +75,7 @@ class MorphKV(EvictionPolicy):
         scores = self._fused(batch, query, last_seen)
         # of the queries' own tokens none is judged
         scores = batch.fill_last(scores, scores.new_zeros(1, 1, 1, 1))
-        return batch.fill_last(scores, scores.amax(dim=(2, 3), keepdim=True)).expand(batch.shape)
+        return batch.fill_last(scores).expand(batch.shape)
 
     def _fused(self, batch: ScoreBatch, query: torch.Tensor, last_seen: torch.Tensor) -> torch.Tensor:
         """Return [num_reqs, num_layers, num_kv_heads, max_kv_len] float32, of one head if one ranking is that of all.
@@ -113,4 +113,4 @@ class MorphKV(EvictionPolicy):
         return torch.stack(parts).amax(dim=0)
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        return 14 * num_kv_heads  # which token each slot has, the scores, and the numbers of pages
+        return 12 * num_kv_heads + 8  # which token each slot has, and the scores

@@ -57,4 +57,4 @@ class Random(EvictionPolicy):
         return torch.rand(count, generator=generator, device="cpu").numpy()
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        return 9 * num_kv_heads  # the draws, the scores, and the numbers of pages; all else is a tile
+        return 8 * num_kv_heads  # the draws and the scores; all else is a tile

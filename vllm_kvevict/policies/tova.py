@@ -38,7 +38,7 @@ class Tova(EvictionPolicy):
 
     def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
         scores = batch.mean_over_peers(batch.window_scores(Reduction("mean")))
-        return batch.fill_last(scores, scores.amax(dim=(2, 3), keepdim=True)).expand(batch.shape)
+        return batch.fill_last(scores).expand(batch.shape)
 
     def score_step(self, inputs: StepInputs) -> torch.Tensor:
         return inputs.sum_over_heads(inputs.newest_attention()[:, :, None])[:, :, 0]

@@ -82,7 +82,7 @@ class WindowPolicy(ObservationWindow):
 
     def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
         scores = batch.window_scores(self.reduction)
-        return batch.fill_last(scores, scores.amax(dim=(2, 3), keepdim=True))
+        return batch.fill_last(scores)
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         return 8 * num_kv_heads  # the scores, and what they were before they were pooled

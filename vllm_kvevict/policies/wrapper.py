@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
+from vllm_kvevict.policies.batch import ScoreBatch
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,30 @@ class WrapperPolicy(EvictionPolicy):
     def num_recent(self) -> int:
         return self.wrapped.num_recent
 
+    @property
+    def layers_at_once(self) -> int:
+        return self.wrapped.layers_at_once
+
     def observe(self, state: Any, inputs: ScoreInputs) -> Any:
         return self.wrapped.observe(state, inputs)
 
+    def observe_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        return self.wrapped.observe_batch(batch)
+
     def state_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         return self.wrapped.state_bytes(num_heads, num_kv_heads, head_size)
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        return self.rescore(ScoreInputs.together([inputs]), self.wrapped.score(inputs)[None, None])[0, 0]
+
+    def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        return self.rescore(batch, self.wrapped.score_batch(batch))
+
+    @abstractmethod
+    def rescore(self, batch: ScoreBatch, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores [num_reqs, num_layers, num_kv_heads, max_kv_len] float32 of this policy.
+
+        In a number of launches that does not depend on how many requests there are, and without waiting for the device.
+
+        scores: likewise, those of the other policy: anything behind the tokens of a head. Read only
+        """
