@@ -75,6 +75,16 @@ class ScoreBatch:
         """[num_pages, block_size, head_size], what ``read_values`` returns."""
         return self.read_values()
 
+    @cached_property
+    def grouped_query(self) -> torch.Tensor:
+        """[num_reqs * num_layers * num_kv_heads, group, num_queries, head_size] float32, all heads in a row."""
+        return by_kv_head(self.query, self.kv_lens.shape[2]).flatten(0, 2)
+
+    @cached_property
+    def grouped_output(self) -> torch.Tensor | None:
+        """As ``grouped_query``, the outputs of the queries."""
+        return None if self.output is None else by_kv_head(self.output, self.kv_lens.shape[2]).flatten(0, 2)
+
     @property
     def _no_values(self) -> torch.Tensor:
         """What stands for the values where nothing reads them."""
@@ -153,10 +163,11 @@ class ScoreBatch:
         of_head = num_bytes * min(_TILE, self.max_kv_len)
         yield from itertools.starmap(slice, scratch.tiles([of_head] * self.kv_lens.numel()))
 
-    def token_tiles(self, size: int = _TILE) -> Iterator[tuple[int, int]]:
-        """Yield bounds of tiles of at most ``size`` tokens."""
-        for start in range(0, self.max_kv_len, size):
-            yield start, min(start + size, self.max_kv_len)
+    def token_tiles(self, size: int = _TILE, end: int | None = None) -> Iterator[tuple[int, int]]:
+        """Yield bounds of tiles of at most ``size`` tokens, up to ``end``; None: of all."""
+        last = self.max_kv_len if end is None else end
+        for start in range(0, last, size):
+            yield start, min(start + size, last)
 
     def gather_keys(self, heads: slice, start: int, end: int) -> torch.Tensor:
         """Return [num_heads, end - start, head_size] float32, keys of a tile of all heads; anything behind a head's.
@@ -176,17 +187,28 @@ class ScoreBatch:
         gathered = pages[page_ids].flatten(1, 2)[:, start - first * block_size : end - first * block_size].float()
         return gathered if scale == 1.0 else gathered.mul_(scale)
 
-    def fill_last(self, scores: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """In place: give the queries' own tokens another score; not in heads that hold nothing else.
+    def fill_last(self, scores: torch.Tensor, value: torch.Tensor, num_last: int | None = None) -> torch.Tensor:
+        """In place: give the last tokens of each head another score: 0 in heads that hold nothing else.
 
-        scores: [num_reqs, num_layers, num_kv_heads, max_kv_len], 0 in such heads; or of one head, if all are alike
-        value:  [num_reqs, num_layers, 1, 1]
+        scores:   [num_reqs, num_layers, num_kv_heads, max_kv_len], or of one head, if all are alike
+        value:    [num_reqs, num_layers, 1, 1]
+        num_last: how many; None: the queries' own
         """
-        num_queries = self.query.shape[2]
+        if num_last is None:
+            num_last = self.query.shape[2]
         kv_lens = self.kv_lens[:, :, : scores.shape[2], None]
-        last = kv_lens + torch.arange(-num_queries, 0, device=scores.device)
-        value = value.masked_fill(kv_lens <= num_queries, 0.0).expand(last.shape)
+        last = kv_lens + torch.arange(-num_last, 0, device=scores.device)
+        value = value.masked_fill(kv_lens <= num_last, 0.0).expand(last.shape)
         return scores.scatter_(3, last.clamp(min=0), value)
+
+
+def by_kv_head(queries: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """Return [..., num_kv_heads, group, num_queries, head_size] float32.
+
+    queries: [..., num_queries, num_heads, head_size]
+    """
+    grouped: torch.Tensor = queries.float().transpose(-3, -2).unflatten(-3, (num_kv_heads, -1))
+    return grouped
 
 
 @cache
