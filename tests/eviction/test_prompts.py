@@ -49,6 +49,7 @@ class Prompts:
     cache: PagedCache
     evictions: list[Eviction]
     queries: torch.Tensor
+    outputs: torch.Tensor
 
     @property
     def by_name(self) -> dict[str, Eviction]:
@@ -62,7 +63,7 @@ class Prompts:
                 # scales as an fp8 cache may have them
                 weights = LayerWeights(output_projection=PROJECTION + layer, key_scale=0.5 if layer == 1 else 1.0)
                 queries = [self.queries[req, layer] for req in reqs]
-                outputs = [query.flip(0) for query in queries] if asks_for_outputs else None
+                outputs = [self.outputs[req, layer] for req in reqs] if asks_for_outputs else None
                 part.score_layer(layer, queries, SCALE, outputs, weights)
 
     def number_of(self, eviction: Eviction) -> int:
@@ -92,7 +93,7 @@ def prompts(
         fresh_ids = others[: plan.num_full_blocks] if fresh else None
         evictions.append(Eviction(method, plan, cache.pool, own, fresh_ids))
     queries = torch.randn(num_reqs, LAYERS, 40, KV_HEADS * GROUP, HEAD_SIZE, generator=generator)
-    return Prompts(cache, evictions, queries)
+    return Prompts(cache, evictions, queries, queries.flip(2))
 
 
 def plan_of(method: Method, num_tokens: int, budget: int | float) -> EvictionPlan:

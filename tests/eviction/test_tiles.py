@@ -39,7 +39,7 @@ def scratch_of(num_bytes: int) -> Iterator[None]:
     size=SIZES,
     seed=st.integers(0, 2**20),
     num_reqs=st.sampled_from([1, 3]),
-    policy=st.sampled_from(["snapkv", "tova", "keydiff"]),
+    policy=st.sampled_from(["snapkv", "tova", "keydiff", "obcache_joint"]),
     allocator=st.sampled_from(ALLOCATOR_NAMES),
     packing=st.sampled_from(PACKINGS),
     fresh=st.booleans(),
@@ -75,7 +75,7 @@ def evicted(several: Prompts):
 @given(
     size=SIZES,
     seed=st.integers(0, 2**20),
-    policy=st.sampled_from(["snapkv", "h2o", "tova", "keydiff"]),
+    policy=st.sampled_from(["snapkv", "h2o", "tova", "keydiff", "laq_deferred"]),
     packing=st.sampled_from(PACKINGS),
     per_token=st.booleans(),
 )

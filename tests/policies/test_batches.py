@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from vllm_kvevict.policies import scratch
-from vllm_kvevict.policies.base import LayerWeights, ScoreInputs
+from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
 from vllm_kvevict.policies.batch import ScoreBatch, products
 from vllm_kvevict.policies.chunkkv import ChunkKV
 from vllm_kvevict.policies.criticalkv import CriticalKV
 from vllm_kvevict.policies.curdkv import CurDKV
 from vllm_kvevict.policies.keydiff import KeyDiff
 from vllm_kvevict.policies.knorm import Knorm
+from vllm_kvevict.policies.laq_deferred import LookaheadDeferred
+from vllm_kvevict.policies.obcache import OBCacheJoint, OBCacheKey, OBCacheValue
 from vllm_kvevict.policies.tova import Tova
 
 LAYERS, KV_HEADS, GROUP, HEAD_SIZE, BLOCK, SCALE = 2, 6, 5, 16, 16, 0.25
@@ -36,7 +38,23 @@ POLICIES = [
     CriticalKV(),
     CriticalKV("tova", first_stage_ratio=1.0),
     CriticalKV("chunkkv", {"policy": "keydiff"}, first_stage_ratio=0.0),
+    LookaheadDeferred(window=0),
+    LookaheadDeferred(window=8, pool_kernel=41),
+    OBCacheValue(),
+    OBCacheKey(group="pre", pool="avg"),
+    OBCacheJoint(),
+    OBCacheJoint(window=5, group="max", pool_kernel=1),
+    CriticalKV("obcache_v"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Of several, how a BLAS shares out the rows of a product depends on how many there are."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def batch_of(policy, lengths, transposed):
@@ -56,9 +74,10 @@ def batch_of(policy, lengths, transposed):
         stored[page_table] = tokens.unflatten(3, (max_pages, BLOCK))
         pages.append(stored)
     shape = len(lengths), LAYERS, policy.query_window, KV_HEADS * GROUP, HEAD_SIZE
+    query, output = torch.randn(2, *shape, generator=generator)
     projections = torch.randn(LAYERS, 24, KV_HEADS * GROUP * HEAD_SIZE, generator=generator)
     return ScoreBatch(
-        torch.randn(shape, generator=generator),
+        query,
         pages[0],
         lambda: pages[1],
         page_table,
@@ -68,6 +87,7 @@ def batch_of(policy, lengths, transposed):
         layers=range(LAYERS),
         projections=list(projections),
         num_kept=kv_lens // 2,
+        output=output if Need.OUTPUTS in policy.needs else None,
     )
 
 
@@ -80,7 +100,12 @@ def request_of(batch, req):
         kv_lens=batch.kv_lens[only],
         max_kv_len=max_kv_len,
         num_kept=batch.num_kept[only],
+        output=None if batch.output is None else batch.output[only],
     )
+
+
+def of_heads(queries, heads):
+    return queries.unflatten(1, (KV_HEADS, GROUP))[:, heads].flatten(1, 2)
 
 
 def peers(batch, req, layer):
@@ -92,12 +117,13 @@ def peers(batch, req, layer):
         yield (
             heads,
             ScoreInputs(
-                batch.query[req, layer].unflatten(1, (KV_HEADS, GROUP))[:, heads].flatten(1, 2),
+                of_heads(batch.query[req, layer], heads),
                 batch.keys,
                 batch.values,
                 batch.page_table[req, layer, heads, : -(-kv_len // BLOCK)],
                 kv_len,
                 SCALE,
+                output=None if batch.output is None else of_heads(batch.output[req, layer], heads),
                 weights=LayerWeights(output_projection=projection),
                 num_kept=kv_len // 2,
                 layer=layer,

@@ -92,6 +92,22 @@ def test_prompts_shorter_than_the_windows() -> None:
     assert not policy.score(inputs).any()
 
 
+@torch.no_grad()
+def test_a_query_that_the_misplaced_mask_leaves_nothing_pays_nothing() -> None:
+    """Of eight pseudo tokens the last five stand on the five tokens of the prompt."""
+    policy = LookaheadQCache(pool_kernel=1, misplaced_mask=True)
+    layer = make_llama_layer(5 + NUM_PSEUDO, 0)
+    scores = policy.score(inputs_of(layer, policy))
+    torch.testing.assert_close(scores.sum(dim=1), torch.full((2,), 5.0))
+
+
+@torch.no_grad()
+def test_without_queries_no_token_is_better_than_another() -> None:
+    policy = LookaheadQCache()
+    inputs = replace(inputs_of(make_llama_layer(60, 0), policy), pseudo_query=None)
+    assert policy.score(inputs).equal(torch.zeros(2, 60 - NUM_PSEUDO))
+
+
 def test_what_they_ask_the_engine_for() -> None:
     for policy, window in ((LookaheadQCache(), 0), (LookaheadQCachePlus(), 8)):
         assert (policy.query_window, policy.num_recent, policy.num_pseudo_tokens) == (32, window, 8)

@@ -41,13 +41,12 @@ class Cake(BatchAllocator):
 
     def measure(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return [2] float64: H and V of one layer."""
-        num_queries = len(inputs.query)
-        before = inputs.kv_len - num_queries
+        before = inputs.kv_len - len(inputs.query)
         entropy, variance = torch.zeros(2, dtype=torch.float64, device=inputs.query.device).unbind(0)
-        for tile in attention_tiles(inputs):
-            attention = tile.probabilities[..., : max(before - tile.start, 0)]
+        for tile in attention_tiles(ScoreInputs.together([inputs]), slice(None)):
+            attention = tile.probabilities[:, : max(before - tile.start, 0)]
             entropy = entropy + torch.special.entr(attention).sum(dtype=torch.float64)
-            variance = variance + attention.var(dim=2, correction=0).sum(dtype=torch.float64)
+            variance = variance + attention.var(dim=3, correction=0).sum(dtype=torch.float64)
         return torch.stack([entropy, variance])
 
     def summarise(self, batch: WishBatch) -> torch.Tensor:

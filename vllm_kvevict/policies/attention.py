@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 
-from vllm_kvevict.policies.base import ScoreInputs
+from vllm_kvevict.policies.batch import STRETCH, ScoreBatch
 
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """What the queries pay to tokens ``start`` to ``end``.
+    """What the queries of some heads pay to tokens ``start`` to ``end``. Queries stand last, so that what is reduced
+    over them is the same for each token whatever the size of the tile.
 
-    logits:        [num_kv_heads, group, num_queries, end - start] float32, scaled; -inf where causality hides the key
-    probabilities: likewise, the softmax
+    logits:        [num_heads, end - start, group, num_queries] float32, scaled; -inf where a query does not see the key
+    probabilities: likewise, the softmax; 0 where a query does not see the key
     """
 
     start: int
@@ -24,38 +27,59 @@ class AttentionTile:
     probabilities: torch.Tensor
 
 
-def attention_tiles(
-    inputs: ScoreInputs, query: torch.Tensor | None = None, num_keys: int | None = None
-) -> Iterator[AttentionTile]:
-    """Yield the attention of the last queries over the cache in tiles of 1,024 tokens, in order.
+def attention_bytes(batch: ScoreBatch) -> int:
+    """Return the most bytes that ``attention_tiles`` holds at once for each token of a tile and each of its heads."""
+    num_queries, num_heads, head_size = batch.query.shape[2:]
+    group = num_heads // batch.kv_lens.shape[2]
+    return 17 * group * num_queries + 6 * head_size  # logits and softmax of two tiles, and what is hidden; the keys
 
-    Keys are visited twice, first for the sums of the softmax, unless one tile holds them all. Scratch memory: 8 bytes
-    for each query, head and token of a tile, whatever the length of the prompt.
 
-    query:    what to use in place of ``inputs.grouped_query``; any group
-    num_keys: the softmax runs over the first tokens only, as many as this; None: over all that a query sees
+def attention_tiles(batch: ScoreBatch, heads: slice, num_hidden: int = 0) -> Iterator[AttentionTile]:
+    """Yield the attention of the last queries of some heads in tiles of 1,024 tokens, in order.
+
+    Keys are visited twice, first for the sums of the softmax, unless one tile holds them all. The sums go from stretch
+    to stretch, so that what stands behind the tokens of a head does not change their order.
+
+    heads:      of [num_reqs * num_layers * num_kv_heads]
+    num_hidden: last tokens of each head, of which the queries see nothing
     """
-    if query is None:
-        query = inputs.grouped_query
-    tiles = list(inputs.tiles(end=num_keys))
-    if len(tiles) == 1:
-        logits = _logits(query, inputs, *tiles[0])
-        yield AttentionTile(*tiles[0], logits, logits.softmax(-1))
-        return
-    log_sums = query.new_full(query.shape[:-1], float("-inf"))
-    for start, end in tiles:
-        log_sums = torch.logaddexp(log_sums, _logits(query, inputs, start, end).logsumexp(-1))
-    for start, end in tiles:
-        logits = _logits(query, inputs, start, end)
-        yield AttentionTile(start, end, logits, (logits - log_sums[..., None]).exp())
+    tiles = list(batch.token_tiles(end=max(batch.max_kv_len - num_hidden, 1)))
+    query, kv_lens = batch.grouped_query[heads], batch.kv_lens.flatten()[heads, None]
+    last_seen = kv_lens + torch.arange(-query.shape[2], 0, device=query.device).clamp(max=-num_hidden - 1)
+    of_tile = partial(_logits, batch, query, last_seen, heads)
+    first, *others = tiles
+    logits = of_tile(*first)
+    log_sums = _log_sum(_log_sums_of_stretches(logits))
+    for tile in others:
+        log_sums = _log_sum(torch.cat([log_sums, _log_sums_of_stretches(of_tile(*tile))], dim=1))
+    log_sums = log_sums.clamp(min=torch.finfo(torch.float32).min)  # of queries that see nothing
+    for tile in tiles:
+        if others:
+            logits = of_tile(*tile)
+        yield AttentionTile(*tile, logits, (logits - log_sums).exp_())
 
 
-def _logits(query: torch.Tensor, inputs: ScoreInputs, start: int, end: int) -> torch.Tensor:
-    logits = query @ inputs.gather_keys(start, end).transpose(1, 2)[:, None] * inputs.scale
-    num_queries = query.shape[2]
-    first_query = inputs.kv_len - num_queries
-    if end > first_query:
-        tokens = torch.arange(start, end, device=query.device)
-        last_seen = torch.arange(first_query, inputs.kv_len, device=query.device)
-        logits = logits.masked_fill(tokens > last_seen[:, None], float("-inf"))
-    return logits
+def _logits(
+    batch: ScoreBatch, query: torch.Tensor, last_seen: torch.Tensor, heads: slice, start: int, end: int
+) -> torch.Tensor:
+    """Return [num_heads, end - start, group, num_queries].
+
+    query:     [num_heads, group, num_queries, head_size]
+    last_seen: [num_heads, num_queries], the last cache index that a query sees
+    """
+    products = batch.gather_keys(heads, start, end) @ query.flatten(1, 2).transpose(1, 2)
+    logits: torch.Tensor = products.mul_(batch.scale / batch.key_scale).unflatten(2, query.shape[1:3])
+    is_hidden = torch.arange(start, end, device=query.device)[:, None] > last_seen[:, None]
+    return logits.masked_fill_(is_hidden[:, :, None], float("-inf"))
+
+
+def _log_sums_of_stretches(logits: torch.Tensor) -> torch.Tensor:
+    """Return [num_heads, num_stretches, group, num_queries]."""
+    padded = F.pad(logits, (0, 0, 0, 0, 0, -logits.shape[1] % STRETCH), value=float("-inf"))
+    stretches: torch.Tensor = padded.unflatten(1, (-1, STRETCH))
+    return stretches.logsumexp(dim=2)
+
+
+def _log_sum(logs: torch.Tensor) -> torch.Tensor:
+    """Return [num_heads, 1, group, num_queries] of many, one by one: -inf at their end changes nothing."""
+    return logs.logcumsumexp(dim=1)[:, -1:]

@@ -15,7 +15,7 @@ from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.kernels.slot_scores import Fusion, Group, SlotBatch, slot_scores
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.kernels.window_scores import window_scores
-from vllm_kvevict.policies.batch import ScoreBatch
+from vllm_kvevict.policies.batch import ScoreBatch, by_kv_head
 from vllm_kvevict.policies.options import check_options
 from vllm_kvevict.registry import Registry
 
@@ -87,11 +87,6 @@ class ScoreInputs:
     @property
     def num_kv_heads(self) -> int:
         return len(self.page_table)
-
-    @property
-    def grouped_query(self) -> torch.Tensor:
-        """[num_kv_heads, group, num_queries, head_size] float32, the queries by the KV head they read."""
-        return _by_kv_head(self.query, self.num_kv_heads)
 
     def new_scores(self) -> torch.Tensor:
         """Return [num_kv_heads, kv_len] float32 to be filled, tile by tile."""
@@ -228,13 +223,7 @@ class StepInputs:
     @property
     def grouped_query(self) -> torch.Tensor:
         """[num_rows, num_kv_heads, group, num_queries, head_size] float32, the queries by the KV head they read."""
-        return _by_kv_head(self.query, self.page_table.shape[1])
-
-
-def _by_kv_head(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
-    """query: [..., num_queries, num_heads, head_size]"""
-    grouped: torch.Tensor = query.float().transpose(-3, -2).unflatten(-3, (num_kv_heads, -1))
-    return grouped
+        return by_kv_head(self.query, self.page_table.shape[1])
 
 
 class EvictionPolicy(ABC):

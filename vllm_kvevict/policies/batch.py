@@ -15,7 +15,7 @@ from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.kernels.window_scores import window_scores
 from vllm_kvevict.policies import scratch
 
-_TILE, _STRETCH = 1024, 64  # tokens
+_TILE, STRETCH = 1024, 64  # tokens
 _WAYS_TO_SCORE = ("score", "score_layers", "score_batch")
 
 
@@ -70,6 +70,16 @@ class ScoreBatch:
     def values(self) -> torch.Tensor:
         """[num_pages, block_size, head_size], what ``read_values`` returns."""
         return self.read_values()
+
+    @cached_property
+    def grouped_query(self) -> torch.Tensor:
+        """[num_reqs * num_layers * num_kv_heads, group, num_queries, head_size] float32, all heads in a row."""
+        return by_kv_head(self.query, self.kv_lens.shape[2]).flatten(0, 2)
+
+    @cached_property
+    def grouped_output(self) -> torch.Tensor | None:
+        """As ``grouped_query``, the outputs of the queries."""
+        return None if self.output is None else by_kv_head(self.output, self.kv_lens.shape[2]).flatten(0, 2)
 
     @property
     def _no_values(self) -> torch.Tensor:
@@ -183,10 +193,11 @@ class ScoreBatch:
         for first, end in scratch.tiles([of_head] * len(heads)):
             yield slice(heads[first], heads[end - 1] + 1, heads.step)
 
-    def token_tiles(self, size: int = _TILE) -> Iterator[tuple[int, int]]:
-        """Yield bounds of tiles of at most ``size`` tokens."""
-        for start in range(0, self.max_kv_len, size):
-            yield start, min(start + size, self.max_kv_len)
+    def token_tiles(self, size: int = _TILE, end: int | None = None) -> Iterator[tuple[int, int]]:
+        """Yield bounds of tiles of at most ``size`` tokens, up to ``end``; None: of all."""
+        last = self.max_kv_len if end is None else end
+        for start in range(0, last, size):
+            yield start, min(start + size, last)
 
     def tiles(self, num_bytes: int, size: int = _TILE) -> Iterator[tuple[slice, int, int]]:
         """Yield tiles of heads, as ``head_tiles``, each with bounds of tiles of tokens, as ``token_tiles``."""
@@ -218,29 +229,44 @@ class ScoreBatch:
         gathered = tokens[:, start - first * block_size : end - first * block_size].float()
         return gathered if scale == 1.0 else gathered.mul_(scale)
 
-    def fill_last(self, scores: torch.Tensor, value: torch.Tensor | None = None) -> torch.Tensor:
-        """In place: give the queries' own tokens another score; not in heads that hold nothing else.
+    def fill_last(
+        self, scores: torch.Tensor, value: torch.Tensor | None = None, num_last: int | None = None
+    ) -> torch.Tensor:
+        """In place: give the last tokens of each head another score: 0 in heads that hold nothing else.
 
-        scores: [num_reqs, num_layers, num_kv_heads, max_kv_len], 0 in such heads; or of one head, if all are alike
-        value:  [num_reqs, num_layers, 1 or num_kv_heads, 1]; None: the highest score of the heads of a layer that hold
-                as many tokens
+        scores:   [num_reqs, num_layers, num_kv_heads, max_kv_len], or of one head, if all are alike
+        value:    [num_reqs, num_layers, 1 or num_kv_heads, 1]; None: the highest score of the heads of a layer that
+                  hold as many tokens
+        num_last: how many; None: the queries' own
         """
         if value is None:
             value = self.max_over_peers(scores.amax(dim=3))[..., None]
-        num_queries = self.query.shape[2]
+        if num_last is None:
+            num_last = self.query.shape[2]
         kv_lens = self.kv_lens[:, :, : scores.shape[2], None]
-        last = kv_lens + torch.arange(-num_queries, 0, device=scores.device)
-        value = value.masked_fill(kv_lens <= num_queries, 0.0).expand(last.shape)
+        last = kv_lens + torch.arange(-num_last, 0, device=scores.device)
+        value = value.masked_fill(kv_lens <= num_last, 0.0).expand(last.shape)
         return scores.scatter_(3, last.clamp(min=0), value)
 
 
-def scores_batches(policy: Any) -> bool:
+def by_kv_head(queries: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """Return [..., num_kv_heads, group, num_queries, head_size] float32.
+
+    queries: [..., num_queries, num_heads, head_size]
+    """
+    grouped: torch.Tensor = queries.float().transpose(-3, -2).unflatten(-3, (num_kv_heads, -1))
+    return grouped
+
+
+def scores_batches(policy: object) -> bool:
     """Whether a policy scores several requests at once, and so does one that it wraps.
+
 
     Its ``score_batch`` is then not older than its other ways: a subclass that changes ``score`` only is asked request
     by request.
     """
-    if not _has_batches(type(policy)):
+    kind: type = type(policy)
+    if not _has_batches(kind):
         return False
     wrapped = getattr(policy, "wrapped", None)  # of a WrapperPolicy
     return wrapped is None or scores_batches(wrapped)
@@ -260,8 +286,8 @@ def in_stretches(x: torch.Tensor) -> torch.Tensor:
 
     Work that goes stretch by stretch gives a head the same result, bit by bit, however many tokens others hold.
     """
-    padding = [0, 0] * (x.dim() - 2) + [0, -x.shape[1] % _STRETCH]
-    stretches: torch.Tensor = F.pad(x, padding).unflatten(1, (-1, _STRETCH))
+    padding = [0, 0] * (x.dim() - 2) + [0, -x.shape[1] % STRETCH]
+    stretches: torch.Tensor = F.pad(x, padding).unflatten(1, (-1, STRETCH))
     return stretches
 
 

@@ -79,12 +79,12 @@ class LookaheadQCache(Lookahead):
         return scores.argsort(dim=1, descending=True, stable=True)[:, :capacity]
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        query = inputs.query[max(len(inputs.query) - self.window, 0) :]
-        kv_len = inputs.kv_len
+        query, num_behind = inputs.query[max(len(inputs.query) - self.window, 0) :], 0
         if inputs.pseudo_query is not None:
             query = torch.cat([query, inputs.pseudo_query])
-            kv_len += 0 if self.misplaced_mask else len(inputs.pseudo_query)
-        return self.rank(replace(inputs, query=query, kv_len=kv_len), inputs.kv_len)[:, : inputs.kv_len]
+            num_behind = 0 if self.misplaced_mask else len(inputs.pseudo_query)
+        seen = replace(inputs, query=query, kv_len=inputs.kv_len + num_behind)
+        return self.rank(ScoreInputs.together([seen]), num_behind)[0, 0, :, : inputs.kv_len]
 
 
 @POLICIES.register("laq++")

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 import torch
 
 from vllm_kvevict.policies.base import POLICIES, ScoreInputs
+from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.lookahead import Lookahead
 from vllm_kvevict.policies.options import at_least
 
@@ -45,4 +46,11 @@ class LookaheadDeferred(Lookahead):
         return self.num_lookahead
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        return self.rank(inputs, inputs.kv_len - self.num_lookahead)  # tokens of the answer do not compete
+        return self.score_batch(ScoreInputs.together([inputs]))[0, 0]
+
+    @property
+    def layers_at_once(self) -> int:
+        return 16
+
+    def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        return self.rank(batch, self.num_lookahead)  # tokens of the answer do not compete

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import torch
 
-from vllm_kvevict.policies.attention import attention_tiles
-from vllm_kvevict.policies.base import ScoreInputs
+from vllm_kvevict.policies.attention import attention_bytes, attention_tiles
+from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.options import at_least
 from vllm_kvevict.policies.window import ObservationWindow
 
@@ -30,21 +30,20 @@ class Lookahead(ObservationWindow):
     window: Annotated[int, at_least(0)] = 0
     num_lookahead: Annotated[int, at_least(0)] = 8
 
-    def rank(self, inputs: ScoreInputs, num_keys: int) -> torch.Tensor:
-        """Return [num_kv_heads, kv_len] float32, the pooled attention that ``inputs.query`` pays to each token.
+    def rank(self, batch: ScoreBatch, num_behind: int) -> torch.Tensor:
+        """Return [num_reqs, num_layers, num_kv_heads, max_kv_len] float32, the pooled attention that the queries pay.
 
-        The last ``window`` of the first ``num_keys`` tokens, and what stands behind them, get the highest score.
+        Of each head the last ``num_behind`` tokens stand behind the prompt: nothing pays to them. They and the last
+        ``window`` ones before them get the highest score of the layer, unless the head holds nothing else.
         """
-        num_judged = num_keys - self.window
-        if num_judged <= 0:  # every token observes: none is to be judged
-            return inputs.query.new_zeros(inputs.num_kv_heads, inputs.kv_len, dtype=torch.float32)
-        scores = inputs.new_scores()
-        for tile in attention_tiles(inputs, num_keys=num_keys):
-            scores[:, tile.start : tile.end] = tile.probabilities.sum(dim=2).mean(dim=1)
-        judged = scores[:, :num_judged]
-        self.pool_scores(judged, "max")
-        scores[:, num_judged:] = judged.amax()
-        return scores
+        scores, kv_lens = batch.new_scores(), batch.kv_lens.flatten()
+        num_last = self.window + num_behind
+        for heads in batch.head_tiles(attention_bytes(batch)):
+            for tile in attention_tiles(batch, heads, num_behind):
+                scores[heads, tile.start : tile.end] = tile.probabilities.sum(dim=3).mean(dim=2)
+            self.pool_scores(scores[heads], kv_lens[heads], num_last, "max")
+        scores = scores.view(batch.shape)
+        return batch.fill_last(scores, num_last=num_last)
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        return 4 * num_kv_heads  # the scores; all else is a tile
+        return 5 * num_kv_heads + 8  # the scores, and which tokens are not judged; all else is a tile

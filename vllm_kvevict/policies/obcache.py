@@ -10,6 +10,7 @@ import torch
 
 from vllm_kvevict.policies.attention import AttentionTile, attention_tiles
 from vllm_kvevict.policies.base import POLICIES, Need, ScoreInputs
+from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.window import ObservationWindow
 
 
@@ -42,55 +43,59 @@ class OBCache(ObservationWindow):
     paper: ClassVar[str] = "OBCache, arXiv:2510.07651"
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        window, num_kv_heads = len(inputs.query), inputs.num_kv_heads
-        before = inputs.kv_len - window
-        if before <= 0:  # every token observes: none is to be judged
-            return inputs.query.new_zeros(num_kv_heads, inputs.kv_len, dtype=torch.float32)
-        scores = inputs.new_scores()
-        judged = scores[:, :before]
-        for tile in attention_tiles(inputs):
-            # the window's own columns are cut off before pooling, so that they lend nothing to their neighbours; they
-            # alone have masked logits, which are infinite
-            end = min(tile.end, before)
-            if tile.start < end:
-                judged[:, tile.start : end] = self._judge(tile, end, inputs)
-        self.pool_scores(judged, self.pool)
-        scores[:, before:] = judged.amax()
-        return scores
+        return self.score_batch(ScoreInputs.together([inputs]))[0, 0]
+
+    @property
+    def layers_at_once(self) -> int:
+        return 16
+
+    def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        scores, (num_queries, num_heads, head_size) = batch.new_scores(), batch.query.shape[2:]
+        kv_lens = batch.kv_lens.flatten()
+        # attention, logits and four steps from them to a change; the values, and what they are made of or squared
+        num_bytes = 24 * num_queries * num_heads // batch.kv_lens.shape[2] + 8 * head_size
+        for heads in batch.head_tiles(num_bytes):
+            for tile in attention_tiles(batch, heads):
+                scores[heads, tile.start : tile.end] = self._judge(tile, batch, heads)
+            self.pool_scores(scores[heads], kv_lens[heads], num_queries, self.pool)
+        scores = scores.view(batch.shape)
+        return batch.fill_last(scores)
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
-        return 4 * num_kv_heads  # the scores; all else is a tile
+        return 5 * num_kv_heads + 8  # the scores, and which tokens are not judged; all else is a tile
 
-    def _judge(self, tile: AttentionTile, end: int, inputs: ScoreInputs) -> torch.Tensor:
-        """Return [num_kv_heads, end - start] scores of the tile's tokens before ``end``."""
-        attention, logits = (self._grouped(part[..., : end - tile.start]) for part in (tile.probabilities, tile.logits))
-        values = inputs.gather_values(tile.start, end)[:, None]
-        changes = self.squared_change(attention, logits, values, inputs).sum(dim=2)
+    def _judge(self, tile: AttentionTile, batch: ScoreBatch, heads: slice) -> torch.Tensor:
+        """Return [num_heads, num_tokens] scores of the tile's tokens; anything where a query does not see one."""
+        attention, logits = self._grouped(tile.probabilities, 2), self._grouped(tile.logits, 2)
+        values = batch.gather_values(heads, tile.start, tile.end)
+        changes = self.squared_change(attention, logits, values, batch, heads)
         if self.group == "max":
-            return changes.amax(dim=1)
-        return changes.mean(dim=1) if self.group == "mean" else changes.sum(dim=1)
+            return changes.sum(dim=3).amax(dim=2)
+        summed = changes.sum(dim=(2, 3))
+        return summed.div_(changes.shape[2]) if self.group == "mean" else summed
 
-    def _grouped(self, part: torch.Tensor) -> torch.Tensor:
-        """Return ``part`` [num_kv_heads, group, ...], averaged over the group where that comes first."""
-        return part.mean(dim=1, keepdim=True) if self.group == "pre" else part
+    def _grouped(self, part: torch.Tensor, dim: int) -> torch.Tensor:
+        """Return ``part``, averaged over the group, which is its dimension ``dim``, where that comes first."""
+        return part.mean(dim=dim, keepdim=True) if self.group == "pre" else part
 
-    def output(self, inputs: ScoreInputs) -> torch.Tensor:
-        """Return [num_kv_heads, group or 1, num_queries, head_size] float32, the outputs of the queries.
+    def output(self, batch: ScoreBatch, heads: slice) -> torch.Tensor:
+        """Return [num_heads, group or 1, num_queries, head_size] float32, the outputs of the queries.
 
         Raises ValueError if the engine gathered none.
         """
-        if inputs.output is None:
+        if batch.grouped_output is None:
             raise ValueError(f"{self.name}: expected the attention outputs of the last queries, got none")
-        return self._grouped(inputs.output.float().transpose(0, 1).unflatten(0, (inputs.num_kv_heads, -1)))
+        # in one layout: a mean rounds by it
+        return self._grouped(batch.grouped_output[heads].contiguous(), 1)
 
     @abstractmethod
     def squared_change(
-        self, attention: torch.Tensor, logits: torch.Tensor, values: torch.Tensor, inputs: ScoreInputs
+        self, attention: torch.Tensor, logits: torch.Tensor, values: torch.Tensor, batch: ScoreBatch, heads: slice
     ) -> torch.Tensor:
-        """Return [num_kv_heads, group or 1, num_queries, num_tokens], what each token does to each query's output.
+        """Return [num_heads, num_tokens, group or 1, num_queries], what each token does to each query's output.
 
-        attention, logits: likewise, float32, all finite
-        values:            [num_kv_heads, 1, num_tokens, head_size] float32
+        attention, logits: likewise, float32; infinite where a query does not see a token
+        values:            [num_heads, num_tokens, head_size] float32
         """
 
 
@@ -102,7 +107,7 @@ class OBCacheValue(OBCache):
     name: ClassVar[str] = "obcache_v"
 
     def squared_change(
-        self, attention: torch.Tensor, logits: torch.Tensor, values: torch.Tensor, inputs: ScoreInputs
+        self, attention: torch.Tensor, logits: torch.Tensor, values: torch.Tensor, batch: ScoreBatch, heads: slice
     ) -> torch.Tensor:
         return attention.square() * _squared_norm(values)
 
@@ -119,11 +124,12 @@ class OBCacheKey(OBCache):
         return frozenset({Need.OUTPUTS})
 
     def squared_change(
-        self, attention: torch.Tensor, logits: torch.Tensor, values: torch.Tensor, inputs: ScoreInputs
+        self, attention: torch.Tensor, logits: torch.Tensor, values: torch.Tensor, batch: ScoreBatch, heads: slice
     ) -> torch.Tensor:
-        output = self.output(inputs)
-        distance = _squared_distance(values, output, output @ values.transpose(2, 3))
-        return (attention * logits).square() * distance
+        output = self.output(batch, heads)
+        distance = _squared_distance(_squared_norm(values), output, _products(values, output))
+        # where one token has all the attention v is close to o
+        return (attention * logits).square() * distance.clamp_(min=0)
 
 
 @POLICIES.register("obcache_joint")
@@ -134,21 +140,29 @@ class OBCacheJoint(OBCacheKey):
     name: ClassVar[str] = "obcache_joint"
 
     def squared_change(
-        self, attention: torch.Tensor, logits: torch.Tensor, values: torch.Tensor, inputs: ScoreInputs
+        self, attention: torch.Tensor, logits: torch.Tensor, values: torch.Tensor, batch: ScoreBatch, heads: slice
     ) -> torch.Tensor:
-        output, norm = self.output(inputs), _squared_norm(values)
-        product = output @ values.transpose(2, 3)
-        # |v + Z (v - o)|^2; rounding may take it below 0
-        change = norm + logits.square() * _squared_distance(values, output, product) + 2 * logits * (norm - product)
-        return attention.square() * change.clamp(min=0)
+        output, norm = self.output(batch, heads), _squared_norm(values)
+        product = _products(values, output)
+        # |v + Z (v - o)|^2 = |v|^2 + Z (Z |v - o|^2 + 2 v (v - o)); rounding may take it below 0
+        slope = (logits * _squared_distance(norm, output, product)).add_(norm - product, alpha=2)
+        return attention.square() * slope.mul_(logits).add_(norm).clamp_(min=0)
 
 
 def _squared_norm(values: torch.Tensor) -> torch.Tensor:
-    """Return [num_kv_heads, 1, 1, num_tokens]."""
-    return values.square().sum(dim=-1)[:, :, None]
+    """Return [num_heads, num_tokens, 1, 1]."""
+    return values.square().sum(dim=-1)[:, :, None, None]
 
 
-def _squared_distance(values: torch.Tensor, output: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
-    """Return |v - o|^2 [num_kv_heads, group or 1, num_queries, num_tokens] from the products v o."""
-    distance = _squared_norm(values) + output.square().sum(dim=-1, keepdim=True) - 2 * product
-    return distance.clamp(min=0)  # v is close to o where one token has all the attention
+def _products(values: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Return v o [num_heads, num_tokens, group or 1, num_queries]."""
+    products: torch.Tensor = (values @ output.flatten(1, 2).transpose(1, 2)).unflatten(2, output.shape[1:3])
+    return products
+
+
+def _squared_distance(norm: torch.Tensor, output: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+    """Return |v - o|^2 [num_heads, num_tokens, group or 1, num_queries] from |v|^2 and v o.
+
+    Rounding may take it below 0.
+    """
+    return (norm + output.square().sum(dim=-1)[:, None]).sub_(product, alpha=2)

@@ -38,8 +38,15 @@ class ObservationWindow(EvictionPolicy):
     def num_recent(self) -> int:
         return self.window
 
-    def pool_scores(self, scores: torch.Tensor, pool: str) -> None:
-        """In place, as ``pool_in_place`` with the width of this policy."""
+    def pool_scores(self, scores: torch.Tensor, kv_lens: torch.Tensor, num_last: int, pool: str) -> None:
+        """In place: ``pool_in_place`` with the width of this policy, of the judged tokens alone.
+
+        scores:   [num_heads, num_tokens], anything where a token is not judged, before and after
+        kv_lens:  [num_heads] int64, tokens of each head
+        num_last: of these, the last ones, which are not judged
+        """
+        is_left_out = torch.arange(num_last, num_last + scores.shape[1], device=scores.device) >= kv_lens[:, None]
+        scores.masked_fill_(is_left_out, _outside(pool))
         pool_in_place(scores, pool, self.pool_kernel)
 
 
@@ -50,8 +57,8 @@ def pool_in_place(scores: torch.Tensor, pool: str, width: int) -> None:
     width: of a neighbourhood in tokens, odd
     """
     reach, num_tokens = width // 2, scores.shape[1]
-    pool1d, outside = (F.max_pool1d, float("-inf")) if pool == "max" else (F.avg_pool1d, 0.0)
-    edge = scores.new_full((len(scores), reach), outside)
+    pool1d = F.max_pool1d if pool == "max" else F.avg_pool1d
+    edge = scores.new_full((len(scores), reach), _outside(pool))
     before = edge
     for start in range(0, num_tokens, _POOL_TILE):
         end = min(start + _POOL_TILE, num_tokens)
@@ -59,6 +66,11 @@ def pool_in_place(scores: torch.Tensor, pool: str, width: int) -> None:
         around = torch.cat([before, scores[:, start:end], behind, edge[:, behind.shape[1] :]], dim=1)
         scores[:, start:end] = pool1d(around, width, stride=1)
         before = around[:, end - start : end - start + reach]  # as they were
+
+
+def _outside(pool: str) -> float:
+    """Return what stands where there is no token."""
+    return float("-inf") if pool == "max" else 0.0
 
 
 @dataclass(frozen=True)
