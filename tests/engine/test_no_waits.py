@@ -234,6 +234,12 @@ EVICTING: dict[str, tuple[Callable[[StepEvictions], int], int, dict[str, Any], i
         BY_BLOCK | {"kv_eviction": "keydiff"},
         0,
     ),
+    "answers by block, by values": (
+        lambda decisions: len(decisions.shrinking),
+        318,
+        BY_BLOCK | {"kv_eviction": "curdkv"},
+        0,
+    ),
     "answers by block, summed": (lambda decisions: len(decisions.shrinking), 318, BY_BLOCK | {"kv_eviction": "h2o"}, 0),
     "chunks": (lambda decisions: len(decisions.chunks), LONG, {"kv_evict_during_prefill": True}, 0),
     "late answers": (answers_fill_the_budget, 94, BY_BLOCK | LAVA, 1),

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from vllm_kvevict.cache.staging import to_device
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
+from vllm_kvevict.policies.base import POLICIES
 from vllm_kvevict.policies.batch import ScoreBatch, in_stretches, products, sum_of_tokens, tile_size
+from vllm_kvevict.policies.batch_policy import BatchPolicy
 from vllm_kvevict.policies.options import at_least
 
 Gather = Callable[[slice, int, int], torch.Tensor]  # such as ScoreBatch.gather_keys
@@ -24,7 +25,7 @@ RANK_TOLERANCE = 1e-10  # of the largest eigenvalue of a Gram matrix: smaller on
 
 @POLICIES.register("curdkv")
 @dataclass(frozen=True)
-class CurDKV(EvictionPolicy):
+class CurDKV(BatchPolicy):
     """Score a token by what its key and its value contribute to a CUR decomposition of the attention output.
 
     Paper: Sengupta et al. 2025 (CurDKV), arXiv:2509.15038. The defaults are the code that the authors released, and
@@ -57,13 +58,6 @@ class CurDKV(EvictionPolicy):
     name: ClassVar[str] = "curdkv"
     paper: ClassVar[str] = "CurDKV, arXiv:2509.15038"
     old_names: ClassVar[Mapping[str, str]] = {"n_sink": "num_sink"}
-
-    def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        return self.score_batch(ScoreInputs.together([inputs]))[0, 0]
-
-    @property
-    def layers_at_once(self) -> int:
-        return 16
 
     def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
         """As the base class has it, but "leverage" lets the host wait: a GPU inverts its matrices so."""

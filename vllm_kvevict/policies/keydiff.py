@@ -8,13 +8,14 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
+from vllm_kvevict.policies.base import POLICIES
 from vllm_kvevict.policies.batch import ScoreBatch, sum_of_tokens
+from vllm_kvevict.policies.batch_policy import BatchPolicy
 
 
 @POLICIES.register("keydiff")
 @dataclass(frozen=True)
-class KeyDiff(EvictionPolicy):
+class KeyDiff(BatchPolicy):
     """Score a token by minus the cosine between its key and the anchor, the mean of all normalised keys of its head.
 
     Paper: Park et al. 2025 (KeyDiff), arXiv:2504.15364. Departs from the paper, which evicts block by block while the
@@ -24,13 +25,6 @@ class KeyDiff(EvictionPolicy):
 
     name: ClassVar[str] = "keydiff"
     paper: ClassVar[str] = "KeyDiff, arXiv:2504.15364"
-
-    def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        return self.score_batch(ScoreInputs.together([inputs]))[0, 0]
-
-    @property
-    def layers_at_once(self) -> int:
-        return 16
 
     def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
         scores = batch.new_scores()

@@ -7,13 +7,14 @@ from typing import ClassVar
 
 import torch
 
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
+from vllm_kvevict.policies.base import POLICIES
 from vllm_kvevict.policies.batch import ScoreBatch
+from vllm_kvevict.policies.batch_policy import BatchPolicy
 
 
 @POLICIES.register("knorm")
 @dataclass(frozen=True)
-class Knorm(EvictionPolicy):
+class Knorm(BatchPolicy):
     """Score a token by the length of its key: the shorter the key, the more attention it tends to get.
 
     Paper: Devoto et al. 2024, "A simple and effective L2 norm-based strategy for KV cache compression",
@@ -23,13 +24,6 @@ class Knorm(EvictionPolicy):
 
     name: ClassVar[str] = "knorm"
     paper: ClassVar[str] = "L2 norm, arXiv:2406.11430"
-
-    def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        return self.score_batch(ScoreInputs.together([inputs]))[0, 0]
-
-    @property
-    def layers_at_once(self) -> int:
-        return 16
 
     def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
         scores = batch.new_scores()

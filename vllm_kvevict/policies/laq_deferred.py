@@ -7,15 +7,16 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from vllm_kvevict.policies.base import POLICIES, ScoreInputs
+from vllm_kvevict.policies.base import POLICIES
 from vllm_kvevict.policies.batch import ScoreBatch
+from vllm_kvevict.policies.batch_policy import BatchPolicy
 from vllm_kvevict.policies.lookahead import Lookahead
 from vllm_kvevict.policies.options import at_least
 
 
 @POLICIES.register("laq_deferred")
 @dataclass(frozen=True)
-class LookaheadDeferred(Lookahead):
+class LookaheadDeferred(BatchPolicy, Lookahead):
     """Score a token by the attention it gets from the first ``num_lookahead`` tokens of the answer.
 
     After Lookahead Q-Cache, see ``policies/laq.py``, which generates as many pseudo tokens on a cheap cache and forgets
@@ -44,13 +45,6 @@ class LookaheadDeferred(Lookahead):
     @property
     def num_deferred(self) -> int:
         return self.num_lookahead
-
-    def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        return self.score_batch(ScoreInputs.together([inputs]))[0, 0]
-
-    @property
-    def layers_at_once(self) -> int:
-        return 16
 
     def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
         return self.rank(batch, self.num_lookahead)  # tokens of the answer do not compete

@@ -9,8 +9,9 @@ from typing import Annotated, ClassVar, Literal
 import torch
 
 from vllm_kvevict.kernels.slot_scores import Group
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs, StepInputs
+from vllm_kvevict.policies.base import POLICIES, StepInputs
 from vllm_kvevict.policies.batch import ScoreBatch
+from vllm_kvevict.policies.batch_policy import BatchPolicy
 from vllm_kvevict.policies.options import at_least
 
 # Scores of slots by single queries that are held at once while a step is scored.
@@ -19,7 +20,7 @@ _MAX_SCORES = 1 << 22
 
 @POLICIES.register("morphkv")
 @dataclass(frozen=True)
-class MorphKV(EvictionPolicy):
+class MorphKV(BatchPolicy):
     """Score an older token by the attention it gets from the last ``window`` queries, of the prompt or of the answer.
 
     Paper: Ghadia et al. 2025 (MorphKV), arXiv:2503.00979. Its code has two algorithms, both here. Departs from it:
@@ -57,13 +58,6 @@ class MorphKV(EvictionPolicy):
     @property
     def evicts_during_decode(self) -> bool:
         return True
-
-    def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        return self.score_batch(ScoreInputs.together([inputs]))[0, 0]
-
-    @property
-    def layers_at_once(self) -> int:
-        return 16
 
     def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
         query, num_queries = batch.query, batch.query.shape[2]

@@ -9,13 +9,14 @@ from typing import ClassVar, Literal
 import torch
 
 from vllm_kvevict.policies.attention import AttentionTile, attention_tiles
-from vllm_kvevict.policies.base import POLICIES, Need, ScoreInputs
+from vllm_kvevict.policies.base import POLICIES, Need
 from vllm_kvevict.policies.batch import ScoreBatch
+from vllm_kvevict.policies.batch_policy import BatchPolicy
 from vllm_kvevict.policies.window import ObservationWindow
 
 
 @dataclass(frozen=True)
-class OBCache(ObservationWindow):
+class OBCache(BatchPolicy, ObservationWindow):
     """Score a token by how much the attention outputs of the last ``window`` queries change without it.
 
     Paper: Gu et al. 2025 (OBCache), arXiv:2510.07651, hosted by SnapKV. A token loses its value, its key or both by
@@ -41,13 +42,6 @@ class OBCache(ObservationWindow):
     pool: Literal["max", "avg"] = "max"
     group: Literal["sum", "mean", "max", "pre"] = "sum"
     paper: ClassVar[str] = "OBCache, arXiv:2510.07651"
-
-    def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        return self.score_batch(ScoreInputs.together([inputs]))[0, 0]
-
-    @property
-    def layers_at_once(self) -> int:
-        return 16
 
     def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
         scores, (num_queries, num_heads, head_size) = batch.new_scores(), batch.query.shape[2:]

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from vllm_kvevict.cache.staging import to_device
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
+from vllm_kvevict.policies.base import POLICIES
 from vllm_kvevict.policies.batch import ScoreBatch
+from vllm_kvevict.policies.batch_policy import BatchPolicy
 from vllm_kvevict.policies.options import between
 
 _LAYER_STRIDE = 1_000_003  # so that neighbouring seeds do not share layers
@@ -18,7 +19,7 @@ _LAYER_STRIDE = 1_000_003  # so that neighbouring seeds do not share layers
 
 @POLICIES.register("random")
 @dataclass(frozen=True)
-class Random(EvictionPolicy):
+class Random(BatchPolicy):
     """Score every token of every KV head by a draw from a uniform distribution.
 
     No paper: the usual baseline. Draws depend on the seed, the layer, the length of the prompt and the number of the
@@ -32,13 +33,6 @@ class Random(EvictionPolicy):
 
     seed: Annotated[int, between(0, 2**63 - 1)] = 0
     name: ClassVar[str] = "random"
-
-    def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        return self.score_batch(ScoreInputs.together([inputs]))[0, 0]
-
-    @property
-    def layers_at_once(self) -> int:
-        return 16
 
     def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
         scores, (num_kv_heads, max_kv_len) = batch.new_scores().view(batch.shape), batch.shape[2:]

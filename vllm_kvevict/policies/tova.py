@@ -8,13 +8,14 @@ from typing import ClassVar
 import torch
 
 from vllm_kvevict.kernels.window_batch import Reduction
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs, StepInputs
+from vllm_kvevict.policies.base import POLICIES, StepInputs
 from vllm_kvevict.policies.batch import ScoreBatch
+from vllm_kvevict.policies.batch_policy import BatchPolicy
 
 
 @POLICIES.register("tova")
 @dataclass(frozen=True)
-class Tova(EvictionPolicy):
+class Tova(BatchPolicy):
     """Score a token by the attention that the last token of the prompt pays to it, averaged over all query heads.
 
     Paper: Oren et al. 2024 (TOVA), arXiv:2401.06104. The heads of a layer share one ranking, and keep the same tokens
@@ -32,9 +33,6 @@ class Tova(EvictionPolicy):
     @property
     def num_recent(self) -> int:
         return 1
-
-    def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        return self.score_batch(ScoreInputs.together([inputs]))[0, 0]
 
     def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
         scores = batch.mean_over_peers(batch.window_scores(Reduction("mean")))

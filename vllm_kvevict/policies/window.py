@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from vllm_kvevict.kernels.window_batch import Reduction
-from vllm_kvevict.policies.base import EvictionPolicy, ScoreInputs
+from vllm_kvevict.policies.base import EvictionPolicy
 from vllm_kvevict.policies.batch import ScoreBatch
+from vllm_kvevict.policies.batch_policy import BatchPolicy
 from vllm_kvevict.policies.options import ODD, at_least
 
 _POOL_TILE = 2**11  # tokens
@@ -74,7 +75,7 @@ def _outside(pool: str) -> float:
 
 
 @dataclass(frozen=True)
-class WindowPolicy(ObservationWindow):
+class WindowPolicy(BatchPolicy, ObservationWindow):
     """Ranks tokens by what the last ``window`` queries of the prompt attend to.
 
     window, pool_kernel: see ``ObservationWindow``
@@ -84,13 +85,6 @@ class WindowPolicy(ObservationWindow):
     @abstractmethod
     def reduction(self) -> Reduction:
         """How attention becomes scores of the tokens before the window."""
-
-    def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        return self.score_batch(ScoreInputs.together([inputs]))[0, 0]
-
-    @property
-    def layers_at_once(self) -> int:
-        return 16
 
     def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
         scores = batch.window_scores(self.reduction)
