@@ -83,7 +83,7 @@ def test_a_method_that_fails_is_logged(
     def fail(self: Any, inputs: Any) -> torch.Tensor:
         raise RuntimeError("out of keys")
 
-    monkeypatch.setattr(POLICIES.get("knorm"), "score", fail)
+    monkeypatch.setattr(POLICIES.get("knorm"), "score_batch", fail)
     with caplog.at_level(logging.WARNING):
         observer = warm_up_of(running)
     (record,) = [record for record in caplog.records if record.name == warm_up.logger.name]

@@ -308,16 +308,21 @@ def test_the_interval_is_a_flag(parse: Parse) -> None:
 
 
 def test_a_window_longer_than_what_is_remembered_of_answers_is_refused(tiny_llama: Path) -> None:
-    config = created(tiny_llama, **kv_eviction_args("snapkv", 256, max_num_seqs=1))
+    config = created(tiny_llama, **kv_eviction_args("streaming_llm", 256, max_num_seqs=1))
     config.cache_config.block_size = 16  # as on CUDA
-    per_token = EvictionConfig.parse({"policy": "morphkv", "budget": 256, "interval": 1})
-    check_config(per_token.model_copy(update={"policy": "tova", "during_decode": True}), config)
-    check_config(per_token.model_copy(update={"policy_options": {"window": 32}}), config)
-    with pytest.raises(ValueError) as error:
-        check_config(per_token.model_copy(update={"policy_options": {"window": 33}}), config)
-    assert str(error.value).startswith(
-        "kv_evict_interval: policy 'morphkv' looks at the last 33 queries, and this serv"
-    )
+    # its requests may name policies that look at 32 queries
+    for fields in ({"interval": 1}, {"during_decode": True}):
+        request = EvictionConfig.parse({"policy": "morphkv", "budget": 256, **fields})
+        check_config(request, config)
+        check_config(request.model_copy(update={"policy_options": {"window": 32}}), config)
+        with pytest.raises(ValueError) as error:
+            check_config(request.model_copy(update={"policy_options": {"window": 33}}), config)
+        assert str(error.value) == (
+            "kv_eviction: 'morphkv' with its allocator looks at the last 33 queries of answers, and this server "
+            "remembers 32; start it with that policy, or lower the window"
+        )
+    of_prompts = {"policy": "snapkv", "budget": 256, "policy_options": {"window": 33}}
+    check_config(EvictionConfig.parse(of_prompts), config)
 
 
 SMALL = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 8, "max_position_embeddings": 2048}

@@ -252,23 +252,6 @@ def test_a_request_that_no_seat_can_be_for_is_refused(tiny_llama: Path, monkeypa
         check_config(EvictionConfig.parse({"policy": "snapkv", "budget": 256, "during_decode": True}), config)
 
 
-@pytest.mark.parametrize("interval", [None, 1])
-def test_a_window_longer_than_what_is_remembered_of_answers_is_refused(tiny_llama: Path, interval: int | None) -> None:
-    """A server remembers 32 queries even if its own policy looks at none: its requests may name another one."""
-    config = config_of(tiny_llama, "streaming_llm", max_num_seqs=1)
-    config.cache_config.block_size = 16  # as on a GPU
-    fields_ = {"policy": "morphkv", "budget": 256, "during_decode": True} | ({"interval": 1} if interval else {})
-    check_config(EvictionConfig.parse(fields_), config)
-    with pytest.raises(ValueError) as error:
-        check_config(EvictionConfig.parse({**fields_, "policy_options": {"window": 33}}), config)
-    assert str(error.value) == (
-        "kv_eviction: 'morphkv' with its allocator looks at the last 33 queries of answers, and this server remembers "
-        "32; start it with that policy, or lower the window"
-    )
-    of_prompts = {"policy": "snapkv", "budget": 256, "policy_options": {"window": 33}}
-    check_config(EvictionConfig.parse(of_prompts), config)
-
-
 def test_a_server_without_memory_for_its_own_options_is_refused(tiny_llama: Path) -> None:
     with pytest.raises(ValueError, match="kv_evict_during_decode: this server has reserved no memory"):
         config_of(tiny_llama, "morphkv", max_num_seqs=0)

@@ -50,6 +50,10 @@ class CriticalKV(WrapperPolicy):
     def default_allocator(self) -> str:
         return self.wrapped.default_allocator
 
+    @property
+    def layers_at_once(self) -> int:
+        return 1  # the output projection of a layer may be a copy
+
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         # its scores, ours, and what is behind the tokens or which are the best of the first stage
         return max(self.wrapped.scratch_bytes(num_heads, num_kv_heads, head_size), 9 * num_kv_heads + 8)
