@@ -20,6 +20,7 @@ from vllm_kvevict.budgets.auto import AutoBudget
 from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.worker.likelihood import PromptLikelihood
+from vllm_kvevict.eviction import allocation
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Evictions
 from vllm_kvevict.eviction.resident import ResidentEvictions
@@ -132,6 +133,39 @@ class _TooFar(_Ahead):
 
 
 @dataclass(frozen=True)
+class _Elsewhere(_Ahead):
+    """What it selects is on another device."""
+
+    def preselect(self, inputs: ScoreInputs) -> torch.Tensor:
+        return torch.zeros(inputs.num_kv_heads, 4, dtype=torch.int64, device="meta")
+
+
+@dataclass(frozen=True)
+class _LookingOn(EvictionPolicy):
+    """It looks ahead of the prompt, and evicts the answer as well."""
+
+    seen: ClassVar[set[tuple[int, int]]] = set()
+
+    @property
+    def query_window(self) -> int:
+        return 8
+
+    @property
+    def num_pseudo_tokens(self) -> int:
+        return 2
+
+    def preselect(self, inputs: ScoreInputs) -> torch.Tensor:
+        return torch.arange(4, device=inputs.keys.device).expand(inputs.num_kv_heads, -1)
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        _LookingOn.seen.add((len(inputs.query), 0 if inputs.pseudo_query is None else len(inputs.pseudo_query)))
+        return torch.rand(inputs.num_kv_heads, inputs.kv_len)
+
+    def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        return 4 * num_kv_heads
+
+
+@dataclass(frozen=True)
 class _Moody(_FailingLate):
     """What it says of itself it says once."""
 
@@ -226,6 +260,8 @@ POLICY_CLASSES = {
     "quitting": _Quitting,
     "ahead": _Ahead,
     "too_far": _TooFar,
+    "elsewhere": _Elsewhere,
+    "looking_on": _LookingOn,
     "moody": _Moody,
     "speechless": _Speechless,
     "listing": _Listing,
@@ -303,6 +339,56 @@ def test_a_budget_that_cannot_be_chosen_ends_its_request(
     owner, name = function.split(".")
     monkeypatch.setattr({"AutoBudget": AutoBudget, "PromptLikelihood": PromptLikelihood}[owner], name, fail)
     check_only_one_ends(running, {"kv_budget": "auto"})
+
+
+@pytest.mark.parametrize("policy", ["ahead", "too_far", pytest.param("elsewhere", marks=ON_V1)])
+def test_pseudo_tokens_of_others_are_none_the_worse(running: Engine, policy: str) -> None:
+    """Both prompts end in one step, in which their pseudo tokens are generated together."""
+    prompt = random_prompt(120, seed=3)
+    (expected,) = running.tokens([prompt], extra_args={"kv_eviction": "laq"}, skip_reading_prefix_cache=True)
+    failing = running.add(random_prompt(110, seed=9), extra_args={"kv_eviction": policy})
+    other = running.add(prompt, extra_args={"kv_eviction": "laq"}, skip_reading_prefix_cache=True)
+    outputs = running.run()
+    assert outputs[failing].outputs[0].finish_reason == "error"
+    assert list(outputs[other].outputs[0].token_ids) == expected
+    running.check_all_free()
+
+
+@pytest.mark.parametrize("length", [300, 64])
+def test_who_looks_ahead_of_the_prompt_may_evict_the_answer(running: Engine, length: int) -> None:
+    """Of a prompt that fits its budget, the answer that outgrows it is the first that is evicted."""
+    _LookingOn.seen.clear()
+    options = {"kv_eviction": "looking_on", "kv_evict_during_decode": 1}
+    (output,) = running.generate([random_prompt(length, seed=1)], extra_args=options, max_tokens=100, ignore_eos=True)
+    assert output.outputs[0].finish_reason == "length"
+    assert _LookingOn.seen == ({(8, 2), (8, 0)} if length > 96 else {(8, 0)})
+    running.check_all_free()
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=ON_V1)])
+def test_who_finds_no_memory_for_what_the_host_must_know_ends_alone(
+    running: Engine, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """Where there is none for what all of a step ask, each asks by itself."""
+    to_host, calls = allocation.to_host, []
+
+    def fail(tensor: torch.Tensor) -> torch.Tensor:
+        calls.append(tensor)
+        if len(calls) <= times:
+            raise torch.OutOfMemoryError("no memory is left")
+        return to_host(tensor)
+
+    prompts = [random_prompt(length, seed=length) for length in (60, 110, 120)]
+    options = [{"kv_eviction": "none"}, {"kv_budget_allocator": "lava"}, {"kv_budget_allocator": "global"}]
+    cases = list(zip(prompts, options, strict=True))
+    expected = [running.tokens([prompt], extra_args=each, skip_reading_prefix_cache=True)[0] for prompt, each in cases]
+    monkeypatch.setattr(allocation, "to_host", fail)
+    ids = [running.add(prompt, extra_args=each, skip_reading_prefix_cache=True) for prompt, each in cases]
+    outputs = [running_output.outputs[0] for running_output in map(running.run().get, ids)]
+    assert [output.finish_reason for output in outputs] == ["length", "error" if times == 2 else "length", "length"]
+    answers = [list(output.token_ids) for output in outputs]
+    assert [answers[0], answers[2]] == [expected[0], expected[2]]
+    running.check_all_free()
 
 
 def _plans_of(evictions: Any, *arguments: Any) -> list[int]:

@@ -17,7 +17,7 @@ def test_what_is_right_passes_as_it_is():
     scores = torch.full((2, 5), NAN)
     assert checked("P.score", scores, (2, 5), CPU) is scores
     tokens = torch.tensor([[0, 4], [3, 3]])
-    assert [part.tolist() for part in checked_tokens("P.preselect", tokens, 2, 5)] == [[[0, 4], [3, 3]], True]
+    assert [part.tolist() for part in checked_tokens("P.preselect", tokens, 2, 5, CPU)] == [[[0, 4], [3, 3]], True]
     assert checked_wish("A.wish", torch.tensor([[0, 3]]), (1, 2)).tolist() == [[0.0, 3.0]]
 
 
@@ -26,7 +26,7 @@ def test_what_is_no_tensor_is_refused(result):
     message = rf"A\.b: expected a tensor, got {type(result).__name__}"
     for check in (
         lambda: checked("A.b", result, (1, 1), CPU),
-        lambda: checked_tokens("A.b", result, 1, 1),
+        lambda: checked_tokens("A.b", result, 1, 1, CPU),
         lambda: checked_wish("A.b", result, (1, 1)),
     ):
         with pytest.raises(TypeError, match=message):
@@ -59,18 +59,20 @@ def test_other_scores_are_refused(result, got):
         torch.zeros(2, 0, dtype=torch.int64),
         torch.zeros(2, dtype=torch.int64),
         torch.zeros(2, 3),
+        torch.zeros(2, 3, dtype=torch.int64, device="meta"),
+        torch.zeros(2, 3, dtype=torch.int64).to_sparse(),
     ],
     ids=str,
 )
 def test_other_tokens_are_refused(result):
-    message = r"P\.preselect: expected \[2, at least 1\] int64, got"
+    message = r"P\.preselect: expected \[2, at least 1\] int64 on cpu, got"
     with pytest.raises(ValueError, match=message):
-        checked_tokens("P.preselect", result, 2, 5)
+        checked_tokens("P.preselect", result, 2, 5, CPU)
 
 
 @pytest.mark.parametrize("wrong", [5, 2**40, -1, -(2**40)])
 def test_tokens_that_the_prompt_does_not_have_are_noticed_and_index_nothing(wrong):
-    tokens, are_known = checked_tokens("P.preselect", torch.tensor([[0, wrong], [0, 1]]), 2, 5)
+    tokens, are_known = checked_tokens("P.preselect", torch.tensor([[0, wrong], [0, 1]]), 2, 5, CPU)
     assert not are_known
     assert tokens.tolist() == [[0, 4 if wrong > 0 else 0], [0, 1]]
 

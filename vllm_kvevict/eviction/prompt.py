@@ -130,7 +130,7 @@ class Eviction:
         )
         found = policy.preselect(last_queries(inputs, traits_of(policy).query_window))
         source = f"{type(policy).__name__}.preselect"
-        tokens, are_known = checked_tokens(source, found, self.pool.num_kv_heads, inputs.kv_len)
+        tokens, are_known = checked_tokens(source, found, self.pool.num_kv_heads, inputs.kv_len, pages.device)
         self.are_known = are_known if self.are_known is None else self.are_known & are_known
         block_size = self.pool.block_size
         slots = pages.gather(1, tokens // block_size) * block_size + tokens % block_size

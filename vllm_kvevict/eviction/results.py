@@ -17,29 +17,23 @@ def checked(source: str, result: object, shape: Sequence[int], device: torch.dev
     result = _tensor(source, result)
     is_fitting = result.shape == torch.Size(shape) and result.dtype == torch.float32 and result.device == device
     if not is_fitting or result.layout != torch.strided:
-        layout = "" if result.layout == torch.strided else f", {str(result.layout).removeprefix('torch.')}"
-        raise ValueError(
-            f"{source}: expected {list(shape)} float32 on {device}, got {list(result.shape)} "
-            f"{str(result.dtype).removeprefix('torch.')} on {result.device}{layout}"
-        )
+        raise ValueError(f"{source}: expected {list(shape)} float32 on {device}, got {_described(result)}")
     return result
 
 
 def checked_tokens(
-    source: str, result: object, num_kv_heads: int, num_tokens: int
+    source: str, result: object, num_kv_heads: int, num_tokens: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``result`` if it is [num_kv_heads, at least 1] int64, with the nearest tokens from 0 to ``num_tokens`` - 1
-    in place of others; and [] bool, whether there were none of these: the host does not wait to see it.
+    """Return ``result`` if it is dense [num_kv_heads, at least 1] int64 on this device, with the nearest tokens from 0
+    to ``num_tokens`` - 1 in place of others; and [] bool, whether there were none of these: the host does not wait to
+    see it.
 
     Raises TypeError if it is no tensor, ValueError if it is another one.
     """
     result = _tensor(source, result)
     is_fitting = result.ndim == 2 and len(result) == num_kv_heads and result.shape[1] and result.dtype == torch.int64
-    if not is_fitting:
-        raise ValueError(
-            f"{source}: expected [{num_kv_heads}, at least 1] int64, got {list(result.shape)} "
-            f"{str(result.dtype).removeprefix('torch.')}"
-        )
+    if not is_fitting or result.device != device or result.layout != torch.strided:
+        raise ValueError(f"{source}: expected [{num_kv_heads}, at least 1] int64 on {device}, got {_described(result)}")
     tokens = result.clamp(0, num_tokens - 1)
     return tokens, (tokens == result).all()
 
@@ -57,6 +51,11 @@ def checked_wish(source: str, result: object, shape: Sequence[int]) -> torch.Ten
     if not torch.isfinite(wish).all() or (wish < 0).any() or not 0 < total < float("inf"):
         raise ValueError(f"{source}: expected finite numbers of at least 0, not all of them 0, got {wish.tolist()}")
     return wish
+
+
+def _described(tensor: torch.Tensor) -> str:
+    layout = "" if tensor.layout == torch.strided else f", {str(tensor.layout).removeprefix('torch.')}"
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}{layout}"
 
 
 def _tensor(source: str, result: object) -> torch.Tensor:

@@ -92,7 +92,8 @@ class Answers:
             if not watched[req_id].method.schedule.per_token  # whose tokens have left the block one by one
         }
         for req_ids in scored_again_together(due):
-            self._score_group([watched[req_id] for req_id in req_ids], step, weights)
+            with self._failures.of(req_ids, _DOING):  # beside what is asked, there may be no memory for it
+                self._score_group([watched[req_id] for req_id in req_ids], step, weights)
 
     def _score_group(self, requests: list[WatchedRequest], step: Step, weights: ModelWeights) -> None:
         req_ids = [request.req_id for request in requests]

@@ -11,6 +11,8 @@ from vllm_kvevict.engine.worker.likelihood import PromptLikelihood, mean_nlls
 from vllm_kvevict.engine.worker.watched import PrefillRow, WatchedRequest
 from vllm_kvevict.eviction.prompt import Eviction
 
+_DOING = "choosing the budget"
+
 
 class AutoBudgets:
     """Chooses them at the end of a prompt, by what was seen of it.
@@ -33,10 +35,18 @@ class AutoBudgets:
         chosen = [req_id for req_id in evictions if watched[req_id].auto_budget is not None]
         if not chosen:
             return
+        nlls: dict[str, float | None] = {}
+
+        def look(req_ids: list[str]) -> None:
+            nlls.update(zip(req_ids, mean_nlls([watched[req_id] for req_id in req_ids]), strict=True))
+
+        if not self._failures.together(_DOING, look, chosen):
+            for req_id in chosen:
+                self._failures.ask(req_id, _DOING, look, [req_id])
         sizes = []
-        for req_id, nll in zip(chosen, mean_nlls([watched[req_id] for req_id in chosen]), strict=True):
+        for req_id in chosen:
             auto, plan = watched[req_id].auto_budget, evictions[req_id].plan
-            adapted = auto and self._failures.ask(req_id, "choosing the budget", auto.choose, plan, nll)
+            adapted = auto and self._failures.ask(req_id, _DOING, auto.choose, plan, nlls.get(req_id))
             sizes.append((adapted or plan).num_kept_blocks)
         for req_id, num_kept in zip(chosen, self._workers.told_by_first(sizes), strict=True):
             eviction = evictions[req_id]

@@ -301,10 +301,11 @@ class EvictionBridge:
                 eviction = step.evictions[req_id] = self._first_eviction(req_id, end.plan, step)
             block_ids, kv_len = step.block_ids[req_id], step.num_tokens[req_id]
             end_token = bounds[row + 1] - self.num_extra_tokens
-            rows.append(PrefillRow(request, bounds[row], end_token, kv_len, block_ids, eviction))
+            looks_ahead = end is not None and request.num_pseudo_tokens > 0
+            rows.append(PrefillRow(request, bounds[row], end_token, kv_len, block_ids, eviction, looks_ahead))
             if request.auto_budget is not None:
                 step.auto_rows.append(rows[-1])
-            if end is not None and request.num_pseudo_tokens:
+            if looks_ahead:
                 step.pseudo_rows.append(rows[-1])
         return rows
 

@@ -38,7 +38,8 @@ def choose_kept(step: Step, watched: Mapping[str, WatchedRequest], pool: PagePoo
             shape = pool.num_kv_heads, eviction.plan.num_tokens
             failures.ask(req_id, _DOING, watched[req_id].check_states, shape, pool.pages.device)
     parts = [part for whole in _together(step, failures) for part in _each(Evictions.summarise, whole, step, failures)]
-    Evictions.fetch([evictions for _, evictions in parts])
+    # where that fails each copies for itself when it chooses
+    failures.together(_DOING, Evictions.fetch, [evictions for _, evictions in parts])
     step.chosen += [part for whole in parts for part in _each(Evictions.choose, whole, step, failures)]
 
 

@@ -86,7 +86,11 @@ class PseudoPasses:
             hidden = self._pass(tokens, (kv_lens + number).clamp(max=max_model_len - 1), decode, weights)
         for row in rows:
             row.request.seconds += (perf_counter() - start) / len(rows)
-        known = [row.eviction.are_known if row.eviction else None for row in rows]
+        # of those that have failed, nothing is looked at
+        known = [
+            row.eviction.are_known if row.eviction is not None and row.request.req_id not in self._failures else None
+            for row in rows
+        ]
         are_known = torch.stack([goes_on.new_ones(()) if one is None else one for one in known])
         counts, flags = to_host(torch.stack([count, are_known.to(count.dtype)])).tolist()
         layers = range(self._pool.num_layers)
@@ -131,8 +135,8 @@ def _score(row: PrefillRow, pseudo_queries: list[torch.Tensor], are_known: bool,
         name = type(row.request.method.policy).__name__
         raise ValueError(f"{name}.preselect: expected tokens from 0 to {row.kv_len - 1}, got others")
     for layer, pseudo_query in enumerate(pseudo_queries):
-        last, of_layer = row.request.queries.last(layer), weights.of(layer, row.request.needs)
-        row.score(layer, last, weights.scale(layer), of_layer, pseudo_query)
+        of_layer = weights.of(layer, row.request.needs)
+        row.score(layer, row.last[layer], weights.scale(layer), of_layer, pseudo_query)
 
 
 def _end_tokens(model: ModelConfig) -> torch.Tensor:

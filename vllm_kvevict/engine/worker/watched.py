@@ -215,12 +215,16 @@ class PrefillRow(BatchRow):
 
     block_ids:  [num_blocks] int64, the block table up to the end of the chunk
     eviction:   set if the chunk is the last one
-    selected:   of the last chunk, per layer [num_kv_heads, num_selected] int64: slots that pseudo tokens see
+    looks_ahead: whether pseudo tokens follow
+    selected:   if they do, per layer [num_kv_heads, num_selected] int64: slots that they see
+    last:       if they do, per layer [num_queries, num_heads, head_size]: the last queries
     """
 
     block_ids: torch.Tensor
     eviction: Eviction | None
+    looks_ahead: bool = False
     selected: list[torch.Tensor] = field(default_factory=list)
+    last: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def rows(self) -> list[PrefillRow]:
@@ -229,7 +233,7 @@ class PrefillRow(BatchRow):
     def observe(self, ran: LayerPass) -> None:
         """See what a layer has done, and score it if the chunk is the last one."""
         self.see(ran)
-        if self.eviction is not None and self.request.num_pseudo_tokens:
+        if self.eviction is not None and self.looks_ahead:
             weights = ran.weights_for(self.request)
             slots = self.eviction.preselect_layer(ran.layer, ran.last[self.req_id], ran.scale, weights)
             if self.selected and slots.shape != self.selected[0].shape:
@@ -237,6 +241,7 @@ class PrefillRow(BatchRow):
                     f"expected as many selected tokens in every layer, got {slots.shape[1]} in {ran.layer}"
                 )
             self.selected.append(slots)
+            self.last.append(ran.last[self.req_id])
         else:
             self.score(ran.layer, ran.last[self.req_id], ran.scale, ran.weights_for(self.request))
 
