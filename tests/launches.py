@@ -20,7 +20,10 @@ VIEWS = {
     "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
 }  # fmt: skip
 # what a GPU could only answer by letting the host wait
-_WAITS = {"_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "unique_dim", "_unique2"}
+_WAITS = {
+    "_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "unique_dim", "_unique2",
+    "_linalg_eigh", "_linalg_svd", "linalg_cholesky", "linalg_pinv",  # which look whether they have failed
+}  # fmt: skip
 
 
 def is_waiting(func: Any, args: Any, kwargs: Any) -> bool:

@@ -7,6 +7,7 @@ import torch
 
 from tests.implementations import IMPLEMENTATIONS, scrambled_keys
 from tests.implementations import implementation as one_of
+from tests.launches import Launches
 from vllm_kvevict.kernels import leverage as module
 from vllm_kvevict.kernels.leverage import leverage, leverage_reference
 from vllm_kvevict.kernels.rotary import Rotary
@@ -175,3 +176,24 @@ def test_reference_without_library(monkeypatch):
     inputs, dense = make_inputs(3, 40, 16, 2, 16, 16, 8)
     monkeypatch.setattr(module, "function", lambda *_: None)
     torch.testing.assert_close(leverage(*inputs, 0.0), dense_formula(dense, 3, *inputs[-2:], 0.0), **TOLERANCE)
+
+
+@pytest.mark.parametrize("num_rows", [2, 5, 40])
+def test_the_factorisation_waits_for_nothing_and_inverts_what_the_rows_span(num_rows):
+    rows = torch.randn(3, num_rows, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total, moment = rows.sum(dim=1, keepdim=True), rows.mT @ rows
+    sketch = torch.eye(8, dtype=torch.float64)
+    with Launches() as launches:
+        mean, root = module.whiten(total, moment, num_rows, sketch, 0.0)
+    assert launches.waits == []
+    centred = rows - mean
+    hat = centred @ torch.linalg.pinv(centred)
+    lengths = (centred @ root).square().sum(dim=-1)
+    torch.testing.assert_close(lengths, hat.diagonal(dim1=1, dim2=2), rtol=1e-6, atol=1e-9)
+
+
+def test_factorisations_that_wait_are_noticed():
+    with Launches() as launches:
+        torch.linalg.eigh(torch.eye(3))
+        torch.linalg.pinv(torch.eye(3), hermitian=True)
+    assert launches.waits == ["_linalg_eigh", "linalg_pinv"]

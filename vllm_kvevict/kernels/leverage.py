@@ -14,6 +14,7 @@ from vllm_kvevict.kernels.paged import DTYPE_CODES, QUERY_DTYPES, check_keys, ch
 from vllm_kvevict.kernels.rotary import Rotary
 
 REFERENCE_TOKENS = 1024
+LEAST_SHARE = 1e-12  # of the trace of a Gram matrix, added to its eigenvalues: rounding takes them below 0
 # Of the Triton kernels: programs that share the tokens in the first pass, its rows of moments, tokens and columns.
 MOST_PARTS, BLOCK_DIMS, BLOCK_TOKENS, BLOCK_RANK, NUM_WARPS = 128, 16, 64, 32, 8
 # What differs from request to request and from chunk to chunk: a kernel is compiled for none of it.
@@ -48,7 +49,7 @@ def leverage(
     start, end: cache indices of the first token and past the last; they are also the positions of the tokens
     rotary:     how the keys were rotated
     sketch:     [head_size, rank] float64, what keys are multiplied by when they are turned back
-    ridge:      added to the eigenvalues of X^T X, of which those below 1e-12 of the largest count as zero
+    ridge:      added to the eigenvalues of X^T X, beside 1e-12 of their sum
     key_scale:  what stored keys are to be multiplied by
     returns:    [num_kv_heads, end - start] float32
 
@@ -123,7 +124,7 @@ def check_arguments(
 def whiten(
     total: torch.Tensor, moment: torch.Tensor, count: int, sketch: torch.Tensor, ridge: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean of rows and W with W W^T = (S^T C S + ridge I)^-1 on its range, C being their centred moment.
+    """Return the mean of rows and W with W W^T = (S^T C S + ridge I)^-1, C being their centred moment.
 
     total:   [num_kv_heads, 1, size] float64, sum of ``count`` rows
     moment:  [num_kv_heads, size, size] float64, sum of their outer products
@@ -132,9 +133,24 @@ def whiten(
     """
     mean = total / count
     gram = sketch.mT @ torch.nan_to_num(moment - mean.mT @ total, 0.0, 0.0, 0.0) @ sketch
-    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
-    above = values > 1e-12 * values[:, -1:]
-    return mean, vectors * torch.where(above, (values + ridge).rsqrt(), 0.0)[:, None]
+    return mean, _inverse_root((gram + gram.mT) / 2, ridge)
+
+
+def _inverse_root(gram: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Return W [num_kv_heads, rank, rank] float64 with W W^T = (G + (ridge + share) I)^-1.
+
+    The share is one of the trace of G, by which G has an inverse even where few rows made it. So nobody has to look
+    whether it could be factorised: on a GPU the host would wait for that.
+
+    gram: [num_kv_heads, rank, rank] float64, symmetric, no eigenvalue below 0 but by rounding
+    """
+    size = gram.shape[-1]
+    least = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1) * LEAST_SHARE
+    identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
+    lifted = gram + (least + ridge).clamp(min=torch.finfo(torch.float32).tiny)[..., None, None] * identity
+    factor, _ = torch.linalg.cholesky_ex(lifted)
+    root: torch.Tensor = torch.linalg.solve_triangular(factor, identity, upper=False).mT
+    return root
 
 
 def _launch(

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 
+from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.kernels.chunk_attention import chunk_attention
 from vllm_kvevict.kernels.leverage import leverage
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
@@ -185,7 +186,8 @@ class Compactor(EvictionPolicy):
         rotary = inputs.weights.rotary
         if rotary is None:
             raise ValueError("compactor: expected the rotary embedding among the weights, got none")
-        sketch = gaussian_sketch(inputs.keys.shape[2], self.sketch_rank, self.seed).to(inputs.keys.device)
+        drawn = gaussian_sketch(inputs.keys.shape[2], self.sketch_rank, self.seed)
+        sketch = to_device(drawn.numpy(), inputs.keys.device)
         scale = inputs.weights.key_scale
         return leverage(inputs.keys, inputs.page_table, start, end, rotary, sketch, self.ridge, scale)
 
