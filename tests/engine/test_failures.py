@@ -19,6 +19,7 @@ from vllm_kvevict.budgets import ALLOCATORS, BudgetAllocator
 from vllm_kvevict.budgets.auto import AutoBudget
 from vllm_kvevict.cache.page_table import PageTable
 from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.engine.worker import bridge
 from vllm_kvevict.engine.worker.likelihood import PromptLikelihood
 from vllm_kvevict.eviction import allocation
 from vllm_kvevict.eviction.method import Method
@@ -388,6 +389,26 @@ def test_who_finds_no_memory_for_what_the_host_must_know_ends_alone(
     assert [output.finish_reason for output in outputs] == ["length", "error" if times == 2 else "length", "length"]
     answers = [list(output.token_ids) for output in outputs]
     assert [answers[0], answers[2]] == [expected[0], expected[2]]
+    running.check_all_free()
+
+
+@ON_V1
+def test_no_memory_for_last_queries_ends_those_whose_they_are(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_last, layers = bridge.keep_last, []
+
+    def fail(rows: Any, ran: Any, ring: Any) -> None:
+        layers.append(ran.layer)
+        if layers == [0, 1]:
+            raise torch.OutOfMemoryError("no memory is left")
+        keep_last(rows, ran, ring)
+
+    prompt = random_prompt(60, seed=1)
+    (expected,) = running.tokens([prompt], skip_reading_prefix_cache=True)
+    monkeypatch.setattr(bridge, "keep_last", fail)
+    ids = [running.add(prompt, skip_reading_prefix_cache=True), running.add(random_prompt(150, seed=2))]
+    outputs = running.run()
+    assert [outputs[request_id].outputs[0].finish_reason for request_id in ids] == ["length", "error"]
+    assert list(outputs[ids[0]].outputs[0].token_ids) == expected
     running.check_all_free()
 
 

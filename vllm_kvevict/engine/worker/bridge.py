@@ -178,7 +178,7 @@ class EvictionBridge:
     def _move(self, how: Callable[[list[str], _Evictions], None], req_ids: list[str], evictions: _Evictions) -> None:
         """Carry out what was chosen for some requests. They end if memory runs out: it is in their own blocks only."""
         if not all(req_id in self.failures for req_id in req_ids):
-            with self.failures.of(req_ids, "moving what is kept"):
+            with self.failures.of_ours(req_ids, "moving what is kept"):
                 how(req_ids, evictions)
 
     def _evict_again(self, req_ids: list[str], evictions: ResidentEvictions) -> None:
@@ -339,7 +339,9 @@ class EvictionBridge:
         if not prefills:
             return
         ran = LayerPass(self.pool, layer, query, output, scale, self._weights)
-        keep_last([row for prefill in prefills for row in prefill.rows], ran, self.ring)
+        rows = [row for prefill in prefills for row in prefill.rows]
+        with self.failures.of_ours([row.req_id for row in rows], "keeping the last queries"):
+            keep_last(rows, ran, self.ring)
         for prefill in prefills:
             self._observe(prefill, ran)
 
