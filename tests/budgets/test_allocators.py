@@ -12,6 +12,7 @@ import torch
 from tests.paged import make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.budgets import ALLOCATORS, round_to_pages
 from vllm_kvevict.budgets.adakv import AdaKV
+from vllm_kvevict.budgets.batch import measures_batches
 from vllm_kvevict.budgets.cake import Cake
 from vllm_kvevict.budgets.fixed import Fixed
 from vllm_kvevict.budgets.global_ import Global
@@ -58,6 +59,16 @@ def layer_measures(scores):
     """[layers, 2], two numbers that depend on the scores of a layer and on nothing else."""
     free = scores.masked_fill(scores.isinf(), 0).double().flatten(1)
     return torch.stack([torch.special.entr(free).sum(1), free.square().sum(1)], dim=1)
+
+
+def test_who_measures_several_prompts_together():
+    class Changed(Cake):
+        def measure(self, inputs):
+            return super().measure(inputs)
+
+    assert measures_batches(Cake)
+    assert not measures_batches(Changed)
+    assert not measures_batches(Uniform)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

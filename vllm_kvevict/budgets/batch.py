@@ -15,6 +15,7 @@ import torch
 from vllm_kvevict.budgets.base import BudgetAllocator
 from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.policies import scratch
+from vllm_kvevict.policies.batch import ScoreBatch
 
 _Made = TypeVar("_Made")
 _Other = TypeVar("_Other")
@@ -139,6 +140,13 @@ class BatchAllocator(BudgetAllocator):
         """
         return None
 
+    def measure_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        """Return [num_reqs, num_layers, num_measures] float64, what ``measure`` would of each layer of each request.
+
+        An allocator that has it is asked for all requests together, the others layer by layer and request by request.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def share(self, summary: torch.Tensor, facts: WishFacts) -> torch.Tensor:
         """Return [num_layers, num_kv_heads] float64 on the CPU, as ``wish``.
@@ -157,6 +165,15 @@ class BatchAllocator(BudgetAllocator):
 def wishes_for_batches(allocator: type) -> bool:
     """Whether an allocator is asked for several requests together: a subclass that changes ``wish`` is not."""
     return issubclass(allocator, BatchAllocator) and allocator.wish is BatchAllocator.wish
+
+
+@cache
+def measures_batches(allocator: type) -> bool:
+    """Whether an allocator measures several requests together: a subclass that changes ``measure`` does not."""
+    for cls in allocator.__mro__:
+        if {"measure", "measure_batch"} & vars(cls).keys():
+            return "measure_batch" in vars(cls) and cls is not BatchAllocator
+    return False
 
 
 def joint_summary(counts: Iterable[tuple[torch.Tensor, torch.Tensor]], num_reqs: int) -> torch.Tensor:

@@ -9,8 +9,9 @@ import torch
 
 from vllm_kvevict.budgets.base import ALLOCATORS
 from vllm_kvevict.budgets.batch import BatchAllocator, WishBatch, WishFacts
-from vllm_kvevict.policies.attention import attention_tiles
+from vllm_kvevict.policies.attention import attention_bytes, attention_tiles
 from vllm_kvevict.policies.base import ScoreInputs
+from vllm_kvevict.policies.batch import ScoreBatch, sum_of_tokens
 from vllm_kvevict.policies.options import above, at_least
 
 
@@ -41,13 +42,19 @@ class Cake(BatchAllocator):
 
     def measure(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return [2] float64: H and V of one layer."""
-        before = inputs.kv_len - len(inputs.query)
-        entropy, variance = torch.zeros(2, dtype=torch.float64, device=inputs.query.device).unbind(0)
-        for tile in attention_tiles(ScoreInputs.together([inputs]), slice(None)):
-            attention = tile.probabilities[:, : max(before - tile.start, 0)]
-            entropy = entropy + torch.special.entr(attention).sum(dtype=torch.float64)
-            variance = variance + attention.var(dim=3, correction=0).sum(dtype=torch.float64)
-        return torch.stack([entropy, variance])
+        return self.measure_batch(ScoreInputs.together([inputs]))[0, 0]
+
+    def measure_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        before = batch.kv_lens.flatten()[:, None] - batch.query.shape[2]
+        spread = torch.zeros(len(before), 2, dtype=torch.float64, device=before.device)
+        for heads in batch.head_tiles(2 * attention_bytes(batch)):
+            for tile in attention_tiles(batch, heads):
+                is_judged = torch.arange(tile.start, tile.end, device=before.device) < before[heads]
+                attention = tile.probabilities.masked_fill_(~is_judged[..., None, None], 0.0)
+                entropy = torch.special.entr(attention).sum(dim=(2, 3), dtype=torch.float64)
+                variance = attention.var(dim=3, correction=0).sum(dim=2, dtype=torch.float64)
+                spread[heads] += sum_of_tokens(torch.stack([entropy, variance], dim=2))
+        return spread.view(*batch.shape[:3], 2).sum(dim=2)
 
     def summarise(self, batch: WishBatch) -> torch.Tensor:
         return batch.measures.flatten(1)

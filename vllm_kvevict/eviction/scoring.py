@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from vllm_kvevict.budgets import BudgetAllocator
+from vllm_kvevict.budgets.batch import BatchAllocator, measures_batches
 from vllm_kvevict.cache.pages import BlockPages, PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.staging import to_device
@@ -125,10 +126,8 @@ class PromptScores:
         if not self._waiting:
             return
         if self._are_scored_together():
-            firsts = [of_layer[0] for of_layer in self._waiting]
-            scales, weights = [inputs.scale for inputs in firsts], [inputs.weights for inputs in firsts]
-            for first, end in scored_at_once(scales, weights, len(firsts)):
-                self._score_together(self._waiting[first:end])
+            for waiting in self._stretches():
+                self._score_together(waiting)
         else:
             for req in range(len(self._plans)):
                 self._score_alone(req, self._readable([of_layer[req] for of_layer in self._waiting]))
@@ -137,17 +136,26 @@ class PromptScores:
         self._waiting = []
 
     def _are_scored_together(self) -> bool:
-        """Whether one call scores all prompts: equally many queries of each, and nothing else, are looked at."""
+        """Whether one call scores all prompts: nothing that was summed up of each, which is a tensor of its own."""
         traits = traits_of(self._method.policy)
-        counts = {min(len(inputs.query), traits.query_window) for of_layer in self._waiting for inputs in of_layer}
-        asks_for_more = Need.ALL_QUERIES in traits.needs  # what was summed up of each prompt is a tensor of its own
-        return scores_batches(self._method.policy) and len(counts) == 1 and not asks_for_more
+        batches = scores_batches(self._method.policy) and Need.ALL_QUERIES not in traits.needs
+        return batches and self._are_alike(traits.query_window)
 
-    def _score_together(self, waiting: list[list[ScoreInputs]]) -> None:
-        policy, first = self._method.policy, waiting[0][0]
-        window, layers = traits_of(policy).query_window, [of_layer[0].layer for of_layer in waiting]
+    def _are_alike(self, window: int) -> bool:
+        """Whether somebody who looks at this many queries sees equally many of each prompt."""
+        return len({min(len(inputs.query), window) for of_layer in self._waiting for inputs in of_layer}) == 1
+
+    def _stretches(self) -> Iterator[list[list[ScoreInputs]]]:
+        """Yield the layers that wait, those together that one call can look at."""
+        firsts = [of_layer[0] for of_layer in self._waiting]
+        scales, weights = [inputs.scale for inputs in firsts], [inputs.weights for inputs in firsts]
+        for first, end in scored_at_once(scales, weights, len(firsts)):
+            yield self._waiting[first:end]
+
+    def _batch(self, waiting: list[list[ScoreInputs]], window: int) -> ScoreBatch:
+        """Return some layers of all prompts, with as many queries as one of their readers asked for."""
+        first, layers = waiting[0][0], [of_layer[0].layer for of_layer in waiting]
         inputs = [last_queries(of_layer[req], window) for req in range(len(self._plans)) for of_layer in waiting]
-
         outputs = [one.output for one in inputs if one.output is not None]
 
         def stacked(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -157,7 +165,7 @@ class PromptScores:
         keys, values, page_table = self._pool.readable(stacked([one.page_table for one in inputs]))
         lens = self.lens(len(layers))
         num_kept = to_device(np.array([plan.num_kept_tokens for plan in self._plans]), lens.device)
-        batch = ScoreBatch(
+        return ScoreBatch(
             stacked([one.query for one in inputs]),
             keys,
             lambda: values,
@@ -173,9 +181,13 @@ class PromptScores:
             output=stacked(outputs) if outputs else None,
             projections=projections_of([of_layer[0].weights for of_layer in waiting]),
         )
+
+    def _score_together(self, waiting: list[list[ScoreInputs]]) -> None:
+        policy = self._method.policy
+        batch = self._batch(waiting, traits_of(policy).query_window)
         name = f"{type(policy).__name__}.score_batch"
         scores = checked(name, policy.score_batch(batch), batch.shape, self.scores.device)
-        for place, layer in enumerate(layers):
+        for place, layer in enumerate(batch.layers):
             self.scores.put(layer, scores[:, place])
 
     def _score_alone(self, req: int, waiting: list[ScoreInputs]) -> None:
@@ -190,6 +202,13 @@ class PromptScores:
         if type(allocator).measure is BudgetAllocator.measure:
             return
         window = allocator_traits_of(allocator).query_window
+        if isinstance(allocator, BatchAllocator) and measures_batches(type(allocator)) and self._are_alike(window):
+            for waiting in self._stretches():
+                measures = allocator.measure_batch(self._batch(waiting, window))
+                for req, of_request in enumerate(measures):
+                    for (inputs, *_), of_layer in zip(waiting, of_request, strict=True):
+                        self._measures[req][inputs.layer] = of_layer
+            return
         for req in range(len(self._plans)):
             for inputs in self._readable([of_layer[req] for of_layer in self._waiting]):
                 self._measures[req][inputs.layer] = allocator.measure(last_queries(inputs, window))
