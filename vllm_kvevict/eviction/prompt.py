@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from time import perf_counter
 from typing import Any
@@ -282,7 +283,7 @@ class Evictions:
         if allocations:
             Allocation.fetch(allocations)
 
-    @property
+    @cached_property
     def _lens(self) -> torch.Tensor | None:
         """[num_reqs, num_layers, num_kv_heads] int64, tokens of each head; None if all requests have as many."""
         is_ragged = len({eviction.plan.num_tokens for eviction in self.members}) > 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.kernels.slot_scores import Fusion, Group, SlotBatch, slot_scores
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.kernels.window_scores import window_scores
-from vllm_kvevict.policies.batch import ScoreBatch, by_kv_head
+from vllm_kvevict.policies.batch import ScoreBatch, by_kv_head, gather_tokens
 from vllm_kvevict.policies.options import check_options
 from vllm_kvevict.registry import Registry
 
@@ -94,18 +93,11 @@ class ScoreInputs:
 
     def gather_keys(self, start: int, end: int) -> torch.Tensor:
         """Return [num_kv_heads, end - start, head_size] float32, the keys of tokens ``start`` to ``end``."""
-        return self._gather(self.keys, self.weights.key_scale, start, end)
+        return gather_tokens(self.keys, self.page_table, self.weights.key_scale, start, min(end, self.kv_len))
 
     def gather_values(self, start: int, end: int) -> torch.Tensor:
         """Return [num_kv_heads, end - start, head_size] float32, the values of tokens ``start`` to ``end``."""
-        return self._gather(self.values, self.weights.value_scale, start, end)
-
-    def _gather(self, pages: torch.Tensor, scale: float, start: int, end: int) -> torch.Tensor:
-        block_size, end = pages.shape[1], min(end, self.kv_len)
-        first = start // block_size
-        gathered = pages[self.page_table[:, first : math.ceil(end / block_size)]].flatten(1, 2)
-        tokens = gathered[:, start - first * block_size : end - first * block_size].float()
-        return tokens if scale == 1.0 else tokens.mul_(scale)
+        return gather_tokens(self.values, self.page_table, self.weights.value_scale, start, min(end, self.kv_len))
 
     def window_scores(self, query: torch.Tensor, kv_len: int, reduction: Reduction) -> torch.Tensor:
         """Return [num_kv_heads, kv_len] float32, scores of the tokens by the attention that ``query`` pays to them.

@@ -222,12 +222,7 @@ class ScoreBatch:
         return place >= self.kv_lens.flatten()[heads, None]
 
     def _gather(self, pages: torch.Tensor, scale: float, heads: slice, start: int, end: int) -> torch.Tensor:
-        block_size = pages.shape[1]
-        first = start // block_size
-        page_ids = self.page_table.flatten(0, 2)[heads, first : -(-end // block_size)]
-        tokens = pages[page_ids].contiguous().flatten(1, 2)  # in one layout, also where they are of one page only
-        gathered = tokens[:, start - first * block_size : end - first * block_size].float()
-        return gathered if scale == 1.0 else gathered.mul_(scale)
+        return gather_tokens(pages, self.page_table.flatten(0, 2)[heads], scale, start, end)
 
     def fill_last(
         self, scores: torch.Tensor, value: torch.Tensor | None = None, num_last: int | None = None
@@ -249,6 +244,21 @@ class ScoreBatch:
         return scores.scatter_(3, last.clamp(min=0), value)
 
 
+def gather_tokens(pages: torch.Tensor, page_table: torch.Tensor, scale: float, start: int, end: int) -> torch.Tensor:
+    """Return [num_heads, end - start, head_size] float32, what some pages hold of tokens ``start`` to ``end``.
+
+    pages:      [num_pages, block_size, head_size] as stored
+    page_table: [num_heads, max_pages] int64, logical page -> page id
+    scale:      what stored numbers are to be multiplied by
+    """
+    block_size = pages.shape[1]
+    first = start // block_size
+    page_ids = page_table[:, first : -(-end // block_size)]
+    tokens = pages[page_ids].contiguous().flatten(1, 2)  # in one layout, also where they are of one page only
+    gathered = tokens[:, start - first * block_size : end - first * block_size].float()
+    return gathered if scale == 1.0 else gathered.mul_(scale)
+
+
 def by_kv_head(queries: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """Return [..., num_kv_heads, group, num_queries, head_size] float32.
 
@@ -260,7 +270,6 @@ def by_kv_head(queries: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
 
 def scores_batches(policy: object) -> bool:
     """Whether a policy scores several requests at once, and so does one that it wraps.
-
 
     Its ``score_batch`` is then not older than its other ways: a subclass that changes ``score`` only is asked request
     by request.

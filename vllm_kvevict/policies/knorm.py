@@ -27,9 +27,8 @@ class Knorm(BatchPolicy):
 
     def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
         scores = batch.new_scores()
-        for heads in batch.head_tiles(8 * batch.keys.shape[2]):
-            for start, end in batch.token_tiles():
-                scores[heads, start:end] = -batch.gather_keys(heads, start, end).norm(dim=-1)
+        for heads, start, end in batch.tiles(8 * batch.keys.shape[2]):
+            scores[heads, start:end] = -batch.gather_keys(heads, start, end).norm(dim=-1)
         return scores.view(batch.shape)
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:

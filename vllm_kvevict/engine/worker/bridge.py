@@ -188,7 +188,7 @@ class EvictionBridge:
             self._watched[req_id].num_tokens = num_tokens
         self.page_table.shrink(req_ids, evictions.num_tokens, evictions.per_token)
         if evictions.per_token:
-            self._go_on_per_token(req_ids, evictions.num_tokens, evictions.next_victims)
+            self._replacing.add(req_ids, evictions.method, evictions.next_victims)
 
     def _stop_watching(self, req_id: str) -> None:
         """A request will not be evicted again."""
@@ -211,14 +211,7 @@ class EvictionBridge:
         evictions.note(self.residents, [request.take_states() for request in requests])
         victims = [eviction.next_victims for eviction in members if eviction.next_victims is not None]
         if victims:
-            self._go_on_per_token(req_ids, [plan.num_tokens for plan in plans], torch.stack(victims))
-
-    def _go_on_per_token(self, req_ids: list[str], num_tokens: Sequence[int], victims: torch.Tensor) -> None:
-        """From their next tokens on requests replace what they hold.
-
-        victims: [num_reqs, num_layers, num_kv_heads] int64, positions of the tokens that go first
-        """
-        self._replacing.add(req_ids, self._watched[req_ids[0]].method, victims)
+            self._replacing.add(req_ids, requests[0].method, torch.stack(victims))
 
     def _observe_answers(self, step: Step) -> None:
         """Show policies the queries since the last full block of requests whose prompt was not evicted, and score
