@@ -46,7 +46,7 @@ from vllm_kvevict.kernels.expand_page_table import BatchRows
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.policies import POLICIES, Need, ScoreInputs
-from vllm_kvevict.policies.base import LayerWeights, StepInputs
+from vllm_kvevict.policies.inputs import LayerWeights, StepInputs
 
 LAUNCHERS: dict[Callable[..., Any], Callable[..., Any]] = {
     window_scores.window_scores: window_scores.window_scores_triton,

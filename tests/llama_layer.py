@@ -13,7 +13,7 @@ from tests.tiny_llama import tiny_llama_config
 from vllm_kvevict.eviction.selection import protect, select
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies import EvictionPolicy, Need, ScoreInputs
-from vllm_kvevict.policies.base import LayerWeights
+from vllm_kvevict.policies.inputs import LayerWeights
 
 BLOCK_SIZE = 32
 

@@ -8,8 +8,9 @@ from unittest.mock import patch
 import torch
 
 from vllm_kvevict.policies import POLICIES
-from vllm_kvevict.policies.base import EvictionPolicy, ScoreInputs
+from vllm_kvevict.policies.base import EvictionPolicy
 from vllm_kvevict.policies.chunkkv import ChunkKV
+from vllm_kvevict.policies.inputs import ScoreInputs
 from vllm_kvevict.policies.snapkv import SnapKV
 
 THIRD_PARTY, WRAPPER = "a third party's", "a wrapper of a third party's"

@@ -22,7 +22,7 @@ from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.eviction.schedule import DuringDecode, Schedule
 from vllm_kvevict.kernels.expand_page_table import BatchRows
 from vllm_kvevict.policies import POLICIES
-from vllm_kvevict.policies.base import LayerWeights
+from vllm_kvevict.policies.inputs import LayerWeights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")]
 

@@ -37,7 +37,8 @@ from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies import POLICIES, EvictionPolicy, scratch
-from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
+from vllm_kvevict.policies.base import Need
+from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs
 
 BLOCK_SIZE, HEAD_SIZE, BUDGET = 16, 8, 0.25
 

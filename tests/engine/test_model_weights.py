@@ -17,9 +17,9 @@ from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt, tiny_llama_config
 from vllm_kvevict.engine.models import check_needs
 from vllm_kvevict.policies import Need
-from vllm_kvevict.policies.base import LayerWeights
 from vllm_kvevict.policies.compactor import Compactor
 from vllm_kvevict.policies.criticalkv import CriticalKV
+from vllm_kvevict.policies.inputs import LayerWeights
 from vllm_kvevict.policies.snapkv import SnapKV
 
 BOTH = frozenset({Need.ROTARY, Need.OUTPUT_PROJECTION})

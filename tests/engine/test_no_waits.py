@@ -34,7 +34,7 @@ from vllm_kvevict.engine.worker.pseudo_passes import PseudoPasses
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.eviction.pseudo_tokens import PseudoDecode
-from vllm_kvevict.policies.base import LayerWeights
+from vllm_kvevict.policies.inputs import LayerWeights
 from vllm_kvevict.policies.snapkv import SnapKV
 
 LONG, SHORT = 300, 40

@@ -17,8 +17,9 @@ from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.per_token import TokenEvictor
 from vllm_kvevict.kernels import slot_scores as slot_scores_module
 from vllm_kvevict.policies import scratch
-from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, Need, StepInputs
+from vllm_kvevict.policies.base import EvictionPolicy, Need
 from vllm_kvevict.policies.h2o import H2O
+from vllm_kvevict.policies.inputs import LayerWeights, StepInputs
 
 REQS, LAYERS, KV_HEADS, MAX_PAGES, BLOCK, NUM_TOKENS = 2, 3, 2, 3, 16, 90
 NUM_PAGES = torch.tensor([[[3, 1], [1, 3], [2, 2]], [[2, 3], [3, 3], [1, 1]]])  # of each request, layer and head

@@ -28,8 +28,9 @@ from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.eviction.schedule import DuringDecode, Schedule
 from vllm_kvevict.policies import POLICIES
-from vllm_kvevict.policies.base import LayerWeights, Need
+from vllm_kvevict.policies.base import Need
 from vllm_kvevict.policies.batch import scores_batches
+from vllm_kvevict.policies.inputs import LayerWeights
 
 LAYERS, KV_HEADS, GROUP, HEAD_SIZE, BLOCK, SCALE = 3, 2, 2, 16, 16, 0.25
 PROJECTION = torch.randn(24, KV_HEADS * GROUP * HEAD_SIZE, generator=torch.Generator().manual_seed(0))

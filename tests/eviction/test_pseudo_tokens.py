@@ -8,7 +8,7 @@ import torch
 from tests.paged import PACKINGS, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.cache.pages import Packing
 from vllm_kvevict.eviction.pseudo_tokens import PseudoDecode
-from vllm_kvevict.policies.base import LayerWeights
+from vllm_kvevict.policies.inputs import LayerWeights
 
 LAYERS, KV_HEADS, GROUP, HEAD_SIZE, BLOCK, SCALE = 2, 2, 3, 16, 32, 0.25
 LENGTHS, COUNTS, PASSES = (70, 200, 129), (40, 64, 7), 4

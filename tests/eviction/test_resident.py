@@ -22,9 +22,10 @@ from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.kernels.tiled_tokens import tiled_offsets
 from vllm_kvevict.policies import POLICIES
-from vllm_kvevict.policies.base import LayerWeights, Need
+from vllm_kvevict.policies.base import Need
 from vllm_kvevict.policies.batch import scores_batches
 from vllm_kvevict.policies.criticalkv import CriticalKV
+from vllm_kvevict.policies.inputs import LayerWeights
 
 LAYERS, KV_HEADS, GROUP, HEAD_SIZE, BLOCK, SCALE = 3, 2, 2, 16, 16, 0.25
 PROJECTIONS = torch.randn(LAYERS, 24, KV_HEADS * GROUP * HEAD_SIZE, generator=torch.Generator().manual_seed(0))

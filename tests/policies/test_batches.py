@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from vllm_kvevict.policies import scratch
-from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
+from vllm_kvevict.policies.base import Need
 from vllm_kvevict.policies.batch import ScoreBatch, products
 from vllm_kvevict.policies.chunkkv import ChunkKV
 from vllm_kvevict.policies.criticalkv import CriticalKV
 from vllm_kvevict.policies.curdkv import CurDKV
+from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs
 from vllm_kvevict.policies.keydiff import KeyDiff
 from vllm_kvevict.policies.knorm import Knorm
 from vllm_kvevict.policies.laq_deferred import LookaheadDeferred

@@ -16,8 +16,8 @@ from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.eviction.selection import protect, select
 from vllm_kvevict.policies import POLICIES, EvictionPolicy, Need
-from vllm_kvevict.policies.base import LayerWeights
 from vllm_kvevict.policies.chunkkv import ChunkKV
+from vllm_kvevict.policies.inputs import LayerWeights
 from vllm_kvevict.policies.knorm import Knorm
 from vllm_kvevict.policies.snapkv import SnapKV
 

@@ -10,7 +10,7 @@ from tests.gpu import HAS_GPU, on_gpu
 from tests.paged import LAYOUTS, PACKINGS, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies import POLICIES, Need, ScoreInputs, scratch
-from vllm_kvevict.policies.base import LayerWeights
+from vllm_kvevict.policies.inputs import LayerWeights
 
 KV_HEADS, GROUP, HEAD_SIZE, LAYER = 2, 3, 16, 1
 LENGTHS = [100, 160, 257]

@@ -17,8 +17,8 @@ from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.policies import POLICIES, Need
-from vllm_kvevict.policies.base import ScoreInputs
 from vllm_kvevict.policies.criticalkv import CriticalKV, projected_value_norms
+from vllm_kvevict.policies.inputs import ScoreInputs
 
 NUM_KV_HEADS, GROUP, HEAD_SIZE = 2, 4, 32
 KVPRESS_SNAPKV = {"window": 64, "pool": "avg", "pool_kernel": 5}

@@ -8,8 +8,8 @@ import torch
 
 from tests.llama_layer import make_llama_layer
 from vllm_kvevict.eviction.selection import protect, select
-from vllm_kvevict.policies.base import ScoreInputs
 from vllm_kvevict.policies.curdkv import CurDKV
+from vllm_kvevict.policies.inputs import ScoreInputs
 
 PAPER = {"measure": "leverage", "projection_rank": 20, "local_window": 0}
 KVPRESS_NAMES = {"product": "kv_product", "mean": "kv_avg", "key": "key", "value": "value"}

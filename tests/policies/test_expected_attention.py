@@ -18,8 +18,8 @@ from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.eviction.selection import protect, select
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies import scratch
-from vllm_kvevict.policies.base import LayerWeights
 from vllm_kvevict.policies.expected_attention import ExpectedAttention
+from vllm_kvevict.policies.inputs import LayerWeights
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 8, 2, 32
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.paged import PACKINGS, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.policies import ScoreInputs
-from vllm_kvevict.policies.base import LayerWeights
+from vllm_kvevict.policies.inputs import LayerWeights
 from vllm_kvevict.policies.lava import Lava
 
 HEADS, GROUP, HEAD_SIZE = 2, 3, 16

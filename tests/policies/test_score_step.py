@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from vllm_kvevict.policies import morphkv as morphkv_module
-from vllm_kvevict.policies.base import EvictionPolicy, LayerWeights, StepInputs
+from vllm_kvevict.policies.base import EvictionPolicy
 from vllm_kvevict.policies.h2o import H2O
+from vllm_kvevict.policies.inputs import LayerWeights, StepInputs
 from vllm_kvevict.policies.morphkv import MorphKV
 from vllm_kvevict.policies.tova import Tova
 

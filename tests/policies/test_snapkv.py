@@ -13,7 +13,7 @@ from vllm_kvevict.cache.plan import plan_eviction
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.policies import ScoreInputs
-from vllm_kvevict.policies.base import LayerWeights
+from vllm_kvevict.policies.inputs import LayerWeights
 from vllm_kvevict.policies.snapkv import SnapKV
 
 BLOCK_SIZE, HEAD_SIZE = 32, 16

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from vllm_kvevict.policies.base import ScoreInputs
+from vllm_kvevict.policies.inputs import ScoreInputs
 from vllm_kvevict.policies.options import check_options
 from vllm_kvevict.registry import Registry
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from vllm_kvevict.policies.base import LayerWeights
+from vllm_kvevict.policies.inputs import LayerWeights
 
 
 def scored_at_once(scales: Sequence[float], weights: Sequence[LayerWeights], most: int) -> Iterator[tuple[int, int]]:

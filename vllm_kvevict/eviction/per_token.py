@@ -23,7 +23,8 @@ from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies import scratch
-from vllm_kvevict.policies.base import LayerWeights, Need, StepInputs
+from vllm_kvevict.policies.base import Need
+from vllm_kvevict.policies.inputs import LayerWeights, StepInputs
 
 # what choosing holds of each slot, beside its policy's scores: its position, and what those are compared with
 _BYTES_PER_SLOT = 32

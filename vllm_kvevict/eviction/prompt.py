@@ -42,7 +42,7 @@ from vllm_kvevict.eviction.scoring import PromptScores, last_queries
 from vllm_kvevict.eviction.selection import protect, select
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies import scratch
-from vllm_kvevict.policies.base import LayerWeights, ScoreInputs
+from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs
 
 # What is held at once by each score of which the best are selected, and by each slot that is noted.
 _BYTES_PER_SCORE, _BYTES_PER_SLOT = 16, 28

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_kvevict.cache.pages import PagePool
-from vllm_kvevict.policies.base import LayerWeights
+from vllm_kvevict.policies.inputs import LayerWeights
 
 
 @dataclass

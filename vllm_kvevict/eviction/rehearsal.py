@@ -21,7 +21,8 @@ from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.kernels.expand_page_table import BatchRows
 from vllm_kvevict.kernels.window_scores import MAX_ROWS
-from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs, StepInputs
+from vllm_kvevict.policies.base import Need
+from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs, StepInputs
 
 _NUM_EVICTED_BLOCKS = 2
 

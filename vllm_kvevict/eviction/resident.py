@@ -32,8 +32,9 @@ from vllm_kvevict.eviction.selection import protect, select
 from vllm_kvevict.eviction.token_order import TokenOrder
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies import scratch
-from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs, projections_of
+from vllm_kvevict.policies.base import Need
 from vllm_kvevict.policies.batch import ScoreBatch, scores_batches
+from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs, projections_of
 
 Moves = tuple[torch.Tensor, torch.Tensor]
 

@@ -20,8 +20,9 @@ from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import allocator_traits_of, traits_of
 from vllm_kvevict.policies import scratch
-from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs, projections_of
+from vllm_kvevict.policies.base import Need
 from vllm_kvevict.policies.batch import ScoreBatch, scores_batches
+from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs, projections_of
 
 
 class PromptScores:

@@ -21,7 +21,8 @@ from vllm_kvevict.policies import (  # noqa: F401  # they register themselves
     tova,
     vatp,
 )
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, LayerWeights, Need, ScoreInputs, StepInputs
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need
+from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs, StepInputs
 from vllm_kvevict.policies.options import ODD, above, at_least, between
 
 __all__ = [

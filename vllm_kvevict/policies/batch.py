@@ -5,18 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.kernels.slot_scores import Fusion, Group, SlotBatch, slot_scores
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.kernels.window_scores import window_scores
 from vllm_kvevict.policies import scratch
 
 _TILE, STRETCH = 1024, 64  # tokens
-_WAYS_TO_SCORE = ("score", "score_layers", "score_batch")
+# of a policy, the ways to do something: for one request, and as the last one for several
+_TO_SCORE = ("score", "score_layers", "score_batch")
+_TO_OBSERVE = ("observe", "observe_chunks")
+_TO_PRESELECT = ("preselect", "preselect_batch")
+
+
+class Prompt(NamedTuple):
+    """What the host knows of a prompt that is evicted: its tokens, and how many a head keeps on average, if known."""
+
+    num_tokens: int
+    num_kept: int | None
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,17 @@ class ScoreBatch:
                  a prompt; None where that is not known yet
     output:      shape of the query, what attention returned for the queries, if ``Need.OUTPUTS``
     projections: [hidden_size, num_heads * head_size], W_O of each layer, if ``Need.OUTPUT_PROJECTION``
+
+    Of prompts, which are evicted for the first time, also:
+
+    prompts:      of each request
+    observed:     what the policy's ``observe`` or ``observe_chunks`` returned for the last chunk, of a request all
+                  layers, then of the next one; if ``Need.ALL_QUERIES``
+    rotary:       of these layers, if ``Need.ROTARY``
+    pseudo_query: [num_reqs, num_layers, num_pseudo_tokens, num_heads, head_size] queries of the tokens that the engine
+                  generated behind the prompts, zeros behind those of a request that has fewer; None if the policy asked
+                  for none
+    num_pseudo:   [num_reqs] int64, how many each has
     """
 
     query: torch.Tensor
@@ -59,6 +81,11 @@ class ScoreBatch:
     num_kept: torch.Tensor | None = None
     output: torch.Tensor | None = None
     projections: Sequence[torch.Tensor] = ()
+    prompts: Sequence[Prompt] = ()
+    observed: Sequence[Any] = ()
+    rotary: Rotary | None = None
+    pseudo_query: torch.Tensor | None = None
+    num_pseudo: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -274,20 +301,33 @@ def scores_batches(policy: object) -> bool:
     Its ``score_batch`` is then not older than its other ways: a subclass that changes ``score`` only is asked request
     by request.
     """
+    return _is_for_several(policy, _TO_SCORE)
+
+
+def observes_chunks(policy: object) -> bool:
+    """Whether a policy that observes all queries looks at chunks of several prompts at once, likewise."""
+    return _is_for_several(policy, _TO_OBSERVE)
+
+
+def preselects_batches(policy: object) -> bool:
+    """Whether a policy that wants pseudo tokens chooses at once what those of several prompts see, likewise."""
+    return _is_for_several(policy, _TO_PRESELECT)
+
+
+def _is_for_several(policy: object, ways: tuple[str, ...]) -> bool:
     kind: type = type(policy)
-    if not _has_batches(kind):
+    if _newest(kind, ways) != ways[-1]:
         return False
     wrapped = getattr(policy, "wrapped", None)  # of a WrapperPolicy
-    return wrapped is None or scores_batches(wrapped)
+    return wrapped is None or _is_for_several(wrapped, ways)
 
 
 @cache
-def _has_batches(policy: type) -> bool:
-    for cls in policy.__mro__:
-        ways = [way for way in _WAYS_TO_SCORE if way in vars(cls)]
-        if ways:
-            return "score_batch" in ways
-    return False
+def _newest(policy: type, ways: tuple[str, ...]) -> str:
+    """Return the last of ``ways`` that the youngest class has which has any."""
+    return next(
+        found[-1] for cls in policy.__mro__ if (found := [way for way in ways if way in vars(cls)])
+    )  # fmt: skip
 
 
 def in_stretches(x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,8 @@ import torch
 from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.kernels.chunk_attention import chunk_attention
 from vllm_kvevict.kernels.leverage import leverage
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need
+from vllm_kvevict.policies.inputs import ScoreInputs
 from vllm_kvevict.policies.options import ODD, at_least
 from vllm_kvevict.policies.window import pool_in_place
 

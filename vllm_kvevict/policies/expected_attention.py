@@ -9,7 +9,8 @@ from typing import Annotated, ClassVar
 import torch
 
 from vllm_kvevict.kernels.rotary import Rotary
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need
+from vllm_kvevict.policies.inputs import ScoreInputs
 from vllm_kvevict.policies.options import at_least
 from vllm_kvevict.policies.scratch import fits
 

@@ -9,8 +9,9 @@ import torch
 
 from vllm_kvevict.kernels.streaming_sums import streaming_sums
 from vllm_kvevict.kernels.window_batch import Reduction
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs, StepInputs
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need
 from vllm_kvevict.policies.batch import ScoreBatch
+from vllm_kvevict.policies.inputs import ScoreInputs, StepInputs
 from vllm_kvevict.policies.options import at_least
 
 

@@ -19,7 +19,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy
+from vllm_kvevict.policies.inputs import ScoreInputs
 
 MAX_WINDOW = 4096
 # What to use for presses of kvpress that cannot run here.

@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from vllm_kvevict.policies.base import POLICIES, ScoreInputs
+from vllm_kvevict.policies.base import POLICIES
+from vllm_kvevict.policies.inputs import ScoreInputs
 from vllm_kvevict.policies.lookahead import Lookahead
 from vllm_kvevict.policies.options import at_least
 from vllm_kvevict.policies.snapkv import SnapKV

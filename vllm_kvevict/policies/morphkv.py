@@ -9,9 +9,10 @@ from typing import Annotated, ClassVar, Literal
 import torch
 
 from vllm_kvevict.kernels.slot_scores import Group
-from vllm_kvevict.policies.base import POLICIES, StepInputs
+from vllm_kvevict.policies.base import POLICIES
 from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.batch_policy import BatchPolicy
+from vllm_kvevict.policies.inputs import StepInputs
 from vllm_kvevict.policies.options import at_least
 
 # Scores of slots by single queries that are held at once while a step is scored.

@@ -8,8 +8,9 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, ScoreInputs, StepInputs
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy
 from vllm_kvevict.policies.batch import ScoreBatch
+from vllm_kvevict.policies.inputs import ScoreInputs, StepInputs
 from vllm_kvevict.policies.options import at_least
 
 

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 
 from vllm_kvevict.kernels.window_batch import Reduction
-from vllm_kvevict.policies.base import POLICIES, StepInputs
+from vllm_kvevict.policies.base import POLICIES
 from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.batch_policy import BatchPolicy
+from vllm_kvevict.policies.inputs import StepInputs
 
 
 @POLICIES.register("tova")

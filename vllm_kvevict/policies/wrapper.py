@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need, ScoreInputs
+from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need
 from vllm_kvevict.policies.batch import ScoreBatch
+from vllm_kvevict.policies.inputs import ScoreInputs
+from vllm_kvevict.policies.prompt_chunks import PromptChunks
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,10 @@ class WrapperPolicy(EvictionPolicy):
         return self.wrapped.num_deferred
 
     @property
+    def num_pseudo_tokens(self) -> int:
+        return self.wrapped.num_pseudo_tokens
+
+    @property
     def supports_decode(self) -> bool:
         return self.wrapped.supports_decode
 
@@ -86,11 +92,20 @@ class WrapperPolicy(EvictionPolicy):
     def observe(self, state: Any, inputs: ScoreInputs) -> Any:
         return self.wrapped.observe(state, inputs)
 
+    def observe_chunks(self, states: Sequence[Any], chunks: PromptChunks) -> list[Any]:
+        return self.wrapped.observe_chunks(states, chunks)
+
     def observe_batch(self, batch: ScoreBatch) -> torch.Tensor:
         return self.wrapped.observe_batch(batch)
 
     def state_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         return self.wrapped.state_bytes(num_heads, num_kv_heads, head_size)
+
+    def preselect(self, inputs: ScoreInputs) -> torch.Tensor:
+        return self.wrapped.preselect(inputs)
+
+    def preselect_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        return self.wrapped.preselect_batch(batch)
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         return self.rescore(ScoreInputs.together([inputs]), self.wrapped.score(inputs)[None, None])[0, 0]

@@ -9,7 +9,8 @@ from torch import nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_kvevict.kernels.rotary import Rotary
-from vllm_kvevict.policies.base import LayerWeights, Need
+from vllm_kvevict.policies.base import Need
+from vllm_kvevict.policies.inputs import LayerWeights
 
 
 class ModelWeights:

@@ -20,7 +20,8 @@ from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import traits_of
-from vllm_kvevict.policies.base import LayerWeights, Need, ScoreInputs
+from vllm_kvevict.policies.base import Need
+from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs
 
 
 class LastRows:

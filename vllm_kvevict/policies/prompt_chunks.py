@@ -1,0 +1,81 @@
+"""What a policy that observes all queries sees of several prompts at once, and whether it can look at them so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+import torch
+
+from vllm_kvevict.cache.staging import to_device
+from vllm_kvevict.kernels.rotary import Rotary
+from vllm_kvevict.policies.batch import gather_tokens
+
+
+@dataclass(frozen=True)
+class PromptChunks:
+    """Chunks of several prompts in one layer. Read only.
+
+    query:       [num_tokens, num_heads, head_size] queries of the chunks, one behind another, RoPE applied
+    num_queries: of each prompt, those of its chunk
+    kv_lens:     of each prompt, tokens in the cache behind its chunk
+    keys:        [num_pages, block_size, head_size] pages to read from, as in ``ScoreInputs``
+    read_values: returns values [num_pages, block_size, head_size] likewise
+    page_table:  [num_prompts, num_kv_heads, max_pages] int64, logical page -> page id; behind a prompt's last one any
+    scale:       softmax scale; stored keys are to be multiplied by ``key_scale`` besides
+    key_scale, value_scale: what stored keys and values are to be multiplied by
+    rotary:      of the layer, if ``Need.ROTARY``
+    """
+
+    query: torch.Tensor
+    num_queries: Sequence[int]
+    kv_lens: Sequence[int]
+    keys: torch.Tensor
+    read_values: Callable[[], torch.Tensor]
+    page_table: torch.Tensor
+    scale: float
+    key_scale: float = 1.0
+    value_scale: float = 1.0
+    rotary: Rotary | None = None
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.page_table.shape[1]
+
+    @cached_property
+    def first_queries(self) -> list[int]:
+        """[num_prompts + 1], where the queries of each prompt begin, and where the last ones end."""
+        return [0, *accumulate(self.num_queries)]
+
+    def on_device(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return int64 numbers that the host knows; it does not wait."""
+        return to_device(np.array(numbers, dtype=np.int64), self.query.device)
+
+    def gather_values(self, prompt: int, start: int, end: int) -> torch.Tensor:
+        """Return [num_kv_heads, end - start, head_size] float32, the values of tokens of one prompt."""
+        return gather_tokens(self.read_values(), self.page_table[prompt], self.value_scale, start, end)
+
+
+def with_zeros_behind(parts: Sequence[torch.Tensor], lens: Sequence[int]) -> torch.Tensor:
+    """Return [num_rows, sum of lens]: each of ``parts`` [num_rows, num_tokens], and zeros behind it up to its length.
+
+    In one launch beside that for the zeros, however many there are.
+    """
+    most = max(length - part.shape[1] for part, length in zip(parts, lens, strict=True))
+    if most == 0 and len(parts) == 1:
+        return parts[0]
+    zeros = parts[0].new_zeros(len(parts[0]), most)
+    pieces = [
+        piece
+        for part, length in zip(parts, lens, strict=True)
+        for piece in (part, zeros[:, : length - part.shape[1]])
+    ]  # fmt: skip
+    return torch.cat(pieces, dim=1)
+
+
+def in_own_memory(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return copies of ``parts``, made in one launch, each in memory of its own: it is free once its owner is gone."""
+    return [*torch._foreach_mul([*parts], 1)]
