@@ -42,10 +42,12 @@ from vllm_kvevict.kernels import (
     streaming_sums,
     window_scores,
 )
+from vllm_kvevict.kernels.chunk_batch import ChunkBatch
 from vllm_kvevict.kernels.expand_page_table import BatchRows
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.policies import POLICIES, Need, ScoreInputs
+from vllm_kvevict.policies.compactor import gaussian_sketch
 from vllm_kvevict.policies.inputs import LayerWeights, StepInputs
 
 LAUNCHERS: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -211,11 +213,21 @@ def serve_batch(pool: PagePool, num_heads: int, window: int, num_reqs: int, num_
     kv_lens = torch.full((num_reqs + 1,), most - 1)[1:]
     batch = WindowBatch(query, pool.keys, pool.values, table, kv_lens, most, SCALE)
     window_scores.window_scores_triton(batch, Reduction("mean", "max", 7))
+    starts, rows = torch.arange(-1, num_reqs + 1), query.flatten(0, 1)
+    sums = torch.zeros(pool.num_kv_heads, num_reqs * (most - 1) + 1)[:, 1:]
+    places = (starts * window)[1:], (starts * (most - 1))[1:]
+    streaming_sums._launch(ChunkBatch(rows, pool.keys, table, *places, window, most, SCALE), sums)
+    lengths = torch.full((num_reqs,), window)
+    chunks = torch.stack([starts[1:-1], lengths, places[0][:-1], lengths], dim=1)
+    chunk_attention._launch(rows, pool.keys, table, chunks, window, SCALE, "mean")
     scores = torch.randn(num_reqs + 1, pool.num_kv_heads, most - 1)[1:]
     select.select_triton(scores, torch.full(scores.shape[:2], 5), num_reqs, num_pages)
     select.count_best_triton(scores, torch.full((num_reqs + 1,), 5)[1:])
     slots = torch.arange(2 * num_reqs + 2)[1:].unfold(0, num_reqs, num_reqs)
     move_tokens.move_tokens_triton(pool.keys, pool.values, slots[0], slots[1])
+    blocks = torch.tensor([0, most - 9, most]).repeat(num_reqs + 1, 1)[1:]
+    sketch = gaussian_sketch(pool.head_size, 48, 0)
+    leverage._launch(pool.keys, table, blocks, most, weights_of(0, frozenset()).rotary, sketch, 0.0)
 
 
 def main() -> None:

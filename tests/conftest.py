@@ -89,3 +89,12 @@ def kept_masks() -> Iterator[list[torch.Tensor]]:
 
     with observed_by(Masks()):
         yield masks
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Of several, how a BLAS shares out the rows of a product depends on how many there are."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)

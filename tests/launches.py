@@ -11,12 +11,21 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_kvevict.kernels import move_tokens, select, slot_scores, streaming_sums, tiled_tokens, window_scores
+from vllm_kvevict.kernels import (
+    chunk_attention,
+    leverage,
+    move_tokens,
+    select,
+    slot_scores,
+    streaming_sums,
+    tiled_tokens,
+    window_scores,
+)
 
-_KERNELS = (move_tokens, select, slot_scores, streaming_sums, tiled_tokens, window_scores)
+_KERNELS = (chunk_attention, leverage, move_tokens, select, slot_scores, streaming_sums, tiled_tokens, window_scores)
 # what only makes another view of memory launches nothing
 VIEWS = {
-    "_unsafe_view", "alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split",
+    "_unsafe_view", "alias", "as_strided", "detach", "expand", "narrow", "permute", "select", "slice", "split",
     "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
 }  # fmt: skip
 # what a GPU could only answer by letting the host wait
@@ -75,9 +84,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
         for module in _KERNELS:
             patched.setattr(module, "function", counting(module.function))
         checks = [(select, "check_arguments"), (select, "_check_groups")]
-        checks += [(slot_scores, "check_page_ids")]
+        checks += [(slot_scores, "check_page_ids"), (leverage, "check_blocks")]
         checks += [(move_tokens, "check_slots"), (tiled_tokens, "check_slots")]
         for module, check in checks:
             patched.setattr(module, check, lambda *arguments, **options: None)
-        patched.setattr(window_scores, "check_lengths", lambda batch: None)
+        for module in (chunk_attention, streaming_sums, window_scores):
+            patched.setattr(module, "check_lengths", lambda *arguments: None)
         yield launches

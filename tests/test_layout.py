@@ -20,6 +20,7 @@ PACKAGE = ROOT / "vllm_kvevict"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 NO_KERNELS = (
     "__init__",
+    "chunk_batch",
     "interface",
     "native",
     "operators",
@@ -27,6 +28,7 @@ NO_KERNELS = (
     "rotary",
     "optional_triton",
     "optional_xformers",
+    "whitening",
     "window_batch",
 )
 KERNELS = [path.stem for path in MODULES if path.parent.name == "kernels" and path.stem not in NO_KERNELS]

@@ -11,13 +11,15 @@ from benchmarks.timing import append_row, measure
 from vllm_kvevict.kernels.chunk_attention import chunk_attention, chunk_attention_reference
 from vllm_kvevict.kernels.native import library
 
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, float, str]
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float, str]
 
 
 def setup(arguments: argparse.Namespace) -> Inputs:
     """A chunk at the end of what streaming_sums is timed with."""
-    query, keys, page_table, kv_len, scale = setup_attention(arguments)
-    return query, keys, page_table, kv_len - len(query), scale, arguments.reduction
+    batch = setup_attention(arguments)
+    length = len(batch.query)
+    chunks = torch.tensor([[0, batch.max_kv_len - length, 0, length]])
+    return batch.query, batch.keys, batch.page_table, chunks, length, batch.scale, arguments.reduction
 
 
 def check(inputs: Inputs) -> None:
@@ -35,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     query, keys, page_table = inputs[:3]
     chunk, num_heads, head_size = query.shape
     operations = 2 * num_heads * chunk**2 * head_size
-    num_bytes = query.nbytes + len(page_table) * chunk * (head_size * keys.element_size() + 4)
+    num_bytes = query.nbytes + page_table.shape[1] * chunk * (head_size * keys.element_size() + 4)
     native = measure(lambda: chunk_attention(*inputs), arguments.repeats)
     reference = measure(lambda: chunk_attention_reference(*inputs), arguments.repeats)
 

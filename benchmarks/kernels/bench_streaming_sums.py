@@ -7,13 +7,12 @@ import torch
 from benchmarks.kernels.bench_window_scores import MODELS
 from benchmarks.limits import copy_bandwidth, matrix_rate
 from benchmarks.timing import append_row, measure
+from vllm_kvevict.kernels.chunk_batch import ChunkBatch
 from vllm_kvevict.kernels.native import library
 from vllm_kvevict.kernels.streaming_sums import streaming_sums, streaming_sums_reference
 
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, float]
 
-
-def setup(arguments: argparse.Namespace) -> Inputs:
+def setup(arguments: argparse.Namespace) -> ChunkBatch:
     """One layer's random inputs with scrambled pages, in the packing of the CPU engine unless told otherwise."""
     torch.manual_seed(0)
     model, dtype = MODELS[arguments.model], getattr(torch, arguments.dtype)
@@ -25,32 +24,35 @@ def setup(arguments: argparse.Namespace) -> Inputs:
         keys = torch.randn(num_pages, arguments.block_size, model.head_size).to(dtype)
     page_table = torch.randperm(num_pages)[: num_pages // 2].view(model.num_kv_heads, pages_per_head)
     query = torch.randn(arguments.queries, model.num_heads, model.head_size).to(dtype)
-    return query, keys, page_table, arguments.kv_len, model.head_size**-0.5
+    starts = torch.tensor([[0, arguments.queries], [0, arguments.kv_len]])
+    return ChunkBatch(
+        query, keys, page_table[None], *starts.unbind(), arguments.queries, arguments.kv_len, model.head_size**-0.5
+    )
 
 
-def check(inputs: Inputs, sums: torch.Tensor) -> None:
+def check(batch: ChunkBatch, sums: torch.Tensor) -> None:
     """Raise unless the compiled kernel is there and agrees with the reference on these very inputs."""
     if library() is None:
         raise SystemExit("nothing to time: the CPU kernels are not built")
     expected = sums.clone()
-    streaming_sums_reference(*inputs, expected)
-    streaming_sums(*inputs, sums)
+    streaming_sums_reference(batch, expected)
+    streaming_sums(batch, sums)
     # the tolerance and its reason are those of tests/kernels/test_streaming_sums.py
     torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-7)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Check, time, print and append a CSV row."""
-    inputs = setup(arguments)
-    query, keys, page_table, kv_len, _ = inputs
-    sums = torch.zeros(len(page_table), kv_len)
-    check(inputs, sums)
+    batch = setup(arguments)
+    query, kv_len, num_kv_heads = batch.query, batch.max_kv_len, batch.page_table.shape[1]
+    sums = torch.zeros(num_kv_heads, kv_len)
+    check(batch, sums)
     num_queries, num_heads, head_size = query.shape
     num_pairs = num_queries * (kv_len - num_queries) + num_queries * (num_queries + 1) // 2
     operations = 2 * num_heads * num_pairs * head_size
-    num_bytes = query.nbytes + len(page_table) * kv_len * (head_size * keys.element_size() + 8)
-    native = measure(lambda: streaming_sums(*inputs, sums), arguments.repeats)
-    reference = measure(lambda: streaming_sums_reference(*inputs, sums), max(5, arguments.repeats // 10))
+    num_bytes = query.nbytes + num_kv_heads * kv_len * (head_size * batch.keys.element_size() + 8)
+    native = measure(lambda: streaming_sums(batch, sums), arguments.repeats)
+    reference = measure(lambda: streaming_sums_reference(batch, sums), max(5, arguments.repeats // 10))
 
     limits = num_bytes / copy_bandwidth(), operations / matrix_rate()
     print(f"{arguments.model}, {num_queries} queries, {kv_len} tokens, block size {arguments.block_size}, ", end="")

@@ -29,6 +29,7 @@ from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.kernels import move_tokens as moving
 from vllm_kvevict.kernels import select as selecting
+from vllm_kvevict.kernels.chunk_batch import ChunkBatch
 from vllm_kvevict.kernels.expand_page_table import BatchRows
 from vllm_kvevict.kernels.native import cuda_library
 from vllm_kvevict.kernels.optional_xformers import HAS_XFORMERS
@@ -116,11 +117,12 @@ def sums(kv_len: int, num_queries: int) -> Iterator[Rate]:
     table = pool.layer_page_ids(0, torch.randperm(kv_len // BLOCK_SIZE, device="cuda"))
     query = torch.randn(num_queries, HEADS, HEAD_SIZE, device="cuda").to(DTYPE)
     expected, actual = torch.zeros(2, KV_HEADS, kv_len, device="cuda")
-    arguments = (query, pool.keys, table, kv_len, SCALE)
-    streaming_sums_reference(*arguments, expected)
-    streaming_sums(*arguments, actual)
+    starts = torch.tensor([[0, num_queries], [0, kv_len]], device="cuda")
+    batch = ChunkBatch(query, pool.keys, table[None], *starts.unbind(), num_queries, kv_len, SCALE)
+    streaming_sums_reference(batch, expected)
+    streaming_sums(batch, actual)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
-    call = partial(streaming_sums, *arguments, actual)
+    call = partial(streaming_sums, batch, actual)
     pairs = num_queries * (kv_len - num_queries) + num_queries * (num_queries + 1) // 2
     shape = f"{num_queries} queries, {kv_len} tokens"
     yield Rate("streaming_sums", shape, None, call_seconds(call), 0, 4 * HEADS * HEAD_SIZE * pairs)

@@ -35,6 +35,7 @@ KVEVICT_INLINE double sum_doubles(Double<LANES> value) {
   return sum;
 }
 
+// What is to be done for the tokens of one block.
 struct Job {
   PagedKeys keys;
   // [max_position, rotary_dim], cosines, then sines; token and position are the same.
@@ -48,10 +49,11 @@ struct Job {
 
   // First pass: [num_kv_heads * parts_per_head, width * (width + 1)], the moments of a part, then its sum.
   double* moments = nullptr;
-  // Second pass: [num_kv_heads, head_size], [num_kv_heads, head_size, columns], [num_kv_heads, num_tokens].
+  // Second pass: [num_kv_heads, head_size], [num_kv_heads, head_size, columns], [num_kv_heads, max_tokens].
   const double *mean = nullptr, *map = nullptr;
   int64_t columns = 0;
   float* norms = nullptr;
+  int64_t max_tokens = 0;
 
   // Rows of doubles are whole vectors, two at a time; what lies past their ends is zero.
   static int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
@@ -168,7 +170,7 @@ KVEVICT_INLINE void square_rows(const Job& job, int64_t item, const Scratch& scr
   const double *mean = job.mean + kv_head * head_size, *map = job.map + kv_head * head_size * job.columns;
   for (int64_t token = 0; token < count; ++token)
     for (int64_t dim = 0; dim < head_size; ++dim) scratch.rows[token * width + dim] -= mean[dim];
-  float* norms = job.norms + kv_head * job.num_tokens + tile * TILE_TOKENS;
+  float* norms = job.norms + kv_head * job.max_tokens + tile * TILE_TOKENS;
   for (int64_t token = 0; token < count; token += ROWS) {
     Double<LANES> squares[ROWS] = {};
     for (int64_t j = 0; j < job.columns; j += 2 * LANES) {
@@ -228,46 +230,72 @@ void join_parts(const Job& job, double* total, double* moment) {
   }
 }
 
+// Blocks of tokens of several requests.
+struct Blocks {
+  Job job;  // what they have in common
+  int64_t page_table_stride_req;
+  const int64_t* bounds;  // [.., 3], row of the page table, first token, one past the last
+
+  Job of(int64_t index) const {
+    const int64_t* block = bounds + 3 * index;
+    Job own = job;
+    own.keys.page_table += block[0] * page_table_stride_req;
+    own.start = block[1];
+    own.num_tokens = block[2] - block[1];
+    return own;
+  }
+};
+
 }  // namespace
 }  // namespace kvevict
 
 // Both functions return 0, or 1 when scratch memory could not be allocated. Strides count elements; the caller has
-// checked shapes, strides and page ids. Everything but keys and page_table is contiguous.
+// checked shapes, strides, blocks and page ids. Everything but keys and page_table is contiguous.
 extern "C" __attribute__((visibility("default"))) int32_t kvevict_key_moments(
     const void* keys, int64_t key_stride_page, int64_t key_stride_token, int64_t key_stride_dim,
-    const int64_t* page_table, int64_t page_table_stride_head, int32_t key_dtype, int64_t num_kv_heads,
-    int64_t head_size, int64_t block_size, int64_t start, int64_t num_tokens, float key_scale,
+    const int64_t* page_table, int64_t page_table_stride_req, int64_t page_table_stride_head, const int64_t* bounds,
+    int32_t key_dtype, int64_t num_blocks, int64_t num_kv_heads, int64_t head_size, int64_t block_size, float key_scale,
     const void* cos_sin, int64_t cos_sin_stride, int32_t cos_sin_dtype, int64_t rotary_dim, int32_t is_neox_style,
     double* total, double* moment) {
   using namespace kvevict;
   const PagedKeys paged{{keys, key_stride_page, key_stride_token, key_stride_dim},
                         page_table, page_table_stride_head, key_dtype, block_size, head_size};
-  Job job{paged, cos_sin, cos_sin_stride, cos_sin_dtype, rotary_dim, is_neox_style != 0,
-          num_kv_heads, start, num_tokens, key_scale};
-  const int64_t num_parts = num_kv_heads * job.parts_per_head();
-  const Buffer<double> moments = allocate<double>(num_parts * job.part_size());
-  if (!moments) return 1;
-  job.moments = moments.get();
-  if (!run_items(job, num_parts)) return 1;
-  join_parts(job, total, moment);
+  const Blocks blocks{{paged, cos_sin, cos_sin_stride, cos_sin_dtype, rotary_dim, is_neox_style != 0,
+                       num_kv_heads, 0, 0, key_scale},
+                      page_table_stride_req, bounds};
+  for (int64_t index = 0; index < num_blocks; ++index) {
+    Job job = blocks.of(index);
+    const int64_t num_parts = num_kv_heads * job.parts_per_head(), first = index * num_kv_heads * head_size;
+    const Buffer<double> moments = allocate<double>(num_parts * job.part_size());
+    if (!moments) return 1;
+    job.moments = moments.get();
+    if (!run_items(job, num_parts)) return 1;
+    join_parts(job, total + first, moment + first * head_size);
+  }
   return 0;
 }
 
 // `columns` is a multiple of 16.
 extern "C" __attribute__((visibility("default"))) int32_t kvevict_mapped_norms(
     const void* keys, int64_t key_stride_page, int64_t key_stride_token, int64_t key_stride_dim,
-    const int64_t* page_table, int64_t page_table_stride_head, int32_t key_dtype, int64_t num_kv_heads,
-    int64_t head_size, int64_t block_size, int64_t start, int64_t num_tokens, float key_scale,
+    const int64_t* page_table, int64_t page_table_stride_req, int64_t page_table_stride_head, const int64_t* bounds,
+    int32_t key_dtype, int64_t num_blocks, int64_t num_kv_heads, int64_t head_size, int64_t block_size, float key_scale,
     const void* cos_sin, int64_t cos_sin_stride, int32_t cos_sin_dtype, int64_t rotary_dim, int32_t is_neox_style,
-    const double* mean, const double* map, int64_t columns, float* norms) {
+    const double* mean, const double* map, int64_t columns, float* norms, int64_t max_tokens) {
   using namespace kvevict;
   const PagedKeys paged{{keys, key_stride_page, key_stride_token, key_stride_dim},
                         page_table, page_table_stride_head, key_dtype, block_size, head_size};
-  Job job{paged, cos_sin, cos_sin_stride, cos_sin_dtype, rotary_dim, is_neox_style != 0,
-          num_kv_heads, start, num_tokens, key_scale};
-  job.mean = mean;
-  job.map = map;
-  job.columns = columns;
-  job.norms = norms;
-  return run_items(job, num_kv_heads * job.num_tiles()) ? 0 : 1;
+  const Blocks blocks{{paged, cos_sin, cos_sin_stride, cos_sin_dtype, rotary_dim, is_neox_style != 0,
+                       num_kv_heads, 0, 0, key_scale},
+                      page_table_stride_req, bounds};
+  for (int64_t index = 0; index < num_blocks; ++index) {
+    Job job = blocks.of(index);
+    job.mean = mean + index * num_kv_heads * head_size;
+    job.map = map + index * num_kv_heads * head_size * columns;
+    job.columns = columns;
+    job.norms = norms + index * num_kv_heads * max_tokens;
+    job.max_tokens = max_tokens;
+    if (!run_items(job, num_kv_heads * job.num_tiles())) return 1;
+  }
+  return 0;
 }

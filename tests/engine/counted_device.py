@@ -25,7 +25,9 @@ from vllm_kvevict.cache import staging
 from vllm_kvevict.engine.worker.backends.base import EvictionImpl, EvictionMetadata, EvictionMetadataBuilder
 from vllm_kvevict.engine.worker.backends.cpu import EvictionCPUImpl, EvictionCPUMetadataBuilder, SchedulerMetadata
 from vllm_kvevict.engine.worker.bridge import EvictionBridge
+from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.kernels import operators
+from vllm_kvevict.kernels.rotary import Rotary
 
 _READS = (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.item)
 _FROM_LISTS = (torch.tensor, torch.as_tensor)
@@ -181,7 +183,14 @@ class CountedDevice(FakeDevice):
                 attend_whole(impl, layer, *map(on_host, arguments))
             return arguments[5]
 
+        rotary = ModelWeights._rotary
+
+        def rotary_here(weights: ModelWeights, layer: int) -> Rotary:
+            found = rotary(weights, layer)
+            return Rotary(self.of(found.cos_sin), found.is_neox_style)
+
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ModelWeights, "_rotary", rotary_here)
             patch.setattr(EvictionMetadataBuilder, "build", build_here)
             patch.setattr(EvictionImpl, "forward", forward_here)
             patch.setattr(bridge, "end_step", end_step_here)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +26,10 @@ from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Evictions
 from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.policies import POLICIES, EvictionPolicy, Need, ScoreInputs, StepInputs
+from vllm_kvevict.policies.batch import ScoreBatch
+from vllm_kvevict.policies.h2o import H2O
+from vllm_kvevict.policies.laq import LookaheadQCache
+from vllm_kvevict.policies.prompt_chunks import PromptChunks
 
 
 @dataclass(frozen=True)
@@ -112,9 +116,59 @@ class _Quitting(_Failing):
         sys.exit("this file is missing")
 
 
+CULPRIT = 130  # tokens of the prompt that the following have a bug for
+
+
+def _blame(lens: Sequence[int]) -> None:
+    if CULPRIT in lens:
+        raise ZeroDivisionError("a bug in somebody's policy")
+
+
+@dataclass(frozen=True)
+class _ObservingSeveral(H2O):
+    def observe_chunks(self, states: Sequence[Any], chunks: PromptChunks) -> list[Any]:
+        found = super().observe_chunks(states, chunks)
+        _blame(chunks.kv_lens)
+        return found
+
+
+@dataclass(frozen=True)
+class _ForgettingOne(H2O):
+    """What it returns for several is too little."""
+
+    def observe_chunks(self, states: Sequence[Any], chunks: PromptChunks) -> list[Any]:
+        return super().observe_chunks(states, chunks)[CULPRIT in chunks.kv_lens :]
+
+
+@dataclass(frozen=True)
+class _PreselectingSeveral(LookaheadQCache):
+    def preselect_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        _blame([prompt.num_tokens for prompt in batch.prompts])
+        return super().preselect_batch(batch)
+
+
+@dataclass(frozen=True)
+class _SeesTooFar(LookaheadQCache):
+    """In its first layer."""
+
+    def preselect_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        selected = super().preselect_batch(batch)
+        for req, prompt in enumerate(batch.prompts):
+            if prompt.num_tokens == CULPRIT and batch.layers[0] == 0:
+                selected[req, 0, 0, 0] = CULPRIT
+        return selected
+
+
+@dataclass(frozen=True)
+class _ScoringSeveral(LookaheadQCache):
+    def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        _blame([prompt.num_tokens for prompt in batch.prompts])
+        return super().score_batch(batch)
+
+
 @dataclass(frozen=True)
 class _Ahead(_Failing):
-    """It looks ahead from tokens that the prompt does not have, or from another number of them in every layer."""
+    """It looks ahead, from tokens that the prompt does not have if ``selects_too_far``."""
 
     selects_too_far: ClassVar[bool] = False
 
@@ -125,7 +179,7 @@ class _Ahead(_Failing):
     def preselect(self, inputs: ScoreInputs) -> torch.Tensor:
         if self.selects_too_far:
             return torch.full((inputs.num_kv_heads, 4), inputs.kv_len)
-        return torch.zeros(inputs.num_kv_heads, 4 + inputs.layer, dtype=torch.int64)
+        return torch.zeros(inputs.num_kv_heads, 4, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -259,6 +313,11 @@ POLICY_CLASSES = {
     "wrong_for_long": _WrongForLong,
     "unprintable": _FailingUnprintably,
     "quitting": _Quitting,
+    "observing_several": _ObservingSeveral,
+    "forgetting_one": _ForgettingOne,
+    "preselecting_several": _PreselectingSeveral,
+    "sees_too_far": _SeesTooFar,
+    "scoring_several": _ScoringSeveral,
     "ahead": _Ahead,
     "too_far": _TooFar,
     "elsewhere": _Elsewhere,
@@ -326,6 +385,29 @@ def test_sums_that_are_wrong_for_one_of_two_end_that_one(running: Engine) -> Non
     ids = [running.add(random_prompt(length, seed=length), extra_args=options) for length in (100, 130)]
     outputs = running.run()
     assert [outputs[request_id].outputs[0].finish_reason for request_id in ids] == ["length", "error"]
+    running.check_all_free()
+
+
+@pytest.mark.parametrize(
+    ("policy", "as_written"),
+    [
+        ("observing_several", "h2o"),
+        pytest.param("forgetting_one", "h2o", marks=ON_V1),
+        ("preselecting_several", "laq"),
+        pytest.param("sees_too_far", "laq", marks=ON_V1),
+        pytest.param("scoring_several", "laq", marks=ON_V1),
+    ],
+)
+def test_what_fails_for_one_of_several_prompts_ends_that_one(running: Engine, policy: str, as_written: str) -> None:
+    """All of them end in one step; the others are evicted as ever."""
+    lengths, options = (100, CULPRIT, 120), {"kv_eviction": policy, "kv_budget": 64}
+    prompts = [random_prompt(length, seed=length) for length in lengths]
+    expected = running.tokens(prompts, extra_args=options | {"kv_eviction": as_written}, skip_reading_prefix_cache=True)
+    ids = [running.add(prompt, extra_args=options, skip_reading_prefix_cache=True) for prompt in prompts]
+    finished = running.run()
+    outputs = [finished[request_id].outputs[0] for request_id in ids]
+    assert [output.finish_reason for output in outputs] == ["length", "error", "length"]
+    assert [list(outputs[0].token_ids), list(outputs[2].token_ids)] == [expected[0], expected[2]]
     running.check_all_free()
 
 

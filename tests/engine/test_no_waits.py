@@ -23,6 +23,7 @@ from tests.engine.harness import Engine, async_on_cpu, engine
 from tests.paged import make_pool
 from tests.tiny_llama import random_prompt
 from vllm_kvevict.budgets.uniform import Uniform
+from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.engine.messages import StepEvictions
 from vllm_kvevict.engine.worker.backends.base import EvictionMetadata, EvictionMetadataBuilder
@@ -34,7 +35,7 @@ from vllm_kvevict.engine.worker.pseudo_passes import PseudoPasses
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.eviction.pseudo_tokens import PseudoDecode
-from vllm_kvevict.policies.inputs import LayerWeights
+from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs
 from vllm_kvevict.policies.snapkv import SnapKV
 
 LONG, SHORT = 300, 40
@@ -245,6 +246,15 @@ EVICTING: dict[str, tuple[Callable[[StepEvictions], int], int, dict[str, Any], i
     "late answers": (answers_fill_the_budget, 94, BY_BLOCK | LAVA, 1),
     "answers before their first": (lambda decisions: len(decisions.growing), 63, BY_BLOCK, 0),
     "token by token": (prompts_end, LONG, BY_TOKEN | {"kv_eviction": "tova"}, 0),
+    "prompts, summed": (prompts_end, LONG, {"kv_eviction": "h2o"}, 0),
+    "prompts, by their surroundings": (
+        prompts_end,
+        LONG,
+        {"kv_eviction": "compactor", "kv_budget": 128},
+        1,
+    ),
+    "prompts, by expectation": (prompts_end, LONG, {"kv_eviction": "expected_attention"}, 0),
+    "prompts, looking ahead": (prompts_end, LONG, {"kv_eviction": "laq++"}, 1),
 }
 
 
@@ -287,8 +297,10 @@ def evicting(
         if count(running.bridge.step.decisions) == num_reqs:
             found.append(work)
 
-    scheduling = running.scheduler.scheduler_config
-    with pytest.MonkeyPatch.context() as patch, CountedDevice().serving(running.bridge, stepped):
+    scheduling, device, passes = running.scheduler.scheduler_config, CountedDevice(), running.bridge._pseudo_passes
+    noisy = Passes(running.bridge.pool, passes._layer_names, running.bridge.failures, device, passes._vllm_config)
+    with pytest.MonkeyPatch.context() as patch, device.serving(running.bridge, stepped):
+        patch.setattr(running.bridge, "_pseudo_passes", noisy)
         patch.setattr(scheduling, "long_prefill_token_threshold", 100 if "kv_evict_during_prefill" in methods[0] else 0)
         for seed in range(num_reqs):
             method = methods[seed % len(methods)]
@@ -302,15 +314,38 @@ def evicting(
 class Passes(PseudoPasses):
     """Whose model answers with noise, on the device."""
 
-    device: CountedDevice
+    def __init__(
+        self, pool: PagePool, layer_names: list[str], failures: Failures, device: CountedDevice, config: Any
+    ) -> None:
+        states = SimpleNamespace(hidden_states=device.of(torch.randn(3000, 8)))
+        runner = SimpleNamespace(vllm_config=config, execute_model_state=states)
+        super().__init__(runner, pool, layer_names, failures)
+        self.device, self._end_tokens = device, device.of(torch.tensor([50, 51]))  # which never come
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden[:, :1] + self.device.of(torch.randn(len(hidden), 50))
 
     def _pass(
         self, tokens: torch.Tensor, positions: torch.Tensor, decode: PseudoDecode, weights: ModelWeights
     ) -> torch.Tensor:
         for layer in range(self._pool.num_layers):
-            query, key, value = (self.device.of(torch.randn(len(tokens), heads, 16)) for heads in (4, 2, 2))
+            shapes = [(len(tokens), group * self._pool.num_kv_heads, self._pool.head_size) for group in (4, 1, 1)]
+            query, key, value = (self.device.of(torch.randn(shape)) for shape in shapes)
             decode.attend(layer, query, key, value, 0.25, LayerWeights())
         return self.device.of(torch.randn(len(tokens), 8))
+
+
+class Sees(SnapKV):
+    """Lets pseudo tokens see some tokens that it knows."""
+
+    seen: torch.Tensor
+
+    def __init__(self, seen: torch.Tensor) -> None:
+        super().__init__()
+        object.__setattr__(self, "seen", seen)
+
+    def preselect(self, inputs: ScoreInputs) -> torch.Tensor:
+        return self.seen
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -318,28 +353,20 @@ def test_pseudo_tokens_are_waited_for_once_and_together(known: bool) -> None:
     """The first request wants four of them and sees 3 tokens in each layer, the second one wants two and sees 5."""
     device, failures, plan, rows = CountedDevice(), Failures(), EvictionPlan(100, 3, 16), []
     with torch.inference_mode():
-        head, pool = device.of(torch.randn(8, 50)), make_pool(2, 2, 20, 16, 16, "interleaved").pool
+        pool = make_pool(2, 2, 20, 16, 16, "interleaved").pool
         pool.pages.zero_()
         device.move(pool)
     with torch.inference_mode(), device.at_work():
         for index, (wanted, num_seen) in enumerate([(4, 3), (2, 5)]):
             tokens = device.of(torch.full((2, num_seen), 99 if known or index else 100))
-            eviction = Eviction(Method(SnapKV(), Uniform(), 0, 0), plan, pool, device.of(torch.arange(1, 8)))
+            eviction = Eviction(Method(Sees(tokens), Uniform(), 0, 0), plan, pool, device.of(torch.arange(1, 8)))
             request = SimpleNamespace(req_id=str(index), num_pseudo_tokens=wanted, seconds=0.0)
             row = SimpleNamespace(request=request, kv_len=100, end=9 * index + 9, eviction=eviction, selected=[])
             rows.append(row)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(SnapKV, "preselect", lambda _, inputs, tokens=tokens: tokens)
-                query = device.of(torch.randn(32, 4, 16))
-                row.selected = [eviction.preselect_layer(layer, query, 0.25) for layer in range(2)]
-        config = SimpleNamespace(max_model_len=103, hf_text_config=None, try_get_generation_config=lambda: {})
-        runner = SimpleNamespace(
-            vllm_config=SimpleNamespace(model_config=config),
-            model=SimpleNamespace(compute_logits=lambda hidden: hidden @ head),
-            execute_model_state=SimpleNamespace(hidden_states=device.of(torch.randn(20, 8))),
-        )
-        passes = Passes(runner, pool, ["a", "b"], failures)
-        passes.device = device
+            query = device.of(torch.randn(32, 8, 16))
+            row.selected = [eviction.preselect_layer(layer, query, 0.25) for layer in range(2)]
+        config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=103))
+        passes = Passes(pool, ["a", "b"], failures, device, config)
         (first, is_first_known), (second, is_second_known) = passes.run(rows, None)  # type: ignore[arg-type]
     assert device.work.waits == ["to_host"]
     # the context has room for three

@@ -27,48 +27,73 @@ from vllm_kvevict.eviction.grouping import chosen_together, scored_again_togethe
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.eviction.schedule import DuringDecode, Schedule
+from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies import POLICIES
 from vllm_kvevict.policies.base import Need
 from vllm_kvevict.policies.batch import scores_batches
-from vllm_kvevict.policies.inputs import LayerWeights
+from vllm_kvevict.policies.compactor import Compactor, gaussian_sketch
+from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs
 
 LAYERS, KV_HEADS, GROUP, HEAD_SIZE, BLOCK, SCALE = 3, 2, 2, 16, 16, 0.25
 PROJECTION = torch.randn(24, KV_HEADS * GROUP * HEAD_SIZE, generator=torch.Generator().manual_seed(0))
-BATCHED = [
-    name
-    for name in POLICIES.names()
-    if scores_batches(POLICIES.get(name)()) and Need.ALL_QUERIES not in POLICIES.get(name)().needs
-]
+ANGLES = torch.arange(400)[:, None] * 10.0 ** -torch.arange(HEAD_SIZE // 2)
+ROTARY = Rotary(torch.cat([ANGLES.cos(), ANGLES.sin()], dim=1), is_neox_style=True)
+BATCHED = [name for name in POLICIES.names() if scores_batches(POLICIES.get(name)())]
 OPTIONS = {"global": {"head_floor": 0.2, "layer_floor": 0.5}, "lava": {"floor_alpha": 0.2}}
 ALLOCATOR_NAMES = [name for name in ALLOCATORS.names() if name != "fixed"]  # which needs a file
 
 
 @dataclass
 class Prompts:
-    """Several prefilled requests in one pool; whatever nobody owns is NaN."""
+    """Several prefilled requests in one pool; whatever nobody owns is NaN.
+
+    states: of each and its layers, what the policy has observed
+    """
 
     cache: PagedCache
     evictions: list[Eviction]
     queries: torch.Tensor
     outputs: torch.Tensor
+    states: list[list[Any]]
 
     @property
     def by_name(self) -> dict[str, Eviction]:
         return {str(req): eviction for req, eviction in enumerate(self.evictions)}
 
     def score(self, parts: list[Evictions]) -> None:
-        asks_for_outputs = Need.OUTPUTS in self.evictions[0].method.policy.needs
+        policy = self.evictions[0].method.policy
+        asks_for_outputs = Need.OUTPUTS in policy.needs
         for part in parts:
             for layer in range(LAYERS):
-                reqs = [self.number_of(eviction) for eviction in part.members]
-                # scales as an fp8 cache may have them
-                weights = LayerWeights(output_projection=PROJECTION + layer, key_scale=0.5 if layer == 1 else 1.0)
-                queries = [self.queries[req, layer] for req in reqs]
-                outputs = [self.outputs[req, layer] for req in reqs] if asks_for_outputs else None
-                part.score_layer(layer, queries, SCALE, outputs, weights)
+                reqs, weights = [self.number_of(eviction) for eviction in part.members], weights_of(layer)
+                queries = [self.queries[req, layer, -40:] for req in reqs]
+                outputs = [self.outputs[req, layer, -40:] for req in reqs] if asks_for_outputs else None
+                states, pseudo = [self.states[req][layer] for req in reqs], None
+                if policy.num_pseudo_tokens:
+                    part.preselect_layer(layer, queries, SCALE, weights)
+                    pseudo = [self.queries[req, layer, : 1 + req % policy.num_pseudo_tokens] for req in reqs]
+                part.score_layer(layer, queries, SCALE, outputs, weights, states, pseudo)
 
     def number_of(self, eviction: Eviction) -> int:
         return next(req for req, known in enumerate(self.evictions) if known.block_ids is eviction.block_ids)
+
+
+def weights_of(layer: int) -> LayerWeights:
+    """Scales as an fp8 cache may have them."""
+    return LayerWeights(ROTARY, PROJECTION + layer, key_scale=0.5 if layer == 1 else 1.0)
+
+
+def observed(eviction: Eviction, queries: torch.Tensor) -> list[Any]:
+    """queries: [num_layers, at least num_tokens, num_heads, head_size]"""
+    pool, policy, num_tokens = eviction.pool, eviction.method.policy, eviction.plan.num_tokens
+    if Need.ALL_QUERIES not in policy.needs:
+        return [None] * LAYERS
+    states = []
+    for layer in range(LAYERS):
+        pages = pool.readable(pool.layer_page_ids(layer, eviction.block_ids))
+        query, weights = queries[layer, len(queries[layer]) - num_tokens :], weights_of(layer)
+        states.append(policy.observe(None, ScoreInputs(query, *pages, num_tokens, SCALE, weights=weights)))
+    return states
 
 
 def method_of(policy: str, allocator: str, per_token: bool = False) -> Method:
@@ -93,8 +118,9 @@ def prompts(
         cache.write(*random_kv(LAYERS, KV_HEADS, num_tokens, HEAD_SIZE, generator), own)
         fresh_ids = others[: plan.num_full_blocks] if fresh else None
         evictions.append(Eviction(method, plan, cache.pool, own, fresh_ids))
-    queries = torch.randn(num_reqs, LAYERS, 40, KV_HEADS * GROUP, HEAD_SIZE, generator=generator)
-    return Prompts(cache, evictions, queries, queries.flip(2))
+    queries = torch.randn(num_reqs, LAYERS, 300, KV_HEADS * GROUP, HEAD_SIZE, generator=generator)
+    states = [observed(eviction, of_request) for eviction, of_request in zip(evictions, queries, strict=True)]
+    return Prompts(cache, evictions, queries, queries.flip(2), states)
 
 
 def plan_of(method: Method, num_tokens: int, budget: int | float) -> EvictionPlan:
@@ -189,7 +215,7 @@ def test_launches_do_not_depend_on_how_many_there_are_and_the_host_waits_once(po
     method = method_of(policy, allocator)
     of_two, of_five = (launches(method, num_reqs, fresh, monkeypatch) for num_reqs in (2, 5))
     assert of_two.counts == of_five.counts
-    assert of_two.counts.total() < 500
+    assert of_two.counts.total() < 620
     assert of_five.counts["to_host"] == (allocator not in ("pyramid", "uniform"))
     assert of_five.waits == []
     selects = {"adakv": 2, "global": 2}.get(allocator, 1)
@@ -199,7 +225,8 @@ def test_launches_do_not_depend_on_how_many_there_are_and_the_host_waits_once(po
 
 
 def launches(method: Method, num_reqs: int, fresh: bool, monkeypatch: pytest.MonkeyPatch) -> Launches:
-    several = prompts(method, num_reqs, 5, fresh=fresh)
+    several = prompts(method, num_reqs, 6, fresh=fresh)
+    gaussian_sketch(HEAD_SIZE, Compactor.sketch_rank, Compactor.seed)  # which is drawn once
     with counted(monkeypatch) as launches, monkeypatch.context() as patched:
         allocator = type(method.allocator)
         for owner, name in ((allocation, "_pages"), (allocation, "checked_wish"), (allocator, "share")):
@@ -280,8 +307,16 @@ def test_those_are_together_that_one_method_evicts_alike_and_whose_lengths_are_n
     several.evictions[2].fresh_block_ids = several.evictions[2].block_ids[:3]
     several.evictions[3].plan = replace(several.evictions[3].plan, per_token=True)
     assert [names for names, _ in scored_together(several.by_name)] == [["0", "4"]]
-    observed = prompts(method_of("h2o", "uniform"), 2, 4)
-    assert scored_together(observed.by_name) == [], "their queries are summed up one by one"
+    ahead = prompts(method_of("laq", "uniform"), 2, 4)
+    assert [names for names, _ in scored_together(ahead.by_name)] == [["0", "1"]]
+
+    class Changed(POLICIES.get("laq")):  # type: ignore[misc]
+        def preselect(self, inputs):
+            return super().preselect(inputs)
+
+    for eviction in ahead.evictions:
+        eviction.method = replace(eviction.method, policy=Changed())
+    assert scored_together(ahead.by_name) == [], "pseudo tokens see what is asked prompt by prompt"
     lengths = (20, 4096, 4097, 8192, 8193)
     long = {str(length): replace(several.evictions[0], plan=EvictionPlan(length, 2, BLOCK)) for length in lengths}
     assert grouping._grouped(long, grouping._fit) == [["20", "4096"], ["4097", "8192"], ["8193"]]

@@ -33,13 +33,14 @@ def test_equals_dense_attention(dtype: torch.dtype, packing: Packing) -> None:
         cache.write(keys, values, block_ids)
         tokens = torch.rand(LAYERS, KV_HEADS, length, generator=generator).argsort(-1)[..., :count]
         own = cache.pool.page_ids(block_ids).gather(2, tokens // BLOCK) * BLOCK + tokens % BLOCK
-        slots.append(torch.cat([own, own[..., :1].expand(-1, -1, max(COUNTS) - count)], dim=2))
+        own[1, :, count - 2 :] = -1  # the second layer sees fewer
+        slots.append(torch.nn.functional.pad(own, (0, max(COUNTS) - count), value=-1))
         index = tokens[..., None].expand(-1, -1, -1, HEAD_SIZE)
         scaled = (keys.float() * weights.key_scale, values.float() * weights.value_scale)
-        seen.append([kv.gather(2, index) for kv in scaled])
+        first, second = zip(*(kv.gather(2, index) for kv in scaled), strict=True)
+        seen.append([first, tuple(kv[:, : count - 2] for kv in second)])
     before = cache.pool.pages.clone()
-    is_visible = torch.arange(max(COUNTS)) < torch.tensor(COUNTS)[:, None]
-    decode = PseudoDecode(cache.pool, torch.stack(slots, dim=1), is_visible)
+    decode = PseudoDecode(cache.pool, torch.stack(slots, dim=1))
 
     queries = torch.randn(PASSES, LAYERS, len(LENGTHS), KV_HEADS * GROUP, HEAD_SIZE, generator=generator)
     own_keys, own_values = torch.randn(2, PASSES, LAYERS, len(LENGTHS), KV_HEADS, HEAD_SIZE, generator=generator)
@@ -48,11 +49,11 @@ def test_equals_dense_attention(dtype: torch.dtype, packing: Packing) -> None:
             # copies that are overwritten afterwards: the engine reuses its buffers
             step = [tensor[number, layer].clone() for tensor in (queries, own_keys, own_values)]
             attended = decode.attend(layer, *step, SCALE, weights)
-            for row, (keys, values) in enumerate(seen):
+            for row, of_layers in enumerate(seen):
                 so_far = [kv[: number + 1, layer, row].transpose(0, 1) for kv in (own_keys, own_values)]
-                context = [torch.cat([kv[layer], new], 1) for kv, new in zip((keys, values), so_far, strict=True)]
+                context = [torch.cat([kv, new], 1) for kv, new in zip(of_layers[layer], so_far, strict=True)]
                 torch.testing.assert_close(attended[row], dense(queries[number, layer, row], *context))
             for tensor in step:
                 tensor.fill_(float("nan"))
-    assert decode.queries(layer=1, row=2, num_tokens=3).equal(queries[:3, 1, 2])
+    assert decode.queries(layer=1).equal(queries[:, 1].transpose(0, 1))
     assert cache.pool.pages.view(torch.uint8).equal(before.view(torch.uint8)), "the cache has changed"

@@ -230,8 +230,9 @@ def test_all_others_are_asked_request_by_request():
     """Exempt by name: whoever adds a policy decides on which side it stands."""
     batched = {name for name in POLICIES.names() if scores_batches(POLICIES.get(name)())}
     assert batched == {
-        "chunkkv", "criticalkv", "curdkv", "h2o", "keydiff", "knorm", "laq_deferred", "lava", "morphkv",
-        "obcache_joint", "obcache_k", "obcache_v", "random", "snapkv", "streaming_llm", "tova", "vatp",
+        "chunkkv", "compactor", "criticalkv", "curdkv", "expected_attention", "h2o", "keydiff", "knorm", "laq",
+        "laq++", "laq_deferred", "lava", "morphkv", "obcache_joint",
+        "obcache_k", "obcache_v", "random", "snapkv", "streaming_llm", "tova", "vatp",
     }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from vllm_kvevict.eviction.results import checked, checked_tokens, checked_wish
+from vllm_kvevict.eviction.results import checked, checked_preselection, checked_tokens, checked_wish
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
@@ -19,6 +19,37 @@ def test_what_is_right_passes_as_it_is():
     tokens = torch.tensor([[0, 4], [3, 3]])
     assert [part.tolist() for part in checked_tokens("P.preselect", tokens, 2, 5, CPU)] == [[[0, 4], [3, 3]], True]
     assert checked_wish("A.wish", torch.tensor([[0, 3]]), (1, 2)).tolist() == [[0.0, 3.0]]
+
+
+@pytest.mark.parametrize(
+    ("of_heads", "is_known"),
+    [
+        ([[0, 4, 2], [3, 3, 1]], True),
+        ([[0, 4, -1], [3, 3, -1]], True),
+        ([[0, -1, -1], [3, -1, -1]], True),
+        ([[0, 5, 2], [3, 3, 1]], False),
+        ([[0, 4, -2], [3, 3, -2]], False),
+        ([[0, 4, -1], [3, 3, 1]], False),
+        ([[0, 4, 1], [3, 3, -1]], False),
+        ([[-1, -1, -1], [-1, -1, -1]], False),
+    ],
+    ids=str,
+)
+def test_tokens_that_a_prompt_does_not_have_are_noticed(of_heads, is_known):
+    """The second prompt has five tokens, the others seven and two."""
+    others = torch.tensor([[6, 5, -1], [0, 1, -1]]), torch.tensor([[1, -1, -1], [0, -1, -1]])
+    selected = torch.stack([others[0], torch.tensor(of_heads), others[1]])
+    tokens, are_known = checked_preselection("P.preselect_batch", selected[:, None], 2, torch.tensor([7, 5, 2]))
+    assert are_known.tolist() == [True, is_known, True]
+    assert tokens[0].equal(others[0]) and tokens[2].equal(others[1])
+    assert not is_known or tokens[1].tolist() == of_heads
+    assert ((tokens[1] >= -1) & (tokens[1] < 5)).all() and (tokens[1, :, 0] >= 0).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 4), (3, 1, 2, 0), (3, 2, 2, 4), (2, 1, 2, 4)], ids=str)
+def test_another_selection_is_refused(shape):
+    with pytest.raises(ValueError, match=re.escape("P.preselect_batch: expected [3, 1, 2, at least 1] int64 on cpu")):
+        checked_preselection("P.preselect_batch", torch.zeros(shape, dtype=torch.int64), 2, torch.tensor([7, 5, 2]))
 
 
 @pytest.mark.parametrize("result", [None, 3.0, [[1.0]]], ids=str)

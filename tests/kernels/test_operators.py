@@ -8,6 +8,7 @@ import torch
 
 from tests.implementations import scrambled_keys
 from vllm_kvevict.kernels.chunk_attention import chunk_attention
+from vllm_kvevict.kernels.chunk_batch import ChunkBatch
 from vllm_kvevict.kernels.expand_page_table import BatchRows, LayerPages, PageLists, expand_page_table
 from vllm_kvevict.kernels.leverage import leverage
 from vllm_kvevict.kernels.move_tokens import move_tokens
@@ -28,10 +29,12 @@ def cases() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     keys, table = keys.nan_to_num(), table[:, : -(-TOKENS // BLOCK_SIZE)].clone()  # opcheck compares what is unused too
     query, scale = torch.randn(8, 2 * HEADS, HEAD_SIZE), HEAD_SIZE**-0.5
     batch = WindowBatch(query[None], keys, keys.clone(), table[None], torch.tensor([TOKENS]), TOKENS, scale)
+    chunks = ChunkBatch(query, keys, table[None], torch.tensor([0, 8]), torch.tensor([0, TOKENS]), 8, TOKENS, scale)
     positions = torch.randperm(HEADS * table.numel() * BLOCK_SIZE)[: table.numel() * BLOCK_SIZE].view(1, HEADS, -1)
     slots = SlotBatch(query[None], keys, table[None], positions, torch.full((1, 8), 90), scale)
     angles = torch.arange(TOKENS)[:, None] * torch.tensor([1.0, 0.1])
     rotary = Rotary(torch.cat([angles.cos(), angles.sin()], dim=1), True)
+    sketch = torch.randn(HEAD_SIZE, 8).double()
     scores, one = torch.rand(3, 2, TOKENS), torch.ones(1, dtype=torch.int32)
     counts = torch.full((3, 2, 2), 2, dtype=torch.int32)
     starts = torch.arange(0, 8, 2, dtype=torch.int32).view(1, 2, 2).repeat(3, 1, 1)
@@ -40,9 +43,16 @@ def cases() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     return {
         "window_scores": (window_scores, (batch, Reduction("max", "max", 3, "value_norm"))),
         "slot_scores": (slot_scores, (slots, "max", "sum")),
-        "streaming_sums": (streaming_sums, (query, keys, table, TOKENS, scale, torch.zeros(HEADS, TOKENS))),
-        "chunk_attention": (chunk_attention, (query, keys, table, 5, scale, "mean")),
-        "leverage": (leverage, (keys, table, 5, TOKENS, rotary, torch.randn(HEAD_SIZE, 8).double(), 0.5)),
+        "streaming_sums": (streaming_sums, (chunks, torch.zeros(HEADS, TOKENS))),
+        "chunk_attention": (
+            chunk_attention,
+            (query, keys, table[None], torch.tensor([[0, 5, 0, 8]]), 8, scale, "mean"),
+        ),
+        # as long as the result is wide: numbers behind a block are compared too
+        "leverage": (
+            leverage,
+            (keys, table[None], torch.tensor([[0, 5, TOKENS], [0, 0, TOKENS - 5]]), TOKENS - 5, rotary, sketch, 0.5),
+        ),
         "select": (select, (scores, torch.tensor([[1, 9], [70, 0], [3, 4]]), 2, 5)),
         "count_best": (count_best, (scores, torch.tensor([1, 9, 99]))),
         "move_tokens": (move_tokens, (keys, keys.clone(), torch.tensor([3, 4]), torch.tensor([40, 41]))),
@@ -56,7 +66,7 @@ def cases() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
 def flat(arguments: tuple[Any, ...]) -> list[Any]:
     values: list[Any] = []
     for argument in arguments:
-        is_group = isinstance(argument, SlotBatch | WindowBatch | Reduction | Rotary)
+        is_group = isinstance(argument, ChunkBatch | SlotBatch | WindowBatch | Reduction | Rotary)
         if is_group:
             values += list(vars(argument).values())
         else:

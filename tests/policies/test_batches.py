@@ -21,6 +21,7 @@ from vllm_kvevict.policies.laq_deferred import LookaheadDeferred
 from vllm_kvevict.policies.obcache import OBCacheJoint, OBCacheKey, OBCacheValue
 from vllm_kvevict.policies.tova import Tova
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS, KV_HEADS, GROUP, HEAD_SIZE, BLOCK, SCALE = 2, 6, 5, 16, 16, 0.25
 # of each request, by KV head: a chunk has 20 tokens, a tile 1,024
 LENGTHS = [(7, 19, 7, 300, 300, 7), (333,) * KV_HEADS, (45, 1100, 45, 1100, 1100, 1100), (16,) * KV_HEADS]
@@ -47,15 +48,6 @@ POLICIES = [
     OBCacheJoint(window=5, group="max", pool_kernel=1),
     CriticalKV("obcache_v"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Of several, how a BLAS shares out the rows of a product depends on how many there are."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def batch_of(policy, lengths, transposed):

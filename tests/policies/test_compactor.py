@@ -19,7 +19,8 @@ from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.eviction.selection import protect, select
-from vllm_kvevict.policies.compactor import Compactor, gaussian_sketch
+from vllm_kvevict.policies.compactor import Compactor, gaussian_sketch, standardise
+from vllm_kvevict.policies.inputs import ScoreInputs
 
 NUM_KV_HEADS, HEAD_SIZE = 2, 32
 # z-scores have variance 1, and their parts are float32 sums over a chunk: 1e-4 of a standard deviation
@@ -133,6 +134,14 @@ def test_equals_the_formula(options, num_tokens):
     assert (scores[:, scored.stop :] == scores.amax()).all()
 
 
+def leverage_of(policy, inputs, blocks):
+    """[num_kv_heads, num_tokens] of consecutive blocks of one prompt."""
+    of_prompt = [(0, *bounds) for bounds in blocks]
+    found, lens = policy._leverage_of_blocks(ScoreInputs.together([inputs]), inputs.weights.rotary, of_prompt)
+    assert lens.tolist() == [end - start for start, end in blocks]
+    return torch.cat([of_block[:, :count] for of_block, count in zip(found, lens.tolist(), strict=True)], dim=1)
+
+
 @pytest.mark.parametrize(
     "num_tokens, rank, block, expected",
     [
@@ -150,7 +159,7 @@ def test_leverage_sums_to_the_rank(num_tokens, rank, block, expected):
     blocks = leverage_blocks(num_tokens, block)
     assert list(policy._blocks(0, num_tokens)) == blocks
     inputs, with_ridge = layer.inputs(policy), replace(policy, ridge=1.0)
-    leverage, ridged = (torch.cat([p._leverage(inputs, *bounds) for bounds in blocks], 1) for p in (policy, with_ridge))
+    leverage, ridged = (leverage_of(some, inputs, blocks) for some in (policy, with_ridge))
     for start, end in blocks:
         torch.testing.assert_close(leverage[:, start:end].sum(1), torch.full((2,), float(expected)), rtol=1e-5, atol=0)
     if num_tokens > 1:
@@ -216,9 +225,10 @@ def test_rounding_is_not_blown_up_to_a_ranking():
     """The leverage of each of m tokens, m below the rank, is 1 - 1/m."""
     policy = Compactor(leverage_weight=100.0)
     layer = make_llama_layer(12, seed=0)
-    leverage = policy._leverage(layer.inputs(policy), 0, 12)
-    policy._standardise(leverage, [(0, 12)])
-    assert leverage.abs().amax() < 1e-2
+    inputs = layer.inputs(policy)
+    leverage, _ = policy._leverage_of_blocks(ScoreInputs.together([inputs]), inputs.weights.rotary, [(0, 0, 12)])
+    standardise(leverage, torch.tensor([12]), by_head=False)
+    assert leverage[..., :12].abs().amax() < 1e-2
 
 
 def test_the_sketch():

@@ -18,8 +18,8 @@ from vllm_kvevict.eviction.prompt import Eviction
 from vllm_kvevict.eviction.selection import protect, select
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies import scratch
-from vllm_kvevict.policies.expected_attention import ExpectedAttention
-from vllm_kvevict.policies.inputs import LayerWeights
+from vllm_kvevict.policies.expected_attention import ExpectedAttention, _average_rotations, _bytes_of_head
+from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 8, 2, 32
 
@@ -119,7 +119,8 @@ def test_partial_rotary_with_magnitude_and_either_pairing(neox):
         turn[[first, first, second, second], [first, second, first, second]] = torch.stack([cos, -sin, sin, cos])
     inputs = replace(layer.inputs(policy), state=None, weights=LayerWeights(rotary))
     inputs = replace(inputs, state=policy.observe(None, replace(inputs, query=layer.query)))
-    mean, covariance = policy._future_queries(inputs)
+    batch = ScoreInputs.together([inputs])
+    mean, covariance = policy._future_queries(batch, _average_rotations(batch, 5), slice(0, NUM_KV_HEADS))
     for head in range(NUM_HEADS):
         queries = raw[head, 4:].double()
         at = head // 4, head % 4
@@ -196,6 +197,7 @@ def test_what_it_asks_the_engine_for():
     policy = ExpectedAttention(num_sink=9)
     assert (policy.num_sink, policy.num_recent, policy.query_window) == (9, 0, 0)
     assert not policy.query_aware
+    assert policy.layers_at_once == 1, "layers may differ in their rotary table"
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -255,14 +257,17 @@ def test_logits_of_a_long_prompt_are_computed_twice(monkeypatch):
     inputs = make_inputs(layer, policy, [700])
     found, logits = [], ExpectedAttention._logits
 
-    def recorded(self, inputs, mean, covariance, start, end):
+    def recorded(self, batch, heads, mean, covariance, start, end):
         found.append((start, end))
-        return logits(self, inputs, mean, covariance, start, end)
+        return logits(self, batch, heads, mean, covariance, start, end)
 
     monkeypatch.setattr(ExpectedAttention, "_logits", recorded)
-    held = policy.score(inputs)
+    expected = policy.score(inputs)
     tiles = [(4, 1028), (1028, 1500)]
     assert found == tiles
-    monkeypatch.setattr(scratch, "_most_bytes", 4 * NUM_HEADS * 1500 - 1)
-    assert policy.score(inputs).equal(held)
-    assert found == 3 * tiles
+    of_head = _bytes_of_head(ScoreInputs.together([inputs])) + 4 * 1500 * NUM_HEADS // NUM_KV_HEADS
+    for num_bytes, num_visits in ((of_head, 1), (of_head - 1, 2)):
+        found.clear()
+        monkeypatch.setattr(scratch, "_most_bytes", num_bytes)
+        assert policy.score(inputs).equal(expected)
+        assert found == NUM_KV_HEADS * num_visits * tiles

@@ -63,8 +63,8 @@ def test_every_query_hands_out_one(layer):
 def test_a_chunk_is_looked_at_in_one_go(layer, monkeypatch):
     seen = []
 
-    def record(query, keys, page_table, kv_len, scale, sums):
-        seen.append((len(query), kv_len))
+    def record(batch, sums):
+        seen.append((len(batch.query), sums.shape[1]))
 
     monkeypatch.setattr(h2o, "streaming_sums", record)
     layer.inputs(H2O(), [700, 600])

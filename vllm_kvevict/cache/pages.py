@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
+import numpy as np
 import torch
 
+from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.kernels.move_tokens import move_tokens
 from vllm_kvevict.kernels.paged import ELEMENT_VIEWS
 from vllm_kvevict.kernels.tiled_tokens import gather_tiled_tokens, move_tiled_tokens
@@ -85,6 +88,21 @@ class PagePool:
     def pages_of(self, block_ids: torch.Tensor) -> BlockPages:
         """Return the pages of the blocks [num_reqs, max_blocks] int64 of some requests."""
         return BlockPages(self._first_pages(), block_ids * self.block_stride)
+
+    def pages_of_each(self, block_ids: Sequence[torch.Tensor]) -> BlockPages:
+        """Return the pages of the blocks [num_blocks] int64 of each request; behind the last one those of the null
+        block.
+        """
+        if len(block_ids) == 1:
+            return self.pages_of(block_ids[0][None])
+        ends = list(accumulate(map(len, block_ids)))
+        width, null = max(map(len, block_ids)), ends[-1]
+        index = [
+            [*range(end - len(ids), end), *[null] * (width - len(ids))]
+            for ids, end in zip(block_ids, ends, strict=True)
+        ]
+        together = torch.cat([*block_ids, block_ids[0].new_zeros(1)])
+        return self.pages_of(together[to_device(np.array(index, dtype=np.int64), together.device)])
 
     def _first_pages(self) -> torch.Tensor:
         """Return [num_layers, num_kv_heads] int64, the pages of block 0."""

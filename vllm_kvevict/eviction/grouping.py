@@ -11,7 +11,7 @@ from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies import scratch
 from vllm_kvevict.policies.base import Need
-from vllm_kvevict.policies.batch import scores_batches
+from vllm_kvevict.policies.batch import observes_chunks, preselects_batches, scores_batches
 
 # Prompts of at most so many tokens share a group, whatever their lengths; of longer ones those that are less than twice
 # as long as each other, so that tables of a group are at most twice what its prompts fill.
@@ -26,12 +26,10 @@ def scored_together(evictions: Mapping[str, Eviction]) -> list[tuple[list[str], 
     """Return groups whose layers are scored together, each with the names of its members; none has been scored yet.
 
     Who is the only one of a kind is not among them, nor are those of policies and allocators that see one request at a
-    time, as ``observe`` does: they go by their own methods.
+    time: they go by their own methods.
     """
     batched = {
-        name: eviction
-        for name, eviction in evictions.items()
-        if scores_batches(eviction.method.policy) and not _observes(eviction.method) and _shares(eviction)
+        name: eviction for name, eviction in evictions.items() if _judges_several(eviction.method) and _shares(eviction)
     }
     groups = [names for names in _grouped(batched, _fit, _have_room) if len(names) > 1]
     return [(names, Evictions([batched[name] for name in names])) for names in groups]
@@ -43,6 +41,18 @@ def chosen_together(evictions: Mapping[str, Eviction]) -> list[list[str]]:
     Allocators that see one request at a time have groups of one, as have prompts whose scores wait on the host.
     """
     return _grouped(evictions, lambda one, other: _shares(one) and _fit(one, other), _have_room)
+
+
+def observed_together(chunks: Mapping[str, tuple[Method, int]], num_kv_heads: int) -> list[list[str]]:
+    """Return the names of prompts whose chunks a policy observes together.
+
+    chunks: of each prompt its method, and the tokens in the cache behind the chunk
+    """
+    return _grouped(
+        chunks,
+        lambda one, other: observes_chunks(one[0].policy) and are_equal(one[0], other[0]),
+        lambda together: _fit_into_scratch([num_tokens for _, num_tokens in together], num_kv_heads),
+    )
 
 
 def scored_again_together(due: Mapping[str, tuple[Method, int]]) -> list[list[str]]:
@@ -72,6 +82,11 @@ def _grouped(
     return groups
 
 
+def _judges_several(method: Method) -> bool:
+    looks_ahead = traits_of(method.policy).num_pseudo_tokens > 0
+    return scores_batches(method.policy) and (not looks_ahead or preselects_batches(method.policy))
+
+
 def _shares(eviction: Eviction) -> bool:
     return wishes_for_batches(type(eviction.method.allocator))
 
@@ -89,11 +104,14 @@ def _fit(one: Eviction, other: Eviction) -> bool:
 
 
 def _have_room(together: list[Eviction]) -> bool:
-    """Whether one layer of these prompts fits into the scratch: all requests of a group are in each tile."""
     if any(eviction.is_scored_on_host for eviction in together):
         return False
-    num_tokens = max(eviction.plan.num_tokens for eviction in together) * len(together)
-    return scratch.fits(num_tokens * together[0].pool.num_kv_heads * _BYTES_PER_SCORE)
+    return _fit_into_scratch([eviction.plan.num_tokens for eviction in together], together[0].pool.num_kv_heads)
+
+
+def _fit_into_scratch(num_tokens: list[int], num_kv_heads: int) -> bool:
+    """Whether one layer of these prompts does: all requests of a group are in each tile."""
+    return scratch.fits(max(num_tokens) * len(num_tokens) * num_kv_heads * _BYTES_PER_SCORE)
 
 
 def _length_class(num_tokens: int) -> int:

@@ -9,11 +9,14 @@ from vllm_kvevict.policies.inputs import LayerWeights
 
 def scored_at_once(scales: Sequence[float], weights: Sequence[LayerWeights], most: int) -> Iterator[tuple[int, int]]:
     """Yield bounds of stretches of layers that one call scores, in order and none longer than ``most``: they have the
-    same scales.
+    same scales and positions.
 
     scales: softmax scale of each layer
     """
-    kinds = [(scale, weight.key_scale, weight.value_scale) for scale, weight in zip(scales, weights, strict=True)]
+    kinds = [
+        (scale, of_layer.key_scale, of_layer.value_scale, of_layer.rotary and id(of_layer.rotary.cos_sin))
+        for scale, of_layer in zip(scales, weights, strict=True)
+    ]
     first = 0
     while first < len(kinds):
         end = first + 1

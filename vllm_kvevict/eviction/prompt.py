@@ -20,12 +20,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from time import perf_counter
 from typing import Any
 from weakref import ProxyType, proxy
 
-import numpy as np
 import torch
 
 from vllm_kvevict.cache.compaction import Compaction, Compactions, KeptPages, bytes_of_heads
@@ -37,12 +35,10 @@ from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.eviction.allocation import Allocation
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.observer import Choice, is_observed, show
-from vllm_kvevict.eviction.results import checked_tokens
-from vllm_kvevict.eviction.scoring import PromptScores, last_queries
+from vllm_kvevict.eviction.scoring import PromptScores
 from vllm_kvevict.eviction.selection import protect, select
-from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies import scratch
-from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs
+from vllm_kvevict.policies.inputs import LayerWeights
 
 # What is held at once by each score of which the best are selected, and by each slot that is noted.
 _BYTES_PER_SCORE, _BYTES_PER_SLOT = 16, 28
@@ -117,26 +113,7 @@ class Eviction:
 
         query, weights: as for ``score_layer``
         """
-        start = perf_counter()
-        policy = self.method.policy
-        pages = self.pool.layer_page_ids(layer, self.block_ids)
-        inputs = ScoreInputs(
-            query,
-            *self.pool.readable(pages),
-            self.plan.num_tokens,
-            scale,
-            weights=weights or LayerWeights(),
-            num_kept=self.plan.num_kept_tokens,
-            layer=layer,
-        )
-        found = policy.preselect(last_queries(inputs, traits_of(policy).query_window))
-        source = f"{type(policy).__name__}.preselect"
-        tokens, are_known = checked_tokens(source, found, self.pool.num_kv_heads, inputs.kv_len, pages.device)
-        self.are_known = are_known if self.are_known is None else self.are_known & are_known
-        block_size = self.pool.block_size
-        slots = pages.gather(1, tokens // block_size) * block_size + tokens % block_size
-        self.seconds += perf_counter() - start
-        return slots
+        return self.alone.preselect_layer(layer, [query], scale, weights)[0]
 
     def score_layer(
         self,
@@ -193,24 +170,11 @@ class Evictions:
         self.members = list(members)
         self._method, self._pool = members[0].method, members[0].pool
         if scores is None:
-            pages = self._pages_of([eviction.block_ids for eviction in members])
+            pages = self._pool.pages_of_each([eviction.block_ids for eviction in members])
             scores = PromptScores(self._method, self._pool, [eviction.plan for eviction in members], pages)
         self._scores = scores
         self._allocation: Allocation | None = None
         self._compactions: Compactions
-
-    def _pages_of(self, block_ids: Sequence[torch.Tensor]) -> BlockPages:
-        """Return the pages of the requests' blocks; behind the last one those of the null block."""
-        if len(block_ids) == 1:
-            return self._pool.pages_of(block_ids[0][None])
-        ends = list(accumulate(map(len, block_ids)))
-        width, null = max(map(len, block_ids)), ends[-1]
-        index = [
-            [*range(end - len(ids), end), *[null] * (width - len(ids))]
-            for ids, end in zip(block_ids, ends, strict=True)
-        ]
-        together = torch.cat([*block_ids, block_ids[0].new_zeros(1)])
-        return self._pool.pages_of(together[to_device(np.array(index, dtype=np.int64), together.device)])
 
     @property
     def are_on_host(self) -> bool:
@@ -236,6 +200,22 @@ class Evictions:
     def _took(self, start: float) -> None:
         for eviction in self.members:
             eviction.seconds += (perf_counter() - start) / len(self.members)
+
+    def preselect_layer(
+        self, layer: int, query: Sequence[torch.Tensor], scale: float, weights: LayerWeights | None = None
+    ) -> torch.Tensor:
+        """``Eviction.preselect_layer`` for all members: [num_reqs, num_kv_heads, num_tokens] int64, -1 behind those of
+        a member that has fewer.
+        """
+        start = perf_counter()
+        slots, are_known = self._scores.preselect_layer(layer, query, scale, weights)
+        earlier = [eviction.are_known for eviction in self.members if eviction.are_known is not None]
+        if earlier:
+            are_known = torch.stack(earlier) & are_known
+        for eviction, of_member in zip(self.members, are_known, strict=True):
+            eviction.are_known = of_member
+        self._took(start)
+        return slots
 
     def score_layer(
         self,
@@ -337,7 +317,7 @@ class Evictions:
 
     def _fresh_pages(self) -> BlockPages | None:
         fresh = [eviction.fresh_block_ids for eviction in self.members if eviction.fresh_block_ids is not None]
-        return self._pages_of(fresh) if fresh else None
+        return self._pool.pages_of_each(fresh) if fresh else None
 
     def _show(self, kept: Marks) -> None:
         shape = self._scores.scores.shape

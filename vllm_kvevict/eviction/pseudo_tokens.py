@@ -21,14 +21,13 @@ class PseudoDecode:
     Scratch memory: for one layer at a time the keys and values of ``num_selected`` tokens of every prompt, twice in
     float32; for all layers 8 bytes for each of these tokens and head, and the pseudo tokens' own.
 
-    pool:       the cache
-    slots:      [num_layers, num_reqs, num_kv_heads, num_selected] int64, what the pseudo tokens see of the prompts
-    is_visible: [num_reqs, num_selected] bool, False where a prompt has fewer tokens selected than another one
+    pool:  the cache
+    slots: [num_layers, num_reqs, num_kv_heads, num_selected] int64, what the pseudo tokens see of the prompts; -1
+           behind those of a prompt that has fewer tokens selected in a layer than another one
     """
 
     pool: PagePool
     slots: torch.Tensor
-    is_visible: torch.Tensor
     _keys: list[list[torch.Tensor]] = field(init=False)
     _values: list[list[torch.Tensor]] = field(init=False)
     _queries: list[list[torch.Tensor]] = field(init=False)
@@ -55,10 +54,13 @@ class PseudoDecode:
         self._queries[layer].append(query.clone())
         self._keys[layer].append(key.clone())
         self._values[layer].append(value.clone())
-        stored_keys, stored_values = self.pool.gather(self.slots[layer])
+        slots = self.slots[layer]
+        is_selected = slots >= 0
+        # one of the prompt's own, which is masked, stands in: others may be NaN
+        stored_keys, stored_values = self.pool.gather(slots.where(is_selected, slots[..., :1].clamp(min=0)))
         keys = _with_own(stored_keys, weights.key_scale, self._keys[layer])
         values = _with_own(stored_values, weights.value_scale, self._values[layer])
-        visible = torch.nn.functional.pad(self.is_visible, (0, len(self._keys[layer])), value=True)
+        visible = torch.nn.functional.pad(is_selected[:, 0], (0, len(self._keys[layer])), value=True)
         attended: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(
             query.float()[:, :, None],
             keys,
@@ -69,9 +71,9 @@ class PseudoDecode:
         )
         return attended[:, :, 0].to(query.dtype)
 
-    def queries(self, layer: int, row: int, num_tokens: int) -> torch.Tensor:
-        """Return [num_tokens, num_heads, head_size], the queries of the first pseudo tokens of one prompt."""
-        return torch.stack([query[row] for query in self._queries[layer][:num_tokens]])
+    def queries(self, layer: int) -> torch.Tensor:
+        """Return [num_reqs, num_tokens, num_heads, head_size], the queries of the pseudo tokens of every prompt."""
+        return torch.stack(self._queries[layer], dim=1)
 
 
 def _with_own(stored: torch.Tensor, scale: float, own: list[torch.Tensor]) -> torch.Tensor:

@@ -30,12 +30,25 @@ def checked_tokens(
 
     Raises TypeError if it is no tensor, ValueError if it is another one.
     """
-    result = _tensor(source, result)
-    is_fitting = result.ndim == 2 and len(result) == num_kv_heads and result.shape[1] and result.dtype == torch.int64
-    if not is_fitting or result.device != device or result.layout != torch.strided:
-        raise ValueError(f"{source}: expected [{num_kv_heads}, at least 1] int64 on {device}, got {_described(result)}")
+    result = _some_tokens(source, result, [num_kv_heads], device)
     tokens = result.clamp(0, num_tokens - 1)
     return tokens, (tokens == result).all()
+
+
+def checked_preselection(
+    source: str, result: object, num_kv_heads: int, num_tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``checked_tokens``, of several requests in one layer: [num_reqs, num_kv_heads, *] int64 of dense [num_reqs, 1,
+    num_kv_heads, *], -1 behind the tokens of a request that has fewer; and [num_reqs] bool.
+
+    num_tokens: [num_reqs] int64, of each request
+    """
+    found = _some_tokens(source, result, [len(num_tokens), 1, num_kv_heads], num_tokens.device)[:, 0]
+    tokens = torch.minimum(found.clamp(min=0), num_tokens[:, None, None] - 1)
+    is_none = found == -1
+    is_behind = is_none[:, :1].expand(is_none.shape) & (torch.arange(found.shape[2], device=found.device) > 0)
+    are_known = torch.where(is_behind, is_none, tokens == found).flatten(1).all(dim=1)
+    return tokens.masked_fill(is_behind, -1), are_known
 
 
 def checked_wish(source: str, result: object, shape: Sequence[int]) -> torch.Tensor:
@@ -51,6 +64,16 @@ def checked_wish(source: str, result: object, shape: Sequence[int]) -> torch.Ten
     if not torch.isfinite(wish).all() or (wish < 0).any() or not 0 < total < float("inf"):
         raise ValueError(f"{source}: expected finite numbers of at least 0, not all of them 0, got {wish.tolist()}")
     return wish
+
+
+def _some_tokens(source: str, result: object, sizes: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Return ``result`` if it is dense [*sizes, at least 1] int64 on this device."""
+    result = _tensor(source, result)
+    is_fitting = [*result.shape[:-1]] == [*sizes] and result.shape[-1] > 0 and result.dtype == torch.int64
+    if not is_fitting or result.device != device or result.layout != torch.strided:
+        expected = ", ".join(map(str, sizes))
+        raise ValueError(f"{source}: expected [{expected}, at least 1] int64 on {device}, got {_described(result)}")
+    return result
 
 
 def _described(tensor: torch.Tensor) -> str:

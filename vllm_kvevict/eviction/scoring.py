@@ -13,15 +13,15 @@ from vllm_kvevict.budgets import BudgetAllocator
 from vllm_kvevict.budgets.batch import BatchAllocator, measures_batches
 from vllm_kvevict.cache.pages import BlockPages, PagePool
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
+from vllm_kvevict.cache.ragged import padded
 from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.eviction.held_scores import HeldScores
 from vllm_kvevict.eviction.layers import scored_at_once
 from vllm_kvevict.eviction.method import Method
-from vllm_kvevict.eviction.results import checked
+from vllm_kvevict.eviction.results import checked, checked_preselection, checked_tokens
 from vllm_kvevict.eviction.traits import allocator_traits_of, traits_of
 from vllm_kvevict.policies import scratch
-from vllm_kvevict.policies.base import Need
-from vllm_kvevict.policies.batch import ScoreBatch, scores_batches
+from vllm_kvevict.policies.batch import Prompt, ScoreBatch, preselects_batches, scores_batches
 from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs, projections_of
 
 
@@ -99,8 +99,24 @@ class PromptScores:
         pseudo_query: Sequence[torch.Tensor | None],
     ) -> None:
         """Score a layer of all prompts, now or together with the next ones; the arguments are as in ``Eviction``."""
+        # a layer that waits already has failed together with others
+        self._waiting = [waiting for waiting in self._waiting if waiting[0].layer != layer]
+        self._waiting.append(
+            [
+                replace(inputs, output=output[req], state=state[req], pseudo_query=pseudo_query[req])
+                for req, inputs in enumerate(self._inputs(layer, query, scale, weights))
+            ]
+        )
+        most = scratch.most_bytes() // (4 * len(self._plans) * self._pool.num_kv_heads * max(self._kv_lens))
+        if len(self._waiting) >= max(min(traits_of(self._method.policy).layers_at_once, most), 1):
+            self.score_waiting()
+
+    def _inputs(
+        self, layer: int, query: Sequence[torch.Tensor], scale: float, weights: LayerWeights | None
+    ) -> list[ScoreInputs]:
+        """Return what a policy sees of one layer of each prompt, and what it has asked for is to be put in."""
         page_ids = self.pages.of_layer(layer)
-        of_layer = [
+        return [
             ScoreInputs(
                 query[req],
                 self._pool.keys,
@@ -108,19 +124,38 @@ class PromptScores:
                 page_ids[req],
                 plan.num_tokens,
                 scale,
-                output[req],
-                weights or LayerWeights(),
-                state[req],
-                plan.num_kept_tokens,
-                layer,
-                pseudo_query[req],
+                weights=weights or LayerWeights(),
+                num_kept=plan.num_kept_tokens,
+                layer=layer,
             )
             for req, plan in enumerate(self._plans)
         ]
-        self._waiting.append(of_layer)
-        most = scratch.most_bytes() // (4 * len(self._plans) * self._pool.num_kv_heads * max(self._kv_lens))
-        if len(self._waiting) >= max(min(traits_of(self._method.policy).layers_at_once, most), 1):
-            self.score_waiting()
+
+    def preselect_layer(
+        self, layer: int, query: Sequence[torch.Tensor], scale: float, weights: LayerWeights | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return [num_reqs, num_kv_heads, num_tokens] int64, the slots of the tokens that pseudo tokens see of each
+        prompt in a layer, and -1 behind them; and [num_reqs] bool, whether the prompts have all tokens that were named.
+        """
+        of_layer, policy = self._inputs(layer, query, scale, weights), self._method.policy
+        window, name = traits_of(policy).query_window, type(policy).__name__
+        if preselects_batches(policy) and _are_alike([of_layer], window):
+            found = policy.preselect_batch(self._batch([of_layer], window))
+            source, num_tokens = f"{name}.preselect_batch", self.lens(1)[:, 0, 0]
+            tokens, are_known = checked_preselection(source, found, self._pool.num_kv_heads, num_tokens)
+        else:
+            each = [self._preselect_alone(f"{name}.preselect", last_queries(inputs, window)) for inputs in of_layer]
+            most = max(of_prompt.shape[1] for of_prompt, _ in each)
+            together = padded([of_prompt for of_prompt, _ in each], [most] * len(each), 1, -1)
+            tokens = together.unflatten(1, (len(each), most)).transpose(0, 1)
+            are_known = torch.stack([is_known for _, is_known in each])
+        block_size, place = self._pool.block_size, tokens.clamp(min=0)
+        slots = self.pages.of_layer(layer).gather(2, place // block_size) * block_size + place % block_size
+        return slots.masked_fill(tokens < 0, -1), are_known
+
+    def _preselect_alone(self, source: str, inputs: ScoreInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self._method.policy.preselect(*self._readable([inputs]))
+        return checked_tokens(source, found, self._pool.num_kv_heads, inputs.kv_len, inputs.query.device)
 
     def score_waiting(self) -> None:
         """Score the layers that wait; they go on waiting if one of them fails."""
@@ -137,14 +172,9 @@ class PromptScores:
         self._waiting = []
 
     def _are_scored_together(self) -> bool:
-        """Whether one call scores all prompts: nothing that was summed up of each, which is a tensor of its own."""
-        traits = traits_of(self._method.policy)
-        batches = scores_batches(self._method.policy) and Need.ALL_QUERIES not in traits.needs
-        return batches and self._are_alike(traits.query_window)
-
-    def _are_alike(self, window: int) -> bool:
-        """Whether somebody who looks at this many queries sees equally many of each prompt."""
-        return len({min(len(inputs.query), window) for of_layer in self._waiting for inputs in of_layer}) == 1
+        """Whether one call scores all prompts."""
+        policy = self._method.policy
+        return scores_batches(policy) and _are_alike(self._waiting, traits_of(policy).query_window)
 
     def _stretches(self) -> Iterator[list[list[ScoreInputs]]]:
         """Yield the layers that wait, those together that one call can look at."""
@@ -158,9 +188,11 @@ class PromptScores:
         first, layers = waiting[0][0], [of_layer[0].layer for of_layer in waiting]
         inputs = [last_queries(of_layer[req], window) for req in range(len(self._plans)) for of_layer in waiting]
         outputs = [one.output for one in inputs if one.output is not None]
+        pseudo = [one.pseudo_query for one in inputs if one.pseudo_query is not None]
+        num_pseudo = [len(of_layer) for of_layer in pseudo]
 
         def stacked(parts: list[torch.Tensor]) -> torch.Tensor:
-            together: torch.Tensor = torch.stack(parts).unflatten(0, (-1, len(layers)))
+            together: torch.Tensor = torch.stack(parts).unflatten(0, (len(self._plans), len(layers)))
             return together
 
         keys, values, page_table = self._pool.readable(stacked([one.page_table for one in inputs]))
@@ -181,7 +213,18 @@ class PromptScores:
             num_kept=num_kept[:, None, None].expand(lens.shape),
             output=stacked(outputs) if outputs else None,
             projections=projections_of([of_layer[0].weights for of_layer in waiting]),
+            prompts=[Prompt(plan.num_tokens, plan.num_kept_tokens) for plan in self._plans],
+            observed=[one.state for one in inputs],
+            rotary=first.weights.rotary,
+            pseudo_query=self._stacked_pseudo(pseudo, len(layers)) if pseudo else None,
+            num_pseudo=to_device(np.array(num_pseudo[:: len(layers)]), lens.device) if pseudo else None,
         )
+
+    def _stacked_pseudo(self, queries: list[torch.Tensor], num_layers: int) -> torch.Tensor:
+        """Return [num_reqs, num_layers, num_pseudo_tokens, num_heads, head_size], zeros behind each request's."""
+        most = max(map(len, queries))
+        together: torch.Tensor = padded(queries, [most] * len(queries), dim=0)
+        return together.view(len(self._plans), num_layers, most, *together.shape[1:])
 
     def _score_together(self, waiting: list[list[ScoreInputs]]) -> None:
         policy = self._method.policy
@@ -203,7 +246,11 @@ class PromptScores:
         if type(allocator).measure is BudgetAllocator.measure:
             return
         window = allocator_traits_of(allocator).query_window
-        if isinstance(allocator, BatchAllocator) and measures_batches(type(allocator)) and self._are_alike(window):
+        if (
+            isinstance(allocator, BatchAllocator)
+            and measures_batches(type(allocator))
+            and _are_alike(self._waiting, window)
+        ):
             for waiting in self._stretches():
                 measures = allocator.measure_batch(self._batch(waiting, window))
                 for req, of_request in enumerate(measures):
@@ -226,6 +273,11 @@ class PromptScores:
             replace(inputs, keys=keys, values=values, page_table=page_table)
             for inputs, page_table in zip(layers, page_tables, strict=True)
         ]
+
+
+def _are_alike(waiting: list[list[ScoreInputs]], window: int) -> bool:
+    """Whether somebody who looks at this many queries sees equally many of each prompt."""
+    return len({min(len(inputs.query), window) for of_layer in waiting for inputs in of_layer}) == 1
 
 
 def last_queries(inputs: ScoreInputs, window: int) -> ScoreInputs:

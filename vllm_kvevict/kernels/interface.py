@@ -19,12 +19,13 @@ _POOL = (*_PAGES, INT64)  # and the head size
 _TILED_POOL = (POINTER, POINTER, INT64, INT64, INT64)  # keys, values, stride_page, block_size, head_size
 _QUERY = (POINTER, INT64, INT64)  # data, strides
 _PAGE_TABLE = (POINTER, INT64)  # data, stride of a head
+_PAGE_TABLES = (POINTER, INT64, INT64)  # of several requests: data, strides
 _MOVE = (*_POOL, *_POOL, POINTER, POINTER, INT64, INT64, INT64)
 _SELECT = (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT64, INT64)  # kv_lens, the third, may be null
 _ROTATED_KEYS = (
     *_PAGES,
-    *_PAGE_TABLE,
-    *(INT32, INT64, INT64, INT64, INT64, INT64, FLOAT),  # dtype, sizes, key_scale
+    *(POINTER, INT64, INT64, POINTER),  # page_table: data, strides; blocks
+    *(INT32, INT64, INT64, INT64, INT64, FLOAT),  # dtype, sizes, key_scale
     *(POINTER, INT64, INT32, INT64, INT32),  # cos_sin: data, stride, dtype, rotary_dim; is_neox_style
 )
 
@@ -32,9 +33,9 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "kvevict_chunk_attention": (
         *_QUERY,
         *_PAGES,
-        *_PAGE_TABLE,
-        POINTER,  # received
-        *(INT32, INT32, INT64, INT64, INT64, INT64, INT64, INT64, FLOAT, INT32),  # dtypes, sizes, scale, take_max
+        *_PAGE_TABLES,
+        *(POINTER, POINTER),  # chunks, received
+        *(INT32, INT32, *(INT64,) * 7, FLOAT, INT32),  # dtypes, sizes, scale, take_max
     ),
     "kvevict_count_best": (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT64),
     "kvevict_expand_page_table": (
@@ -47,14 +48,21 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     ),
     "kvevict_gather_tiled_tokens": (*_TILED_POOL, POINTER, POINTER, POINTER, INT64, INT64),
     "kvevict_key_moments": (*_ROTATED_KEYS, POINTER, POINTER),  # total, moment
-    "kvevict_mapped_norms": (*_ROTATED_KEYS, POINTER, POINTER, INT64, POINTER),  # mean, map, columns, norms
+    "kvevict_mapped_norms": (
+        *_ROTATED_KEYS,
+        POINTER,
+        POINTER,
+        INT64,
+        POINTER,
+        INT64,
+    ),  # mean, map, columns, norms, its width
     "kvevict_move_tiled_tokens": (*_TILED_POOL, POINTER, POINTER, INT64, INT64),
     "kvevict_move_tokens": _MOVE,
     "kvevict_select": _SELECT,
     "kvevict_slot_scores": (
         *(POINTER, INT64, INT64, INT64),  # query: data, strides
         *_PAGES,  # keys
-        *(POINTER, INT64, INT64),  # page_table: data, strides
+        *_PAGE_TABLES,
         *(POINTER, POINTER, POINTER),  # positions, last_seen, scores
         *(INT32, INT32, *(INT64,) * 7),  # dtypes, sizes
         *(FLOAT, FLOAT, INT32, INT32),  # scale, query_weight, codes of the reductions
@@ -62,14 +70,15 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "kvevict_streaming_sums": (
         *_QUERY,
         *_PAGES,
-        *_PAGE_TABLE,
+        *_PAGE_TABLES,
+        *(POINTER, POINTER),  # query_start_loc, kv_start_loc
         *(POINTER, INT64, POINTER, INT64),  # sums: data, stride of a head; columns, parts_per_head
         *(INT32, INT32, INT64, INT64, INT64, INT64, INT64, INT64, FLOAT),  # dtypes, sizes, scale
     ),
     "kvevict_window_scores": (
         *(POINTER, INT64, INT64, INT64),  # query: data, strides
         *(*_PAGES, *_PAGES),  # keys, values
-        *(POINTER, INT64, INT64),  # page_table: data, strides
+        *_PAGE_TABLES,
         *(POINTER, POINTER),  # kv_lens, scores
         *(INT32, INT32, *(INT64,) * 9),  # dtypes, sizes
         *(FLOAT, FLOAT, FLOAT),  # scale, query_weight, value_scale

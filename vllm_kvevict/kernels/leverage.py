@@ -5,103 +5,133 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from vllm_kvevict.kernels.native import function
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
-from vllm_kvevict.kernels.paged import DTYPE_CODES, QUERY_DTYPES, check_keys, check_page_ids, check_page_table
+from vllm_kvevict.kernels.paged import (
+    DTYPE_CODES,
+    QUERY_DTYPES,
+    check_contiguous,
+    check_keys,
+    check_page_ids,
+    check_page_table,
+)
 from vllm_kvevict.kernels.rotary import Rotary
+from vllm_kvevict.kernels.whitening import mean_and_map, whiten
 
 REFERENCE_TOKENS = 1024
-LEAST_SHARE = 1e-12  # of the trace of a Gram matrix, added to its eigenvalues: rounding takes them below 0
-# Of the Triton kernels: programs that share the tokens in the first pass, its rows of moments, tokens and columns.
-MOST_PARTS, BLOCK_DIMS, BLOCK_TOKENS, BLOCK_RANK, NUM_WARPS = 128, 16, 64, 32, 8
-# What differs from request to request and from chunk to chunk: a kernel is compiled for none of it.
-_VARYING = ("table_stride_head", "start", "end", "part_tokens")
-_UNALIGNED = ("page_table",)  # a view into the table of all layers
+# Of the Triton kernels: programs that share the tokens of a block in the first pass, over its KV heads, and the fewest
+# tokens that each of them has; rows of moments, tokens and columns of a program, and numbers of one that adds up parts.
+MOST_PARTS, LEAST_PART_TOKENS = 128, 256
+BLOCK_DIMS, BLOCK_TOKENS, BLOCK_RANK, BLOCK_SUMS, NUM_WARPS = 16, 64, 32, 1024, 8
+# What differs from call to call: a kernel is compiled for none of it.
+_VARYING = ("table_stride_req", "table_stride_head", "num_kv_heads", "parts", "most_parts", "max_tokens")
+_UNALIGNED = ("page_table", "blocks")  # views into the table of all layers, and into the blocks of all pieces
 
 
 @operator(
-    "(Tensor keys, Tensor page_table, SymInt start, SymInt end, Tensor cos_sin, bool is_neox_style, Tensor sketch, "
-    "float ridge, float key_scale=1.0) -> Tensor",
-    fake=lambda keys, page_table, start, end, *arguments: keys.new_empty(
-        len(page_table), end - start, dtype=torch.float32
+    "(Tensor keys, Tensor page_table, Tensor blocks, SymInt max_tokens, Tensor cos_sin, bool is_neox_style, "
+    "Tensor sketch, float ridge, float key_scale=1.0) -> Tensor",
+    fake=lambda keys, page_table, blocks, max_tokens, *arguments: keys.new_empty(
+        len(blocks), page_table.shape[1], max_tokens, dtype=torch.float32
     ),
     groups={4: Rotary},
 )
 def leverage(
     keys: torch.Tensor,
     page_table: torch.Tensor,
-    start: int,
-    end: int,
+    blocks: torch.Tensor,
+    max_tokens: int,
     rotary: Rotary,
     sketch: torch.Tensor,
     ridge: float,
     key_scale: float = 1.0,
 ) -> torch.Tensor:
-    """Return x^T (X^T X + ridge I)^-1 x for each token, the rows x of X being its sketched keys, centred.
+    """Return x^T (X^T X + ridge I)^-1 x for each token of some blocks, the rows x of X being the sketched keys of its
+    block, centred.
 
     keys:       [num_pages, block_size, head_size] float32 | bfloat16 | float16 | float8_e4m3fn | float8_e5m2, RoPE
                 applied: a view of the whole pool of pages. The token or the head_size dimension is contiguous
-    page_table: [num_kv_heads, max_pages] int64, page id of each logical page of each KV head. Slots outside of
-                ``start`` to ``end`` are never read
-    start, end: cache indices of the first token and past the last; they are also the positions of the tokens
+    page_table: [num_reqs, num_kv_heads, max_pages] int64, page id of each logical page of each KV head, rows
+                contiguous. Slots outside of the blocks are never read
+    blocks:     [num_blocks, 3] int64, contiguous: of each the row of the page table, the cache index of its first token
+                and that past its last; these are also their positions. At least one token each; they may overlap
+    max_tokens: tokens of the longest block, or more
     rotary:     how the keys were rotated
     sketch:     [head_size, rank] float64, what keys are multiplied by when they are turned back
     ridge:      added to the eigenvalues of X^T X, beside 1e-12 of their sum
     key_scale:  what stored keys are to be multiplied by
-    returns:    [num_kv_heads, end - start] float32
+    returns:    [num_blocks, num_kv_heads, max_tokens] float32; anything behind the tokens of a block
 
     Keys are turned back in float32; sums, moments and the rest are float64, in which one pass over the keys is enough.
     The kernels add up k k^T rather than sketched rows, which takes the sketch out of the pass, and use the sketch and
-    the factors of the inverse as one map in the second pass; the factorisation between them is torch's. CPU tensors use
-    csrc/cpu/leverage.cpp where it was built, CUDA tensors the Triton kernels, everything else ``leverage_reference``.
-    No scratch memory grows with the tokens. Results do not depend on the number of threads.
+    the factors of the inverse as one map in the second pass; between them torch factorises (``whiten``). CPU tensors
+    use csrc/cpu/leverage.cpp where it was built, CUDA tensors the Triton kernels, everything else the reference. No
+    scratch memory grows with the tokens; ``block_bytes`` says what a block takes. The kernels compute a block the
+    same whatever the others are, and whatever ``max_tokens`` is; so does torch on one thread of a CPU. The result of
+    the C++ does not depend on the number of threads.
 
-    Raises ValueError for a wrong shape, dtype, device or stride, or a page id outside the pool; MemoryError if the
-    scratch memory cannot be had.
+    Raises ValueError for a wrong shape, dtype, device or stride and, on CPU, for a wrong block or a page id outside the
+    pool, which would have to wait for a GPU; MemoryError if the scratch memory cannot be had.
     """
-    check_arguments(keys, page_table, start, end, rotary, sketch)
+    check_arguments(keys, page_table, blocks, rotary, sketch)
     if keys.device.type == "cuda":
-        return _launch(keys, page_table, start, end, rotary, sketch, ridge, key_scale)
+        return _launch(keys, page_table, blocks, max_tokens, rotary, sketch, ridge, key_scale)
+    check_blocks(keys, page_table, blocks, max_tokens, rotary)
     moments = function("kvevict_key_moments", keys.device)
     norms = function("kvevict_mapped_norms", keys.device)
     if moments is None or norms is None:
-        return leverage_reference(keys, page_table, start, end, rotary, sketch, ridge, key_scale)
-    num_kv_heads, head_size = len(page_table), keys.shape[2]
+        return leverage_reference(keys, page_table, blocks, max_tokens, rotary, sketch, ridge, key_scale)
+    num_blocks, num_kv_heads, head_size = len(blocks), page_table.shape[1], keys.shape[2]
     table = rotary.cos_sin
     shared = (
         keys.data_ptr(), *keys.stride(),
-        page_table.data_ptr(), page_table.stride(0),
-        DTYPE_CODES[keys.dtype], num_kv_heads, head_size, keys.shape[1], start, end - start, key_scale,
+        page_table.data_ptr(), *page_table.stride()[:2], blocks.data_ptr(),
+        DTYPE_CODES[keys.dtype], num_blocks, num_kv_heads, head_size, keys.shape[1], key_scale,
         table.data_ptr(), table.stride(0), DTYPE_CODES[table.dtype], table.shape[1], rotary.is_neox_style,
     )  # fmt: skip
-    total = torch.empty(num_kv_heads, 1, head_size, dtype=torch.float64)
-    moment = torch.empty(num_kv_heads, head_size, head_size, dtype=torch.float64)
+    total = torch.empty(num_blocks, num_kv_heads, 1, head_size, dtype=torch.float64)
+    moment = torch.empty(num_blocks, num_kv_heads, head_size, head_size, dtype=torch.float64)
     failed = moments(*shared, total.data_ptr(), moment.data_ptr())
     if not failed:
-        mean, whitening = whiten(total, moment, end - start, sketch, ridge)
-        linear = F.pad(sketch @ whitening, (0, -sketch.shape[1] % 16))  # rows of whole vectors
-        leverages = torch.empty(num_kv_heads, end - start, dtype=torch.float32)
-        failed = norms(*shared, mean.data_ptr(), linear.data_ptr(), linear.shape[2], leverages.data_ptr())
+        # rows of whole vectors
+        mean, linear = mean_and_map(total, moment, blocks[:, 2] - blocks[:, 1], sketch, ridge, 16)
+        leverages = torch.empty(num_blocks, num_kv_heads, max_tokens, dtype=torch.float32)
+        failed = norms(*shared, mean.data_ptr(), linear.data_ptr(), linear.shape[2], leverages.data_ptr(), max_tokens)
     if failed:
         raise MemoryError(f"leverage: no scratch memory for {num_kv_heads} heads of size {head_size}.")
     return leverages
 
 
+def block_bytes(num_kv_heads: int, head_size: int, rank: int, max_tokens: int) -> int:
+    """Return what ``leverage`` holds at most for each of its blocks, beside the result.
+
+    Triton holds that. The C++ holds less, as it holds the parts of one block at a time.
+    """
+    sums = _num_parts(num_kv_heads, max_tokens) * (head_size + 1) * head_size
+    columns = -(-rank // BLOCK_RANK) * BLOCK_RANK
+    # centred moments and their product with the sketch, then the matrices of the factorisation
+    between = max(head_size * (head_size + columns), 5 * columns**2, (head_size + columns) * columns)
+    return 8 * num_kv_heads * (sums + head_size + between)
+
+
+def _num_parts(num_kv_heads: int, max_tokens: int) -> int:
+    """Return the most programs that share the tokens of one KV head of a block."""
+    return min(_most_parts(num_kv_heads), -(-max_tokens // LEAST_PART_TOKENS))
+
+
+def _most_parts(num_kv_heads: int) -> int:
+    return max(1, MOST_PARTS // num_kv_heads)
+
+
 def check_arguments(
-    keys: torch.Tensor, page_table: torch.Tensor, start: int, end: int, rotary: Rotary, sketch: torch.Tensor
+    keys: torch.Tensor, page_table: torch.Tensor, blocks: torch.Tensor, rotary: Rotary, sketch: torch.Tensor
 ) -> None:
-    """Raise ValueError unless the arguments are as ``leverage`` documents them."""
+    """Raise ValueError unless the arguments are as documented, as far as it shows without reading a tensor."""
     check_keys(keys)
-    check_page_table(page_table, keys.device)
-    num_tokens, block_size = page_table.shape[1] * keys.shape[1], keys.shape[1]
-    if not 0 <= start < end <= min(num_tokens, len(rotary.cos_sin)):
-        raise ValueError(
-            f"`start`, `end`: expected a range of the {num_tokens} tokens of the page table and the "
-            f"{len(rotary.cos_sin)} positions of the rotary table, got {start} to {end}."
-        )
+    check_page_table(page_table, keys.device, len(page_table))
+    check_contiguous("blocks", blocks, (max(len(blocks), 1), 3), torch.int64, keys.device)
     head_size, table = keys.shape[2], rotary.cos_sin
     if (
         table.shape[1] > head_size
@@ -118,75 +148,63 @@ def check_arguments(
             f"`sketch`: expected float64 [{head_size}, rank] on {keys.device}, "
             f"got {sketch.dtype} {tuple(sketch.shape)} on {sketch.device}."
         )
-    check_page_ids(page_table[:, start // block_size : -(-end // block_size)], len(keys))
 
 
-def whiten(
-    total: torch.Tensor, moment: torch.Tensor, count: int, sketch: torch.Tensor, ridge: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean of rows and W with W W^T = (S^T C S + ridge I)^-1, C being their centred moment.
-
-    total:   [num_kv_heads, 1, size] float64, sum of ``count`` rows
-    moment:  [num_kv_heads, size, size] float64, sum of their outer products
-    sketch:  [size, rank] float64, S
-    returns: [num_kv_heads, 1, size], and [num_kv_heads, rank, rank] float64
-    """
-    mean = total / count
-    gram = sketch.mT @ torch.nan_to_num(moment - mean.mT @ total, 0.0, 0.0, 0.0) @ sketch
-    return mean, _inverse_root((gram + gram.mT) / 2, ridge)
-
-
-def _inverse_root(gram: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Return W [num_kv_heads, rank, rank] float64 with W W^T = (G + (ridge + share) I)^-1.
-
-    The share is one of the trace of G, by which G has an inverse even where few rows made it. So nobody has to look
-    whether it could be factorised: on a GPU the host would wait for that.
-
-    gram: [num_kv_heads, rank, rank] float64, symmetric, no eigenvalue below 0 but by rounding
-    """
-    size = gram.shape[-1]
-    least = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1) * LEAST_SHARE
-    identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
-    lifted = gram + (least + ridge).clamp(min=torch.finfo(torch.float32).tiny)[..., None, None] * identity
-    factor, _ = torch.linalg.cholesky_ex(lifted)
-    root: torch.Tensor = torch.linalg.solve_triangular(factor, identity, upper=False).mT
-    return root
+def check_blocks(
+    keys: torch.Tensor, page_table: torch.Tensor, blocks: torch.Tensor, max_tokens: int, rotary: Rotary
+) -> None:
+    """Raise ValueError unless every block and every page id that is read is as documented."""
+    num_pages, block_size = keys.shape[:2]
+    num_reqs, _, max_pages = page_table.shape
+    num_tokens, num_positions = max_pages * block_size, len(rotary.cos_sin)
+    for row, start, end in blocks.tolist():
+        within = 0 <= start < end <= min(num_tokens, num_positions)
+        if not (0 <= row < num_reqs and within and end - start <= max_tokens):
+            raise ValueError(
+                f"`blocks`: expected a row below {num_reqs} and a range of 1 to {max_tokens} of the {num_tokens} "
+                f"tokens of the page table and the {num_positions} positions of the rotary table, got {start} to "
+                f"{end} of row {row}."
+            )
+        check_page_ids(page_table[row, :, start // block_size : -(-end // block_size)], num_pages)
 
 
 def _launch(
     keys: torch.Tensor,
     page_table: torch.Tensor,
-    start: int,
-    end: int,
+    blocks: torch.Tensor,
+    max_tokens: int,
     rotary: Rotary,
     sketch: torch.Tensor,
     ridge: float,
-    key_scale: float,
+    key_scale: float = 1.0,
 ) -> torch.Tensor:
-    """Run the Triton kernels around torch's factorisation."""
-    num_kv_heads, head_size = len(page_table), keys.shape[2]
-    parts = max(1, min(MOST_PARTS // num_kv_heads, triton.cdiv(end - start, BLOCK_TOKENS)))
-    part_tokens = triton.cdiv(end - start, parts)
-    rank = triton.cdiv(sketch.shape[1], BLOCK_RANK) * BLOCK_RANK
+    """Run the Triton kernels around torch's factorisation, each once for all blocks."""
+    num_blocks, num_kv_heads, head_size = len(blocks), page_table.shape[1], keys.shape[2]
+    num_items = num_blocks * num_kv_heads
+    parts, most_parts = _num_parts(num_kv_heads, max_tokens), _most_parts(num_kv_heads)
     shared = (
-        keys, page_table, rotary.cos_sin, *keys.stride(), page_table.stride(0), rotary.cos_sin.stride(0),
-        start, end, key_scale, head_size,
+        keys, page_table, blocks, rotary.cos_sin, *keys.stride(), *page_table.stride()[:2], rotary.cos_sin.stride(0),
+        num_kv_heads, key_scale, head_size,
     )  # fmt: skip
     constants = {
         "BLOCK_SIZE": keys.shape[1], "HALF_ROTARY": rotary.cos_sin.shape[1] // 2, "IS_NEOX": rotary.is_neox_style,
     }  # fmt: skip
-    moment = keys.new_empty(num_kv_heads, parts, head_size, head_size, dtype=torch.float64)
-    total = keys.new_empty(num_kv_heads, parts, head_size, dtype=torch.float64)
-    _moments_kernel[(parts, num_kv_heads, triton.cdiv(head_size, BLOCK_DIMS))](
-        *shared, part_tokens, total, moment,
-        BLOCK_DIMS=BLOCK_DIMS, HEAD_SIZE_PADDED=triton.next_power_of_2(head_size), **constants, num_warps=NUM_WARPS,
+    # of each part its moments, and in the row behind them the sum of its keys
+    sums = keys.new_empty(num_blocks, num_kv_heads, parts, head_size + 1, head_size, dtype=torch.float64)
+    _moments_kernel[(num_items, parts, triton.cdiv(head_size, BLOCK_DIMS))](
+        *shared, most_parts, sums,
+        BLOCK_DIMS=BLOCK_DIMS, HEAD_SIZE_PADDED=triton.next_power_of_2(head_size), LEAST_PART_TOKENS=LEAST_PART_TOKENS,
+        **constants, num_warps=NUM_WARPS,
     )  # fmt: skip
-    sums = total.sum(dim=1, keepdim=True), moment.sum(dim=1)
-    mean, whitening = whiten(*sums, end - start, sketch, ridge)
-    linear = F.pad(sketch @ whitening, (0, rank - sketch.shape[1]))
-    leverages = keys.new_empty(num_kv_heads, end - start, dtype=torch.float32)
-    _norms_kernel[(triton.cdiv(end - start, BLOCK_TOKENS), num_kv_heads)](
-        *shared, mean, linear, rank, leverages,
+    _join_kernel[(num_items, triton.cdiv((head_size + 1) * head_size, BLOCK_SUMS))](
+        blocks, num_kv_heads, head_size, parts, most_parts, sums,
+        BLOCK_SUMS=BLOCK_SUMS, LEAST_PART_TOKENS=LEAST_PART_TOKENS, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    moment, total = sums[:, :, 0].split((head_size, 1), dim=2)
+    mean, linear = mean_and_map(total, moment, blocks[:, 2] - blocks[:, 1], sketch, ridge, BLOCK_RANK)
+    leverages = keys.new_empty(num_blocks, num_kv_heads, max_tokens, dtype=torch.float32)
+    _norms_kernel[(num_items, triton.cdiv(max_tokens, BLOCK_TOKENS))](
+        *shared, mean, linear, linear.shape[2], leverages, max_tokens,
         BLOCK_TOKENS=BLOCK_TOKENS, BLOCK_RANK=BLOCK_RANK, **constants, num_warps=NUM_WARPS,
     )  # fmt: skip
     return leverages
@@ -217,106 +235,153 @@ def unrotated(
     return (own * (cos / squared_magnitude) - other * sine).to(tl.float64)
 
 
+@triton.jit
+def _locate(page_table, table_stride_req, table_stride_head, blocks, num_kv_heads, item):
+    # the pages of one KV head in one block, its first token and the one past its last. All int64: a big pool overflows
+    # int32 element offsets
+    block = blocks + item // num_kv_heads * 3
+    pages = page_table + tl.load(block) * table_stride_req + item % num_kv_heads * table_stride_head
+    return pages, tl.load(block + 1), tl.load(block + 2)
+
+
+@triton.jit
+def _part_tokens(length, most_parts, LEAST_PART_TOKENS: tl.constexpr):
+    # a block is cut as if it were alone: no bit of it depends on the others
+    return tl.maximum(tl.cdiv(length, most_parts), LEAST_PART_TOKENS)
+
+
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def _moments_kernel(
-    keys, page_table, cos_sin, key_stride_page, key_stride_token, key_stride_dim, table_stride_head, cos_sin_stride,
-    start, end, key_scale, head_size,
-    part_tokens, total, moment,
+    keys, page_table, blocks, cos_sin, key_stride_page, key_stride_token, key_stride_dim,
+    table_stride_req, table_stride_head, cos_sin_stride, num_kv_heads, key_scale, head_size,
+    most_parts, sums,
     BLOCK_SIZE: tl.constexpr, HALF_ROTARY: tl.constexpr, IS_NEOX: tl.constexpr,
-    BLOCK_DIMS: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
+    BLOCK_DIMS: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr, LEAST_PART_TOKENS: tl.constexpr,
 ):  # fmt: skip
     # one program: some rows of the moments of one part of the tokens of one KV head. Rank one by rank one: float64
     # products of blocks are not there for every GPU
-    part, kv_head = tl.program_id(0), tl.program_id(1)
+    item, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    pages, start, end = _locate(page_table, table_stride_req, table_stride_head, blocks, num_kv_heads, item)
+    part_tokens = _part_tokens(end - start, most_parts, LEAST_PART_TOKENS)
+    first = start + part * part_tokens
+    if first >= end:
+        return
     row = tl.program_id(2) * BLOCK_DIMS + tl.arange(0, BLOCK_DIMS)
     column = tl.arange(0, HEAD_SIZE_PADDED)
     moments = tl.zeros([BLOCK_DIMS, HEAD_SIZE_PADDED], tl.float64)
     totals = tl.zeros([BLOCK_DIMS], tl.float64)
-    first = start + part * part_tokens
     for token in range(first, tl.minimum(first + part_tokens, end)):
-        # int64 before any multiply: a big pool overflows int32 element offsets
-        page = tl.load(page_table + kv_head * table_stride_head + token // BLOCK_SIZE).to(tl.int64)
-        key = keys + page * key_stride_page + (token % BLOCK_SIZE) * key_stride_token
+        key = keys + tl.load(pages + token // BLOCK_SIZE) * key_stride_page + (token % BLOCK_SIZE) * key_stride_token
         turn = cos_sin + token * cos_sin_stride
         left = unrotated(key, turn, key_stride_dim, key_scale, row, row < head_size, HALF_ROTARY, IS_NEOX)
         right = unrotated(key, turn, key_stride_dim, key_scale, column, column < head_size, HALF_ROTARY, IS_NEOX)
         moments += left[:, None] * right[None, :]
         totals += left
-    out = (kv_head * tl.num_programs(0) + part) * head_size
-    tl.store(total + out + row, totals, mask=row < head_size)
+    out = sums + (item * tl.num_programs(1) + part) * (head_size + 1) * head_size
+    tl.store(out + head_size * head_size + row, totals, mask=row < head_size)
     tl.store(
-        moment + (out + row[:, None]) * head_size + column[None, :], moments,
+        out + row[:, None] * head_size + column[None, :], moments,
         mask=(row < head_size)[:, None] & (column < head_size)[None, :],
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
+def _join_kernel(
+    blocks, num_kv_heads, head_size, parts, most_parts, sums,
+    BLOCK_SUMS: tl.constexpr, LEAST_PART_TOKENS: tl.constexpr,
+):  # fmt: skip
+    # one program: adds some sums of all parts of the tokens of one KV head to those of the first, in order
+    item = tl.program_id(0).to(tl.int64)
+    block = blocks + item // num_kv_heads * 3
+    length = tl.load(block + 2) - tl.load(block + 1)
+    size = (head_size + 1) * head_size
+    at = tl.program_id(1) * BLOCK_SUMS + tl.arange(0, BLOCK_SUMS)
+    out = sums + item * parts * size + at
+    joined = tl.load(out, mask=at < size, other=0.0)
+    for part in range(1, tl.cdiv(length, _part_tokens(length, most_parts, LEAST_PART_TOKENS))):
+        joined += tl.load(out + part * size, mask=at < size, other=0.0)
+    tl.store(out, joined, mask=at < size)
+
+
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def _norms_kernel(
-    keys, page_table, cos_sin, key_stride_page, key_stride_token, key_stride_dim, table_stride_head, cos_sin_stride,
-    start, end, key_scale, head_size,
-    mean, linear, rank, norms,
+    keys, page_table, blocks, cos_sin, key_stride_page, key_stride_token, key_stride_dim,
+    table_stride_req, table_stride_head, cos_sin_stride, num_kv_heads, key_scale, head_size,
+    mean, linear, rank, norms, max_tokens,
     BLOCK_SIZE: tl.constexpr, HALF_ROTARY: tl.constexpr, IS_NEOX: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
     # one program: the squared lengths of one tile of keys after the map, some columns of it at a time
-    kv_head = tl.program_id(1)
-    token = start + tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    live = token < end
-    page = tl.load(page_table + kv_head * table_stride_head + token // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
+    item = tl.program_id(0).to(tl.int64)
+    pages, start, end = _locate(page_table, table_stride_req, table_stride_head, blocks, num_kv_heads, item)
+    first_token = tl.program_id(1) * BLOCK_TOKENS
+    if start + first_token >= end:
+        return
+    in_block = first_token + tl.arange(0, BLOCK_TOKENS)
+    token = tl.minimum(start + in_block, end - 1)  # the last one again behind it: nothing that is read needs a mask
+    page = tl.load(pages + token // BLOCK_SIZE)
     key = keys + page * key_stride_page + (token % BLOCK_SIZE) * key_stride_token
     turn = cos_sin + token * cos_sin_stride
+    centres, rows = mean + item * head_size, linear + item * head_size * rank
     lengths = tl.zeros([BLOCK_TOKENS], tl.float64)
     for first in range(0, rank, BLOCK_RANK):
         column = first + tl.arange(0, BLOCK_RANK)
         mapped = tl.zeros([BLOCK_TOKENS, BLOCK_RANK], tl.float64)
         for dim in range(head_size):
-            centre = tl.load(mean + kv_head * head_size + dim)
-            value = unrotated(key, turn, key_stride_dim, key_scale, dim, live, HALF_ROTARY, IS_NEOX) - centre
-            mapped += value[:, None] * tl.load(linear + (kv_head * head_size + dim) * rank + column)[None, :]
+            value = unrotated(key, turn, key_stride_dim, key_scale, dim, True, HALF_ROTARY, IS_NEOX)
+            mapped += (value - tl.load(centres + dim))[:, None] * tl.load(rows + dim * rank + column)[None, :]
         lengths += tl.sum(mapped * mapped, axis=1)
-    tl.store(norms + kv_head * (end - start) + token - start, lengths.to(tl.float32), mask=live)
+    tl.store(norms + item * max_tokens + in_block, lengths.to(tl.float32), mask=start + in_block < end)
 
 
 def triton_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Return how the kernels are compiled for bfloat16, a head size of 128, NeoX rotation and pages of 16 tokens."""
-    types = dict.fromkeys(_norms_kernel.arg_names[:12], "i32")
-    types |= {"keys": "*bf16", "page_table": "*i64", "cos_sin": "*bf16", "key_scale": "fp32"}
-    of_moments = {"part_tokens": "i32", "total": "*fp64", "moment": "*fp64"}
-    of_norms = {"mean": "*fp64", "linear": "*fp64", "rank": "i32", "norms": "*fp32"}
-    constants = {"BLOCK_SIZE": 16, "HALF_ROTARY": 64, "IS_NEOX": True}
-    blocks = (
-        {"BLOCK_DIMS": BLOCK_DIMS, "HEAD_SIZE_PADDED": 128},
-        {"BLOCK_TOKENS": BLOCK_TOKENS, "BLOCK_RANK": BLOCK_RANK},
-    )
-    return [
-        (_moments_kernel, types | of_moments, constants | blocks[0], NUM_WARPS),
-        (_norms_kernel, types | of_norms, constants | blocks[1], NUM_WARPS),
-    ]
+    pointers = {"keys": "*bf16", "page_table": "*i64", "blocks": "*i64", "cos_sin": "*bf16", "norms": "*fp32"}
+    pointers |= dict.fromkeys(("sums", "mean", "linear"), "*fp64")
+    of_keys = {"BLOCK_SIZE": 16, "HALF_ROTARY": 64, "IS_NEOX": True}
+    of_parts = {"LEAST_PART_TOKENS": LEAST_PART_TOKENS}
+    constants = {
+        _moments_kernel: of_keys | {"BLOCK_DIMS": BLOCK_DIMS, "HEAD_SIZE_PADDED": 128} | of_parts,
+        _join_kernel: {"BLOCK_SUMS": BLOCK_SUMS} | of_parts,
+        _norms_kernel: of_keys | {"BLOCK_TOKENS": BLOCK_TOKENS, "BLOCK_RANK": BLOCK_RANK},
+    }
+    signatures = []
+    for kernel, fixed in constants.items():
+        free = [name for name in kernel.arg_names if name not in fixed]
+        types = {name: pointers.get(name, "fp32" if name == "key_scale" else "i32") for name in free}
+        signatures.append((kernel, types, fixed, NUM_WARPS))
+    return signatures
 
 
 def leverage_reference(
     keys: torch.Tensor,
     page_table: torch.Tensor,
-    start: int,
-    end: int,
+    blocks: torch.Tensor,
+    max_tokens: int,
     rotary: Rotary,
     sketch: torch.Tensor,
     ridge: float,
     key_scale: float = 1.0,
 ) -> torch.Tensor:
-    """The definition of ``leverage`` in plain torch, tile by tile: same arguments and result."""
-    tiles = [(first, min(first + REFERENCE_TOKENS, end)) for first in range(start, end, REFERENCE_TOKENS)]
+    """The definition of ``leverage`` in plain torch, block by block, tile by tile: same arguments and result."""
+    leverages = keys.new_empty(len(blocks), page_table.shape[1], max_tokens, dtype=torch.float32)
+    identity = torch.eye(sketch.shape[1], dtype=torch.float64, device=keys.device)
 
-    def sketched(first: int, last: int) -> torch.Tensor:
+    def sketched(pages: torch.Tensor, first: int, last: int) -> torch.Tensor:
         index = torch.arange(first, last, device=keys.device)
-        gathered = keys[page_table[:, index // keys.shape[1]], index % keys.shape[1]].float() * key_scale
+        gathered = keys[pages[:, index // keys.shape[1]], index % keys.shape[1]].float() * key_scale
         return rotary.unrotate(gathered, index).double() @ sketch  # [num_kv_heads, last - first, rank]
 
-    total, moment = torch.zeros((), device=keys.device), torch.zeros((), device=keys.device)
-    for tile in tiles:
-        rows = sketched(*tile)
-        total, moment = total + rows.sum(dim=1, keepdim=True), moment + rows.mT @ rows
-    identity = torch.eye(sketch.shape[1], dtype=torch.float64, device=keys.device)
-    mean, whitening = whiten(total, moment, end - start, identity, ridge)
-    parts = [((sketched(*tile) - mean) @ whitening).square().sum(dim=-1).float() for tile in tiles]
-    return torch.cat(parts, dim=1)
+    for of_block, (row, start, end) in zip(leverages, blocks.tolist(), strict=True):
+        pages = page_table[row]
+        tiles = [(first, min(first + REFERENCE_TOKENS, end)) for first in range(start, end, REFERENCE_TOKENS)]
+        total, moment = torch.zeros((), device=keys.device), torch.zeros((), device=keys.device)
+        for tile in tiles:
+            rows = sketched(pages, *tile)
+            total, moment = total + rows.sum(dim=1, keepdim=True), moment + rows.mT @ rows
+        count = torch.full((1,), end - start, device=keys.device)
+        mean, whitening = whiten(total[None], moment[None], count, identity, ridge)
+        for first, last in tiles:
+            mapped = (sketched(pages, first, last) - mean[0]) @ whitening
+            of_block[:, first - start : last - start] = mapped.square().sum(dim=-1)
+    return leverages

@@ -1,4 +1,4 @@
-"""Attention that a chunk of queries pays to each cached key, read through the page table and added to running sums."""
+"""Attention that chunks of queries pay to each cached key, read through the page table and added to running sums."""
 
 from __future__ import annotations
 
@@ -6,18 +6,11 @@ from typing import Any
 
 import torch
 
+from vllm_kvevict.kernels.chunk_batch import ChunkBatch, check_batch, check_lengths, requests
 from vllm_kvevict.kernels.native import function
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
-from vllm_kvevict.kernels.paged import (
-    DTYPE_CODES,
-    LOG2_E,
-    check_groups,
-    check_keys_of,
-    check_page_ids,
-    check_page_table,
-    check_query,
-)
+from vllm_kvevict.kernels.paged import DTYPE_CODES, LOG2_E
 
 # Queries that the reference looks at in one go, so that its memory does not grow with the chunk.
 REFERENCE_QUERIES = 256
@@ -25,121 +18,110 @@ REFERENCE_QUERIES = 256
 LEAST_PARTS = 16
 # Of the Triton kernels: rows of queries and keys of a tile.
 BLOCK_ROWS, BLOCK_TOKENS, NUM_WARPS = 64, 64, 8
-# What differs from request to request and from chunk to chunk: a kernel is compiled for none of it.
-VARYING = ("table_stride_head", "num_queries", "begin", "end", "kv_len", "sums_stride_head")
-UNALIGNED = ("page_table", "sums")  # views into tables of all layers
+# What differs from batch to batch: a kernel is compiled for none of it.
+VARYING = ("table_stride_req", "table_stride_head", "num_tokens", "num_tiles", "sums_stride_head")
+UNALIGNED = ("page_table", "query_start_loc", "kv_start_loc", "chunks", "sums")  # views into larger tensors
 
 
 @operator(
-    "(Tensor query, Tensor keys, Tensor page_table, SymInt kv_len, float scale, Tensor(a!) sums) -> ()",
+    "(Tensor query, Tensor keys, Tensor page_table, Tensor query_start_loc, Tensor kv_start_loc, SymInt max_query_len, "
+    "SymInt max_kv_len, float scale, Tensor(a!) sums) -> ()",
     fake=lambda *arguments: None,
+    groups={0: ChunkBatch},
 )
-def streaming_sums(
-    query: torch.Tensor, keys: torch.Tensor, page_table: torch.Tensor, kv_len: int, scale: float, sums: torch.Tensor
-) -> None:
-    """In place: add to ``sums`` the softmax attention that every query of a chunk pays to every key up to itself.
+def streaming_sums(batch: ChunkBatch, sums: torch.Tensor) -> None:
+    """In place: add to ``sums`` the softmax attention that every query pays to every key of its request up to itself.
 
-    query:      [num_queries, num_heads, head_size] float32 | bfloat16 | float16, RoPE applied, last dimension
-                contiguous. Query i is the token at cache index kv_len - num_queries + i
-    keys:       [num_pages, block_size, head_size], dtype of the query or float8_e4m3fn | float8_e5m2, RoPE applied: a
-                view of the whole pool of pages. The token or the head_size dimension is contiguous
-    page_table: [num_kv_heads, max_pages] int64, page id of each logical page of each KV head. Entries past
-                ceil(kv_len / block_size) and slots past kv_len are never read
-    kv_len:     tokens in the cache, at least num_queries
-    scale:      softmax scale; times what stored keys are to be multiplied by, if anything
-    sums:       [num_kv_heads, kv_len] float32, rows contiguous; grows by the mean over the query heads of each group,
-                num_queries in total for each KV head
+    sums: [num_kv_heads, kv_start_loc[-1]] float32, rows contiguous; grows by the mean over the query heads of each
+          group, for each KV head of a request by num_queries in total. That of a request without queries stays as it is
 
     Nothing of the size [num_queries, kv_len] is made. CPU tensors use csrc/cpu/streaming_sums.cpp where it was built,
-    which holds num_kv_heads + 15 floats or fewer for each token, and 2 MiB or less for each thread; CUDA tensors the
-    Triton kernels, with one float for each query head and query. Everything else uses ``streaming_sums_reference``.
-    Results do not depend on the number of threads.
+    else ``streaming_sums_reference``; CUDA tensors use Triton. The C++ holds num_kv_heads + 15 floats or fewer for each
+    token of the longest request, and 2 MiB or less for each thread; Triton one float for each query head and query.
+    The result of a request depends neither on the others nor on the number of threads.
 
-    Raises ValueError for a wrong shape, dtype, device or stride, or a page id outside the pool; MemoryError if the
-    scratch memory cannot be had.
+    Raises ValueError for a wrong shape, dtype, device or stride and, on CPU, for a wrong length or a page id outside
+    the pool, which would have to wait for a GPU; MemoryError if the scratch memory cannot be had.
     """
-    check_arguments(query, keys, page_table, 0, kv_len)
-    expected = (page_table.shape[0], kv_len)
-    if sums.shape != expected or sums.dtype != torch.float32 or sums.stride(1) != 1 or sums.device != query.device:
-        raise ValueError(
-            f"`sums`: expected float32 {expected} with contiguous rows on {query.device}, "
-            f"got {sums.dtype} {tuple(sums.shape)} on {sums.device}, strides {sums.stride()}."
-        )
-    if query.device.type == "cuda":
-        return _launch(query, keys, page_table, kv_len, scale, sums)
+    query, keys, page_table = batch.query, batch.keys, batch.page_table
+    check_batch(batch, sums)
+    if query.device.type != "cpu":
+        return _launch(batch, sums)
+    check_lengths(batch, sums)
     kernel = function("kvevict_streaming_sums", query.device)
     if kernel is None:
-        return streaming_sums_reference(query, keys, page_table, kv_len, scale, sums)
-    num_queries, num_heads, head_size = query.shape
-    parts_per_head = -(-LEAST_PARTS // len(page_table))
-    columns = torch.empty(len(page_table), parts_per_head, kv_len, dtype=torch.float32)
+        return streaming_sums_reference(batch, sums)
+    _, num_heads, head_size = query.shape
+    num_reqs, num_kv_heads, _ = page_table.shape
+    parts_per_head = -(-LEAST_PARTS // num_kv_heads)
+    columns = torch.empty(num_kv_heads, parts_per_head, batch.max_kv_len, dtype=torch.float32)
     status = kernel(
         query.data_ptr(), *query.stride()[:2],
         keys.data_ptr(), *keys.stride(),
-        page_table.data_ptr(), page_table.stride(0),
+        page_table.data_ptr(), *page_table.stride()[:2],
+        batch.query_start_loc.data_ptr(), batch.kv_start_loc.data_ptr(),
         sums.data_ptr(), sums.stride(0), columns.data_ptr(), parts_per_head,
         DTYPE_CODES[query.dtype], DTYPE_CODES[keys.dtype],
-        num_queries, num_heads, page_table.shape[0], head_size, keys.shape[1], kv_len, scale,
+        num_reqs, num_heads, num_kv_heads, head_size, keys.shape[1], batch.max_kv_len, batch.scale,
     )  # fmt: skip
     if status != 0:
-        raise MemoryError(f"streaming_sums: no scratch memory for {num_heads} heads and {kv_len} tokens.")
+        raise MemoryError(f"streaming_sums: no scratch memory for {num_heads} heads and {batch.max_kv_len} tokens.")
 
 
-def check_arguments(query: torch.Tensor, keys: torch.Tensor, page_table: torch.Tensor, first: int, kv_len: int) -> None:
-    """Raise ValueError unless they are as ``streaming_sums`` documents them; ``first``: the first token read."""
-    check_query(query, "num_queries", "num_heads", "head_size")
-    check_keys_of(query, keys)
-    check_page_table(page_table, query.device)
-    num_queries, num_heads, _ = query.shape
-    check_groups(num_heads, len(page_table))
-    block_size = keys.shape[1]
-    max_kv_len = page_table.shape[1] * block_size
-    if first < 0 or not first + num_queries <= kv_len <= max_kv_len:
-        raise ValueError(
-            f"`query`: expected {num_queries} tokens among {max_kv_len} of the page table, got {first} to {kv_len}."
-        )
-    check_page_ids(page_table[:, first // block_size : -(-kv_len // block_size)], len(keys))
-
-
-def _launch(
-    query: torch.Tensor, keys: torch.Tensor, page_table: torch.Tensor, kv_len: int, scale: float, sums: torch.Tensor
-) -> None:
+def _launch(batch: ChunkBatch, sums: torch.Tensor) -> None:
     """Run the Triton kernels: the sums of the softmax row by row, then the columns, tile of keys by tile of keys."""
-    log_sums = row_log_sums(query, keys, page_table, 0, kv_len, scale, causal=True)
-    _column_sums_kernel[(triton.cdiv(kv_len, BLOCK_TOKENS), len(page_table))](
+    query, keys, page_table = batch.query, batch.keys, batch.page_table
+    num_reqs, num_kv_heads, _ = page_table.shape
+    num_tiles = triton.cdiv(batch.max_kv_len, BLOCK_TOKENS)
+    log_sums = row_log_sums(
+        query, keys, page_table, batch.query_start_loc, batch.kv_start_loc, num_reqs, batch.max_query_len, batch.scale
+    )
+    _column_sums_kernel[num_tiles * num_reqs, num_kv_heads](
         *attention_arguments(query, keys, page_table), log_sums,
+        batch.query_start_loc, batch.kv_start_loc, num_tiles, batch.scale * LOG2_E,
         sums, sums.stride(0),
-        kv_len, scale * LOG2_E, **attention_constants(query, keys, page_table), num_warps=NUM_WARPS,
+        **attention_constants(query, keys, page_table), num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
 def row_log_sums(
-    query: torch.Tensor, keys: torch.Tensor, page_table: torch.Tensor, begin: int, end: int, scale: float, causal: bool
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    page_table: torch.Tensor,
+    chunks: torch.Tensor,
+    kv_start_loc: torch.Tensor | None,
+    num_chunks: int,
+    max_chunk: int,
+    scale: float,
 ) -> torch.Tensor:
-    """Return [num_kv_heads, num_queries * group] float32, log2 of the softmax sum of each query, by Triton.
+    """Return [num_kv_heads, num_tokens * group] float32, log2 of the softmax sum of each query, by Triton.
 
-    The queries are the last ones of tokens ``begin`` to ``end``, to which the softmax is confined; the heads of a group
-    are side by side.
+    The heads of a group are side by side. ``chunks`` is either that of ``chunk_attention``, whose tokens see each
+    other, or the ``query_start_loc`` of a ``ChunkBatch``, to which ``kv_start_loc`` belongs.
     """
-    num_rows = query.shape[0] * query.shape[1] // len(page_table)
-    log_sums = torch.empty(len(page_table), num_rows, dtype=torch.float32, device=query.device)
-    _log_sums_kernel[(triton.cdiv(num_rows, BLOCK_ROWS), len(page_table))](
+    num_tokens, num_heads, _ = query.shape
+    num_kv_heads = page_table.shape[1]
+    group = num_heads // num_kv_heads
+    num_tiles = triton.cdiv(max_chunk * group, BLOCK_ROWS)
+    log_sums = torch.empty(num_kv_heads, num_tokens * group, dtype=torch.float32, device=query.device)
+    _log_sums_kernel[num_tiles * num_chunks, num_kv_heads](
         *attention_arguments(query, keys, page_table), log_sums,
-        begin, end, scale * LOG2_E, CAUSAL=causal, **attention_constants(query, keys, page_table), num_warps=NUM_WARPS,
+        chunks, kv_start_loc, num_tiles, scale * LOG2_E,
+        **attention_constants(query, keys, page_table), num_warps=NUM_WARPS,
     )  # fmt: skip
     return log_sums
 
 
 def attention_arguments(query: torch.Tensor, keys: torch.Tensor, page_table: torch.Tensor) -> tuple[Any, ...]:
     """Return what the kernels here and in chunk_attention.py begin with."""
-    strides = (*query.stride()[:2], *keys.stride(), page_table.stride(0))
+    strides = (*query.stride()[:2], *keys.stride(), *page_table.stride()[:2])
     return query, keys, page_table, *strides, query.shape[0], query.shape[2]
 
 
 def attention_constants(query: torch.Tensor, keys: torch.Tensor, page_table: torch.Tensor) -> dict[str, int]:
     """Return the constants that they share."""
     return {
-        "GROUP": query.shape[1] // len(page_table),
+        "GROUP": query.shape[1] // page_table.shape[1],
         "BLOCK_SIZE": keys.shape[1],
         "HEAD_SIZE_PADDED": max(16, triton.next_power_of_2(query.shape[2])),
         "BLOCK_ROWS": BLOCK_ROWS,
@@ -149,14 +131,35 @@ def attention_constants(query: torch.Tensor, keys: torch.Tensor, page_table: tor
 
 
 @triton.jit
+def _load_request(query_start_loc, kv_start_loc, req):
+    """Return the first query of a request and their number, where its sums begin and its tokens in the cache."""
+    first_query, first_sum = tl.load(query_start_loc + req), tl.load(kv_start_loc + req)
+    num_queries = tl.load(query_start_loc + req + 1) - first_query
+    kv_len = tl.load(kv_start_loc + req + 1) - first_sum
+    return first_query, num_queries.to(tl.int32), first_sum, kv_len.to(tl.int32)
+
+
+@triton.jit
+def load_chunk(chunks, chunk):
+    """Return the row of its page table, its first token, its first query and their number."""
+    at = chunks + 4 * chunk
+    return tl.load(at), tl.load(at + 1).to(tl.int32), tl.load(at + 2), tl.load(at + 3).to(tl.int32)
+
+
+@triton.jit
+def pages_of(page_table, table_stride_req, table_stride_head, req, kv_head):
+    """Return the pages of a KV head of a request."""
+    return page_table + req * table_stride_req + kv_head.to(tl.int64) * table_stride_head
+
+
+@triton.jit
 def load_keys(
-    keys, page_table, key_stride_page, key_stride_token, key_stride_dim, table_stride_head, head_size,
-    kv_head, index, live, dim,
+    keys, pages, key_stride_page, key_stride_token, key_stride_dim, head_size, index, live, dim,
     BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Return [HEAD_SIZE_PADDED, BLOCK_TOKENS], the keys at cache indices ``index``, zeros where they are not live."""
     # int64 before any multiply: a big pool overflows int32 element offsets
-    page = tl.load(page_table + kv_head * table_stride_head + index // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
+    page = tl.load(pages + index // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
     place = page * key_stride_page + (index % BLOCK_SIZE) * key_stride_token
     mask = live[None, :] & (dim < head_size)[:, None]
     return tl.load(keys + place[None, :] + dim[:, None] * key_stride_dim, mask=mask, other=0.0)
@@ -176,34 +179,45 @@ def load_queries(
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=UNALIGNED)
 def _log_sums_kernel(
     query, keys, page_table,
-    query_stride_token, query_stride_head, key_stride_page, key_stride_token, key_stride_dim, table_stride_head,
-    num_queries, head_size,
+    query_stride_token, query_stride_head, key_stride_page, key_stride_token, key_stride_dim,
+    table_stride_req, table_stride_head, num_tokens, head_size,
     log_sums,
-    begin, end, scale,
-    CAUSAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
+    chunks, kv_start_loc, num_tiles, scale,
+    GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # one program: one block of rows of one KV head
+    # one program: one block of rows of one KV head and one chunk
     kv_head = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    dim = tl.arange(0, HEAD_SIZE_PADDED)
+    first_row, chunk = tl.program_id(0) % num_tiles * BLOCK_ROWS, (tl.program_id(0) // num_tiles).to(tl.int64)
+    if kv_start_loc is None:
+        req, begin, first_query, num_queries = load_chunk(chunks, chunk)
+        end = begin + num_queries
+        seen_by_all = end
+    else:
+        first_query, num_queries, _, end = _load_request(chunks, kv_start_loc, chunk)
+        req, begin = chunk, 0
+        seen_by_all = end - num_queries
     num_rows = num_queries * GROUP
+    if first_row >= num_rows:
+        return
+    row = first_row + tl.arange(0, BLOCK_ROWS)
+    dim = tl.arange(0, HEAD_SIZE_PADDED)
     token = row // GROUP
     head = kv_head * GROUP + row % GROUP
+    query += first_query * query_stride_token
     queries = load_queries(
         query, query_stride_token, query_stride_head, head_size, token, head, row < num_rows, dim, UPCAST
     )
-    last_seen = tl.where((row < num_rows) & CAUSAL, end - num_queries + token, end - 1)
+    pages = pages_of(page_table, table_stride_req, table_stride_head, req, kv_head)
+    last_seen = tl.minimum(seen_by_all + token, end - 1)
     row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
-    last = end
-    if CAUSAL:
-        last = tl.minimum(end, end - num_queries + (tl.program_id(0) * BLOCK_ROWS + BLOCK_ROWS - 1) // GROUP + 1)
+    last = tl.minimum(end, seen_by_all + (first_row + BLOCK_ROWS - 1) // GROUP + 1)
     for first in range(begin, last, BLOCK_TOKENS):
         index = first + tl.arange(0, BLOCK_TOKENS)
         key = load_keys(
-            keys, page_table, key_stride_page, key_stride_token, key_stride_dim, table_stride_head, head_size,
-            kv_head, index, index < end, dim, BLOCK_SIZE,
+            keys, pages, key_stride_page, key_stride_token, key_stride_dim, head_size, index, index < end, dim,
+            BLOCK_SIZE,
         )  # fmt: skip
         logits = tl.dot(queries, key.to(queries.dtype), input_precision="ieee") * scale
         # every row sees the first key, so no maximum stays infinite
@@ -211,31 +225,39 @@ def _log_sums_kernel(
         new_max = tl.maximum(row_max, tl.max(logits, axis=1))
         row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(tl.exp2(logits - new_max[:, None]), axis=1)
         row_max = new_max
-    tl.store(log_sums + kv_head * num_rows + row, row_max + tl.log2(row_sum), mask=row < num_rows)
+    log_sums += (kv_head.to(tl.int64) * num_tokens + first_query) * GROUP
+    tl.store(log_sums + row, row_max + tl.log2(row_sum), mask=row < num_rows)
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=UNALIGNED)
 def _column_sums_kernel(
     query, keys, page_table,
-    query_stride_token, query_stride_head, key_stride_page, key_stride_token, key_stride_dim, table_stride_head,
-    num_queries, head_size,
+    query_stride_token, query_stride_head, key_stride_page, key_stride_token, key_stride_dim,
+    table_stride_req, table_stride_head, num_tokens, head_size,
     log_sums,
+    query_start_loc, kv_start_loc, num_tiles, scale,
     sums, sums_stride_head,
-    kv_len, scale,
     GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # one program: one tile of keys of one KV head, against the queries that see any of it
+    # one program: one tile of keys of one KV head of one request, against the queries that see any of it
     kv_head = tl.program_id(1)
-    index = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    first_index, req = tl.program_id(0) % num_tiles * BLOCK_TOKENS, (tl.program_id(0) // num_tiles).to(tl.int64)
+    first_query, num_queries, first_sum, kv_len = _load_request(query_start_loc, kv_start_loc, req)
+    if (first_index >= kv_len) | (num_queries == 0):
+        return
+    index = first_index + tl.arange(0, BLOCK_TOKENS)
     dim = tl.arange(0, HEAD_SIZE_PADDED)
+    pages = pages_of(page_table, table_stride_req, table_stride_head, req, kv_head)
     key = load_keys(
-        keys, page_table, key_stride_page, key_stride_token, key_stride_dim, table_stride_head, head_size,
-        kv_head, index, index < kv_len, dim, BLOCK_SIZE,
+        keys, pages, key_stride_page, key_stride_token, key_stride_dim, head_size, index, index < kv_len, dim,
+        BLOCK_SIZE,
     )  # fmt: skip
+    query += first_query * query_stride_token
+    log_sums += (kv_head.to(tl.int64) * num_tokens + first_query) * GROUP
     num_rows = num_queries * GROUP
-    first_query = kv_len - num_queries
-    first_row = tl.maximum(tl.program_id(0) * BLOCK_TOKENS - first_query, 0) * GROUP
+    num_earlier = kv_len - num_queries
+    first_row = tl.maximum(first_index - num_earlier, 0) * GROUP
     received = tl.zeros([BLOCK_TOKENS], tl.float32)
     for start in range(first_row, num_rows, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
@@ -246,12 +268,12 @@ def _column_sums_kernel(
             query, query_stride_token, query_stride_head, head_size, token, head, live, dim, UPCAST
         )  # fmt: skip
         logits = tl.dot(queries, key.to(queries.dtype), input_precision="ieee") * scale
-        log_sum = tl.load(log_sums + kv_head * num_rows + row, mask=live, other=0.0)
-        seen = live[:, None] & (index[None, :] <= first_query + token[:, None])
+        log_sum = tl.load(log_sums + row, mask=live, other=0.0)
+        seen = live[:, None] & (index[None, :] <= num_earlier + token[:, None])
         # masked before the subtraction: fused with the scale it would not round as the logits in log_sum did
         logits = tl.where(seen, logits, float("-inf"))
         received += tl.sum(tl.exp2(logits - log_sum[:, None]), axis=0)
-    out = sums + kv_head * sums_stride_head + index
+    out = sums + kv_head.to(tl.int64) * sums_stride_head + first_sum + index
     tl.store(out, tl.load(out, mask=index < kv_len, other=0.0) + received / GROUP, mask=index < kv_len)
 
 
@@ -261,22 +283,26 @@ def triton_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]
         "GROUP": 4, "BLOCK_SIZE": 16, "HEAD_SIZE_PADDED": 128, "UPCAST": False,
         "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_TOKENS": BLOCK_TOKENS,
     }  # fmt: skip
-    types = dict.fromkeys(_column_sums_kernel.arg_names[:11], "i32")
-    types |= {"query": "*bf16", "keys": "*bf16", "page_table": "*i64", "log_sums": "*fp32"}
-    of_rows = {"begin": "i32", "end": "i32", "scale": "fp32"}
-    of_columns = {"sums": "*fp32", "sums_stride_head": "i32", "kv_len": "i32", "scale": "fp32"}
-    return [
-        (_log_sums_kernel, types | of_rows, constants | {"CAUSAL": True}, NUM_WARPS),
-        (_column_sums_kernel, types | of_columns, constants, NUM_WARPS),
-    ]
+    types = dict.fromkeys([*_column_sums_kernel.arg_names[:12], "num_tiles", "sums_stride_head"], "i32")
+    types |= {"query": "*bf16", "keys": "*bf16", "log_sums": "*fp32", "scale": "fp32", "sums": "*fp32"}
+    types |= dict.fromkeys(["page_table", "chunks", "query_start_loc", "kv_start_loc"], "*i64")
+    return [(_log_sums_kernel, types, constants, NUM_WARPS), (_column_sums_kernel, types, constants, NUM_WARPS)]
 
 
-def streaming_sums_reference(
-    query: torch.Tensor, keys: torch.Tensor, page_table: torch.Tensor, kv_len: int, scale: float, sums: torch.Tensor
-) -> None:
+def streaming_sums_reference(batch: ChunkBatch, sums: torch.Tensor) -> None:
     """In place: the definition of ``streaming_sums`` in plain torch, float32, same arguments."""
-    num_kv_heads, num_queries = len(page_table), len(query)
-    gathered = keys[page_table[:, : -(-kv_len // keys.shape[1])]].flatten(1, 2)[:, None, :kv_len].float()
+    for pages, queries, tokens in requests(batch):
+        if queries:
+            of_request = sums[:, tokens.start : tokens.stop]
+            _add_attention(batch.query[queries.start : queries.stop], batch.keys, pages, batch.scale, of_request)
+
+
+def _add_attention(
+    query: torch.Tensor, keys: torch.Tensor, pages: torch.Tensor, scale: float, sums: torch.Tensor
+) -> None:
+    """Add to ``sums`` [num_kv_heads, kv_len] what the queries of one request pay."""
+    num_kv_heads, num_queries, kv_len = len(pages), len(query), sums.shape[1]
+    gathered = keys[pages[:, : -(-kv_len // keys.shape[1])]].flatten(1, 2)[:, None, :kv_len].float()
     # [num_kv_heads, group, num_queries, head_size]
     grouped = query.float().transpose(0, 1).unflatten(0, (num_kv_heads, -1))
     for start in range(0, num_queries, REFERENCE_QUERIES):

@@ -22,8 +22,10 @@ from vllm_kvevict.policies import (  # noqa: F401  # they register themselves
     vatp,
 )
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need
+from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs, StepInputs
 from vllm_kvevict.policies.options import ODD, above, at_least, between
+from vllm_kvevict.policies.prompt_chunks import PromptChunks
 
 __all__ = [
     "ODD",
@@ -31,6 +33,8 @@ __all__ = [
     "EvictionPolicy",
     "LayerWeights",
     "Need",
+    "PromptChunks",
+    "ScoreBatch",
     "ScoreInputs",
     "StepInputs",
     "above",

@@ -34,24 +34,24 @@ def attention_bytes(batch: ScoreBatch) -> int:
     return 17 * group * num_queries + 6 * head_size  # logits and softmax of two tiles, and what is hidden; the keys
 
 
-def attention_tiles(batch: ScoreBatch, heads: slice, num_hidden: int = 0) -> Iterator[AttentionTile]:
+def attention_tiles(batch: ScoreBatch, heads: slice, last_seen: torch.Tensor | None = None) -> Iterator[AttentionTile]:
     """Yield the attention of the last queries of some heads in tiles of 1,024 tokens, in order.
 
     Keys are visited twice, first for the sums of the softmax, unless one tile holds them all. The sums go from stretch
     to stretch, so that what stands behind the tokens of a head does not change their order.
 
-    heads:      of [num_reqs * num_layers * num_kv_heads]
-    num_hidden: last tokens of each head, of which the queries see nothing
+    heads:     of [num_reqs * num_layers * num_kv_heads]
+    last_seen: [num_heads, num_queries] int64, the last cache index that a query sees; None: that of its own token
     """
-    tiles = list(batch.token_tiles(end=max(batch.max_kv_len - num_hidden, 1)))
-    query, kv_lens = batch.grouped_query[heads], batch.kv_lens.flatten()[heads, None]
-    last_seen = kv_lens + torch.arange(-query.shape[2], 0, device=query.device).clamp(max=-num_hidden - 1)
+    tiles, query = list(batch.token_tiles()), batch.grouped_query[heads]
+    if last_seen is None:
+        last_seen = batch.kv_lens.flatten()[heads, None] + torch.arange(-query.shape[2], 0, device=query.device)
     of_tile = partial(_logits, batch, query, last_seen, heads)
     first, *others = tiles
     logits = of_tile(*first)
-    log_sums = _log_sum(_log_sums_of_stretches(logits))
+    log_sums = log_sum(log_sums_of_stretches(logits))
     for tile in others:
-        log_sums = _log_sum(torch.cat([log_sums, _log_sums_of_stretches(of_tile(*tile))], dim=1))
+        log_sums = log_sum(torch.cat([log_sums, log_sums_of_stretches(of_tile(*tile))], dim=1))
     log_sums = log_sums.clamp(min=torch.finfo(torch.float32).min)  # of queries that see nothing
     for tile in tiles:
         if others:
@@ -73,13 +73,13 @@ def _logits(
     return logits.masked_fill_(is_hidden[:, :, None], float("-inf"))
 
 
-def _log_sums_of_stretches(logits: torch.Tensor) -> torch.Tensor:
+def log_sums_of_stretches(logits: torch.Tensor) -> torch.Tensor:
     """Return [num_heads, num_stretches, group, num_queries]."""
     padded = F.pad(logits, (0, 0, 0, 0, 0, -logits.shape[1] % STRETCH), value=float("-inf"))
     stretches: torch.Tensor = padded.unflatten(1, (-1, STRETCH))
     return stretches.logsumexp(dim=2)
 
 
-def _log_sum(logs: torch.Tensor) -> torch.Tensor:
+def log_sum(logs: torch.Tensor) -> torch.Tensor:
     """Return [num_heads, 1, group, num_queries] of many, one by one: -inf at their end changes nothing."""
     return logs.logcumsumexp(dim=1)[:, -1:]

@@ -152,7 +152,7 @@ class EvictionPolicy(ABC):
         """Return [num_kv_heads, num_tokens] int64, in any order, the tokens of the prompt that pseudo tokens see.
 
         Called for every layer before ``score``, with the same inputs but for ``pseudo_query``, if there are to be
-        pseudo tokens. All layers return as many tokens.
+        pseudo tokens.
         """
         raise NotImplementedError
 

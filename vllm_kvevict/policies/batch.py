@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from vllm_kvevict.cache.ragged import padded
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.kernels.slot_scores import Fusion, Group, SlotBatch, slot_scores
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
@@ -204,6 +205,18 @@ class ScoreBatch:
             return of_heads.amax(dim=2, keepdim=True)
         return of_heads[:, :, None].where(self.are_peers, float("-inf")).amax(dim=3)
 
+    def of_tokens(self, observed: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return [num_reqs, num_layers, num_kv_heads, max_kv_len] float32 of what is known of each token of prompts: 0
+        behind them.
+
+        observed: of a request all layers, then of the next one, [num_kv_heads, num_tokens] each
+        """
+        if len(observed) == 1 and observed[0].shape[1] == self.max_kv_len:
+            return observed[0][None, None]
+        together = padded(observed, [self.max_kv_len] * len(observed), dim=1)
+        by_prompt: torch.Tensor = together.unflatten(1, (*self.shape[:2], self.max_kv_len)).permute(1, 2, 0, 3)
+        return by_prompt
+
     def new_scores(self) -> torch.Tensor:
         """Return [num_reqs * num_layers * num_kv_heads, max_kv_len] float32 to be filled, tile by tile."""
         return self.keys.new_empty(self.kv_lens.numel(), self.max_kv_len, dtype=torch.float32)
@@ -353,6 +366,11 @@ def products(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     """
     multiplied: torch.Tensor = in_stretches(rows) @ matrices[:, None]
     return multiplied.flatten(1, 2)[:, : rows.shape[1]]
+
+
+def in_whole_stretches(num_tokens: int) -> int:
+    """Return at least so many tokens, and no part of a stretch."""
+    return -(-num_tokens // STRETCH) * STRETCH
 
 
 def tile_size(stretch: int) -> int:

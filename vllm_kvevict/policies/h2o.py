@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated, Any, ClassVar
 
 import torch
 
+from vllm_kvevict.cache.ragged import in_own_memory, padded
+from vllm_kvevict.kernels.chunk_batch import ChunkBatch
 from vllm_kvevict.kernels.streaming_sums import streaming_sums
 from vllm_kvevict.kernels.window_batch import Reduction
-from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need
+from vllm_kvevict.policies.base import POLICIES, Need
 from vllm_kvevict.policies.batch import ScoreBatch
-from vllm_kvevict.policies.inputs import ScoreInputs, StepInputs
+from vllm_kvevict.policies.batch_policy import BatchPolicy
+from vllm_kvevict.policies.inputs import StepInputs
 from vllm_kvevict.policies.options import at_least
+from vllm_kvevict.policies.prompt_chunks import PromptChunks
 
 
 @POLICIES.register("h2o")
 @dataclass(frozen=True)
-class H2O(EvictionPolicy):
+class H2O(BatchPolicy):
     """Score a token by the attention it gets from all tokens of the prompt.
 
     Paper: Zhang et al. 2023 (H2O), arXiv:2306.14048. Departs from the paper: eviction begins when the prompt ends, so
@@ -46,20 +52,25 @@ class H2O(EvictionPolicy):
     def supports_decode(self) -> bool:
         return not self.normalize  # which would have to know how many queries a token has seen
 
-    def observe(self, state: Any, inputs: ScoreInputs) -> torch.Tensor:
-        """Return [num_kv_heads, kv_len] float32, the attention that each token got so far, mean over the group."""
-        sums = inputs.query.new_zeros(inputs.num_kv_heads, inputs.kv_len, dtype=torch.float32)
-        if state is not None:
-            sums[:, : state.shape[1]] = state
-        scale = inputs.scale * inputs.weights.key_scale
-        streaming_sums(inputs.query, inputs.keys, inputs.page_table, inputs.kv_len, scale, sums)
-        return sums
-
-    def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        sums: torch.Tensor = inputs.state
-        if not self.normalize:
-            return sums
-        return sums / torch.arange(inputs.kv_len, 0, -1, dtype=torch.float32, device=sums.device)
+    def observe_chunks(self, states: Sequence[Any], chunks: PromptChunks) -> list[Any]:
+        """Return of each prompt [num_kv_heads, kv_len] float32, the attention that each token got so far, mean over the
+        group.
+        """
+        nothing = chunks.query.new_empty(chunks.num_kv_heads, 0, dtype=torch.float32)
+        sums = padded([nothing if state is None else state for state in states], chunks.kv_lens, dim=1)
+        batch = ChunkBatch(
+            chunks.query,
+            chunks.keys,
+            chunks.page_table,
+            chunks.on_device(chunks.first_queries),
+            chunks.on_device([0, *accumulate(chunks.kv_lens)]),
+            max(chunks.num_queries),
+            max(chunks.kv_lens),
+            chunks.scale * chunks.key_scale,
+        )
+        streaming_sums(batch, sums)
+        of_prompts = sums.split([*chunks.kv_lens], dim=1)
+        return in_own_memory(of_prompts) if len(of_prompts) > 1 else [*of_prompts]
 
     def observe_batch(self, batch: ScoreBatch) -> torch.Tensor:
         # the mean over the queries, as the kernel has it, times their number
@@ -68,9 +79,11 @@ class H2O(EvictionPolicy):
         return state + received
 
     def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
-        """Of requests that are evicted again, for which ``normalize`` is refused."""
-        sums: torch.Tensor = batch.state
-        return sums
+        sums: torch.Tensor = batch.of_tokens(batch.observed) if batch.state is None else batch.state
+        if not self.normalize:
+            return sums
+        num_seen = batch.kv_lens[..., None] - torch.arange(batch.max_kv_len, device=sums.device)
+        return sums / num_seen.clamp(min=1)
 
     def score_step(self, inputs: StepInputs) -> torch.Tensor:
         sums: torch.Tensor = inputs.state

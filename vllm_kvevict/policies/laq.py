@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
+from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.policies.base import POLICIES
+from vllm_kvevict.policies.batch import ScoreBatch
+from vllm_kvevict.policies.batch_policy import BatchPolicy
 from vllm_kvevict.policies.inputs import ScoreInputs
 from vllm_kvevict.policies.lookahead import Lookahead
 from vllm_kvevict.policies.options import at_least
@@ -16,7 +21,7 @@ from vllm_kvevict.policies.snapkv import SnapKV
 
 @POLICIES.register("laq")
 @dataclass(frozen=True)
-class LookaheadQCache(Lookahead):
+class LookaheadQCache(BatchPolicy, Lookahead):
     """Score a token by the attention it gets from ``num_lookahead`` greedy pseudo tokens that follow the prompt.
 
     Paper: Wang et al. 2025, arXiv:2505.20334. SnapKV chooses what the pseudo tokens see: ``capacity`` tokens of the
@@ -71,21 +76,41 @@ class LookaheadQCache(Lookahead):
         return False
 
     def preselect(self, inputs: ScoreInputs) -> torch.Tensor:
-        window = min(self.first_window, inputs.kv_len)
-        capacity = max(self.capacity or inputs.num_kept or 0, window)
-        first = SnapKV(window=self.first_window, pool_kernel=self.pool_kernel)
-        scores = first.score(replace(inputs, query=inputs.query[-window:]))
-        scores[:, inputs.kv_len - window :] = float("inf")
-        # pooled neighbours tie: of these the first ones, so that pseudo tokens do not depend on how a sort is done
-        return scores.argsort(dim=1, descending=True, stable=True)[:, :capacity]
+        return self.preselect_batch(ScoreInputs.together([inputs]))[0, 0]
 
-    def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        query, num_behind = inputs.query[max(len(inputs.query) - self.window, 0) :], 0
-        if inputs.pseudo_query is not None:
-            query = torch.cat([query, inputs.pseudo_query])
-            num_behind = 0 if self.misplaced_mask else len(inputs.pseudo_query)
-        seen = replace(inputs, query=query, kv_len=inputs.kv_len + num_behind)
-        return self.rank(ScoreInputs.together([seen]), num_behind)[0, 0, :, : inputs.kv_len]
+    def preselect_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        query = batch.query[:, :, max(batch.query.shape[2] - self.first_window, 0) :]
+        window = query.shape[2]
+        first = SnapKV(window=self.first_window, pool_kernel=self.pool_kernel)
+        scores = first.score_batch(replace(batch, query=query))
+        place, kv_lens = torch.arange(scores.shape[3], device=scores.device), batch.kv_lens[..., None]
+        scores.masked_fill_(place >= kv_lens - window, float("inf")).masked_fill_(place >= kv_lens, float("-inf"))
+        capacities = [
+            min(max(self.capacity or prompt.num_kept or 0, window), prompt.num_tokens) for prompt in batch.prompts
+        ]
+        # pooled neighbours tie: of these the first ones, so that pseudo tokens do not depend on how a sort is done
+        chosen = scores.argsort(dim=3, descending=True, stable=True)[..., : max(capacities)]
+        capacity = to_device(np.array(capacities), scores.device)[:, None, None, None]
+        return chosen.masked_fill(place[: max(capacities)] >= capacity, -1)
+
+    def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
+        query = batch.query[:, :, max(batch.query.shape[2] - self.window, 0) :]
+        last_seen = batch.kv_lens[..., None] + torch.arange(-query.shape[2], 0, device=query.device)
+        if batch.pseudo_query is not None and batch.num_pseudo is not None:
+            num_pseudo = batch.num_pseudo[:, None, None, None]
+            if self.misplaced_mask:
+                last_seen = last_seen - num_pseudo
+            # as many for all, so that no bit of a score depends on how many others have
+            padding = self.num_lookahead - batch.pseudo_query.shape[2]
+            query = torch.cat([query, F.pad(batch.pseudo_query, (0, 0, 0, 0, 0, padding))], dim=2)
+            last_seen = torch.cat([last_seen, self._seen_by_pseudo(batch.kv_lens[..., None], num_pseudo)], dim=3)
+        return self.rank(replace(batch, query=query), last_seen, self.window)
+
+    def _seen_by_pseudo(self, kv_lens: torch.Tensor, num_pseudo: torch.Tensor) -> torch.Tensor:
+        """Return [num_reqs, num_layers, num_kv_heads, num_lookahead], the last token of the prompt that each sees."""
+        place = torch.arange(self.num_lookahead, device=kv_lens.device)
+        seen = kv_lens - num_pseudo + place if self.misplaced_mask else kv_lens - torch.ones_like(place)
+        return seen.masked_fill(place >= num_pseudo, -1)
 
 
 @POLICIES.register("laq++")

@@ -47,4 +47,6 @@ class LookaheadDeferred(BatchPolicy, Lookahead):
         return self.num_lookahead
 
     def score_batch(self, batch: ScoreBatch) -> torch.Tensor:
-        return self.rank(batch, self.num_lookahead)  # tokens of the answer do not compete
+        # tokens of the answer do not compete: nothing pays to them
+        sees = torch.arange(-batch.query.shape[2], 0, device=batch.query.device).clamp(max=-self.num_lookahead - 1)
+        return self.rank(batch, batch.kv_lens[..., None] + sees, self.query_window)

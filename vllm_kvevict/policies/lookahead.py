@@ -30,20 +30,20 @@ class Lookahead(ObservationWindow):
     window: Annotated[int, at_least(0)] = 0
     num_lookahead: Annotated[int, at_least(0)] = 8
 
-    def rank(self, batch: ScoreBatch, num_behind: int) -> torch.Tensor:
+    def rank(self, batch: ScoreBatch, last_seen: torch.Tensor, num_last: int) -> torch.Tensor:
         """Return [num_reqs, num_layers, num_kv_heads, max_kv_len] float32, the pooled attention that the queries pay.
 
-        Of each head the last ``num_behind`` tokens stand behind the prompt: nothing pays to them. They and the last
-        ``window`` ones before them get the highest score of the layer, unless the head holds nothing else.
+        last_seen: [num_reqs, num_layers, num_kv_heads, num_queries] int64, the last cache index that a query sees; -1
+                   for one that does not count
+        num_last:  last tokens of each head, which are not judged: they get the highest score of the layer, unless the
+                   head holds nothing else
         """
-        scores, kv_lens = batch.new_scores(), batch.kv_lens.flatten()
-        num_last = self.window + num_behind
+        scores, kv_lens, last_seen = batch.new_scores(), batch.kv_lens.flatten(), last_seen.flatten(0, 2)
         for heads in batch.head_tiles(attention_bytes(batch)):
-            for tile in attention_tiles(batch, heads, num_behind):
+            for tile in attention_tiles(batch, heads, last_seen[heads]):
                 scores[heads, tile.start : tile.end] = tile.probabilities.sum(dim=3).mean(dim=2)
             self.pool_scores(scores[heads], kv_lens[heads], num_last, "max")
-        scores = scores.view(batch.shape)
-        return batch.fill_last(scores, num_last=num_last)
+        return batch.fill_last(scores.view(batch.shape), num_last=num_last)
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         return 5 * num_kv_heads + 8  # the scores, and which tokens are not judged; all else is a tile

@@ -1,4 +1,4 @@
-"""What a policy that observes all queries sees of several prompts at once, and whether it can look at them so."""
+"""What a policy that observes all queries sees of several prompts at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 
 from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.kernels.rotary import Rotary
-from vllm_kvevict.policies.batch import gather_tokens
 
 
 @dataclass(frozen=True)
@@ -53,29 +52,3 @@ class PromptChunks:
     def on_device(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:
         """Return int64 numbers that the host knows; it does not wait."""
         return to_device(np.array(numbers, dtype=np.int64), self.query.device)
-
-    def gather_values(self, prompt: int, start: int, end: int) -> torch.Tensor:
-        """Return [num_kv_heads, end - start, head_size] float32, the values of tokens of one prompt."""
-        return gather_tokens(self.read_values(), self.page_table[prompt], self.value_scale, start, end)
-
-
-def with_zeros_behind(parts: Sequence[torch.Tensor], lens: Sequence[int]) -> torch.Tensor:
-    """Return [num_rows, sum of lens]: each of ``parts`` [num_rows, num_tokens], and zeros behind it up to its length.
-
-    In one launch beside that for the zeros, however many there are.
-    """
-    most = max(length - part.shape[1] for part, length in zip(parts, lens, strict=True))
-    if most == 0 and len(parts) == 1:
-        return parts[0]
-    zeros = parts[0].new_zeros(len(parts[0]), most)
-    pieces = [
-        piece
-        for part, length in zip(parts, lens, strict=True)
-        for piece in (part, zeros[:, : length - part.shape[1]])
-    ]  # fmt: skip
-    return torch.cat(pieces, dim=1)
-
-
-def in_own_memory(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return copies of ``parts``, made in one launch, each in memory of its own: it is free once its owner is gone."""
-    return [*torch._foreach_mul([*parts], 1)]

@@ -14,8 +14,9 @@ from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.model import ModelWeights
+from vllm_kvevict.engine.worker.prefills import ChunkGroup
 from vllm_kvevict.engine.worker.step import Step
-from vllm_kvevict.engine.worker.watched import BatchRow, ChunkGroup, WatchedRequest
+from vllm_kvevict.engine.worker.watched import BatchRow, WatchedRequest
 from vllm_kvevict.eviction.grouping import scored_again_together
 from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.policies.base import Need

@@ -8,7 +8,8 @@ from typing import Any
 from vllm_kvevict.engine.worker.agreement import Workers
 from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.likelihood import PromptLikelihood, mean_nlls
-from vllm_kvevict.engine.worker.watched import PrefillRow, WatchedRequest
+from vllm_kvevict.engine.worker.prefills import PrefillRow
+from vllm_kvevict.engine.worker.watched import WatchedRequest
 from vllm_kvevict.eviction.prompt import Eviction
 
 _DOING = "choosing the budget"

@@ -20,19 +20,13 @@ from vllm_kvevict.engine.worker.choosing import choose_kept, in_groups
 from vllm_kvevict.engine.worker.commands import Commands, without
 from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.model import ModelWeights
+from vllm_kvevict.engine.worker.prefills import Prefill, PrefillRow, look
 from vllm_kvevict.engine.worker.pseudo_passes import PseudoPasses
 from vllm_kvevict.engine.worker.replacing import Replacing
 from vllm_kvevict.engine.worker.rows import BatchFolder, StepRows, longest_lens
 from vllm_kvevict.engine.worker.side_memory import Held
 from vllm_kvevict.engine.worker.step import Step, none, num_tokens_after
-from vllm_kvevict.engine.worker.watched import (
-    ChunkGroup,
-    LayerPass,
-    PrefillGroup,
-    PrefillRow,
-    WatchedRequest,
-    keep_last,
-)
+from vllm_kvevict.engine.worker.watched import LayerPass, WatchedRequest, keep_last
 from vllm_kvevict.eviction.per_token import TokenEvictor
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.eviction.resident import ResidentEvictions
@@ -143,8 +137,8 @@ class EvictionBridge:
 
     def _choose(self, step: Step) -> None:
         """Ask the policies and allocators what the requests of this step keep."""
-        if step.pseudo_rows:
-            self._pseudo_passes.score(step.pseudo_rows, self._weights)
+        if step.ahead:
+            self._pseudo_passes.score(step.ahead, self._weights)
         self._observe_answers(step)
         self._choose_budgets(step)
         choose_kept(step, self._watched, self.pool, self.failures)
@@ -237,7 +231,7 @@ class EvictionBridge:
             )
             for row in answers
         ]
-        prefills = in_groups(rows, step)
+        prefills = in_groups(rows, step, self.pool)
         for layer, of_layer in enumerate(queries):
             self.observe(prefills, layer, of_layer, of_layer, self._weights.scale(layer))
 
@@ -257,7 +251,7 @@ class EvictionBridge:
         split = self._folder.split(self.page_table.slots.of(req_ids), common)
         self._check_lengths(common)
         step.stage_blocks(common.block_table_tensor, self.pool)
-        prefills: list[PrefillGroup | PrefillRow | ChunkGroup] = [*in_groups(self._prefill_rows(common, step), step)]
+        prefills = in_groups(self._prefill_rows(common, step), step, self.pool)
         query_start_loc = common.query_start_loc_cpu.numpy()[: len(req_ids) + 1]
         remembered = self.ring.to_write(req_ids, query_start_loc, common.seq_lens)
         if not split.evicted and not prefills and remembered is None:
@@ -298,8 +292,6 @@ class EvictionBridge:
             rows.append(PrefillRow(request, bounds[row], end_token, kv_len, block_ids, eviction, looks_ahead))
             if request.auto_budget is not None:
                 step.auto_rows.append(rows[-1])
-            if looks_ahead:
-                step.pseudo_rows.append(rows[-1])
         return rows
 
     def _watch(self, req_id: str, config: EvictionConfig) -> None:
@@ -322,7 +314,7 @@ class EvictionBridge:
 
     def observe(
         self,
-        prefills: Sequence[PrefillGroup | PrefillRow | ChunkGroup],
+        prefills: Sequence[Prefill],
         layer: int,
         query: torch.Tensor,
         output: torch.Tensor,
@@ -332,25 +324,8 @@ class EvictionBridge:
         if not prefills:
             return
         ran = LayerPass(self.pool, layer, query, output, scale, self._weights)
-        rows = [row for prefill in prefills for row in prefill.rows]
-        with self.failures.of_ours([row.req_id for row in rows], "keeping the last queries"):
-            keep_last(rows, ran, self.ring)
+        rows = {row.req_id: row for prefill in prefills for row in prefill.rows}
+        with self.failures.of_ours(rows, "keeping the last queries"):
+            keep_last([*rows.values()], ran, self.ring)
         for prefill in prefills:
-            self._observe(prefill, ran)
-
-    def _observe(self, prefill: PrefillGroup | PrefillRow | ChunkGroup, ran: LayerPass) -> None:
-        """Show a layer to all rows together that can be, and to each alone where that fails."""
-        doing = f"scoring layer {ran.layer}"
-        if isinstance(prefill, PrefillRow) or len(prefill.rows) == 1:
-            self.failures.ask(prefill.rows[0].req_id, doing, prefill.observe, ran)
-            return
-        if any(req_id in self.failures for req_id in prefill.req_ids):
-            prefill.break_up()
-        if not prefill.parts and self.failures.together(doing, prefill.observe, ran):
-            return
-        failed_now = not prefill.parts
-        prefill.break_up()
-        parts: Sequence[PrefillRow | ChunkGroup] = prefill.parts
-        for part in parts:
-            observe = part.observe_again if failed_now else part.observe
-            self.failures.ask(part.rows[0].req_id, doing, observe, ran)
+            look(prefill, self.failures, f"scoring layer {layer}", lambda part: part.observe(ran))

@@ -6,18 +6,22 @@ from collections.abc import Callable, Mapping
 
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.engine.worker.guard import Failures
+from vllm_kvevict.engine.worker.prefills import ObservedChunks, Prefill, PrefillGroup, PrefillRow
 from vllm_kvevict.engine.worker.step import Step
-from vllm_kvevict.engine.worker.watched import PrefillGroup, PrefillRow, WatchedRequest
-from vllm_kvevict.eviction.grouping import chosen_together, scored_together
+from vllm_kvevict.engine.worker.watched import WatchedRequest
+from vllm_kvevict.eviction.grouping import chosen_together, observed_together, scored_together
 from vllm_kvevict.eviction.prompt import Evictions
+from vllm_kvevict.policies.base import Need
 
 _DOING = "choosing what to keep"
 # some requests, and their evictions, which go on together
 Part = tuple[list[str], Evictions]
 
 
-def in_groups(rows: list[PrefillRow], step: Step) -> list[PrefillGroup | PrefillRow]:
-    """Return ``rows``, those in groups whose layers are scored together; the step notes the groups."""
+def in_groups(rows: list[PrefillRow], step: Step, pool: PagePool) -> list[Prefill]:
+    """Return ``rows``, as policies look at them: first those that they observe all queries of, then those in groups
+    whose layers are scored together, which the step notes, then the others.
+    """
     ending = {row.req_id: row for row in rows if row.eviction is not None}
     groups = [
         PrefillGroup([ending[req_id] for req_id in req_ids], evictions)
@@ -25,7 +29,17 @@ def in_groups(rows: list[PrefillRow], step: Step) -> list[PrefillGroup | Prefill
     ]
     step.groups += groups
     grouped = {req_id for group in groups for req_id in group.req_ids}
-    return [*groups, *(row for row in rows if row.req_id not in grouped)]
+    others = [row for row in rows if row.req_id not in grouped]
+    scored: list[PrefillGroup | PrefillRow] = [*groups, *others]
+    step.ahead += [prefill for prefill in scored if prefill.looks_ahead]
+    return [*_observed(rows, pool), *scored]
+
+
+def _observed(rows: list[PrefillRow], pool: PagePool) -> list[ObservedChunks]:
+    asked = {row.req_id: row for row in rows if Need.ALL_QUERIES in row.request.needs and row.end > row.start}
+    facts = {req_id: (row.request.method, row.kv_len) for req_id, row in asked.items()}
+    together = [[asked[req_id] for req_id in group] for group in observed_together(facts, pool.num_kv_heads)]
+    return [ObservedChunks(group, pool.pages_of_each([row.block_ids for row in group])) for group in together]
 
 
 def choose_kept(step: Step, watched: Mapping[str, WatchedRequest], pool: PagePool, failures: Failures) -> None:

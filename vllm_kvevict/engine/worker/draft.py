@@ -15,10 +15,10 @@ from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.messages import PrefillEnd
 from vllm_kvevict.engine.worker.agreement import Workers
 from vllm_kvevict.engine.worker.bridge import EvictionBridge
+from vllm_kvevict.engine.worker.prefills import PrefillRow
 from vllm_kvevict.engine.worker.rows import StepRows
 from vllm_kvevict.engine.worker.side_memory import Held
 from vllm_kvevict.engine.worker.step import Step
-from vllm_kvevict.engine.worker.watched import PrefillRow
 from vllm_kvevict.eviction.prompt import Eviction
 
 logger = logging.getLogger("vllm.kvevict")

@@ -11,7 +11,8 @@ import torch
 from vllm.lora.layers import LogitsProcessorWithLoRA
 
 from vllm_kvevict.cache.staging import to_host
-from vllm_kvevict.engine.worker.watched import PrefillRow, WatchedRequest
+from vllm_kvevict.engine.worker.prefills import PrefillRow
+from vllm_kvevict.engine.worker.watched import WatchedRequest
 
 # every so many tokens one is looked at: the head of the model is a small part of a pass then
 STRIDE = 16

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from time import perf_counter
 from typing import Any
 
@@ -13,10 +14,11 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.forward_context import set_forward_context
 
 from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.cache.ragged import padded
 from vllm_kvevict.cache.staging import to_device, to_host
 from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.model import ModelWeights
-from vllm_kvevict.engine.worker.watched import PrefillRow
+from vllm_kvevict.engine.worker.prefills import PrefillGroup, PrefillRow, look
 from vllm_kvevict.eviction.pseudo_tokens import PseudoDecode
 
 
@@ -52,15 +54,19 @@ class PseudoPasses:
         # read only where a policy wants pseudo tokens: the generation config is a file
         return _end_tokens(self._vllm_config.model_config).to(self._pool.pages.device)
 
-    def score(self, rows: list[PrefillRow], weights: ModelWeights) -> None:
+    def score(self, prefills: Sequence[PrefillGroup | PrefillRow], weights: ModelWeights) -> None:
         """Score what the pseudo tokens of these prompts attend to.
 
         All workers run the same passes, whatever a policy has raised on one of them.
         """
-        with self._failures.of([row.request.req_id for row in rows], "generating pseudo tokens"):
-            for row, (pseudo_queries, are_known) in zip(rows, self.run(rows, weights), strict=True):
-                doing = "scoring by pseudo tokens"
-                self._failures.ask(row.request.req_id, doing, _score, row, pseudo_queries, are_known, weights)
+        rows = [row for prefill in prefills for row in prefill.rows]
+        with self._failures.of([row.req_id for row in rows], "generating pseudo tokens"):
+            for row, (pseudo, are_known) in zip(rows, self.run(rows, weights), strict=True):
+                row.pseudo = pseudo
+                self._failures.ask(row.req_id, "choosing what pseudo tokens see", _check, row, are_known)
+        for layer in range(self._pool.num_layers):
+            for prefill in prefills:
+                look(prefill, self._failures, "scoring by pseudo tokens", partial(_score_ahead, layer, weights))
 
     def run(self, rows: list[PrefillRow], weights: ModelWeights) -> list[tuple[list[torch.Tensor], bool]]:
         """Return of each row the queries of its pseudo tokens, layer by layer [num_tokens, num_heads, head_size]; and
@@ -79,7 +85,7 @@ class PseudoPasses:
         count, goes_on = torch.zeros_like(wanted), torch.ones_like(wanted, dtype=torch.bool)
         hidden = self._runner.execute_model_state.hidden_states[last]
         for number in range(max(most)):
-            tokens = self._runner.model.compute_logits(hidden).argmax(dim=-1)
+            tokens = self._logits(hidden).argmax(dim=-1)
             if number:  # a single one is looked at even if it ends the answer
                 goes_on &= ~torch.isin(tokens, self._end_tokens)
             count += goes_on & (number < wanted)
@@ -93,30 +99,30 @@ class PseudoPasses:
         ]
         are_known = torch.stack([goes_on.new_ones(()) if one is None else one for one in known])
         counts, flags = to_host(torch.stack([count, are_known.to(count.dtype)])).tolist()
-        layers = range(self._pool.num_layers)
+        queries = [decode.queries(layer) for layer in range(self._pool.num_layers)]
         return [
-            ([decode.queries(layer, index, num_tokens) for layer in layers], bool(flag))
+            ([of_layer[index, :num_tokens] for of_layer in queries], bool(flag))
             for index, (num_tokens, flag) in enumerate(zip(counts, flags, strict=True))
         ]
 
     def _decode(self, rows: list[PrefillRow]) -> PseudoDecode:
-        device = self._pool.pages.device
-        selected = [self._selected(row) for row in rows]
-        num_selected = np.array([slots.shape[2] for slots in selected])
-        counts, most = to_device(num_selected, device), int(num_selected.max())
-        # where a prompt has fewer tokens selected than another one, a masked one of its own stands in
-        padded = [torch.cat([slots, slots[..., :1].expand(-1, -1, most - slots.shape[2])], dim=2) for slots in selected]
-        is_visible = torch.arange(most, device=device) < counts[:, None]
-        return PseudoDecode(self._pool, torch.stack(padded, dim=1), is_visible)
+        selected = [slots for row in rows for slots in self._selected(row)]
+        most = max(slots.shape[1] for slots in selected)
+        together = padded(selected, [most] * len(selected), dim=1, value=-1)
+        return PseudoDecode(self._pool, together.unflatten(1, (len(rows), -1, most)).permute(2, 1, 0, 3))
 
-    def _selected(self, row: PrefillRow) -> torch.Tensor:
-        """Return [num_layers, num_kv_heads, num_selected]; the first token if the policy has failed.
+    def _selected(self, row: PrefillRow) -> Sequence[torch.Tensor]:
+        """Return per layer [num_kv_heads, num_selected]; the first token if the policy has failed.
 
         Such a request will end, but every worker must run the same batch.
         """
         if row.request.req_id not in self._failures:
-            return torch.stack(row.selected)
-        return self._pool.page_ids(row.block_ids[:1]) * self._pool.block_size
+            return row.selected
+        return (self._pool.page_ids(row.block_ids[:1]) * self._pool.block_size).unbind()
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._runner.model.compute_logits(hidden)
+        return logits
 
     def _pass(
         self, tokens: torch.Tensor, positions: torch.Tensor, decode: PseudoDecode, weights: ModelWeights
@@ -130,13 +136,14 @@ class PseudoPasses:
         return hidden
 
 
-def _score(row: PrefillRow, pseudo_queries: list[torch.Tensor], are_known: bool, weights: ModelWeights) -> None:
+def _check(row: PrefillRow, are_known: bool) -> None:
     if not are_known:
         name = type(row.request.method.policy).__name__
         raise ValueError(f"{name}.preselect: expected tokens from 0 to {row.kv_len - 1}, got others")
-    for layer, pseudo_query in enumerate(pseudo_queries):
-        of_layer = weights.of(layer, row.request.needs)
-        row.score(layer, row.last[layer], weights.scale(layer), of_layer, pseudo_query)
+
+
+def _score_ahead(layer: int, weights: ModelWeights, prefill: PrefillGroup | PrefillRow) -> None:
+    prefill.score_ahead(layer, weights.scale(layer), weights.of(layer, prefill.rows[0].request.needs))
 
 
 def _end_tokens(model: ModelConfig) -> torch.Tensor:

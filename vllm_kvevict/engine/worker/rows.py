@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_kvevict.cache.page_table import ExpandedPages, PageTable
 from vllm_kvevict.cache.query_ring import RingWrite
 from vllm_kvevict.cache.staging import to_device
-from vllm_kvevict.engine.worker.watched import ChunkGroup, PrefillGroup, PrefillRow
+from vllm_kvevict.engine.worker.prefills import Prefill
 from vllm_kvevict.eviction.per_token import Replacement
 from vllm_kvevict.kernels.expand_page_table import BatchRows
 
@@ -100,7 +100,7 @@ class StepRows:
     """
 
     split: RowSplit
-    prefills: list[PrefillGroup | PrefillRow | ChunkGroup]
+    prefills: list[Prefill]
     remembered: RingWrite | None
     replacements: list[Replacement]
 

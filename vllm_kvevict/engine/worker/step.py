@@ -13,7 +13,7 @@ from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import cdiv
 from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.engine.messages import StepEvictions
-from vllm_kvevict.engine.worker.watched import ChunkGroup, PrefillGroup, PrefillRow
+from vllm_kvevict.engine.worker.prefills import ChunkGroup, PrefillGroup, PrefillRow
 from vllm_kvevict.eviction.per_token import Replacement
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.eviction.resident import ResidentEvictions
@@ -35,7 +35,7 @@ class Step:
     answers:     of requests that are evicted again while they decode, as they were scored
     replacements: of requests whose new tokens replace others one by one
     auto_rows:   chunks of prompts whose budget is "auto"
-    pseudo_rows: last chunks of prompts that pseudo tokens follow
+    ahead:       last chunks of prompts that pseudo tokens follow, as their layers are scored
     is_over:     whether batches that come now are none of the scheduler's
     """
 
@@ -51,7 +51,7 @@ class Step:
     answers: list[tuple[list[str], ResidentEvictions]] = field(default_factory=list)
     replacements: list[Replacement] = field(default_factory=list)
     auto_rows: list[PrefillRow] = field(default_factory=list)
-    pseudo_rows: list[PrefillRow] = field(default_factory=list)
+    ahead: list[PrefillGroup | PrefillRow] = field(default_factory=list)
     is_over: bool = False
 
     @property

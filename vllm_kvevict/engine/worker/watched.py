@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -13,15 +12,14 @@ import torch
 from vllm_kvevict.budgets.auto import AutoBudget
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.query_ring import QueryRing
+from vllm_kvevict.cache.ragged import in_own_memory
 from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.eviction.method import Method
-from vllm_kvevict.eviction.prompt import Eviction, Evictions
-from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies.base import Need
-from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs
+from vllm_kvevict.policies.inputs import LayerWeights
 
 
 class LastRows:
@@ -48,8 +46,7 @@ class LastRows:
             lens.append(num_earlier + num_new)
         # a copy: the engine reuses its buffers in the next step
         split = torch.cat(parts).split(lens)
-        # of several each in memory of its own, which is free once its request has ended
-        last = torch._foreach_mul(split, 1) if len(several) > 1 else split
+        last = in_own_memory(split) if len(several) > 1 else split
         for rows, of_request in zip(several, last, strict=True):
             rows._rows[layer] = of_request
 
@@ -174,148 +171,3 @@ def keep_last(rows: Sequence[BatchRow], ran: LayerPass, ring: QueryRing) -> None
     asked = [row for row in rows if Need.OUTPUTS in row.request.needs]
     if asked:
         LastRows.extend([row.request.outputs for row in asked], ran.layer, [row.of(ran.output) for row in asked])
-
-
-@dataclass
-class ChunkGroup:
-    """Chunks of prompts that were evicted before, and are evicted again behind them, whose layers are scored together.
-
-    rows:  of the batch, in the order of the requests of ``evictions``
-    parts: of one row each, once they go on one by one
-    """
-
-    rows: list[BatchRow]
-    evictions: ResidentEvictions
-    parts: list[ChunkGroup] = field(default_factory=list)
-
-    @property
-    def req_ids(self) -> list[str]:
-        return [row.req_id for row in self.rows]
-
-    def observe(self, ran: LayerPass) -> None:
-        """Score a layer of all rows."""
-        request, layers = self.rows[0].request, range(ran.layer, ran.layer + 1)
-        last = torch.stack([ran.last[row.req_id] for row in self.rows])[:, None]
-        is_observed = Need.ALL_QUERIES in request.needs
-        chunk = torch.stack([row.of(ran.query) for row in self.rows])[:, None] if is_observed else last[:, :, :0]
-        self.evictions.score_layers(layers, last, chunk, [ran.scale], [ran.weights_for(request)])
-
-    def observe_again(self, ran: LayerPass) -> None:
-        """As ``observe``, of a row whose group has failed in it."""
-        self.observe(ran)
-
-    def break_up(self) -> None:
-        """From now on each row goes on alone, with what has been scored so far."""
-        if not self.parts:
-            self.parts = [ChunkGroup([row], self.evictions.alone(place)) for place, row in enumerate(self.rows)]
-
-
-@dataclass
-class PrefillRow(BatchRow):
-    """A chunk of a prompt that will be evicted.
-
-    block_ids:  [num_blocks] int64, the block table up to the end of the chunk
-    eviction:   set if the chunk is the last one
-    looks_ahead: whether pseudo tokens follow
-    selected:   if they do, per layer [num_kv_heads, num_selected] int64: slots that they see
-    last:       if they do, per layer [num_queries, num_heads, head_size]: the last queries
-    """
-
-    block_ids: torch.Tensor
-    eviction: Eviction | None
-    looks_ahead: bool = False
-    selected: list[torch.Tensor] = field(default_factory=list)
-    last: list[torch.Tensor] = field(default_factory=list)
-
-    @property
-    def rows(self) -> list[PrefillRow]:
-        return [self]
-
-    def observe(self, ran: LayerPass) -> None:
-        """See what a layer has done, and score it if the chunk is the last one."""
-        self.see(ran)
-        if self.eviction is not None and self.looks_ahead:
-            weights = ran.weights_for(self.request)
-            slots = self.eviction.preselect_layer(ran.layer, ran.last[self.req_id], ran.scale, weights)
-            if self.selected and slots.shape != self.selected[0].shape:
-                raise ValueError(
-                    f"expected as many selected tokens in every layer, got {slots.shape[1]} in {ran.layer}"
-                )
-            self.selected.append(slots)
-            self.last.append(ran.last[self.req_id])
-        else:
-            self.score(ran.layer, ran.last[self.req_id], ran.scale, ran.weights_for(self.request))
-
-    def observe_again(self, ran: LayerPass) -> None:
-        """As ``observe``, of a row whose group has failed in it: the layer waits to be scored."""
-        if self.eviction is not None:
-            self.eviction.score_waiting()
-
-    def see(self, ran: LayerPass) -> None:
-        """As ``observe``, but score nothing."""
-        request, layer = self.request, ran.layer
-        request.num_tokens = self.kv_len
-        if Need.ALL_QUERIES in request.needs:
-            start = perf_counter()
-            inputs = ScoreInputs(
-                self.of(ran.query),
-                *ran.pool.readable(ran.pool.layer_page_ids(layer, self.block_ids)),
-                self.kv_len,
-                ran.scale,
-                weights=ran.weights_for(request),
-                layer=layer,
-            )
-            request.states[layer] = request.method.policy.observe(request.states[layer], inputs)
-            request.seconds += perf_counter() - start
-
-    def score(
-        self,
-        layer: int,
-        last: torch.Tensor,
-        scale: float,
-        weights: LayerWeights,
-        pseudo_query: torch.Tensor | None = None,
-    ) -> None:
-        """Score a layer, if the chunk is the last one.
-
-        last:         [num_queries, num_heads, head_size], its last queries
-        pseudo_query: [num_tokens, num_heads, head_size] of the pseudo tokens that have followed
-        """
-        request = self.request
-        if self.eviction is not None:
-            outputs = request.outputs.last(layer) if Need.OUTPUTS in request.needs else None
-            state = request.states[layer]
-            self.eviction.score_layer(layer, last, scale, outputs, weights, state, pseudo_query)
-            request.forget_state(layer)
-
-
-@dataclass
-class PrefillGroup:
-    """Last chunks of prompts whose layers are scored together.
-
-    rows:  of the batch, in the order of the members of ``evictions``
-    parts: these once they go on one by one, none until then
-    """
-
-    rows: list[PrefillRow]
-    evictions: Evictions
-    parts: list[PrefillRow] = field(default_factory=list)
-
-    @property
-    def req_ids(self) -> list[str]:
-        return [row.req_id for row in self.rows]
-
-    def observe(self, ran: LayerPass) -> None:
-        """As ``PrefillRow.observe``, of all rows."""
-        for row in self.rows:
-            row.see(ran)
-        last = [ran.last[row.req_id] for row in self.rows]
-        weights, asks = ran.weights_for(self.rows[0].request), Need.OUTPUTS in self.rows[0].request.needs
-        outputs = [row.request.outputs.last(ran.layer) if asks else None for row in self.rows]
-        self.evictions.score_layer(ran.layer, last, ran.scale, outputs, weights)
-
-    def break_up(self) -> None:
-        """From now on each row is observed by itself."""
-        if not self.parts:
-            self.evictions.break_up()
-            self.parts = self.rows
