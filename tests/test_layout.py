@@ -26,6 +26,7 @@ NO_KERNELS = (
     "operators",
     "paged",
     "rotary",
+    "self_test",
     "optional_triton",
     "optional_xformers",
     "whitening",

@@ -1,4 +1,4 @@
-"""``python -m vllm_kvevict``: ``inspect`` an eviction, ``calibrate`` budgets, list the ``policies``."""
+"""``python -m vllm_kvevict``: ``check`` a machine, ``inspect`` evictions, ``calibrate`` budgets, list ``policies``."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from tests.engine.dense import DenseModel
 from tests.engine.harness import Engine
+from vllm_kvevict.engine.offline.check.dense import DenseModel
 
 BLOCK = 32
 

@@ -14,10 +14,10 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs.engine import embeds_input
 
 from tests.conftest import USES_V2_RUNNER
-from tests.engine.dense import DenseModel
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 from vllm_kvevict.budgets.curve import Calibration
+from vllm_kvevict.engine.offline.check.dense import DenseModel
 from vllm_kvevict.engine.worker.likelihood import STRIDE
 from vllm_kvevict.eviction.record import recorded_evictions
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.dense import DenseModel
 from tests.engine.dense_decode import Budget, LayerNow, check_kept
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
+from vllm_kvevict.engine.offline.check.dense import DenseModel
 from vllm_kvevict.eviction.record import recorded_evictions
 
 BLOCK, BUDGET, LOOKAHEAD = 32, 128, 8

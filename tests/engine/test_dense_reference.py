@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.e2e.prompts import chat_tokens, long_text
-from tests.engine.dense import DenseModel
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import VOCAB_SIZE, random_prompt
+from vllm_kvevict.engine.offline.check.dense import DenseModel
 
 NUM_STEPS = 64
 KV_BYTES = 64 << 20

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from tests.conftest import USES_V2_RUNNER
-from tests.engine.dense import DenseModel
 from tests.engine.dense_decode import (
     BLOCK,
     Budget,
@@ -24,6 +23,7 @@ from tests.engine.dense_decode import (
 )
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
+from vllm_kvevict.engine.offline.check.dense import DenseModel
 
 BUDGET = 128
 NUM_BLOCKS = BUDGET // BLOCK

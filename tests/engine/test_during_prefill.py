@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from tests.conftest import USES_V2_RUNNER
-from tests.engine.dense import DenseModel
 from tests.engine.dense_decode import BLOCK, Budget, check_kept, h2o, run_and_watch, streaming_llm, tova
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
+from vllm_kvevict.engine.offline.check.dense import DenseModel
 from vllm_kvevict.eviction.resident import ResidentEvictions
 from vllm_kvevict.policies import POLICIES, EvictionPolicy, ScoreInputs
 

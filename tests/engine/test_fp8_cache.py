@@ -10,11 +10,11 @@ import pytest
 import torch
 from vllm import _custom_ops as ops
 
-from tests.engine.dense import DenseModel
 from tests.engine.harness import Engine, engine
 from tests.engine.test_dense_reference import dense_snapkv_scores, run_with_logits
 from tests.fp8 import DTYPES, KEY_SCALES, VALUE_SCALES, checkpoint_with_scales, stored
 from tests.tiny_llama import random_prompt
+from vllm_kvevict.engine.offline.check.dense import DenseModel
 
 pytestmark = pytest.mark.skipif(
     not torch.cpu._is_avx512_supported(), reason="vLLM's fp8 KV cache on CPU needs AVX-512 or AMX"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.dense import DenseModel
 from tests.engine.harness import engine
 from tests.tiny_llama import VOCAB_SIZE, random_prompt
+from vllm_kvevict.engine.offline.check.dense import DenseModel
 
 NUM_STEPS = 70  # more than the window, and into a third block
 

@@ -11,9 +11,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from tests.engine.dense import DenseModel
 from tests.engine.harness import engine
 from tests.tiny_llama import random_prompt
+from vllm_kvevict.engine.offline.check.dense import DenseModel
 
 pytest.importorskip("kvpress", reason="kvpress, or `datasets` or `fire`, which it imports, is not installed")
 LENGTH, BUDGET = 500, 96

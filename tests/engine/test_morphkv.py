@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import USES_V2_RUNNER
-from tests.engine.dense import DenseModel
 from tests.engine.dense_decode import BLOCK, Budget, Score, check_kept, morphkv, run_and_watch, tova
 from tests.engine.harness import engine
 from tests.tiny_llama import random_prompt
+from vllm_kvevict.engine.offline.check.dense import DenseModel
 
 MORE = pytest.mark.more("other windows, fusions and groups of MorphKV: policies/test_morphkv.py has all of them")
 CASES = [

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from tests.conftest import USES_V2_RUNNER
-from tests.engine.dense import DenseModel
 from tests.engine.dense_decode import (
     BLOCK,
     Budget,
@@ -23,6 +22,7 @@ from tests.engine.dense_decode import (
 )
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
+from vllm_kvevict.engine.offline.check.dense import DenseModel
 
 BUDGET = 128
 NUM_BLOCKS = BUDGET // BLOCK

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +24,7 @@ from tests.tiny_llama import random_prompt
 from vllm_kvevict import kv_eviction_args
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.checks import check_config
+from vllm_kvevict.engine.offline.check.reachable import held_beside_cache
 from vllm_kvevict.engine.reserve import Reserve, reserve_of
 from vllm_kvevict.engine.worker import side_memory
 from vllm_kvevict.engine.worker.gpu_worker import EvictionGPUWorker
@@ -35,40 +35,6 @@ from vllm_kvevict.policies import Need
 MIB = 1 << 20
 BY_BLOCK = {"kv_evict_during_decode": 1}
 BY_TOKEN = {"kv_evict_during_decode": 1, "kv_evict_interval": 1, "kv_eviction": "h2o"}
-
-
-def storages(root: Any) -> dict[int, int]:
-    """Return the bytes of every tensor storage that objects of the project reach from ``root``, by its address."""
-    found: dict[int, int] = {}
-    seen: set[int] = set()
-    todo = [root]
-    while todo:
-        one = todo.pop()
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
-        if isinstance(one, torch.Tensor):
-            storage = one.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(one, dict):
-            todo += [*one.keys(), *one.values()]
-        elif isinstance(one, list | tuple | set | frozenset):
-            todo += one
-        elif type(one).__module__.startswith("vllm_kvevict"):
-            todo += vars(one).values() if hasattr(one, "__dict__") else ()
-            todo += [getattr(one, each.name) for each in fields(one)] if is_dataclass(one) else ()
-    found.pop(0, None)  # empty tensors
-    return found
-
-
-def held_beside_cache(running: Engine) -> int:
-    """Return the bytes of all that our objects of a worker hold, but for the cache and the weights of the model."""
-    worker = running.worker
-    ours = storages([worker.eviction, worker.draft_eviction, worker.side_memory])
-    models = [worker.model_runner.get_model()] + ([worker.get_draft_model()] if worker.draft_eviction else [])
-    theirs = {tensor.untyped_storage().data_ptr() for model in models for tensor in model.state_dict().values()}
-    theirs |= {bridge.pool.pages.untyped_storage().data_ptr() for bridge in running.bridges}
-    return sum(size for address, size in ours.items() if address not in theirs)
 
 
 def logged(text: str) -> tuple[float, dict[str, float]]:
@@ -98,10 +64,10 @@ def test_the_log_names_all_that_is_held(tiny_llama: Path, monkeypatch: pytest.Mo
     with engine(tiny_llama, policy, fields=fields_, **settings) as running:
         total, parts = logged("\n".join(messages))
         held = [bridge.held.sizes() for bridge in running.bridges]
-        assert held_beside_cache(running) == sum(sum(sizes.values()) for sizes in held)
+        assert held_beside_cache(running.worker) == sum(sum(sizes.values()) for sizes in held)
         assert parts == {name: round(size / MIB, 1) for name, size in held[0].items()}
         assert total == round(sum(held[0].values()) / MIB, 1)
-        at_start = held_beside_cache(running)
+        at_start = held_beside_cache(running.worker)
         reserve = reserve_of(running.llm.llm_engine.vllm_config)
         assert (reserve is None) == (name in ("prompts only", "with output projections"))
         options = None if reserve is None or "none" in fields_.values() else BY_BLOCK
@@ -109,7 +75,7 @@ def test_the_log_names_all_that_is_held(tiny_llama: Path, monkeypatch: pytest.Mo
         running.generate(prompts, extra_args=options, max_tokens=70, ignore_eos=True)
         running.generate([[1, 2, 3]], max_tokens=3)
         # what is known of the last batches: no more than some numbers for each request
-        assert held_beside_cache(running) - at_start < 64 << 10
+        assert held_beside_cache(running.worker) - at_start < 64 << 10
 
 
 @pytest.mark.parametrize("policy", [pytest.param("snapkv", marks=on_v1), pytest.param("h2o", marks=on_v1), "morphkv"])

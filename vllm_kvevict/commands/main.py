@@ -1,4 +1,4 @@
-"""The command line: ``python -m vllm_kvevict inspect``, ``calibrate`` and ``policies``."""
+"""The command line: ``python -m vllm_kvevict check``, ``inspect``, ``calibrate`` and ``policies``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vllm_kvevict.commands.calibrate import add_calibrate
+from vllm_kvevict.commands.check import add_check
 from vllm_kvevict.commands.inspect import add_inspect
 from vllm_kvevict.commands.policies import markdown_table, text_table, with_table
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``python -m vllm_kvevict``. Exits with status 2 and one sentence on stderr if there is nothing to show."""
     parser = _Parser(prog="python -m vllm_kvevict", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (add_inspect(commands), add_calibrate(commands), _add_policies(commands)):
+    for command in (add_check(commands), add_inspect(commands), add_calibrate(commands), _add_policies(commands)):
         command.set_defaults(parser=command)
     args, others = parser.parse_known_args(arguments)
     try:

@@ -11,15 +11,16 @@ from vllm_kvevict.engine.frontend.install import install_flags
 from vllm_kvevict.engine.settings import FIELD
 
 
-def engine_args(model: str, skip_tokenizer: bool, config: EvictionConfig, engine_flags: list[str]) -> EngineArgs:
-    """Return the arguments of an engine that evicts as ``config`` says.
+def engine_args(model: str, skip_tokenizer: bool, config: EvictionConfig | None, engine_flags: list[str]) -> EngineArgs:
+    """Return the arguments of an engine that evicts as ``config`` says; None: that is stock vLLM's.
 
     engine_flags: further command-line flags of vLLM's engine
     """
     install_flags()  # also where the package runs from a checkout, without its entry point
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vLLM", exit_on_error=False))
     args = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *engine_flags]))
-    args.additional_config = {**(args.additional_config or {}), FIELD: config.model_dump(exclude_unset=True)}
+    if config is not None:
+        args.additional_config = {**(args.additional_config or {}), FIELD: config.model_dump(exclude_unset=True)}
     args.skip_tokenizer_init = skip_tokenizer
     return args
 

@@ -1,0 +1,1 @@
+"""What ``kvevict check`` tries with engines, one process each."""
