@@ -4,7 +4,7 @@ Standard library only, and idempotent: every step keeps a hash of what it was ma
 nothing and a changed version reinstalls that step and the ones after it. Versions live in ``pyproject.toml``.
 
 TORCH_INDEX, an environment variable, names an extra package index that has PyTorch's CPU builds. Without it pip asks
-the index it is configured for.
+the index it is configured for. ``--engine`` stops behind the CPU vLLM: an image needs no more (deploy/Dockerfile.cpu).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ MINIMUM_PYTHON = (3, 11)
 TORCH_INDEX = os.environ.get("TORCH_INDEX", "")
 # Builds of these on the usual index do not match the CPU torch and break its import; text models need none of them.
 LEFT_OUT = frozenset({"torch", "torchaudio", "torchcodec", "torchvision"})
+ENGINE_FLAG = "--engine"
 ENGINE_REQUIREMENTS_FLAG = "--engine-requirements"
 
 GROUPS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
@@ -50,7 +51,8 @@ class Step:
     run: Callable[[], None]
 
 
-def steps() -> list[Step]:
+def engine_steps() -> list[Step]:
+    """Return those that end with a CPU vLLM."""
     alias = ROOT / "packaging" / "vllm-alias"
     return [
         Step("virtual environment", sys.version, create_venv),
@@ -62,6 +64,12 @@ def steps() -> list[Step]:
             _hash_of([alias / "pyproject.toml"]),
             lambda: pip_install("--no-deps", "--no-build-isolation", str(alias)),
         ),
+    ]
+
+
+def steps() -> list[Step]:
+    return [
+        *engine_steps(),
         Step("test tools", str(GROUPS["test"]), lambda: pip_install(TORCH, *GROUPS["test"])),
         Step(
             "test models and kvpress",
@@ -76,9 +84,8 @@ def steps() -> list[Step]:
     ]
 
 
-def set_up() -> None:
+def set_up(todo: list[Step]) -> None:
     """Run the steps whose inputs changed. Raises SetupError at the first that fails."""
-    todo = steps()
     done = _read_stamp()
     wanted: list[str] = []
     for number, step in enumerate(todo, start=1):
@@ -154,7 +161,7 @@ def main(arguments: list[str]) -> int:
         print("\n".join(_engine_requirements_here()))
         return 0
     try:
-        set_up()
+        set_up(engine_steps() if arguments == [ENGINE_FLAG] else steps())
     except SetupError as error:
         print(f"\nset-up failed, {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,50 @@
+"""What the dashboard and the alerts read: their PromQL, parsed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import promql_parser as promql
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+DASHBOARD = ROOT / "configs" / "grafana_dashboard.json"
+PROMETHEUS = ROOT / "deploy" / "prometheus"
+OF_PROMETHEUS = {"up", "ALERTS"}  # series that it makes itself
+
+
+def dashboard() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(DASHBOARD.read_text())
+    return found
+
+
+def alerts() -> dict[str, dict[str, Any]]:
+    """The alert rules, by their names."""
+    groups = yaml.safe_load((PROMETHEUS / "alerts.yaml").read_text())["groups"]
+    return {rule["alert"]: rule for group in groups for rule in group["rules"]}
+
+
+def queries() -> list[str]:
+    """The PromQL of all panels, with a duration in place of Grafana's variable, and of all alerts."""
+    shown = [target["expr"] for panel in dashboard()["panels"] for target in panel["targets"]]
+    return [query.replace("$__rate_interval", "1m") for query in shown] + [rule["expr"] for rule in alerts().values()]
+
+
+def selectors(query: str) -> list[promql.VectorSelector]:
+    """The time series that a query reads. Raises ValueError for what is no PromQL, types included."""
+    found = []
+
+    def visit(expression: promql.Expr) -> bool:
+        if isinstance(expression, promql.VectorSelector):
+            found.append(expression)
+        return True
+
+    promql.walk(promql.parse(query), visit)
+    return found
+
+
+def server_selectors() -> list[promql.VectorSelector]:
+    """The time series of the server that any panel or alert reads."""
+    return [one for query in queries() for one in selectors(query) if one.name not in OF_PROMETHEUS]
