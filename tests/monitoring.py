@@ -1,17 +1,20 @@
-"""What the dashboard and the alerts read: their PromQL, parsed."""
+"""What the dashboard and the alerts read: their PromQL, parsed. And Prometheus itself, where it is installed."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import promql_parser as promql
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 DASHBOARD = ROOT / "configs" / "grafana_dashboard.json"
 PROMETHEUS = ROOT / "deploy" / "prometheus"
+EXTRACTED = ROOT / ".cache" / "prometheus" / "usr" / "bin"  # by .ci/run, from Debian's package
 OF_PROMETHEUS = {"up", "ALERTS"}  # series that it makes itself
 
 
@@ -26,10 +29,15 @@ def alerts() -> dict[str, dict[str, Any]]:
     return {rule["alert"]: rule for group in groups for rule in group["rules"]}
 
 
-def queries() -> list[str]:
-    """The PromQL of all panels, with a duration in place of Grafana's variable, and of all alerts."""
+def panel_queries() -> list[str]:
+    """The PromQL of all panels, with a duration in place of Grafana's variable."""
     shown = [target["expr"] for panel in dashboard()["panels"] for target in panel["targets"]]
-    return [query.replace("$__rate_interval", "1m") for query in shown] + [rule["expr"] for rule in alerts().values()]
+    return [query.replace("$__rate_interval", "1m") for query in shown]
+
+
+def queries() -> list[str]:
+    """The PromQL of all panels and alerts."""
+    return panel_queries() + [rule["expr"] for rule in alerts().values()]
 
 
 def selectors(query: str) -> list[promql.VectorSelector]:
@@ -48,3 +56,11 @@ def selectors(query: str) -> list[promql.VectorSelector]:
 def server_selectors() -> list[promql.VectorSelector]:
     """The time series of the server that any panel or alert reads."""
     return [one for query in queries() for one in selectors(query) if one.name not in OF_PROMETHEUS]
+
+
+def program(name: str) -> str:
+    """Where a program of Prometheus is; skips the test if it is not installed."""
+    found = shutil.which(name) or shutil.which(name, path=EXTRACTED)
+    if found is None:
+        pytest.skip(f"{name} is not installed; Debian's package prometheus has it")
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,19 +14,15 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from tests.monitoring import PROMETHEUS, ROOT, alerts, dashboard, queries, selectors
+from tests.monitoring import PROMETHEUS, ROOT, alerts, dashboard, program, queries, selectors
 
 RULE_TESTS = Path(__file__).with_name("alerts_test.yaml")
-EXTRACTED = ROOT / ".cache" / "prometheus" / "usr" / "bin" / "promtool"  # by .ci/run, from Debian's package
 PAGE = ROOT / "docs" / "operations.md"
 
 
 def promtool(*arguments: str | Path) -> str:
     """Run Prometheus' own checker and return what it prints."""
-    found = shutil.which("promtool") or (str(EXTRACTED) if EXTRACTED.is_file() else None)
-    if found is None:
-        pytest.skip("promtool is not installed; Debian's package prometheus has it")
-    done = subprocess.run([found, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([program("promtool"), *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

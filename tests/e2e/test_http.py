@@ -17,6 +17,7 @@ from openai.resources.chat.completions import Completions
 
 from tests.e2e.conftest import BUDGET, ENGINE, ENV, evictions_by_policy
 from tests.e2e.prompts import long_text
+from tests.monitoring import panel_queries, selectors, server_selectors
 from tests.pages import blocks_of
 from tools.server import Server, ServerError
 
@@ -260,15 +261,22 @@ def post(server: Server, path: str, body: dict[str, Any]) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def test_the_dashboard_shows_metrics_that_there_are(server: Server) -> None:
-    dashboard = json.loads((ROOT / "configs" / "grafana_dashboard.json").read_text())
-    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    named = {name for expression in expressions for name in re.findall(r"(?:kvevict|vllm):\w+", expression)}
-    exported = {sample.name for sample in server.samples()}
-    assert named <= exported
-    counted = {name for name in exported if name.startswith("kvevict:") and not name.endswith("_created")}
-    shown = {name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count") for name in named}
-    assert {name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count") for name in counted} <= shown
+def test_the_dashboard_and_the_alerts_read_metrics_that_there_are(server: Server) -> None:
+    samples = server.samples()
+    for selector in server_selectors():
+        labels = {matcher.name: matcher.value for matcher in selector.matchers.matchers}
+        found = [
+            sample for sample in samples if sample.name == selector.name and labels.items() <= sample.labels.items()
+        ]
+        assert found, selector
+    counted = {name for name in server.metrics() if name.startswith("kvevict:") and not name.endswith("_created")}
+    shown = {family(str(selector.name)) for query in panel_queries() for selector in selectors(query)}
+    assert set(map(family, counted)) <= shown
+
+
+def family(sample: str) -> str:
+    """The metric of which a sample is a part."""
+    return re.sub("_(bucket|sum|count)$", "", sample)
 
 
 @pytest.mark.feature("aborted requests")

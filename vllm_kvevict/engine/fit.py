@@ -139,9 +139,17 @@ class EmptyCache:
             before = min(before, bounded)
         if num_tokens <= eviction.num_tokens:
             return before
+        return max(before, self.num_decoding(prefill, num_tokens))
+
+    def num_decoding(self, prefill: PrefillPlan, num_tokens: int) -> int:
+        """Return the most blocks that a request holds behind its eviction, until ``num_tokens`` of it are computed; of
+        layers that are evicted.
+        """
+        eviction = prefill.eviction
         if prefill.evicts_answer:  # beside what is kept, the block that the answer is written to, and the one before
-            return max(before, eviction.num_full_blocks + 2)
-        return max(before, whole - eviction.num_blocks + max(eviction.num_kept_blocks, prefill.num_kept + 1))
+            return eviction.num_full_blocks + 2
+        num_kept = max(eviction.num_kept_blocks, prefill.num_kept + 1)
+        return self._num_blocks(num_tokens) - eviction.num_blocks + num_kept
 
     def fits(self, prefill: PrefillPlan | None, num_tokens: int) -> bool:
         """Return whether a request can hold what it needs until ``num_tokens`` of it are computed."""
