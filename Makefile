@@ -59,6 +59,11 @@ bench: model ## every script of benchmarks/, one after the other, and the report
 build: setup ## sdist and wheel in dist/
 	$(VENV_PYTHON) -m build --no-isolation
 
+.PHONY: release
+release: clean build ## sdist and wheel, looked at as docs/releasing.md says: all but the upload
+	$(PYTEST) -m more tests/test_packaging.py $(PYTEST_ARGS)
+	sha256sum dist/*
+
 .PHONY: gpu-pack
 gpu-pack: setup ## what a machine with a Hopper GPU and no network needs to run an engine, see docs/gpu.md
 	$(VENV_PYTHON) -m tools.gpu pack

@@ -1,11 +1,13 @@
 """Builds the optional kernels, for CPUs and for CUDA; everything else about the package is in pyproject.toml."""
 
+import platform
 import shutil
 from glob import glob
 from pathlib import Path
 from runpy import run_path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).parent / "csrc"
@@ -44,16 +46,46 @@ cuda = Extension(
 
 
 class BuildKernels(build_ext):
-    """Gives CUDA sources to nvcc, which brings its own runtime library and needs nothing of Python or torch."""
+    """Gives CUDA sources to nvcc, which needs nothing of Python or torch; their runtime library is the one of torch.
+
+    Libraries are named without the ABI of a Python: they are loaded with ctypes, by any.
+    """
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{fullname.replace('.', '/')}.so"
 
     def build_extension(self, ext: Extension) -> None:
         if ext is not cuda:
             return super().build_extension(ext)
         target = self.get_ext_fullpath(ext.name)
         self.mkpath(target.rpartition("/")[0])
-        options = ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", *ext.extra_compile_args]
+        options = [
+            "-std=c++17",
+            "-O3",
+            "-shared",
+            "-cudart=shared",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            *ext.extra_compile_args,
+        ]
         options += [f"-D{name}={value}" for name, value in ext.define_macros]
         self.spawn([NVCC, *options, "-o", target, *ext.sources])
 
 
-setup(ext_modules=[cpu, cuda] if NVCC else [cpu], cmdclass={"build_ext": BuildKernels})
+class Wheel(bdist_wheel):
+    """One for every Python, named by what its libraries ask of the system."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        libraries = [*Path(self.bdist_dir).rglob("*.so")]
+        if not libraries:
+            return "py3", "none", "any"
+        symbols = run_path(str(CSRC / "symbols.py"))
+        system, machine = "linux", platform.machine()
+        if machine == "x86_64" and shutil.which("objdump") and not any(map(symbols["too_new"], libraries)):
+            system = symbols["MANYLINUX"]
+        return "py3", "none", f"{system}_{machine}"
+
+
+setup(
+    ext_modules=[cpu, cuda] if NVCC else [cpu],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
+)

@@ -1,4 +1,4 @@
-"""The package as a user installs it: sdist and wheel, into an empty folder, with and without a compiler."""
+"""The package as a user installs it: sdist and wheel, for an empty folder and environment, with or without compiler."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ import sys
 import sysconfig
 import zipfile
 from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
 
 import pytest
+from openai import OpenAI
+
+from tools.server import Server
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.more("builds and installs the package twice; set-up installs it from the checkout")
 SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md", "csrc", "vllm_kvevict")
 NOT_COPIED = shutil.ignore_patterns("*.so", "__pycache__")
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
+SYMBOLS = run_path(str(ROOT / "csrc" / "symbols.py"))
+ALONE = {**os.environ, "PYTHONPATH": ""}
 SAY_WHERE = "import vllm_kvevict; print(vllm_kvevict.__file__)"
 SAY_KERNELS = "from vllm_kvevict.kernels.native import library; print(library() is not None)"
 
@@ -60,6 +68,71 @@ def test_wheel_names_its_plugin_and_the_vllm_it_supports(dist: Path) -> None:
     assert "License-Expression: Apache-2.0" in metadata
 
 
+@NEEDS_COMPILER
+def test_wheel_is_one_for_every_python_and_an_old_system(dist: Path, tmp_path: Path) -> None:
+    wheel = only(dist, "*.whl")
+    assert wheel.name.endswith("-py3-none-manylinux_2_28_x86_64.whl")
+    found = zipfile.ZipFile(wheel)
+    libraries = [name for name in found.namelist() if name.endswith(".so")]
+    assert libraries[0] == "vllm_kvevict/_cpu.so" and set(libraries[1:]) <= {"vllm_kvevict/_cuda.so"}
+    (text,) = [found.read(name).decode() for name in found.namelist() if name.endswith(".dist-info/WHEEL")]
+    assert "Tag: py3-none-manylinux_2_28_x86_64" in text.splitlines()
+    for name in libraries:
+        assert SYMBOLS["too_new"](Path(found.extract(name, tmp_path))) == []
+
+
+def test_symbols_that_an_old_system_lacks_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {
+        "-T": "DF *UND* (GLIBC_2.34) start\nDF *UND* (GLIBC_2.2.5) free",
+        "-p": "NEEDED libc.so.6\nNEEDED libomp.so",
+    }
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: SimpleNamespace(stdout=said[command[1]]))
+    assert SYMBOLS["too_new"](Path("any.so")) == ["GLIBC_2.34", "libomp.so"]
+
+
+@pytest.fixture(scope="module")
+def environment(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Programs of a fresh environment with the wheel, beside the engine's packages; nothing of the checkout."""
+    folder = tmp_path_factory.mktemp("environment")
+    run("venv", "--without-pip", str(folder))
+    programs = folder / "bin"
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "engine.pth").write_text(sysconfig.get_path("purelib"))  # whose own .pth files nobody reads
+    arguments = ["--no-index", "--no-deps", "--ignore-installed", str(only(dist, "*.whl"))]
+    run(
+        "pip", "--quiet", "--python", str(programs / "python"), "install", *arguments, CC="/bin/false", CXX="/bin/false"
+    )
+    server = programs / "vllm"
+    main = "from vllm.entrypoints.cli.main import main\nif __name__ == '__main__':\n    main()\n"
+    server.write_text(f"#!{programs / 'python'}\n{main}")
+    server.chmod(0o755)
+    return programs
+
+
+def test_an_environment_with_the_wheel_has_the_command(environment: Path) -> None:
+    program = environment / "kvevict"
+    done = subprocess.run([program, "policies"], env=ALONE, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "snapkv" in done.stdout, done.stderr
+    wrong = subprocess.run([program, "polices"], env=ALONE, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].startswith("kvevict: error: ")
+
+
+def test_an_environment_with_the_wheel_serves_with_eviction(
+    environment: Path, smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(environment / "python"))
+    say_where = [sys.executable, "-c", SAY_WHERE]
+    where = subprocess.run(say_where, env=ALONE, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert environment.parent in Path(where.stdout.strip()).parents
+    flags = ["--kv-eviction", "snapkv", "--kv-budget", "64", "--max-model-len", "1024", "--enforce-eager"]
+    with Server(smollm2, tmp_path / "log", *flags, env={"PYTHONPATH": ""}) as server:
+        client = OpenAI(base_url=f"{server.base_url}/v1", api_key="none")
+        answer = client.completions.create(model=str(smollm2), prompt="one two three " * 100, max_tokens=8)
+        assert answer.usage is not None and answer.usage.completion_tokens > 0
+        assert server.metrics()["kvevict:evictions_total"] == 1
+    assert "CPU kernels are not built" not in (tmp_path / "log").read_text()
+
+
 @pytest.fixture(scope="module")
 def from_wheel(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that was empty, with the wheel installed in it."""
@@ -72,7 +145,7 @@ def test_wheel_imports_from_an_empty_folder(from_wheel: Path) -> None:
     assert from_wheel in Path(python(SAY_WHERE, from_wheel)).parents
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
+@NEEDS_COMPILER
 def test_wheel_brings_the_compiled_kernels(from_wheel: Path) -> None:
     assert python(SAY_KERNELS, from_wheel) == "True"
 

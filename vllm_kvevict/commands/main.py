@@ -1,4 +1,4 @@
-"""The command line: ``python -m vllm_kvevict check``, ``inspect``, ``calibrate`` and ``policies``."""
+"""The command line: ``kvevict check``, ``inspect``, ``calibrate`` and ``policies``."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``python -m vllm_kvevict``. Exits with status 2 and one sentence on stderr if there is nothing to show."""
-    parser = _Parser(prog="python -m vllm_kvevict", description=__doc__, allow_abbrev=False)
+    """Run ``kvevict``. Exits with status 2 and one sentence on stderr if there is nothing to show."""
+    is_script = Path(sys.argv[0]).name == "kvevict"
+    parser = _Parser(prog="kvevict" if is_script else "python -m vllm_kvevict", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (add_check(commands), add_inspect(commands), add_calibrate(commands), _add_policies(commands)):
         command.set_defaults(parser=command)

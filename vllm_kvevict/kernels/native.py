@@ -4,7 +4,6 @@ import ctypes
 import functools
 import logging
 from collections.abc import Callable
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ Signatures = dict[str, tuple[Any, ...]]
 
 
 def check(device: torch.device) -> None:
-    """Load the compiled kernels for tensors on ``device``, for a worker to hear at its start what is wrong with them.
+    """Load the compiled kernels for tensors on ``device``, so that the log says at a worker's start what is missing.
 
     Logs and raises as ``library`` and ``cuda_library`` do.
     """
@@ -36,10 +35,10 @@ def library() -> ctypes.CDLL | None:
 
     Every function takes raw pointers and reads memory unchecked: call the launchers of this folder instead.
 
-    Raises OSError if the library is there but cannot be loaded, RuntimeError if it was built from other declarations.
+    Raises RuntimeError if it was built from other declarations.
     """
     found = _find("_cpu", SIGNATURES)
-    if found is None:
+    if found is None and not (PACKAGE / "_cpu.so").is_file():
         logger.warning(
             "CPU kernels are not built: using their slower torch references. To build them, install a C++ compiler "
             "and reinstall, or run `python setup.py build_ext --inplace` in a checkout."
@@ -54,9 +53,14 @@ def cuda_library() -> ctypes.CDLL | None:
 
 
 def _find(module: str, signatures: Signatures) -> ctypes.CDLL | None:
-    # not importlib.util.find_spec: with an editable installation it also finds the library of another checkout
-    spec = PathFinder.find_spec(module, [str(PACKAGE)])
-    return None if spec is None or spec.origin is None else load(spec.origin, signatures)
+    path = PACKAGE / f"{module}.so"
+    if not path.is_file():
+        return None
+    try:
+        return load(str(path), signatures)
+    except OSError as error:
+        logger.warning("%s cannot be loaded, and slower code runs in its place: %s", path, error)
+        return None
 
 
 def load(path: str, signatures: Signatures) -> ctypes.CDLL:
