@@ -64,6 +64,10 @@ release: clean build ## sdist and wheel, looked at as docs/releasing.md says: al
 	$(PYTEST) -m more tests/test_packaging.py $(PYTEST_ARGS)
 	sha256sum dist/*
 
+.PHONY: docs
+docs: setup ## the pages of docs/ as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict --quiet
+
 .PHONY: gpu-pack
 gpu-pack: setup ## what a machine with a Hopper GPU and no network needs to run an engine, see docs/gpu.md
 	$(VENV_PYTHON) -m tools.gpu pack

@@ -70,7 +70,11 @@ def engine_steps() -> list[Step]:
 def steps() -> list[Step]:
     return [
         *engine_steps(),
-        Step("test tools", str(GROUPS["test"]), lambda: pip_install(TORCH, *GROUPS["test"])),
+        Step(
+            "tools for tests and pages",
+            str(GROUPS["test"] + GROUPS["docs"]),
+            lambda: pip_install(TORCH, *GROUPS["test"], *GROUPS["docs"]),
+        ),
         Step(
             "test models and kvpress",
             str(GROUPS["test-no-deps"]),
