@@ -33,7 +33,7 @@ RUN_BY = {
     "pip install ./examples/third_party_policy": ("tests/e2e/conftest.py", "third_party_policy"),
     "python -m vllm_kvevict policies": ("tests/e2e/test_example_policy.py", '"vllm_kvevict", "policies"'),
     "python -m vllm_kvevict calibrate": ("tests/e2e/test_auto_budget_over_http.py", "calibrate"),
-    "python -m vllm_kvevict inspect": ("tests/e2e/test_inspect.py", "inspect"),
+    "kvevict inspect": ("tests/e2e/test_inspect.py", "inspect"),
 }
 NOT_OURS = ("v1/", ".cache/", "benchmarks/results/gpu_engine.csv")  # vLLM's, and those that commands make
 
@@ -82,7 +82,9 @@ def broken_links(page: Path, text: str) -> list[str]:
 
 
 def modules_of(text: str) -> Iterator[list[str]]:
-    """``python -m MODULE ...`` of this checkout as [MODULE, ...]."""
+    """``python -m MODULE ...`` of this checkout, and ``kvevict ...``, as [MODULE, ...]."""
+    for words in commands_of(text, r"(?<![\w./])kvevict"):
+        yield ["vllm_kvevict", *words[1:]]
     for words in commands_of(text, r"python3? -m"):
         if len(words) > 2 and words[2].split(".")[0] in ("vllm_kvevict", "tools", "benchmarks"):
             yield words[2:]
@@ -187,7 +189,7 @@ def test_quoted_commands_exist(page: Path, flags_of_ours: Callable[[str], set[st
         flags = {word.partition("=")[0] for word in words if FLAG.match(word)}
         if module == "vllm_kvevict":  # what a command does not know goes to vLLM's engine
             known = flags_of_ours(words[0]) if words else set()
-            if words and words[0] in ("inspect", "calibrate") and flags - known:
+            if words and words[0] in ("check", "inspect", "calibrate") and flags - known:
                 known |= flags_of_vllm()
         else:
             known = set(flags_of_script(file))
@@ -211,9 +213,10 @@ def test_commands_of_blocks_are_run(page: Path) -> None:
 
 def test_commands_are_found_in_blocks_and_in_sentences() -> None:
     text = (
-        "`python -m tools.demo\n--budget 1`.\n```bash\nvllm serve M \\\n  --port 1  # --no\n.venv/bin/python -m x\n```"
+        "`python -m tools.demo\n--budget 1`, `kvevict check`.\n```bash\n"
+        "vllm serve M \\\n  --port 1  # --no\n.venv/bin/python -m x\n```"
     )
-    assert list(modules_of(text)) == [["tools.demo", "--budget", "1"]]
+    assert list(modules_of(text)) == [["vllm_kvevict", "check"], ["tools.demo", "--budget", "1"]]
     assert list(commands_of(text, "vllm serve")) == [["vllm", "serve", "M", "--port", "1"]]
 
 
