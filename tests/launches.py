@@ -23,10 +23,10 @@ from vllm_kvevict.kernels import (
 )
 
 _KERNELS = (chunk_attention, leverage, move_tokens, select, slot_scores, streaming_sums, tiled_tokens, window_scores)
-# what only makes another view of memory launches nothing
+# what only makes another view of memory, or takes some, launches nothing
 VIEWS = {
-    "_unsafe_view", "alias", "as_strided", "detach", "expand", "narrow", "permute", "select", "slice", "split",
-    "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+    "_unsafe_view", "alias", "as_strided", "detach", "empty", "expand", "narrow", "new_empty", "permute", "select",
+    "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
 }  # fmt: skip
 # what a GPU could only answer by letting the host wait
 _WAITS = {
@@ -44,6 +44,12 @@ def is_waiting(func: Any, args: Any, kwargs: Any) -> bool:
     return name in _WAITS or any(part is not None and part.dtype == torch.bool for part in index)
 
 
+def _span(tensor: torch.Tensor) -> int:
+    """Elements of memory from the first to the last of a tensor."""
+    steps = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return sum(steps) + 1 if tensor.numel() else 0
+
+
 class Launches(TorchDispatchMode):
     """counts: of the operators and kernels that ran; waits: those whose result the host had to wait for"""
 
@@ -55,7 +61,9 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name not in VIEWS:
-            self.counts[name] += 1
+            # of tensors with gaps a GPU takes one after the other
+            gaps = [each for each in args[0] if _span(each) > each.numel()] if "_foreach" in name else []
+            self.counts[name] += max(len(gaps), 1)
         if is_waiting(func, args, kwargs or {}):
             self.waits.append(name)
         return func(*args, **(kwargs or {}))

@@ -22,5 +22,15 @@ def padded(parts: Sequence[torch.Tensor], lens: Sequence[int], dim: int, value: 
 
 
 def in_own_memory(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return copies of ``parts``, each in memory of its own: it is free once its owner is gone."""
+    """Return copies of ``parts``, each in memory of its own: it is free once its owner is gone.
+
+    A GPU has one launch for all only if each of them is without gaps.
+    """
     return [*torch._foreach_mul([*parts], 1)]
+
+
+def taken_apart(together: torch.Tensor, lens: Sequence[int]) -> list[torch.Tensor]:
+    """Return the parts [num_rows, num_tokens] of [num_rows, sum of lens], each in memory of its own, in one launch."""
+    parts = [together.new_empty(len(together), length) for length in lens]
+    torch.split_with_sizes_copy(together, [*lens], dim=1, out=parts)
+    return parts

@@ -9,6 +9,7 @@ from vllm_kvevict.budgets.batch import wishes_for_batches
 from vllm_kvevict.eviction.method import Method, are_equal
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.eviction.traits import traits_of
+from vllm_kvevict.foreign.code import contained
 from vllm_kvevict.policies import scratch
 from vllm_kvevict.policies.base import Need
 from vllm_kvevict.policies.batch import observes_chunks, preselects_batches, scores_batches
@@ -43,15 +44,24 @@ def chosen_together(evictions: Mapping[str, Eviction]) -> list[list[str]]:
     return _grouped(evictions, lambda one, other: _shares(one) and _fit(one, other), _have_room)
 
 
-def observed_together(chunks: Mapping[str, tuple[Method, int]], num_kv_heads: int) -> list[list[str]]:
+def observed_together(
+    chunks: Mapping[str, tuple[Method, int]], num_heads: int, num_kv_heads: int, head_size: int
+) -> list[list[str]]:
     """Return the names of prompts whose chunks a policy observes together.
 
     chunks: of each prompt its method, and the tokens in the cache behind the chunk
     """
+
+    def have_room(together: list[tuple[Method, int]]) -> bool:
+        longest = max(num_tokens for _, num_tokens in together)
+        with contained():  # a third party's
+            kept = together[0][0].policy.observed_bytes(num_heads, num_kv_heads, head_size)
+            # what is kept of each is put together first, and taken apart again
+            return scratch.fits(len(together) * (longest * num_kv_heads * _BYTES_PER_SCORE + 2 * kept))
+        return False
+
     return _grouped(
-        chunks,
-        lambda one, other: observes_chunks(one[0].policy) and are_equal(one[0], other[0]),
-        lambda together: _fit_into_scratch([num_tokens for _, num_tokens in together], num_kv_heads),
+        chunks, lambda one, other: observes_chunks(one[0].policy) and are_equal(one[0], other[0]), have_room
     )
 
 

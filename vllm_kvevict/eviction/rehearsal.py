@@ -22,6 +22,7 @@ from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.kernels.expand_page_table import BatchRows
 from vllm_kvevict.kernels.window_scores import MAX_ROWS
 from vllm_kvevict.policies.base import Need
+from vllm_kvevict.policies.batch import observes_chunks
 from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs, StepInputs
 
 _NUM_EVICTED_BLOCKS = 2
@@ -102,7 +103,10 @@ class Rehearsal:
         pages = self._pool.readable(self._pool.layer_page_ids(layer, self._block_ids))
         weights = self._weights(layer)
         inputs = ScoreInputs(self._query, *pages, self._plan.num_tokens, self._scale, weights=weights, layer=layer)
-        return self._method.policy.observe(None, inputs)
+        policy = self._method.policy
+        return (
+            policy.observe_chunks([None], inputs.chunk)[0] if observes_chunks(policy) else policy.observe(None, inputs)
+        )
 
     def _chunks(self) -> list[int]:
         """Return how many queries at once a policy observes of an answer, or behind an eviction, as far as it matters.

@@ -119,6 +119,10 @@ class EvictionPolicy(ABC):
         """Return the bytes per token and layer that ``observe`` keeps until the prompt ends; again what grows."""
         return 0
 
+    def observed_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        """Return the bytes per prompt and layer that ``observe`` keeps beside those, at most: what does not grow."""
+        return 0
+
     def observe(self, state: Any, inputs: ScoreInputs) -> Any:
         """Look at a chunk of the prompt; return what ``score`` shall find as ``inputs.state``.
 

@@ -46,7 +46,8 @@ class ScoreBatch:
     scale:       softmax scale, times what stored keys are to be multiplied by
     value_scale: what stored values are to be multiplied by
     state:       [num_reqs, num_layers, num_kv_heads, max_kv_len] float32, what the policy has summed up of each token
-                 before these queries, 0 for tokens that are theirs; None if it does not observe all queries
+                 before these queries, 0 for tokens that are theirs; None if it does not observe all queries, and of
+                 prompts, of which ``observed`` has it
     alike:       whether the heads of a layer hold the same tokens
     key_scale:   what stored keys are to be multiplied by, which ``scale`` has in it
     layers:      index of each layer

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import torch
 
-from vllm_kvevict.cache.ragged import in_own_memory, padded
+from vllm_kvevict.cache.ragged import in_own_memory, padded, taken_apart
 from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.kernels.chunk_attention import chunk_attention
 from vllm_kvevict.kernels.leverage import block_bytes, leverage
@@ -129,6 +129,10 @@ class Compactor(BatchPolicy):
         # the attention of complete chunks; the queries of the incomplete one do not grow with the prompt
         return 4 * num_kv_heads
 
+    def observed_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        # the queries that wait, of at most four bytes a number
+        return 4 * (self.chunk + self._num_excluded[1]) * num_heads * head_size
+
     def observe_chunks(self, states: Sequence[_Observed | None], chunks: PromptChunks) -> list[_Observed]:
         """Score the attention chunks that are complete; keep a copy of the queries of those that are not."""
         num_sink, num_recent = self._num_excluded
@@ -142,14 +146,14 @@ class Compactor(BatchPolicy):
         together = replace(chunks, query=torch.cat(parts), num_queries=num_queries)
         # tokens that turn out to be the prompt's last ones may have no part in it
         num_complete = [max(count - num_recent, 0) // self.chunk * self.chunk for count in num_queries]
-        attention = self._attention(together, num_complete).split(num_queries, dim=1)
-        received = [of_prompt[:, :count] for of_prompt, count in zip(attention, num_complete, strict=True)]
+        lens = [part for count, all_ in zip(num_complete, num_queries, strict=True) for part in (count, all_ - count)]
+        received = taken_apart(self._attention(together, num_complete), lens)[::2]
         pending = [
             queries[count:] for queries, count in zip(together.query.split(num_queries), num_complete, strict=True)
         ]
         return [
             _Observed(queries, (*state.attention, of_prompt) if of_prompt.shape[1] else state.attention)
-            for state, queries, of_prompt in zip(earlier, in_own_memory(pending), in_own_memory(received), strict=True)
+            for state, queries, of_prompt in zip(earlier, in_own_memory(pending), received, strict=True)
         ]
 
     def score_batch(self, batch: ScoreBatch) -> torch.Tensor:

@@ -102,6 +102,10 @@ class ExpectedAttention(BatchPolicy):
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
         return 4 * num_kv_heads  # the scores; all else is a tile
 
+    def observed_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        size = head_size if self.use_covariance else 0
+        return 8 * num_heads * (head_size + size**2)
+
     def observe_chunks(self, states: Sequence[_QuerySums | None], chunks: PromptChunks) -> list[_QuerySums]:
         """Add the queries of the chunks to the sums, whose size does not depend on the prompts."""
         rotary = _known(chunks.rotary)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 
-from vllm_kvevict.cache.ragged import in_own_memory, padded
+from vllm_kvevict.cache.ragged import padded, taken_apart
 from vllm_kvevict.kernels.chunk_batch import ChunkBatch
 from vllm_kvevict.kernels.streaming_sums import streaming_sums
 from vllm_kvevict.kernels.window_batch import Reduction
@@ -69,8 +69,7 @@ class H2O(BatchPolicy):
             chunks.scale * chunks.key_scale,
         )
         streaming_sums(batch, sums)
-        of_prompts = sums.split([*chunks.kv_lens], dim=1)
-        return in_own_memory(of_prompts) if len(of_prompts) > 1 else [*of_prompts]
+        return taken_apart(sums, chunks.kv_lens) if len(states) > 1 else [sums]
 
     def observe_batch(self, batch: ScoreBatch) -> torch.Tensor:
         # the mean over the queries, as the kernel has it, times their number

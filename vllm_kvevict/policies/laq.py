@@ -100,7 +100,7 @@ class LookaheadQCache(BatchPolicy, Lookahead):
             num_pseudo = batch.num_pseudo[:, None, None, None]
             if self.misplaced_mask:
                 last_seen = last_seen - num_pseudo
-            # as many for all, so that no bit of a score depends on how many others have
+            # as many for all, so that a score does not depend on how many others have
             padding = self.num_lookahead - batch.pseudo_query.shape[2]
             query = torch.cat([query, F.pad(batch.pseudo_query, (0, 0, 0, 0, 0, padding))], dim=2)
             last_seen = torch.cat([last_seen, self._seen_by_pseudo(batch.kv_lens[..., None], num_pseudo)], dim=3)

@@ -107,6 +107,9 @@ class WrapperPolicy(EvictionPolicy):
     def preselect_batch(self, batch: ScoreBatch) -> torch.Tensor:
         return self.wrapped.preselect_batch(batch)
 
+    def observed_bytes(self, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+        return self.wrapped.observed_bytes(num_heads, num_kv_heads, head_size)
+
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         return self.rescore(ScoreInputs.together([inputs]), self.wrapped.score(inputs)[None, None])[0, 0]
 

@@ -60,6 +60,7 @@ class EvictionBridge:
         self._watched: dict[str, WatchedRequest] = {}
         self.step = none()
         self.failures = Failures()
+        self._num_heads = config.model_config.get_num_attention_heads(config.parallel_config)
         self._workers = Workers(config.parallel_config)
         self._commands = Commands()
         tokens = TokenEvictor(pool, self.page_table, self.residents, self.ring, held.holes)
@@ -231,7 +232,7 @@ class EvictionBridge:
             )
             for row in answers
         ]
-        prefills = in_groups(rows, step, self.pool)
+        prefills = in_groups(rows, step, self.pool, self._num_heads)
         for layer, of_layer in enumerate(queries):
             self.observe(prefills, layer, of_layer, of_layer, self._weights.scale(layer))
 
@@ -251,7 +252,7 @@ class EvictionBridge:
         split = self._folder.split(self.page_table.slots.of(req_ids), common)
         self._check_lengths(common)
         step.stage_blocks(common.block_table_tensor, self.pool)
-        prefills = in_groups(self._prefill_rows(common, step), step, self.pool)
+        prefills = in_groups(self._prefill_rows(common, step), step, self.pool, self._num_heads)
         query_start_loc = common.query_start_loc_cpu.numpy()[: len(req_ids) + 1]
         remembered = self.ring.to_write(req_ids, query_start_loc, common.seq_lens)
         if not split.evicted and not prefills and remembered is None:

@@ -18,7 +18,7 @@ _DOING = "choosing what to keep"
 Part = tuple[list[str], Evictions]
 
 
-def in_groups(rows: list[PrefillRow], step: Step, pool: PagePool) -> list[Prefill]:
+def in_groups(rows: list[PrefillRow], step: Step, pool: PagePool, num_heads: int) -> list[Prefill]:
     """Return ``rows``, as policies look at them: first those that they observe all queries of, then those in groups
     whose layers are scored together, which the step notes, then the others.
     """
@@ -32,13 +32,14 @@ def in_groups(rows: list[PrefillRow], step: Step, pool: PagePool) -> list[Prefil
     others = [row for row in rows if row.req_id not in grouped]
     scored: list[PrefillGroup | PrefillRow] = [*groups, *others]
     step.ahead += [prefill for prefill in scored if prefill.looks_ahead]
-    return [*_observed(rows, pool), *scored]
+    return [*_observed(rows, pool, num_heads), *scored]
 
 
-def _observed(rows: list[PrefillRow], pool: PagePool) -> list[ObservedChunks]:
+def _observed(rows: list[PrefillRow], pool: PagePool, num_heads: int) -> list[ObservedChunks]:
     asked = {row.req_id: row for row in rows if Need.ALL_QUERIES in row.request.needs and row.end > row.start}
     facts = {req_id: (row.request.method, row.kv_len) for req_id, row in asked.items()}
-    together = [[asked[req_id] for req_id in group] for group in observed_together(facts, pool.num_kv_heads)]
+    groups = observed_together(facts, num_heads, pool.num_kv_heads, pool.head_size)
+    together = [[asked[req_id] for req_id in group] for group in groups]
     return [ObservedChunks(group, pool.pages_of_each([row.block_ids for row in group])) for group in together]
 
 

@@ -85,6 +85,10 @@ class PrefillRow(BatchRow):
         else:
             self._score(self.eviction, ran.layer, last, ran.scale, weights)
 
+    def forget(self) -> None:
+        """All of its layers are scored: what was gathered for the pseudo tokens has served."""
+        self.selected, self.last, self.pseudo = [], [], ()
+
     def score_ahead(self, layer: int, scale: float, weights: LayerWeights) -> None:
         """Score a layer by the pseudo tokens that have followed."""
         if self.eviction is not None:

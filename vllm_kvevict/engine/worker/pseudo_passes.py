@@ -67,6 +67,8 @@ class PseudoPasses:
         for layer in range(self._pool.num_layers):
             for prefill in prefills:
                 look(prefill, self._failures, "scoring by pseudo tokens", partial(_score_ahead, layer, weights))
+        for row in rows:  # which stay until the next step
+            row.forget()
 
     def run(self, rows: list[PrefillRow], weights: ModelWeights) -> list[tuple[list[torch.Tensor], bool]]:
         """Return of each row the queries of its pseudo tokens, layer by layer [num_tokens, num_heads, head_size]; and

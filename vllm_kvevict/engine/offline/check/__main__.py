@@ -81,7 +81,9 @@ def _version(package: str) -> str:
 
 
 def _plugin() -> str:
-    found = [plugin.value for plugin in entry_points(group="vllm.general_plugins")]
+    from vllm.plugins import DEFAULT_PLUGINS_GROUP
+
+    found = [plugin.value for plugin in entry_points(group=DEFAULT_PLUGINS_GROUP)]
     allowed = os.environ.get("VLLM_PLUGINS")
     if _PLUGIN not in found:
         raise AssertionError(f"expected {_PLUGIN} among vLLM's plugins, got {found}; install the package")

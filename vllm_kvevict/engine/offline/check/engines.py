@@ -121,7 +121,7 @@ def described(engine: Running) -> str:
     mode = engine.vllm_config.compilation_config.cudagraph_mode
     return (
         f"{current_platform.device_name}, worker {type(engine.worker).__name__}, runner {runner.__module__}."
-        f"{runner.__name__}, attention {' and '.join(sorted(backends))}, graphs {mode.name if mode else 'none'}"
+        f"{runner.__name__}, attention {' and '.join(sorted(backends))}, graphs {mode or 'none'}"
     )
 
 
