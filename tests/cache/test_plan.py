@@ -28,6 +28,11 @@ def fewest_blocks(num_tokens: int, block_size: int) -> int:
     return next(n for n in range(num_tokens + 1) if n * block_size >= num_tokens)
 
 
+def at_least(tokens: Fraction) -> int:
+    """Return the next whole number; what is less than a millionth above one is what a float made of it."""
+    return -int(-(tokens - Fraction(1, 2_000_000)) // 1)
+
+
 @properties
 @given(prompt_lengths, token_budgets | fractions, block_sizes, protections)
 def test_parts_of_a_plan_add_up(num_tokens, budget, block_size, num_protected):
@@ -57,7 +62,7 @@ def test_protected_tokens_always_fit(num_tokens, budget, block_size, num_protect
 @given(prompt_lengths, token_budgets | fractions, block_sizes, protections)
 def test_keeps_the_fewest_blocks_that_do_and_none_is_freed_in_vain(num_tokens, budget, block_size, num_protected):
     """The budget rounded up to blocks, more only if the tail could leave too little for the protected tokens."""
-    budget_tokens = budget if isinstance(budget, int) else -int(-(Fraction(budget) * num_tokens) // 1)
+    budget_tokens = budget if isinstance(budget, int) else at_least(Fraction(budget) * num_tokens)
     wanted = max(
         fewest_blocks(budget_tokens, block_size),
         next(n for n in range(1, num_protected + 2) if (n - 1) * block_size + 1 >= num_protected),
@@ -83,7 +88,7 @@ def test_during_decode_a_request_never_needs_more_than_its_first_blocks(num_toke
     most = plan.num_full_blocks + 1
     assert plan.num_kept_blocks == most - (plan.num_tail_tokens == 0)
     assert plan.num_full_blocks * block_size >= num_protected
-    budget_tokens = budget if isinstance(budget, int) else -int(-(Fraction(budget) * num_tokens) // 1)
+    budget_tokens = budget if isinstance(budget, int) else at_least(Fraction(budget) * num_tokens)
     assert most == max(fewest_blocks(budget_tokens, block_size), fewest_blocks(max(num_protected, 1), block_size) + 1)
     whole = plan_eviction(num_tokens, budget, block_size, num_protected)
     if whole is not None and plan.num_tail_tokens > 0 and not is_late:
