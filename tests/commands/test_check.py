@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,18 @@ def test_a_row_in_which_the_process_dies_has_failed(part: Path, tmp_path: Path, 
     assert last.detail.startswith("the process ended with -6") and "a last word" in last.detail
 
 
+@pytest.mark.parametrize("rest", ["", '{"row": "seco'], ids=["between lines", "in a line"])
+def test_a_row_that_hangs_is_named_though_lines_came_at_once(
+    part: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rest: str
+) -> None:
+    monkeypatch.setattr(check, "_MOST_SECONDS", 2)
+    lines = "".join(json.dumps(line) + "\n" for line in ({"begins": "first"}, ROW, {"begins": "second"}))
+    part.write_text(BEGINS + f"told.write({lines + rest!r}); told.flush()\nimport time; time.sleep(100)")
+    first, last = rows_of(tmp_path)
+    assert (first.name, first.verdict, last.name, last.verdict) == ("first", "ok", "second", "failed")
+    assert last.detail.startswith("no end after 2 seconds")
+
+
 def test_a_part_that_hangs_is_ended(part: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what it has started."""
     monkeypatch.setattr(check, "_MOST_SECONDS", 1)
@@ -51,7 +64,17 @@ def test_a_part_that_hangs_is_ended(part: Path, tmp_path: Path, monkeypatch: pyt
     (row,) = rows_of(tmp_path)
     assert (row.name, row.verdict) == ("first", "failed")
     assert row.detail.startswith("no end after 1 seconds")
-    assert not Path(f"/proc/{child.read_text()}").exists() or "Z" in Path(f"/proc/{child.read_text()}/stat").read_text()
+    stat, deadline = Path(f"/proc/{child.read_text()}/stat"), time.monotonic() + 10  # it was killed, not waited for
+    while lives(stat) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not lives(stat)
+
+
+def lives(stat: Path) -> bool:
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

@@ -14,8 +14,9 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -115,7 +116,7 @@ def run_part(part: str, known: dict[str, Any], found: Found, folder: Path) -> It
     log = folder / f"{part}.log"
     # the scheduler and the worker must be in the process that looks at them
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    with log.open("wb") as output, os.fdopen(reading) as told:
+    with log.open("wb") as output, os.fdopen(reading, "rb", buffering=0) as told:
         process = subprocess.Popen(
             [sys.executable, "-m", _MODULE, part, json.dumps(known), str(writing)],
             pass_fds=[writing],
@@ -139,15 +140,17 @@ def run_part(part: str, known: dict[str, Any], found: Found, folder: Path) -> It
         yield row
 
 
-def _lines(told: IO[str], deadline: float) -> Iterator[str]:
-    """Yield lines until the other side closes, or it is too late."""
+def _lines(told: FileIO, deadline: float) -> Iterator[bytes]:
+    """Yield lines until the other side closes, or it is too late: all that came by then, but for a line begun."""
+    begun = b""
     with selectors.DefaultSelector() as selector:
         selector.register(told, selectors.EVENT_READ)
         while selector.select(max(deadline - time.monotonic(), 0)):
-            line = told.readline()
-            if not line:
+            came = told.read(1 << 16)
+            if not came:
                 return
-            yield line
+            *lines, begun = (begun + came).split(b"\n")
+            yield from lines
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
