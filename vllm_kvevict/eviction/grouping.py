@@ -53,11 +53,10 @@ def observed_together(
     """
 
     def have_room(together: list[tuple[Method, int]]) -> bool:
-        longest = max(num_tokens for _, num_tokens in together)
         with contained():  # a third party's
             kept = together[0][0].policy.observed_bytes(num_heads, num_kv_heads, head_size)
             # what is kept of each is put together first, and taken apart again
-            return scratch.fits(len(together) * (longest * num_kv_heads * _BYTES_PER_SCORE + 2 * kept))
+            return _fit_into_scratch([num_tokens for _, num_tokens in together], num_kv_heads, 2 * kept)
         return False
 
     return _grouped(
@@ -119,9 +118,9 @@ def _have_room(together: list[Eviction]) -> bool:
     return _fit_into_scratch([eviction.plan.num_tokens for eviction in together], together[0].pool.num_kv_heads)
 
 
-def _fit_into_scratch(num_tokens: list[int], num_kv_heads: int) -> bool:
+def _fit_into_scratch(num_tokens: list[int], num_kv_heads: int, bytes_of_each: int = 0) -> bool:
     """Whether one layer of these prompts does: all requests of a group are in each tile."""
-    return scratch.fits(max(num_tokens) * len(num_tokens) * num_kv_heads * _BYTES_PER_SCORE)
+    return scratch.fits(len(num_tokens) * (max(num_tokens) * num_kv_heads * _BYTES_PER_SCORE + bytes_of_each))
 
 
 def _length_class(num_tokens: int) -> int:

@@ -29,8 +29,8 @@ class Rows:
     def __init__(self, tell: Tell) -> None:
         self._tell = tell
 
-    def ask(self, name: str, question: Callable[[], str]) -> bool:
-        """Answer a row; return whether it is well."""
+    def ask(self, name: str, question: Callable[[], str]) -> None:
+        """Answer a row."""
         self._tell({"begins": name})
         start = time.perf_counter()
         try:
@@ -40,7 +40,6 @@ class Rows:
         except Exception as error:
             verdict, detail = "failed", f"{type(error).__name__}: {error}"
         self.say(name, verdict, detail, time.perf_counter() - start)
-        return verdict == "ok"
 
     def say(self, name: str, verdict: str, detail: str, seconds: float = 0.0) -> None:
         """Tell a row that needs no question."""

@@ -17,13 +17,18 @@ class Answer:
     steps: list[dict[int, float]]
 
 
+def noise_of(is_float32: bool) -> float:
+    """Return by how much log-probabilities may differ."""
+    return NOISE if is_float32 else HALF_NOISE
+
+
 def difference(found: Answer, expected: Answer, is_float32: bool) -> float:
     """Return by how much log-probabilities differ at most, up to where the answers part.
 
     Raises AssertionError if that is more than the noise of the dtype, or if they part where one token is clearly more
     likely than the other.
     """
-    noise, worst = NOISE if is_float32 else HALF_NOISE, 0.0
+    noise, worst = noise_of(is_float32), 0.0
     for place, (token, other) in enumerate(zip(found.tokens, expected.tokens, strict=True)):
         one, two = found.steps[place], expected.steps[place]
         if token != other:

@@ -13,10 +13,11 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
 
+from vllm_kvevict.cache.plan import cdiv
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.engine.offline.check.answers import Answer, difference
+from vllm_kvevict.engine.offline.check.answers import Answer, difference, noise_of
 from vllm_kvevict.engine.offline.check.dense import DenseModel
-from vllm_kvevict.engine.offline.check.reachable import held_beside_cache
+from vllm_kvevict.engine.offline.check.reachable import bridges_of, held_beside_cache
 from vllm_kvevict.engine.offline.run import check_in_process, engine_args
 from vllm_kvevict.eviction.record import recorded_evictions
 
@@ -152,9 +153,9 @@ def _gives_back(engine: Running, options: dict[str, Any]) -> str:
     block_size = engine.worker.eviction.pool.block_size
     free, length = engine.num_free_blocks, lengths(engine)[-1]
     _, held = engine.answer(engine.prompt(length), **options)
-    kept, whole = -(-BUDGET // block_size) + 1, -(-length // block_size)
+    kept, whole = cdiv(BUDGET, block_size) + 1, cdiv(length, block_size)
     # behind the last step the request has ended
-    last = held[-2] - (0 if options else -(-NUM_ANSWERED // block_size))
+    last = held[-2] - (0 if options else cdiv(NUM_ANSWERED, block_size))
     if not 0 < last <= kept + 1:
         raise AssertionError(f"expected at most {kept + 1} blocks of {block_size} tokens at the end, got {held[-2]}")
     if options.get("kv_evict_during_prefill") and max(held) >= whole:
@@ -175,14 +176,14 @@ def _as_dense(engine: Running, folder: Path) -> str:
         for place, step in enumerate(answer.steps)
         for token, found in step.items()
     ]
-    worst, most = max(differences), 1e-3 if engine.is_float32 else 0.25
+    worst, most = max(differences), noise_of(engine.is_float32)
     if not worst <= most or math.isnan(sum(differences)):
         raise AssertionError(f"expected log-probabilities within {most} of dense attention's, got {worst:.3g}")
     return f"{len(differences)} log-probabilities differ by {worst:.1e} at most"
 
 
 def _counted(engine: Running) -> str:
-    counted = sum(sum(bridge.held.sizes().values()) for bridge in (engine.worker.eviction,))
+    counted = sum(sum(bridge.held.sizes().values()) for bridge in bridges_of(engine.worker))
     held = held_beside_cache(engine.worker)
     # what is known of the last batch is no more than some numbers for each request
     if abs(held - counted) > 64 << 10:
