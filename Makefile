@@ -57,11 +57,12 @@ bench: model ## every script of benchmarks/, one after the other, and the report
 	$(VENV_PYTHON) -m benchmarks.report
 
 build: setup ## sdist and wheel in dist/
-	$(VENV_PYTHON) -m build --no-isolation
+	$(VENV_PYTHON) -m tools.release build
 
 .PHONY: release
-release: clean build ## sdist and wheel, looked at as docs/releasing.md says: all but the upload
-	$(PYTEST) -m more tests/test_packaging.py $(PYTEST_ARGS)
+release: clean models ## sdist and wheel, looked at as docs/releasing.md says: all but the upload
+	$(VENV_PYTHON) -m tools.release release
+	KVEVICT_DIST=$(CURDIR)/dist $(PYTEST) -m more tests/test_packaging.py $(PYTEST_ARGS)
 	sha256sum dist/*
 
 .PHONY: docs

@@ -1,5 +1,6 @@
 """The compiled kernels are found once, and their absence is said once."""
 
+import os
 import re
 import subprocess
 import sys
@@ -58,12 +59,40 @@ def test_a_worker_hears_once_that_the_library_of_its_device_cannot_be_loaded(
     assert f"{library} cannot be loaded" in record.getMessage()
 
 
-def test_the_kernels_share_the_openmp_runtime_of_torch():
+def test_the_kernels_share_the_openmp_runtime_of_torch(tmp_path):
     """A second one would have threads of its own. Other packages may bring one, but not into this process."""
     if native.library() is None:
         pytest.skip("the CPU kernels are not built: run `python setup.py build_ext --inplace`")
-    code = "from vllm_kvevict.kernels.native import library; library(); print(open('/proc/self/maps').read())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    lines = [line for line in done.stdout.splitlines() if re.search(r"lib(gomp|iomp5|omp)[.-]", line)]
-    (runtime,) = {line.split()[-1] for line in lines}
+    (runtime,) = openmp_runtimes("library()", tmp_path)
     assert Path(torch.__file__).resolve().parent in Path(runtime).resolve().parents
+
+
+def test_a_second_openmp_runtime_is_not_taken_in(tmp_path):
+    """A torch whose runtime has another name: the loader would take one that the system has by the name it seeks."""
+    if native.library() is None:
+        pytest.skip("the CPU kernels are not built: run `python setup.py build_ext --inplace`")
+    (runtime,) = openmp_runtimes("library()", tmp_path)
+    (needed,) = native.runtimes_of(str(native.PACKAGE / "_cpu.so"))
+    other = needed[:-1] + "7"  # of the same length
+    (tmp_path / other).write_bytes(Path(runtime).read_bytes())
+    ours = (native.PACKAGE / "_cpu.so").read_bytes()
+    (tmp_path / "_cpu.so").write_bytes(ours.replace(needed.encode(), other.encode()))
+    with pytest.raises(OSError, match=f"needs {other}, which torch has not brought"):
+        native.load(str(tmp_path / "_cpu.so"), native.SIGNATURES)
+    assert openmp_runtimes(f"ctypes.CDLL('{tmp_path}/_cpu.so')", tmp_path) > {runtime}  # so it would have been
+    assert openmp_runtimes(f"_load_or_log(Path('{tmp_path}/_cpu.so'), SIGNATURES)", tmp_path) == {runtime}
+
+
+def openmp_runtimes(code, search_path):
+    """Return the files of OpenMP runtimes that a process has mapped after ``code``, which sees names of ``native``."""
+    code = f"from vllm_kvevict.kernels.native import *\n{code}\nprint(open('/proc/self/maps').read())"
+    code = f"from vllm_kvevict.kernels.native import _load_or_log\n{code}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "LD_LIBRARY_PATH": str(search_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [line for line in done.stdout.splitlines() if re.search(r"lib(gomp|iomp5|omp)[.-]", line)]
+    return {line.split()[-1] for line in lines}

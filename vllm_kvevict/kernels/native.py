@@ -3,6 +3,8 @@
 import ctypes
 import functools
 import logging
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +17,8 @@ from vllm_kvevict.kernels.interface import CUDA_SIGNATURES, INT32, SIGNATURES, d
 logger = logging.getLogger("vllm.kvevict")  # a child of vLLM's, which shows what it logs
 
 PACKAGE = Path(__file__).parents[1]
+# torch's: where torch has none of that name, the loader would take the system's, the second one of the process
+RUNTIME = re.compile(rb"lib(?:gomp|cudart)\.so[.0-9]*")
 Signatures = dict[str, tuple[Any, ...]]
 
 
@@ -37,25 +41,23 @@ def library() -> ctypes.CDLL | None:
 
     Raises RuntimeError if it was built from other declarations.
     """
-    found = _find("_cpu", SIGNATURES)
-    if found is None and not (PACKAGE / "_cpu.so").is_file():
+    if not (PACKAGE / "_cpu.so").is_file():
         logger.warning(
             "CPU kernels are not built: using their slower torch references. To build them, install a C++ compiler "
             "and reinstall, or run `python setup.py build_ext --inplace` in a checkout."
         )
-    return found
+        return None
+    return _load_or_log(PACKAGE / "_cpu.so", SIGNATURES)
 
 
 @functools.cache
 def cuda_library() -> ctypes.CDLL | None:
     """Return the compiled CUDA kernels as ``library`` does those of the CPU; without them Triton's run, unlogged."""
-    return _find("_cuda", CUDA_SIGNATURES)
+    path = PACKAGE / "_cuda.so"
+    return _load_or_log(path, CUDA_SIGNATURES) if path.is_file() else None
 
 
-def _find(module: str, signatures: Signatures) -> ctypes.CDLL | None:
-    path = PACKAGE / f"{module}.so"
-    if not path.is_file():
-        return None
+def _load_or_log(path: Path, signatures: Signatures) -> ctypes.CDLL | None:
     try:
         return load(str(path), signatures)
     except OSError as error:
@@ -66,8 +68,12 @@ def _find(module: str, signatures: Signatures) -> ctypes.CDLL | None:
 def load(path: str, signatures: Signatures) -> ctypes.CDLL:
     """Return a library whose functions take the arguments that ``signatures`` say.
 
-    Raises RuntimeError if it was built from other declarations.
+    Raises OSError if it cannot be loaded, or not without a second OpenMP or CUDA runtime, and RuntimeError if it was
+    built from other declarations.
     """
+    absent = [name for name in runtimes_of(path) if not _is_loaded(name)]
+    if absent:
+        raise OSError(f"it needs {' and '.join(absent)}, which torch has not brought into this process")
     found, expected = ctypes.CDLL(path), digest(declarations(signatures))
     built = "no digest"
     if hasattr(found, "kvevict_interface"):
@@ -79,6 +85,19 @@ def load(path: str, signatures: Signatures) -> ctypes.CDLL:
             f"Build it again with `python setup.py build_ext --inplace`, or reinstall the package"
         )
     return found
+
+
+def runtimes_of(path: str) -> list[str]:
+    """Return the OpenMP and CUDA runtimes that a library names."""
+    return sorted({name.decode() for name in RUNTIME.findall(Path(path).read_bytes())})
+
+
+def _is_loaded(name: str) -> bool:
+    try:
+        ctypes.CDLL(name, mode=os.RTLD_NOLOAD)
+    except OSError:
+        return False
+    return True
 
 
 @functools.cache
