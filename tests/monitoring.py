@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ import promql_parser as promql
 import pytest
 import yaml
 
+from tools import prometheus
+
 ROOT = Path(__file__).resolve().parents[1]
 DASHBOARD = ROOT / "configs" / "grafana_dashboard.json"
-PROMETHEUS = ROOT / "deploy" / "prometheus"
-EXTRACTED = ROOT / ".cache" / "prometheus" / "usr" / "bin"  # by .ci/run, from Debian's package
+PROMETHEUS = prometheus.CONFIGURATION
 OF_PROMETHEUS = {"up", "ALERTS"}  # series that it makes itself
 
 
@@ -60,7 +60,7 @@ def server_selectors() -> list[promql.VectorSelector]:
 
 def program(name: str) -> str:
     """Where a program of Prometheus is; skips the test if it is not installed."""
-    found = shutil.which(name) or shutil.which(name, path=EXTRACTED)
+    found = prometheus.program(name)
     if found is None:
         pytest.skip(f"{name} is not installed; Debian's package prometheus has it")
     return found

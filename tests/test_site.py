@@ -41,12 +41,17 @@ def test_links_that_leave_a_page_outside_of_docs_lead_on(site: Path) -> None:
     assert 'src="images/eviction.svg"' in home
     assert 'href="example_policy.html"' in (site / "policies.html").read_text()
     assert (site_path("docs/adr/x.md"), site_path("LICENSE")) == ("adr/x.md", None)
+    measurements = (site / "measurements" / "index.html").read_text()
+    assert 'src="decode.png"' in measurements and (site / "measurements" / "decode.png").is_file()
+    assert 'href="measurements/index.html"' in (site / "results.html").read_text()
 
 
 def test_the_page_of_python_names_has_all_that_are_public(site: Path) -> None:
     page = (site / "api.html").read_text()
     names = {name for of_module in PUBLIC.values() for name in of_module} - {"__version__", "AUTO"}
     assert {name for name in names if name not in page} == set()
+    run_together = re.findall(r"<p>[a-z_]+: [^<]*\n[a-z_]+: ", page)  # names of a docstring that are no list
+    assert "<li><code>kv_len</code>: tokens in the cache" in page and not run_together
 
 
 def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:

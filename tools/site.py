@@ -17,14 +17,17 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "examples/third_party_policy/README.md": "example_policy.md",
+    "benchmarks/results/README.md": "measurements/index.md",
 }
+# figures of one of them, which lie beside it
+FIGURES = {str(path.relative_to(ROOT)): f"measurements/{path.name}" for path in ROOT.glob("benchmarks/results/*.png")}
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages that lie outside of docs/."""
-    for source, page in PAGES.items():
-        files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    """Add the pages that lie outside of docs/, and their figures."""
+    for source, page in {**PAGES, **FIGURES}.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     return files
 
 
@@ -48,6 +51,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 def site_path(path: str) -> str | None:
     """Return where a file of the checkout is in the site, None if it is not."""
-    if path in PAGES:
-        return PAGES[path]
+    if found := {**PAGES, **FIGURES}.get(path):
+        return found
     return path.removeprefix("docs/") if path.startswith("docs/") else None
