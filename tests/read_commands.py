@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from setuptools.dist import Distribution
 
 from tests.conftest import ROOT
 from vllm_kvevict.commands import check
@@ -78,8 +79,6 @@ def _read_vllm(words: list[str], patch: pytest.MonkeyPatch) -> None:
 
 def _read_python(words: list[str], patch: pytest.MonkeyPatch) -> None:
     if words[0] == "setup.py":
-        from setuptools.dist import Distribution
-
         patch.chdir(ROOT)
         patch.setattr(Distribution, "run_commands", stop)
         patch.setattr(sys, "argv", words)
