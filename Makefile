@@ -80,7 +80,7 @@ clean: ## remove what the targets made, except .venv, the kernels it uses and th
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | sort
 
-setup:
+setup: ## .venv with all that the other targets need
 	@$(PYTHON) tools/setup_venv.py
 
 model: setup ## the model of demo and bench, converted from a package

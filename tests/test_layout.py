@@ -12,8 +12,7 @@ from textwrap import dedent
 
 import pytest
 
-from tools import option_table, second_tier
-from tools.feature_table import with_table
+from tools import second_tier
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vllm_kvevict"
@@ -160,21 +159,6 @@ def test_no_file_names_the_host_of_a_package_registry(tracked_files: list[Path])
 def test_no_file_holds_a_path_of_somebodys_machine(tracked_files: list[Path]) -> None:
     found = [(name_of(path), match[0]) for path in tracked_files if (match := MACHINE_PATH.search(path.read_text()))]
     assert not found
-
-
-def test_the_table_of_features_is_that_of_the_tests() -> None:
-    text = (ROOT / "docs" / "compatibility.md").read_text()
-    assert text == with_table(text), "run `python -m tools.feature_table --write docs/compatibility.md`"
-
-
-def test_the_table_of_options_is_that_of_the_configuration() -> None:
-    text = (ROOT / "docs" / "configuration.md").read_text()
-    assert text == option_table.with_table(text), "run `python -m tools.option_table --write docs/configuration.md`"
-
-
-def test_the_list_of_the_second_tier_is_that_of_the_tests() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    assert text == second_tier.with_table(text), "run `python -m tools.second_tier --write CONTRIBUTING.md`"
 
 
 @pytest.mark.parametrize("marker", ["more()", "more('')", "more(WHY)", "more_on_v2(reason='slow')", "more('a', 'b')"])

@@ -151,7 +151,7 @@ def test_the_explanation_has_the_same_numbers() -> None:
 
 
 def test_the_example_is_of_the_command_above_it() -> None:
-    ((_, _, _, *flags),) = commands_of(EXAMPLE, "vllm serve")
+    ((_, _, _, *flags),) = commands_of(EXAMPLE)
     assert dict(zip(flags[::2], flags[1::2], strict=True)) == {
         "--kv-eviction": "snapkv",
         "--kv-budget": str(BUDGET),

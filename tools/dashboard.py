@@ -6,6 +6,7 @@ screenshot of Grafana, which no package brings.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import re
@@ -33,6 +34,7 @@ FLAGS += ["--max-model-len", "4096", "--enforce-eager"]
 
 def main() -> None:
     """Write docs/images/dashboard.png."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     model = str(build_model(SMOLLM2))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ TEXT = f"{NOISE * 24}The name of the ship is Aurora. {NOISE * 24}The name of the
 
 def main() -> None:
     """Write inspector.png and report.png into docs/images."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     chromium = shutil.which("chromium")
     if chromium is None:
         sys.exit("tools.screenshots: expected the program chromium, found none")

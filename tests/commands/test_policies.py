@@ -9,15 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from vllm_kvevict.commands.main import main
-from vllm_kvevict.commands.policies import END, NOTHING, START, row_of, short_table, with_table
+from vllm_kvevict.commands.policies import END, NOTHING, START, row_of, short_table
 from vllm_kvevict.policies import POLICIES, EvictionPolicy, ScoreInputs
-
-
-def test_the_page_of_policies_is_in_step() -> None:
-    text = (ROOT / "docs" / "policies.md").read_text()
-    assert with_table(text) == text, "run python -m vllm_kvevict policies --write docs/policies.md"
 
 
 def test_a_row_says_what_the_policy_says() -> None:

@@ -132,4 +132,4 @@ def test_the_digest_is_of_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_an_unknown_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["run", "--out", str(tmp_path), "no_such_run"])
-    assert "unknown runs: no_such_run" in capsys.readouterr().err
+    assert "unknown run: no_such_run" in capsys.readouterr().err

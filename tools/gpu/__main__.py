@@ -25,13 +25,19 @@ SECONDS = 540
 CPU_SECONDS = 3600
 
 
+def known_run(name: str) -> str:
+    if name not in {run.name for run in RUNS}:
+        raise argparse.ArgumentTypeError(f"unknown run: {name}")
+    return name
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("pack", help="build the pack")
     run = commands.add_parser("run", help="carry out the runs")
-    run.add_argument("names", nargs="*", help=f"of {', '.join(run.name for run in RUNS)}; default: all")
+    run.add_argument("names", nargs="*", type=known_run, help=f"of {', '.join(run.name for run in RUNS)}; default: all")
     run.add_argument("--out", type=Path, required=True, help="folder for results.jsonl and logs.tar.xz")
     run.add_argument("--seconds", type=float, default=SECONDS, help="for everything; default: %(default)s")
     run.add_argument("--eager", action="store_true", help="no graphs and no torch.compile in any run")
@@ -52,8 +58,6 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if parsed.command == "compare":
         return verdict(read(parsed.results), None if parsed.reference is None else read([parsed.reference]))
-    if unknown := set(parsed.names) - {run.name for run in RUNS}:
-        parser.error(f"unknown runs: {', '.join(sorted(unknown))}")
     return carry_out(parsed, f"python -m tools.gpu {' '.join(arguments)}")
 
 
