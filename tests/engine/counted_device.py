@@ -28,6 +28,8 @@ from vllm_kvevict.engine.worker.bridge import EvictionBridge
 from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.kernels import operators
 from vllm_kvevict.kernels.rotary import Rotary
+from vllm_kvevict.policies import Need
+from vllm_kvevict.policies.inputs import LayerWeights
 
 _READS = (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.item)
 _FROM_LISTS = (torch.tensor, torch.as_tensor)
@@ -183,14 +185,15 @@ class CountedDevice(FakeDevice):
                 attend_whole(impl, layer, *map(on_host, arguments))
             return arguments[5]
 
-        rotary = ModelWeights._rotary
+        weights_of = ModelWeights.of
 
-        def rotary_here(weights: ModelWeights, layer: int) -> Rotary:
-            found = rotary(weights, layer)
-            return Rotary(self.of(found.cos_sin), found.is_neox_style)
+        def weights_here(weights: ModelWeights, layer: int, needs: frozenset[Need]) -> LayerWeights:
+            found = weights_of(weights, layer, needs)
+            rotary = found.rotary and Rotary(self.of(found.rotary.cos_sin), found.rotary.is_neox_style)
+            return dataclasses.replace(found, rotary=rotary)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ModelWeights, "_rotary", rotary_here)
+            patch.setattr(ModelWeights, "of", weights_here)
             patch.setattr(EvictionMetadataBuilder, "build", build_here)
             patch.setattr(EvictionImpl, "forward", forward_here)
             patch.setattr(bridge, "end_step", end_step_here)

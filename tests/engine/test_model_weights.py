@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,16 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
-from vllm.config import ModelConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt, tiny_llama_config
-from vllm_kvevict.engine.models import check_needs
+from vllm_kvevict import kv_eviction_args
+from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.engine.checks import check_config
+from vllm_kvevict.engine.frontend import needs
+from vllm_kvevict.engine.models import MISSING_NEEDS, missing_needs
+from vllm_kvevict.engine.worker import attention_parts
 from vllm_kvevict.policies import Need
-from vllm_kvevict.policies.compactor import Compactor
-from vllm_kvevict.policies.criticalkv import CriticalKV
 from vllm_kvevict.policies.inputs import LayerWeights
-from vllm_kvevict.policies.snapkv import SnapKV
 
 BOTH = frozenset({Need.ROTARY, Need.OUTPUT_PROJECTION})
 
@@ -61,39 +64,61 @@ def test_only_what_is_asked_for_is_handed_out(running: Engine) -> None:
     assert weights.of(0, frozenset({Need.OUTPUT_PROJECTION})).rotary is None
 
 
-def model_config(folder: Path, changes: dict[str, object]) -> ModelConfig:
-    """Return vLLM's view of the tiny Llama with another config.json."""
-    config = tiny_llama_config().to_dict()
-    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"], **changes}))
-    return ModelConfig(str(folder), skip_tokenizer_init=True)
+@pytest.fixture
+def unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No embedding is found that rotates the keys of a model."""
+    monkeypatch.setattr(attention_parts, "_rotaries", lambda module: iter(()))
 
 
-REFUSED = {
-    "architecture": ({"architectures": ["OlmoForCausalLM"], "model_type": "olmo"}, "OlmoForCausalLM"),
-    "mrope": (
-        {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-        },
-        "a model with multimodal rotary embeddings",
-    ),
-}
+SAID = (
+    "kv_eviction: policy 'compactor' needs the rotary embedding of the model, which this model does not show: of its "
+    "layer model.layers.0.self_attn.attn its keys are not what a rotary embedding alone makes of them. Choose a policy "
+    "that does not need it"
+)
 
 
-@pytest.mark.more_on_v2("what is refused depends on the configuration alone")
-@pytest.mark.parametrize("case", REFUSED)
-def test_models_that_are_not_known_well_enough_are_refused(tmp_path: Path, case: str) -> None:
-    changes, found = REFUSED[case]
-    config = model_config(tmp_path, changes)
-    for policy, need in ((Compactor(), Need.ROTARY), (CriticalKV(), Need.OUTPUT_PROJECTION)):
-        known = f"kv_eviction: policy {policy.name!r} needs {need.value}, which is known for LlamaForCausalLM, "
-        with pytest.raises(ValueError, match=f"^{re.escape(known)}.*; got {found}[^\\n]*$"):
-            check_needs(policy.name, policy, [config])
-    check_needs("snapkv", SnapKV(), [config])
+@pytest.mark.usefixtures("unknown")
+def test_a_server_whose_policy_needs_what_the_model_does_not_show_is_refused(tiny_llama: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(SAID)}$"), engine(tiny_llama, policy="compactor", budget=160):
+        pass
 
 
-def test_known_models_are_accepted(tmp_path: Path) -> None:
-    config = model_config(tmp_path, {})
-    for policy in (Compactor(), CriticalKV(), CriticalKV(policy="compactor")):
-        check_needs(policy.name, policy, [config])
+@pytest.mark.usefixtures("unknown")
+def test_a_request_whose_policy_needs_what_the_model_does_not_show_is_refused(tiny_llama: Path) -> None:
+    with engine(tiny_llama, budget=160) as running:
+        for _ in range(2):
+            with pytest.raises(VLLMValidationError, match=f"^{re.escape(SAID)}$"):
+                running.add(random_prompt(400, seed=1), extra_args={"kv_eviction": "compactor"})
+        running.tokens([random_prompt(400, seed=1)], extra_args={"kv_eviction": "keydiff"})
+        assert running.num_evictions == 1
+        running.check_all_free()
+        # a front end that has not asked: the request ends, and nobody else
+        setattr(running.llm.llm_engine.vllm_config, MISSING_NEEDS, {})
+        prompt = random_prompt(400, seed=1)
+        ids = [running.add(prompt, extra_args={"kv_eviction": name}) for name in ("compactor", "keydiff")]
+        outputs = running.run()
+        assert [outputs[one].outputs[0].finish_reason for one in ids] == ["error", "length"]
+        running.check_all_free()
+
+
+def test_a_front_end_asks_once_and_only_if_a_request_chooses(tiny_llama: Path) -> None:
+    asked = []
+
+    class Client:
+        vllm_config = EngineArgs(
+            str(tiny_llama), skip_tokenizer_init=True, **kv_eviction_args("snapkv", budget=160)
+        ).create_engine_config()
+
+        async def collective_rpc(self, method: str) -> list[dict[str, str]]:
+            asked.append(method)
+            return [{}, {Need.ROTARY.name: "it has none"}]
+
+    client = Client()
+    asyncio.run(needs.ask(client, {"other": 1}))
+    assert not asked
+    for _ in range(2):
+        asyncio.run(needs.ask(client, {"kv_eviction": "compactor"}))
+    assert asked == ["missing_needs"] and missing_needs(client.vllm_config) == {"ROTARY": "it has none"}
+    compactor = EvictionConfig.parse({"policy": "compactor", "budget": 160})
+    with pytest.raises(ValueError, match="which this model does not show: it has none"):
+        check_config(compactor, client.vllm_config)

@@ -15,6 +15,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs.engine import embeds_input, mm_input, tokens_input
 
 from vllm_kvevict import kv_eviction_args
+from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.checks import check_prompt
 from vllm_kvevict.engine.frontend.requests import (
     with_checked_body,
@@ -105,7 +106,11 @@ def test_the_body_of_a_request_is_checked_where_nothing_is_handed_on(auto: Any) 
         return request.refusal
 
     checked = with_checked_body(check_model)
-    serving = SimpleNamespace(engine_client=SimpleNamespace(vllm_config=auto))
+
+    async def collective_rpc(method: str) -> list[dict[str, str]]:
+        return [{}]
+
+    serving = SimpleNamespace(engine_client=SimpleNamespace(vllm_config=auto, collective_rpc=collective_rpc))
     wrong = {"vllm_xargs": {"kv_budgt": 64}}
     assert asyncio.run(checked(serving, SimpleNamespace(refusal=None, vllm_xargs={"kv_budget": 64}))) is None
     assert asyncio.run(checked(serving, SimpleNamespace(refusal=None))) is None
@@ -120,8 +125,20 @@ def test_facts_about_a_prompt_decide(auto: Any) -> None:
 
     config = eviction_config(auto)
     assert config is not None
-    check_prompt(config, has_embeds=False, has_images=False)
+    check_prompt(config, auto, has_embeds=False, has_images=False)
     for has_embeds, has_images in ((True, False), (False, True), (True, True)):
         with pytest.raises(ValueError, match=r"^kv_budget: 'auto' is chosen by the likelihood"):
-            check_prompt(config, has_embeds=has_embeds, has_images=has_images)
-        check_prompt(config.model_copy(update={"budget": 64}), has_embeds=has_embeds, has_images=has_images)
+            check_prompt(config, auto, has_embeds=has_embeds, has_images=has_images)
+        check_prompt(config.model_copy(update={"budget": 64}), auto, has_embeds=has_embeds, has_images=has_images)
+
+
+def test_policies_that_turn_keys_back_refuse_images_of_models_with_mrope(auto: Any) -> None:
+    model = SimpleNamespace(uses_mrope=True)
+    vllm_config = SimpleNamespace(model_config=model)
+    compactor, snapkv = (EvictionConfig.parse({"policy": name, "budget": 64}) for name in ("compactor", "snapkv"))
+    with pytest.raises(ValueError, match=r"^kv_eviction: 'compactor' turns keys back by their places"):
+        check_prompt(compactor, vllm_config, has_embeds=False, has_images=True)
+    check_prompt(compactor, vllm_config, has_embeds=False, has_images=False)
+    check_prompt(snapkv, vllm_config, has_embeds=False, has_images=True)
+    model.uses_mrope = False
+    check_prompt(compactor, vllm_config, has_embeds=False, has_images=True)

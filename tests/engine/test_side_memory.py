@@ -26,7 +26,8 @@ from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.checks import check_config
 from vllm_kvevict.engine.offline.check.reachable import held_beside_cache
 from vllm_kvevict.engine.reserve import Reserve, reserve_of
-from vllm_kvevict.engine.worker import side_memory
+from vllm_kvevict.engine.worker import model, side_memory
+from vllm_kvevict.engine.worker.attention_parts import AttentionParts
 from vllm_kvevict.engine.worker.gpu_worker import EvictionGPUWorker
 from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.engine.worker.side_memory import SideMemory
@@ -338,34 +339,22 @@ def test_seats_come_back_when_requests_are_aborted(tiny_llama: Path) -> None:
         running.check_all_free()
 
 
-class _Linear(nn.Module):
-    """As far as ``ModelWeights`` looks at one."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(6, 4, device=device))
-        self.input_size_per_partition = 4
-        self.quant_method = UnquantizedLinearMethod()
-
-
-class _Attention(nn.Module):
-    layer_name = "layer"
-    _k_scale_float = _v_scale_float = 1.0
-
-
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_weights_are_copied_only_where_they_are_packed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(UnquantizedLinearMethod, "apply", lambda method, layer, x: x @ layer.weight.t())
-    module = nn.Module()
-    module.attn, module.o_proj = _Attention(), _Linear(device)
-    model = nn.Module()
-    model.layer = module
+    linear = nn.Module()  # as far as ``ModelWeights`` looks at one
+    linear.weight = nn.Parameter(torch.zeros(6, 4, device=device))
+    linear.input_size_per_partition, linear.quant_method = 4, UnquantizedLinearMethod()
+    attention = SimpleNamespace(_k_scale_float=1.0, _v_scale_float=1.0)
+    parts = [AttentionParts(attention, None, linear, {})]
+    monkeypatch.setattr(model, "attention_parts", lambda *_: parts)
     kept: dict[str, torch.Tensor] = {}
-    weights = ModelWeights(model, ["layer"], kept)
-    found = weights.of(0, frozenset({Need.OUTPUT_PROJECTION})).output_projection
+    weights = ModelWeights(linear, ["layer"], kept)
+    asked = frozenset({Need.OUTPUT_PROJECTION})
+    found = weights.of(0, asked).output_projection
     assert found is not None and found.shape == (6, 4)
-    assert (found is module.o_proj.weight) == (device == "meta") == (not kept)
-    asked, passing = frozenset({Need.OUTPUT_PROJECTION}), ModelWeights(model, ["layer"])
+    assert (found is linear.weight) == (device == "meta") == (not kept)
+    passing = ModelWeights(linear, ["layer"])
     projection = passing.of(0, asked).output_projection
     assert projection is not None and projection.shape == (6, 4)
     # those that pass are asked for layer by layer

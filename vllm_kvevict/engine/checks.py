@@ -7,9 +7,10 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.fit import EmptyCache, PrefillPlan, SlidingWindow
-from vllm_kvevict.engine.models import check_needs, check_pseudo_tokens, evicted_models
+from vllm_kvevict.engine.models import check_needs, check_pseudo_tokens, missing_needs
 from vllm_kvevict.engine.reserve import reserve_of
 from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.options.names import (
     AUTO,
     BUDGET,
@@ -20,12 +21,13 @@ from vllm_kvevict.options.names import (
     POLICY,
     flag_of,
 )
+from vllm_kvevict.policies.base import Need
 
 
 def check_config(config: EvictionConfig, vllm_config: VllmConfig) -> None:
     """Raise ValueError if a config, the server's or that of a request, does not go with the model or the engine."""
     method = config.method()
-    check_needs(config.policy, method.policy, evicted_models(vllm_config))
+    check_needs(config.policy, traits_of(method.policy).needs, missing_needs(vllm_config))
     check_pseudo_tokens(config.policy, method.policy, vllm_config)
     if config.budget == AUTO and vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ValueError(
@@ -73,13 +75,18 @@ def _check_reserve(config: EvictionConfig, method: Method, vllm_config: VllmConf
         )
 
 
-def check_prompt(config: EvictionConfig, has_embeds: bool, has_images: bool) -> None:
-    """Raise ValueError if the budget of a request, whose config this is, cannot be chosen by its prompt."""
+def check_prompt(config: EvictionConfig, vllm_config: VllmConfig, has_embeds: bool, has_images: bool) -> None:
+    """Raise ValueError if a request, whose config this is, cannot be evicted because of what its prompt is made of."""
     if config.budget == AUTO and (has_embeds or has_images):
         what = "embeddings" if has_embeds else "images, audio or video"
         raise ValueError(
             f"{BUDGET}: 'auto' is chosen by the likelihood of a prompt's tokens, and a prompt with {what} has "
             f"places without one; give a number of tokens, or a fraction, as {BUDGET}"
+        )
+    if has_images and vllm_config.model_config.uses_mrope and Need.ROTARY in traits_of(config.method().policy).needs:
+        raise ValueError(
+            f"{POLICY}: {config.policy!r} turns keys back by their places in the prompt, and this model gives tokens "
+            f"of images, audio and video other positions; choose a policy that does not need the rotary embedding"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 
 from vllm.config import ModelConfig, VllmConfig
 
@@ -11,14 +11,8 @@ from vllm_kvevict.engine.fit import SlidingWindow
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies.base import EvictionPolicy, Need
 
-# models whose attention modules hold `rotary_emb` and `o_proj` and rotate every layer
-_KNOWN_ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "MixtralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
+# attribute of a front end's VllmConfig: by the name of a need, why the model does not show it
+MISSING_NEEDS = "kvevict_missing_needs"
 _DRAFT_PREFIX = "draft_model."
 
 
@@ -28,12 +22,23 @@ def split_draft_layers(layer_names: list[str]) -> tuple[list[str], list[str]]:
     return [name for name in layer_names if name not in draft], draft
 
 
-def check_needs(name: str, policy: EvictionPolicy, models: Sequence[ModelConfig]) -> None:
-    """Raise ValueError if the policy ``name`` asks for something of one of these models that we cannot hand to it."""
-    asked = [need for need in (Need.ROTARY, Need.OUTPUT_PROJECTION) if need in traits_of(policy).needs]
-    if asked:
-        for model_config in models:
-            _check_needs(name, asked, model_config)
+def check_needs(policy: str, needs: Iterable[Need], missing: Mapping[str, str]) -> None:
+    """Raise ValueError if a policy, by its name, asks for something that a model does not show.
+
+    missing: by the name of a need, why it does not
+    """
+    for need in needs:
+        if need.name in missing:
+            raise ValueError(
+                f"kv_eviction: policy {policy!r} needs {need.value}, which this model does not show: "
+                f"{missing[need.name]}. Choose a policy that does not need it"
+            )
+
+
+def missing_needs(vllm_config: VllmConfig) -> Mapping[str, str]:
+    """Return what the model behind a front end does not show, as far as it has asked."""
+    missing: Mapping[str, str] = vars(vllm_config).get(MISSING_NEEDS, {})
+    return missing
 
 
 def evicted_models(vllm_config: VllmConfig) -> list[ModelConfig]:
@@ -56,22 +61,6 @@ def windows_of(vllm_config: VllmConfig) -> tuple[SlidingWindow, ...]:
     num_groups = cdiv(num_sliding, most if most < 1.5 * least else least)
     window = SlidingWindow(text_config.sliding_window - 1 + vllm_config.max_in_flight_tokens, block_size)
     return (window,) * num_groups
-
-
-def _check_needs(name: str, asked: Sequence[Need], model_config: ModelConfig) -> None:
-    text_config = model_config.hf_text_config
-    if not set(model_config.architectures) & set(_KNOWN_ARCHITECTURES):
-        found = ", ".join(model_config.architectures)
-    elif model_config.uses_mrope:
-        found = "a model with multimodal rotary embeddings"
-    elif getattr(text_config, "dual_chunk_attention_config", None) is not None:
-        found = "a model with dual chunk attention"
-    else:
-        return
-    raise ValueError(
-        f"kv_eviction: policy {name!r} needs {' and '.join(need.value for need in asked)}, which is known for "
-        f"{', '.join(_KNOWN_ARCHITECTURES)}; got {found}. Choose a policy that does not need it"
-    )
 
 
 def check_pseudo_tokens(name: str, policy: EvictionPolicy, vllm_config: VllmConfig) -> None:

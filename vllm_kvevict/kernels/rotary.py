@@ -19,6 +19,11 @@ class Rotary:
     cos_sin: torch.Tensor
     is_neox_style: bool
 
+    @classmethod
+    def none(cls, device: torch.device) -> Rotary:
+        """Return the one of a layer that rotates nothing: at any position cosine 1 and sine 0."""
+        return cls(torch.tensor([[1.0, 0.0]], device=device).expand(1 << 30, 2), True)
+
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return ``x`` [..., num_tokens, head_size] float32 as the model rotates it at ``positions`` [num_tokens].
 

@@ -15,6 +15,7 @@ from vllm_kvevict.engine.cache_dtype import FLOAT8_DTYPES
 from vllm_kvevict.engine.checks import check_config
 from vllm_kvevict.engine.frontend.flags import with_config, with_flags
 from vllm_kvevict.engine.frontend.metrics import process_metrics, with_eviction_metrics
+from vllm_kvevict.engine.frontend.needs import with_needs_known
 from vllm_kvevict.engine.frontend.patches import Patch, apply_patches
 from vllm_kvevict.engine.frontend.requests import (
     with_checked_body,
@@ -191,6 +192,13 @@ _REQUEST_PATCHES = (
         ("request_id", "prompt", "params"),
         "a wrong request option must be a 400 and not an error inside the engine",
         "vLLM has a hook to validate vllm_xargs",
+    ),
+    Patch(
+        "vllm.v1.engine.llm_engine:LLMEngine.add_request",
+        with_needs_known,
+        ("request_id", "prompt", "params"),
+        "what a loaded model shows to policies is known to its workers only, when the engine runs",
+        "engines tell their front ends what plugins of the workers found",
     ),
     Patch(
         "vllm.v1.engine.async_llm:AsyncLLM.generate",

@@ -13,6 +13,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.checks import check_config, check_fits, check_prompt, empty_cache
 from vllm_kvevict.engine.fit import EmptyCache
+from vllm_kvevict.engine.frontend import needs
 from vllm_kvevict.engine.frontend.metrics import UNKNOWN_OPTION, process_metrics
 from vllm_kvevict.engine.models import windows_of
 from vllm_kvevict.engine.settings import eviction_config, request_config
@@ -84,7 +85,9 @@ def with_checked_body(check_model: Callable[..., Any]) -> Callable[..., Any]:
         error = await check_model(self, request, *args, **kwargs)
         if error is None:
             _check_place(getattr(request, "model_extra", None) or {})
-            _check(self.engine_client.vllm_config, getattr(request, "vllm_xargs", None) or {})
+            options = getattr(request, "vllm_xargs", None) or {}
+            await needs.ask(self.engine_client, options)
+            _check(self.engine_client.vllm_config, options)
         return error
 
     return wrapper
@@ -125,7 +128,7 @@ def _check(vllm_config: VllmConfig, options: Mapping[str, Any], prompt: PromptFa
         config = request_config(server, options, vllm_config.cache_config.block_size)
         if config is not None:
             check_config(config, vllm_config)
-            check_prompt(config, prompt.has_embeds, prompt.has_images)
+            check_prompt(config, vllm_config, prompt.has_embeds, prompt.has_images)
         if cache is not None:
             prefill = None if config is None else cache.plan_prefill(config, prompt.num_tokens, prompt.num_tokens)
             check_fits(cache, prefill, prompt.num_tokens, by_request=config is None)

@@ -136,7 +136,7 @@ class EvictionSchedulerMixin(Scheduler):
         if config is None or request.resumable or is_unread:
             return None
         check_config(config, self.vllm_config)
-        check_prompt(config, request.prompt_embeds is not None, bool(request.mm_features))
+        check_prompt(config, self.vllm_config, request.prompt_embeds is not None, bool(request.mm_features))
         prefill = self._cache.plan_prefill(config, num_tokens, num_tokens)
         # the last token of an answer is never computed
         if prefill is None or (prefill.is_late and num_tokens + request.max_tokens <= prefill.eviction.num_tokens):

@@ -19,7 +19,6 @@ from vllm_kvevict.engine.worker.auto_budgets import AutoBudgets
 from vllm_kvevict.engine.worker.choosing import choose_kept, in_groups
 from vllm_kvevict.engine.worker.commands import Commands, without
 from vllm_kvevict.engine.worker.guard import Failures
-from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.engine.worker.prefills import Prefill, PrefillRow, look
 from vllm_kvevict.engine.worker.pseudo_passes import PseudoPasses
 from vllm_kvevict.engine.worker.replacing import Replacing
@@ -30,6 +29,7 @@ from vllm_kvevict.engine.worker.watched import LayerPass, WatchedRequest, keep_l
 from vllm_kvevict.eviction.per_token import TokenEvictor
 from vllm_kvevict.eviction.prompt import Eviction, Evictions
 from vllm_kvevict.eviction.resident import ResidentEvictions
+from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies import Need
 
 _Evictions = TypeVar("_Evictions", Evictions, ResidentEvictions)
@@ -49,8 +49,7 @@ class EvictionBridge:
     def __init__(self, runner: Any, pool: PagePool, layer_names: list[str], held: Held) -> None:
         """held: the memory beside the pool"""
         self._runner = runner
-        self._layer_names = layer_names
-        self._weights = ModelWeights(self._model(), layer_names, held.projections)
+        self._weights = held.weights
         self.pool = pool
         self.layer_index = {name: index for index, name in enumerate(layer_names)}
         config, device = runner.vllm_config, pool.pages.device
@@ -71,12 +70,7 @@ class EvictionBridge:
 
     def forget_weights(self) -> None:
         """The model has new weights: what policies read of the old ones is of no use any more."""
-        if self.held.projections is not None:
-            self.held.projections.clear()
-        self._weights = ModelWeights(self._model(), self._layer_names, self.held.projections)
-
-    def _model(self) -> Any:
-        return self._runner.get_model()
+        self._weights.forget()
 
     def begin_step(self, output: SchedulerOutput) -> None:
         """Forget the requests that ended, and take over the scheduler's decisions for this step."""
@@ -297,6 +291,7 @@ class EvictionBridge:
 
     def _watch(self, req_id: str, config: EvictionConfig) -> None:
         method = config.method()
+        self._weights.check(config.policy, traits_of(method.policy).needs)
         request = WatchedRequest(req_id, method, self.pool.num_layers, config.auto_budget())
         if method.watches_answer:
             self.ring.slots.take(req_id)

@@ -40,9 +40,6 @@ class DraftBridge(EvictionBridge):
         self._target = target
         self._is_first_pass = True
 
-    def _model(self) -> Any:
-        return self._runner.get_draft_model()
-
     def begin_step(self, output: SchedulerOutput) -> None:
         super().begin_step(output)
         self._is_first_pass = True

@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-from vllm_kvevict.kernels.rotary import Rotary
+from vllm_kvevict.engine.models import check_needs
+from vllm_kvevict.engine.worker.attention_parts import attention_parts
 from vllm_kvevict.policies.base import Need
 from vllm_kvevict.policies.inputs import LayerWeights
 
 
 class ModelWeights:
-    """The modules around the attention layers of a loaded model, found once."""
+    """What stands around the attention layers of a loaded model, found once.
+
+    missing: by the name of a need, why it cannot be handed to a policy
+    """
 
     def __init__(
         self, model: nn.Module, layer_names: list[str], projections: dict[str, torch.Tensor] | None = None
     ) -> None:
         """projections: where copies of W_O are kept, by the names of their layers; None: each is made when asked for"""
-        self._model = model
         self._layer_names = layer_names
-        self._attention_modules: list[tuple[Any, Any]] = []
-        self._projections = projections
+        self._parts = attention_parts(model, layer_names)
+        self._dtype = next(model.parameters()).dtype
+        self.projections = projections
         self._of_layers: dict[frozenset[Need], tuple[list[float], list[LayerWeights]]] = {}
+        self.missing: dict[str, str] = {}
+        for name, parts in zip(layer_names, self._parts, strict=True):
+            for need, fault in parts.faults.items():
+                self.missing.setdefault(need.name, f"of its layer {name} {fault}")
+
+    def check(self, policy: str, needs: Iterable[Need]) -> None:
+        """Raise ValueError if the policy of that name asks for something that this model does not have."""
+        check_needs(policy, needs, self.missing)
+
+    def forget(self) -> None:
+        """The model has new weights: what was read of the old ones is of no use any more."""
+        self._of_layers.clear()
+        if self.projections is not None:
+            self.projections.clear()
 
     def of(self, layer: int, needs: frozenset[Need]) -> LayerWeights:
         """Return what ``needs`` name of one layer, and the scales of its cache.
@@ -32,10 +51,10 @@ class ModelWeights:
         W_O is in the model's dtype: vLLM's own on a GPU, unless it is quantised; else a copy as large as it. Of several
         tensor-parallel workers each has the columns of its own heads.
         """
-        rotary = self._rotary(layer) if Need.ROTARY in needs else None
+        parts = self._parts[layer]
+        rotary = parts.rotary if Need.ROTARY in needs else None
         projection = self._output_projection(layer) if Need.OUTPUT_PROJECTION in needs else None
-        _, attention = self._modules(layer)
-        return LayerWeights(rotary, projection, attention._k_scale_float, attention._v_scale_float)
+        return LayerWeights(rotary, projection, parts.attention._k_scale_float, parts.attention._v_scale_float)
 
     def of_layers(self, needs: frozenset[Need]) -> tuple[list[float], list[LayerWeights]]:
         """Return the softmax scale of every layer, and what ``needs`` name of each."""
@@ -49,44 +68,27 @@ class ModelWeights:
 
     def makes_copies(self, needs: frozenset[Need]) -> bool:
         """Return whether ``of`` copies what ``needs`` name each time that it is asked."""
-        if Need.OUTPUT_PROJECTION not in needs or self._projections is not None:
+        if Need.OUTPUT_PROJECTION not in needs or self.projections is not None:
             return False
-        return not _is_plain(self._modules(0)[0].o_proj)
+        return not _is_plain(self._parts[0].output_projection)
 
     def scale(self, layer: int) -> float:
         """Return the softmax scale of one layer."""
-        return float(self._modules(layer)[1].impl.scale)
-
-    def _modules(self, layer: int) -> tuple[Any, Any]:
-        """Return the module around an attention layer, and the attention layer itself."""
-        if not self._attention_modules:
-            found = {
-                str(child.layer_name): (module, child)
-                for module in self._model.modules()
-                for child in module.children()
-                if hasattr(child, "layer_name")
-            }
-            self._attention_modules = [found[name] for name in self._layer_names]
-        return self._attention_modules[layer]
-
-    def _rotary(self, layer: int) -> Rotary:
-        embedding = self._modules(layer)[0].rotary_emb
-        return Rotary(embedding.cos_sin_cache, embedding.is_neox_style)
+        return float(self._parts[layer].attention.impl.scale)
 
     def _output_projection(self, layer: int) -> torch.Tensor:
-        linear, name = self._modules(layer)[0].o_proj, self._layer_names[layer]
+        linear, name = self._parts[layer].output_projection, self._layer_names[layer]
         if _is_plain(linear):
             weight: torch.Tensor = linear.weight
             return weight
-        if self._projections is None:
+        if self.projections is None:
             return self._copied(linear)
-        if name not in self._projections:
-            self._projections[name] = self._copied(linear)
-        return self._projections[name]
+        if name not in self.projections:
+            self.projections[name] = self._copied(linear)
+        return self.projections[name]
 
     def _copied(self, linear: Any) -> torch.Tensor:
-        dtype = next(self._model.parameters()).dtype
-        identity = torch.eye(linear.input_size_per_partition, dtype=dtype, device=linear.weight.device)
+        identity = torch.eye(linear.input_size_per_partition, dtype=self._dtype, device=linear.weight.device)
         copy: torch.Tensor = linear.quant_method.apply(linear, identity).t()
         return copy
 

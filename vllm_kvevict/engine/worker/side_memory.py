@@ -39,7 +39,7 @@ class ModelMemory:
     page_table:  all of a page table that does not grow with the pool
     holes:       [max_num_reqs, num_layers, num_kv_heads] int64, as in ``TokenEvictor``; for no request if none may be
                  evicted token by token
-    projections: W_O of layers by their names, as far as they are copies that are kept; None: none is
+    weights:     what policies may ask of the model
     summed_bytes: of each token in each layer, what the server's own policy sums up of a prompt until it ends
     """
 
@@ -48,7 +48,7 @@ class ModelMemory:
     summed_bytes: int
     page_table: PageTableMemory
     holes: torch.Tensor
-    projections: dict[str, torch.Tensor] | None
+    weights: ModelWeights
 
     @classmethod
     def take(
@@ -59,7 +59,10 @@ class ModelMemory:
         model: nn.Module,
         device: torch.device,
     ) -> ModelMemory:
-        """specs: of the evicted layers of ``model``, by their names"""
+        """specs: of the evicted layers of ``model``, by their names
+
+        Raises ValueError if the server's own policy asks for something that the model does not have.
+        """
         spec, layers = next(iter(specs.values())), list(specs)
         sizes = len(layers), spec.num_kv_heads
         max_num_reqs = vllm_config.scheduler_config.max_num_seqs
@@ -70,13 +73,12 @@ class ModelMemory:
         policy = config.method().policy
         num_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         summed_bytes = policy.state_bytes(num_heads, spec.num_kv_heads, spec.head_size)
-        projections: dict[str, torch.Tensor] | None = None
-        if Need.OUTPUT_PROJECTION in traits_of(policy).needs:
-            projections = {}
-            weights = ModelWeights(model, layers, projections)
-            for layer in range(len(layers)):
-                weights.of(layer, frozenset({Need.OUTPUT_PROJECTION}))
-        return cls(spec, len(layers), summed_bytes, page_table, holes, projections)
+        needs = traits_of(policy).needs
+        weights = ModelWeights(model, layers, {} if Need.OUTPUT_PROJECTION in needs else None)
+        weights.check(config.policy, needs)
+        for layer in range(len(layers)):  # which keeps the copies of W_O that it needs
+            weights.of(layer, needs)
+        return cls(spec, len(layers), summed_bytes, page_table, holes, weights)
 
     def bytes_per_byte(self, reserve: Reserve | None) -> float:
         """Return what grows with the cache, for each byte of it."""
@@ -99,7 +101,7 @@ class Held:
     ring: QueryRing
     residents: Residents
     holes: torch.Tensor
-    projections: dict[str, torch.Tensor] | None
+    weights: ModelWeights
 
     @classmethod
     def beside(cls, pool: PagePool, memory: ModelMemory, reserve: Reserve | None, num_blocks: int) -> Held:
@@ -114,7 +116,7 @@ class Held:
             QueryRing(torch.zeros(shape, dtype=dtype, device=pool.pages.device)),
             Residents(pool, reserve is not None, reserve is not None and reserve.has_sums),
             memory.holes,
-            memory.projections,
+            memory.weights,
         )
 
     def sizes(self) -> dict[str, int]:
@@ -125,7 +127,7 @@ class Held:
             "arena of pages": self.page_table.num_arena_bytes,
             f"last queries of {self.ring.slots.max_num_reqs} requests": self.ring.num_bytes,
             "tokens in the slots of the cache": self.residents.num_bytes + self.holes.nbytes,
-            "output projections": sum(copy.nbytes for copy in (self.projections or {}).values()),
+            "output projections": sum(copy.nbytes for copy in (self.weights.projections or {}).values()),
         }
 
 

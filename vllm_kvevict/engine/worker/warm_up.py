@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
 
 from vllm_kvevict.budgets import ALLOCATORS
@@ -33,12 +32,12 @@ logger = logging.getLogger("vllm.kvevict")
 _SCHEDULES: tuple[dict[str, Any], ...] = ({DURING_DECODE: True, INTERVAL: 1}, {DURING_DECODE: True}, {})
 
 
-def register(runner: Any, pool: PagePool, layer_names: list[str], model: nn.Module) -> None:
+def register(runner: Any, pool: PagePool, layer_names: list[str], weights: ModelWeights) -> None:
     """Let the warm-up of vLLM's model runner compile what eviction in some layers may need, all of one pool."""
     config = eviction_config(runner.vllm_config)
     if config is not None:
         with runner.jit_warmup_registry.activate():
-            EvictionKernels.of(runner.vllm_config, config, pool, layer_names, model).register_warmup()
+            EvictionKernels.of(runner.vllm_config, config, pool, layer_names, weights).register_warmup()
 
 
 class EvictionKernels(VllmJitKernel[str]):
@@ -56,13 +55,13 @@ class EvictionKernels(VllmJitKernel[str]):
 
     @classmethod
     def of(
-        cls, vllm_config: Any, config: EvictionConfig, pool: PagePool, layer_names: list[str], model: nn.Module
+        cls, vllm_config: Any, config: EvictionConfig, pool: PagePool, layer_names: list[str], weights: ModelWeights
     ) -> EvictionKernels:
         kernels = cls()
         kernels._methods = dict(_methods(vllm_config, config, pool.block_size))
         kernels._pool = pool
         kernels._layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
-        kernels._weights = ModelWeights(model, layer_names)
+        kernels._weights = weights
         return kernels
 
     def get_warmup_keys(self, *_: Any, **__: Any) -> list[str]:

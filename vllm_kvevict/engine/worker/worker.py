@@ -80,13 +80,13 @@ class EvictionWorkerMixin(Worker):
         self.draft_eviction: DraftBridge | None = None
         self._reports: dict[str, EvictionReport] = {}
         self._wire(self.eviction, runner.attn_groups)
-        register(runner, self.eviction.pool, layer_names, runner.get_model())
+        register(runner, self.eviction.pool, layer_names, held[0].weights)
         if draft_names:
             self.draft_eviction = DraftBridge(runner, pools[1], draft_names, held[1], self.eviction)
             v1_drafter = getattr(runner, "drafter", None)
             groups = runner.speculator.attn_groups if v1_drafter is None else [v1_drafter.draft_attn_groups]
             self._wire(self.draft_eviction, groups)
-            register(runner, pools[1], draft_names, runner.get_draft_model())
+            register(runner, pools[1], draft_names, held[1].weights)
 
     def _pool(self, layer_names: list[str]) -> PagePool:
         context = self.vllm_config.compilation_config.static_forward_context
@@ -164,6 +164,11 @@ class EvictionWorkerMixin(Worker):
     def wake_up(self, *args: Any, **kwargs: Any) -> None:
         with self._on_its_own():
             super().wake_up(*args, **kwargs)
+
+    def missing_needs(self) -> dict[str, str]:
+        """Return what policies cannot be handed of the models, by the names of the needs, and why not."""
+        weights = [] if self.side_memory is None else [memory.weights for memory in self.side_memory.models]
+        return {need: why for of_model in weights for need, why in of_model.missing.items()}
 
     @property
     def _bridges(self) -> list[EvictionBridge]:

@@ -119,7 +119,7 @@ def check_stock(rows: Rows, tell: Tell, known: Mapping[str, Any]) -> None:
 def check_evicting(rows: Rows, tell: Tell, known: Mapping[str, Any]) -> None:
     """An engine that evicts."""
     from vllm_kvevict.engine.offline.check.answers import Answer
-    from vllm_kvevict.engine.offline.check.engines import described, evicting, questions, running
+    from vllm_kvevict.engine.offline.check.engines import described, evicting, questions, refused_policies, running
 
     model = _model(known)
     stock = [Answer(one["tokens"], [_by_token(step) for step in one["steps"]]) for one in known["stock"] or []]
@@ -131,9 +131,16 @@ def check_evicting(rows: Rows, tell: Tell, known: Mapping[str, Any]) -> None:
                     rows.say(name, "skipped", "stock vLLM did not answer")
                 else:
                     rows.ask(name, question)
+            _say_refused(rows, refused_policies(engine))
             return described(engine)
 
     rows.ask("vLLM with eviction serves", serves)
+
+
+def _say_refused(rows: Rows, refused: Mapping[str, str]) -> None:
+    reasons = [f"{', '.join(name for name in refused if refused[name] == why)}: {why}" for why in {*refused.values()}]
+    detail = f"all but {'; '.join(sorted(reasons))}" if refused else "all"
+    rows.say("policies that the model allows", "warning" if refused else "ok", detail)
 
 
 def _by_token(step: Mapping[str, float]) -> dict[int, float]:

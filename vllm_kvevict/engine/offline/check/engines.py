@@ -20,6 +20,8 @@ from vllm_kvevict.engine.offline.check.dense import DenseModel
 from vllm_kvevict.engine.offline.check.reachable import bridges_of, held_beside_cache
 from vllm_kvevict.engine.offline.run import check_in_process, engine_args
 from vllm_kvevict.eviction.record import recorded_evictions
+from vllm_kvevict.eviction.traits import traits_of
+from vllm_kvevict.policies import POLICIES
 
 LENGTHS, NUM_ANSWERED, BUDGET, LOGPROBS = (40, 300, 700), 40, 128, 5
 BY_BLOCK = {"kv_evict_during_decode": 1}
@@ -139,6 +141,13 @@ def questions(engine: Running, stock: list[Answer], tiny: Path | None) -> dict[s
         asked["logits equal dense attention over the kept tokens"] = lambda: _as_dense(engine, tiny)
     asked["memory counted equals memory held"] = lambda: _counted(engine)
     return asked
+
+
+def refused_policies(engine: Running) -> dict[str, str]:
+    """Return the policies that ask for something which the model does not show, and why it does not."""
+    missing = engine.worker.missing_needs()
+    needs = {name: traits_of(POLICIES.get(name)()).needs for name in POLICIES.names_in("vllm_kvevict")}
+    return {name: missing[need.name] for name, asked in needs.items() for need in asked if need.name in missing}
 
 
 def _as_stock(engine: Running, stock: list[Answer]) -> str:

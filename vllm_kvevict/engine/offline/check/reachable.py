@@ -41,6 +41,7 @@ def held_beside_cache(worker: Any) -> int:
     """Return the bytes of all that our objects of a worker hold, but for the cache and the weights of the model."""
     ours = storages([worker.eviction, worker.draft_eviction, worker.side_memory])
     models = [worker.model_runner.get_model()] + ([worker.get_draft_model()] if worker.draft_eviction else [])
-    theirs = {tensor.untyped_storage().data_ptr() for model in models for tensor in model.state_dict().values()}
+    tensors = [tensor for model in models for tensor in (*model.state_dict().values(), *model.buffers())]
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     theirs |= {bridge.pool.pages.untyped_storage().data_ptr() for bridge in bridges_of(worker)}
     return sum(size for address, size in ours.items() if address not in theirs)
