@@ -1,38 +1,63 @@
-"""Models that mix full attention with sliding windows: the former is evicted, the latter untouched."""
+"""Models that mix full attention with sliding windows or chunks: the former is evicted, the latter untouched."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.engine.harness import engine
 from tests.tiny_llama import VOCAB_SIZE, random_prompt
+from tests.tiny_llama4 import SETTINGS, build_tiny_llama4
+from vllm_kvevict.engine.models import windows_of
 from vllm_kvevict.engine.offline.check.dense import DenseModel
+from vllm_kvevict.policies import Need
 
 NUM_STEPS = 70  # more than the window, and into a third block
 
 
-@pytest.mark.feature("models with sliding-window layers")
-@pytest.mark.parametrize(
+@pytest.fixture(scope="module")
+def tiny_llama4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_llama4(tmp_path_factory.mktemp("tiny_llama4"))
+
+
+CASES = pytest.mark.parametrize(
     ("allocator", "chunk"),
     [
         pytest.param("uniform", 2048, marks=pytest.mark.more_on_v2("on V1 prompts of one chunk are compared, too")),
         ("lava", 130),
     ],
 )
-def test_logits_equal_masked_dense_forward(
+
+
+@pytest.mark.feature("models with sliding-window layers")
+@CASES
+def test_logits_beside_windows_equal_masked_dense_forward(
     tiny_gemma: Path, kept_masks: list[torch.Tensor], allocator: str, chunk: int
 ) -> None:
+    check_logits(tiny_gemma, kept_masks, allocator, chunk)
+
+
+@pytest.mark.feature("models with chunked local attention")
+@CASES
+def test_logits_beside_chunks_equal_masked_dense_forward(
+    tiny_llama4: Path, kept_masks: list[torch.Tensor], allocator: str, chunk: int
+) -> None:
+    check_logits(tiny_llama4, kept_masks, allocator, chunk, **SETTINGS)
+
+
+def check_logits(folder: Path, kept_masks: list[torch.Tensor], allocator: str, chunk: int, **settings: Any) -> None:
     prompt = random_prompt(500, seed=1)
     with engine(
-        tiny_gemma,
+        folder,
         budget=128,
         fields={"allocator": allocator},
         max_num_batched_tokens=chunk,
         logprobs_mode="raw_logits",
         max_logprobs=-1,
+        **settings,
     ) as running:
         (output,) = running.generate([prompt], max_tokens=NUM_STEPS, logprobs=-1)
         held = running.scheduler.kv_cache_manager.block_pool.get_usage()
@@ -42,12 +67,32 @@ def test_logits_equal_masked_dense_forward(
     logits = torch.tensor([[step[token].logprob for token in range(VOCAB_SIZE)] for step in completion.logprobs])
     (kept,) = kept_masks
     assert kept.shape == (2, 2, 500) and held == 0
-    dense = DenseModel(tiny_gemma)
+    dense = DenseModel(folder)
     expected = dense.logits(prompt + tokens[:-1], kept)[499:]
     assert (logits - expected).abs().max() < 1e-3
     whole = dense.logits(prompt + tokens[:-1])[499:]
     assert (logits[0] - whole[0]).abs().max() < 1e-3
     assert (logits[1:] - whole[1:]).abs().max() > 0.1
+
+
+def test_layers_that_rotate_nothing_are_scored_as_such(tiny_llama4: Path) -> None:
+    """Llama 4's layers that see everything; policies that turn keys back do not refuse them."""
+    prompt = random_prompt(500, seed=1)
+    with engine(tiny_llama4, "compactor", budget=128) as running:
+        weights = running.bridge._weights
+        rotaries = [weights.of(layer, frozenset({Need.ROTARY})).rotary for layer in range(2)]
+        x, far = torch.randn(2, 3, 32), torch.arange(1000, 1003)
+        assert all(rotary is not None and torch.equal(rotary.unrotate(x, far), x) for rotary in rotaries)
+        for policy in ("compactor", "expected_attention", "criticalkv"):
+            running.tokens([prompt], extra_args={"kv_eviction": policy})
+        assert running.num_evictions == 3
+        running.check_all_free()
+
+
+def test_a_front_end_knows_what_layers_hold_that_see_a_part(tiny_gemma: Path, tiny_llama4: Path) -> None:
+    for model in (tiny_gemma, tiny_llama4):
+        with engine(model, budget=96, max_num_batched_tokens=64) as running:
+            assert windows_of(running.llm.llm_engine.vllm_config) == running.scheduler._cache.windows != ()
 
 
 @pytest.mark.feature("models with sliding-window layers")

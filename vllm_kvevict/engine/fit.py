@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """A group of layers with a sliding window, which are never evicted.
+    """A group of layers that see the last tokens only, by a sliding window or in chunks, and are never evicted.
 
     num_tokens: that it holds of one request at most
     block_size: tokens per block

@@ -13,6 +13,8 @@ from vllm_kvevict.policies.base import EvictionPolicy, Need
 
 # attribute of a front end's VllmConfig: by the name of a need, why the model does not show it
 MISSING_NEEDS = "kvevict_missing_needs"
+_CHUNKED = "chunked_attention"
+_PARTIAL = "sliding_attention", _CHUNKED  # layer types of configurations
 _DRAFT_PREFIX = "draft_model."
 
 
@@ -48,19 +50,19 @@ def evicted_models(vllm_config: VllmConfig) -> list[ModelConfig]:
 
 
 def windows_of(vllm_config: VllmConfig) -> tuple[SlidingWindow, ...]:
-    """Return the groups that vLLM makes of the layers with a sliding window, as far as the configuration tells.
+    """Return the groups that vLLM makes of layers that see a part of the context, as far as the configuration tells.
 
     A front end has no more than that. The engine counts the groups that there are, and ends what does not fit.
     """
     text_config, block_size = vllm_config.model_config.hf_text_config, vllm_config.cache_config.block_size
     kinds = list(getattr(text_config, "layer_types", None) or ())
-    num_full, num_sliding = kinds.count("full_attention"), kinds.count("sliding_attention")
-    if not (num_full and num_sliding) or vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+    num_full, num_partial = kinds.count("full_attention"), max(map(kinds.count, _PARTIAL))
+    if not (num_full and num_partial) or vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         return ()
-    least, most = sorted((num_full, num_sliding))
-    num_groups = cdiv(num_sliding, most if most < 1.5 * least else least)
-    window = SlidingWindow(text_config.sliding_window - 1 + vllm_config.max_in_flight_tokens, block_size)
-    return (window,) * num_groups
+    num_seen = text_config.attention_chunk_size if _CHUNKED in kinds else text_config.sliding_window - 1
+    least, most = sorted((num_full, num_partial))
+    num_groups = cdiv(num_partial, most if most < 1.5 * least else least)
+    return (SlidingWindow(num_seen + vllm_config.max_in_flight_tokens, block_size),) * num_groups
 
 
 def check_pseudo_tokens(name: str, policy: EvictionPolicy, vllm_config: VllmConfig) -> None:

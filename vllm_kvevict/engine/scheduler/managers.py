@@ -11,18 +11,25 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import (
+    ChunkedLocalAttentionManager,
     FullAttentionManager,
     SingleTypeKVCacheManager,
     SlidingWindowManager,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 from vllm.v1.request import Request
 
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.checks import empty_cache
-from vllm_kvevict.engine.fit import EmptyCache
+from vllm_kvevict.engine.fit import EmptyCache, SlidingWindow
 from vllm_kvevict.engine.scheduler.life import BlocksToFree, RequestLife
 from vllm_kvevict.engine.settings import eviction_config
 
@@ -77,6 +84,10 @@ class PrivateBlocks(SingleTypeKVCacheManager):
 
 class PrivateSlidingWindowManager(PrivateBlocks, SlidingWindowManager):
     """Sliding-window layers beside evicted ones: untouched."""
+
+
+class PrivateChunkedLocalManager(PrivateBlocks, ChunkedLocalAttentionManager):
+    """Layers that see their chunk of the context only, beside evicted ones: untouched."""
 
 
 class EvictionManager(PrivateBlocks, FullAttentionManager):
@@ -199,13 +210,33 @@ class PrivateSlidingWindowSpec(SlidingWindowSpec):
     """A sliding window beside layers with eviction."""
 
 
-def with_eviction_managers(spec: AttentionSpec) -> AttentionSpec:
+@register_kv_cache_spec(manager_class=PrivateChunkedLocalManager, uniform_type_base_spec=ChunkedLocalAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class PrivateChunkedLocalSpec(ChunkedLocalAttentionSpec):
+    """Chunks of the context beside layers with eviction."""
+
+
+def window_of(spec: KVCacheSpec, num_in_flight: int) -> SlidingWindow | None:
+    """Return what layers hold that see a part of the context and are not evicted; None for other layers.
+
+    num_in_flight: tokens of steps whose blocks are not given back yet
+    """
+    if isinstance(spec, SlidingWindowSpec):
+        return SlidingWindow(spec.sliding_window - 1 + num_in_flight, spec.block_size)
+    if isinstance(spec, ChunkedLocalAttentionSpec):
+        return SlidingWindow(spec.attention_chunk_size + num_in_flight, spec.block_size)
+    return None
+
+
+def with_eviction_managers(spec: KVCacheSpec) -> KVCacheSpec:
     """Return ``spec`` in our words, so that vLLM gives its layers one of our managers; other kinds unchanged.
 
     Layers that see the whole context will be evicted.
     """
     if type(spec) is SlidingWindowSpec:
         ours: type[AttentionSpec] = PrivateSlidingWindowSpec
+    elif type(spec) is ChunkedLocalAttentionSpec:
+        ours = PrivateChunkedLocalSpec
     elif type(spec) is FullAttentionSpec and spec.sliding_window is None and spec.attention_chunk_size is None:
         ours = EvictionSpec
     else:

@@ -13,7 +13,6 @@ from vllm.outputs import RequestError
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
@@ -35,7 +34,7 @@ from vllm_kvevict.engine.messages import (
 from vllm_kvevict.engine.models import split_draft_layers
 from vllm_kvevict.engine.reserve import reserve_of
 from vllm_kvevict.engine.scheduler.life import RequestLife, State
-from vllm_kvevict.engine.scheduler.managers import EvictionManager, PrivateBlocks, cache_hits_up_to
+from vllm_kvevict.engine.scheduler.managers import EvictionManager, PrivateBlocks, cache_hits_up_to, window_of
 from vllm_kvevict.engine.scheduler.seats import Seats
 from vllm_kvevict.engine.settings import eviction_config, request_config
 from vllm_kvevict.foreign.code import contained, said
@@ -81,12 +80,9 @@ class EvictionSchedulerMixin(Scheduler):
         self._log_concurrency()
 
     def _windows(self) -> tuple[SlidingWindow, ...]:
-        specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
-        return tuple(
-            SlidingWindow(spec.sliding_window - 1 + self.vllm_config.max_in_flight_tokens, spec.block_size)
-            for spec in specs
-            if isinstance(spec, SlidingWindowSpec)
-        )
+        groups, num_in_flight = self.kv_cache_config.kv_cache_groups, self.vllm_config.max_in_flight_tokens
+        windows = (window_of(group.kv_cache_spec, num_in_flight) for group in groups)
+        return tuple(window for window in windows if window is not None)
 
     def _log_concurrency(self) -> None:
         """Say how many requests of the longest kind can decode at once, next to what vLLM says of whole ones."""

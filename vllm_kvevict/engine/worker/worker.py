@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -22,7 +22,11 @@ from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.engine.cache_dtype import cache_of
 from vllm_kvevict.engine.messages import REPORTS, EvictionReport
 from vllm_kvevict.engine.models import split_draft_layers
-from vllm_kvevict.engine.scheduler.managers import PrivateSlidingWindowSpec
+from vllm_kvevict.engine.scheduler.managers import (
+    PrivateChunkedLocalSpec,
+    PrivateSlidingWindowSpec,
+    with_eviction_managers,
+)
 from vllm_kvevict.engine.settings import eviction_config
 from vllm_kvevict.engine.worker.backends.base import EvictionMetadataBuilder
 from vllm_kvevict.engine.worker.bridge import EvictionBridge
@@ -31,6 +35,8 @@ from vllm_kvevict.engine.worker.side_memory import ModelMemory, SideMemory, is_e
 from vllm_kvevict.engine.worker.warm_up import register
 from vllm_kvevict.engine.worker.whole_rows import check_fields
 from vllm_kvevict.kernels import native
+
+_NOT_EVICTED = PrivateSlidingWindowSpec, PrivateChunkedLocalSpec
 
 logger = logging.getLogger("vllm.kvevict")
 
@@ -44,6 +50,12 @@ class EvictionWorkerMixin(Worker):
 
     _is_on_its_own = False
     side_memory: SideMemory | None = None
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """Return vLLM's specs; those of chunked layers, which no backend is asked about, in our words."""
+        specs = super().get_kv_cache_spec()
+        is_chunked = {name for name, spec in specs.items() if isinstance(spec, ChunkedLocalAttentionSpec)}
+        return {name: with_eviction_managers(spec) if name in is_chunked else spec for name, spec in specs.items()}
 
     def init_device(self) -> None:
         native.check(torch.device(self.device_config.device_type))
@@ -237,15 +249,15 @@ class _AsyncOutputWithReports(AsyncModelRunnerOutput):
 def _evicted_layers(kv_cache_config: KVCacheConfig) -> list[str]:
     """Return the layers of the one cache group with full attention, in the order of its cache.
 
-    Raises ValueError for a model with several such groups, or with others beside it than sliding windows.
+    Raises ValueError for a model with several such groups, or with others beside it than windows and chunks.
     """
     groups = kv_cache_config.kv_cache_groups
     evicted = [group for group in groups if is_evicted(group.kv_cache_spec)]
-    others = [group for group in groups if group not in evicted]
-    if len(evicted) != 1 or not all(isinstance(group.kv_cache_spec, PrivateSlidingWindowSpec) for group in others):
+    others = [group.kv_cache_spec for group in groups if group not in evicted]
+    if len(evicted) != 1 or not all(isinstance(spec, _NOT_EVICTED) for spec in others):
         found = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
         raise ValueError(
-            f"--kv-eviction needs a model with one cache group of full attention, and at most sliding windows beside "
-            f"it; got {found}. Use another model, or leave --kv-eviction out"
+            f"--kv-eviction needs a model with one cache group of full attention, and at most sliding windows and "
+            f"chunks beside it; got {found}. Use another model, or leave --kv-eviction out"
         )
     return list(evicted[0].layer_names)

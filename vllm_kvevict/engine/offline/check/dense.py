@@ -61,8 +61,12 @@ class DenseModel:
         num_tokens = query.shape[2]
         visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril().expand(len(keys), -1, -1).clone()
         window = getattr(module, "sliding_window", None)
+        kinds = getattr(module.config, "layer_types", None) or ()
         if window is not None:
             visible = visible.triu(1 - window)
+        elif kinds and kinds[module.layer_idx] == "chunked_attention":
+            chunk = torch.arange(num_tokens) // module.config.attention_chunk_size
+            visible &= chunk[:, None] == chunk
         elif self._visible is not None:
             visible = next(self._visible)
         elif self._kept is not None:
