@@ -19,6 +19,7 @@ import pytest
 from setuptools.dist import Distribution
 
 from tests.conftest import ROOT
+from vllm_kvevict import __version__
 from vllm_kvevict.commands import check
 from vllm_kvevict.commands.main import main
 
@@ -117,11 +118,15 @@ def _read_pip(words: list[str], patch: pytest.MonkeyPatch) -> None:
     """By a parser of our own: --group needs a pip that is newer than the one here."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     parser = argparse.ArgumentParser()
-    parser.add_argument("command", choices=["install"])
+    parser.add_argument("command", choices=["install", "uninstall"])
     parser.add_argument("target", nargs="?")
     parser.add_argument("--group", choices=project["dependency-groups"])
+    parser.add_argument("--no-deps", action="store_true")
     parser.add_argument("-e", "--editable")
-    args = parser.parse_args(words)
+    args = parser.parse_intermixed_args(words)
+    if args.command == "uninstall" or (args.target or "").endswith(".whl"):
+        assert args.target in ("vllm-kvevict", f"vllm_kvevict-{__version__}-py3-none-manylinux_2_28_x86_64.whl")
+        return
     folder, _, extra = (args.editable or args.target or ".").rstrip("]").partition("[")
     assert (ROOT / folder / "pyproject.toml").is_file()
     assert not extra or extra in project["project"]["optional-dependencies"]

@@ -134,6 +134,13 @@ def test_an_environment_with_the_wheel_serves_with_eviction(
     assert Path(torch.__file__).parent in in_use["libgomp.so.1"].parents
 
 
+def test_an_environment_without_the_wheel_again_has_nothing_of_it(environment: Path) -> None:
+    (packages,) = environment.parent.glob("lib/python*/site-packages")
+    (packages / "engine.pth").unlink()  # the engine's packages have the plugin of the checkout among them
+    run("pip", "--quiet", "--python", str(environment / "python"), "uninstall", "--yes", "vllm-kvevict")
+    assert not [*packages.rglob("*kvevict*"), *environment.glob("kvevict*")]
+
+
 @pytest.fixture(scope="module")
 def from_wheel(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that was empty, with the wheel installed in it."""

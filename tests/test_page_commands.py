@@ -47,7 +47,9 @@ RUN_BY = {
     "make test": (".ci/run", "make test"),
     "make test-more": (".ci/run", "make test-more"),
     "pip install --group test": ("tools/setup_venv.py", 'pip_install(TORCH, *GROUPS["test"]'),
+    "pip install --no-deps": ("tests/test_packaging.py", '"--no-deps"'),
     "pip install ./examples/third_party_policy": ("tests/e2e/conftest.py", '"examples" / "third_party_policy"'),
+    "pip uninstall vllm-kvevict": ("tests/test_packaging.py", '"uninstall", "--yes", "vllm-kvevict"'),
     "python -m benchmarks.kernels.gpu_figures": ("tests/benchmarks/test_gpu_figures.py", '"benchmarks.kernels.gpu_'),
     "python -m benchmarks.report": ("tests/benchmarks/test_report.py", "main()"),
     "python -m benchmarks.serving.gpu_engine": ("tests/benchmarks/test_gpu_engine.py", '["gpu_engine", write('),
@@ -57,7 +59,7 @@ RUN_BY = {
     "python -m tools.upstream": ("tests/engine/test_upstream.py", "findings("),
     "python setup.py build_ext": ("tools/setup_venv.py", '"--editable", str(ROOT)'),
     "vllm serve": ("tests/e2e/conftest.py", "Server(smollm2"),
-    "vllm serve --help=all": ("tests/read_commands.py", "cli.main()"),
+    "vllm serve --help=KVEviction": ("tests/read_commands.py", "cli.main()"),
 }
 DOCKER, GPU, LONG, NETWORK, SUITE = "a Docker daemon", "a GPU", "minutes to hours", "a network", "it is this suite"
 # the same -> what it needs, or why not

@@ -88,8 +88,7 @@ class EvictionConfig(BaseModel):
     calibration: Annotated[
         dict[str, Calibration],
         Option(
-            "What `python -m vllm_kvevict calibrate` has written, for a budget of auto: constants of each policy on "
-            "this model.",
+            "What `kvevict calibrate` has written, for a budget of auto: constants of each policy on this model.",
             "for each policy the numbers alpha and beta",
             name=BUDGET_CALIBRATION,
             is_flag=True,
@@ -284,7 +283,7 @@ class EvictionConfig(BaseModel):
             known = ", ".join(sorted(self.calibration)) or "none"
             raise ValueError(
                 f"kv_budget: 'auto' needs a calibration of policy {self.policy!r} (given: {known}); make one with "
-                f"`python -m vllm_kvevict calibrate` and name its file with --kv-budget-calibration"
+                f"`kvevict calibrate` and name its file with --kv-budget-calibration"
             )
         if method.schedule.is_bounded:
             option = DURING_DECODE if method.schedule.evicts_answer else DURING_PREFILL
@@ -335,10 +334,10 @@ class EvictionConfig(BaseModel):
             if not method.schedule.is_bounded:
                 last = "of which the prompt's last block may hold but one"
             raise ValueError(
-                f"kv_budget: expected at least {smallest} tokens, since blocks hold {block_size} and {self.policy!r} "
-                f"needs {method.min_tokens} tokens in every head ({method.num_protected} protected, "
-                f"{method.query_window} observed), {last}; got {self.budget}. Raise the budget, or start the "
-                f"server with a lower num_sink, num_recent or policy_options window in --kv-eviction-config"
+                f"kv_budget: expected at least {smallest} tokens, got {self.budget}: blocks hold {block_size}, and "
+                f"{self.policy!r} needs {method.min_tokens} tokens in every head ({method.num_protected} protected, "
+                f"{method.query_window} observed), {last}. Raise the budget, or start the server with a lower "
+                f"num_sink, num_recent or policy_options window in --kv-eviction-config"
             )
 
     def for_request(self, options: Mapping[str, Any] | None, block_size: int) -> EvictionConfig | None:

@@ -3,7 +3,7 @@
 Quality is that of the calibration: the log-likelihood of the answer with all of the prompt over the one with what is
 kept.
 
-python -m vllm_kvevict calibrate --model .cache/models/SmolLM2-135M-Instruct --kv-eviction compactor \
+kvevict calibrate --model .cache/models/SmolLM2-135M-Instruct --kv-eviction compactor \
     --prompt-tokens 640 --prompts 12 --kept 0.3 0.5 0.65 0.8 0.9 --out benchmarks/results/calibration.json \
     --points benchmarks/results/calibration_points.csv \
     --dtype float32 --enforce-eager --kv-cache-memory-bytes 536870912

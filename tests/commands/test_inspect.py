@@ -55,4 +55,4 @@ def test_wrong_flags_are_one_sentence(
         main(["inspect", "--model", "m", "--out", "report.html", *prompt, *flags])
     error = capsys.readouterr().err
     assert exit_.value.code == 2
-    assert message in error and error.startswith("python -m vllm_kvevict inspect: error: ") and error.count("\n") == 1
+    assert message in error and error.startswith("kvevict inspect: error: ") and error.count("\n") == 1

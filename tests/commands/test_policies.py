@@ -103,7 +103,7 @@ def test_a_file_without_the_markers_is_left_alone(
         main(["policies", "--write", str(file)])
     assert file.read_text() == text
     error = capsys.readouterr().err
-    assert error.startswith("python -m vllm_kvevict policies: error: expected a document that holds")
+    assert error.startswith("kvevict policies: error: expected a document that holds")
     assert error.count("\n") == 1
 
 
@@ -112,5 +112,5 @@ def test_wrong_flags_are_one_sentence(flags: list[str], capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as exit_:
         main(["policies", *flags])
     error = capsys.readouterr().err
-    assert exit_.value.code == 2 and error.startswith("python -m vllm_kvevict policies: error: ")
+    assert exit_.value.code == 2 and error.startswith("kvevict policies: error: ")
     assert error.count("\n") == 1

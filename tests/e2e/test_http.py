@@ -192,7 +192,7 @@ def test_chunks_of_a_long_prompt_are_counted_as_they_are_evicted(server: Server,
         ({"kv_budget": 1.5}, "or 'auto', got 1.5"),
         ({"kv_budget": "much"}, "kv_budget: expected a whole number of tokens"),
         ({"kv_budget_allocator": "adakw"}, "unknown budget allocator 'adakw'. Did you mean 'adakv'?"),
-        ({"kv_budget": 8}, "kv_budget: expected at least 33 tokens, since blocks hold 32 and"),
+        ({"kv_budget": 8}, "kv_budget: expected at least 33 tokens, got 8: blocks hold 32, and"),
         ({"kv_evict_during_decode": "yes"}, "kv_evict_during_decode: expected true or false, got 'yes'"),
         (
             {"kv_evict_interval": 1},

@@ -1,4 +1,4 @@
-"""``python -m vllm_kvevict inspect`` as a user runs it, on a tiny model; its page in a real browser."""
+"""``kvevict inspect`` as a user runs it, on a tiny model; its page in a real browser."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from vllm_kvevict.engine.offline.check import engines
-from vllm_kvevict.engine.offline.check.__main__ import Rows, check_machine
+from vllm_kvevict.engine.offline.check.__main__ import Rows, check_evicting, check_machine
 from vllm_kvevict.engine.offline.check.answers import Answer
 from vllm_kvevict.engine.offline.check.engines import AS_STOCK, Running, evicting, questions, running, stock_answers
 from vllm_kvevict.kernels import self_test
@@ -144,3 +144,13 @@ def test_whether_vllm_loads_the_plugin(allowed: str | None, monkeypatch: pytest.
     check_machine(Rows(told.append), told.append, {})
     failed = [one["row"] for one in told if one.get("verdict") == "failed"]
     assert failed == ["vLLM finds the plugin"] * (allowed == "another")
+
+
+def test_rows_that_an_engine_does_not_get_to_are_told(tmp_path: Path) -> None:
+    told: list[Any] = []
+    rows = Rows(told.append)
+    check_evicting(rows, told.append, {"model": str(tmp_path / "nowhere"), "flags": [], "stock": None})
+    found = {row["row"]: row["verdict"] for row in told if "row" in row}
+    served = found.pop("vLLM with eviction serves")
+    assert served == "failed" and {*found.values()} == {"skipped"}
+    assert {AS_STOCK, MEMORY, *(f"eviction {name}" for name in engines.SCHEDULES)} == found.keys()

@@ -117,7 +117,7 @@ def test_vllms_own_config_file_takes_the_flags(parse: Parse, tmp_path: Path) -> 
 
 def test_help_has_a_group_with_the_policies() -> None:
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    (group,) = [group for group in parser._action_groups if group.title == "KV eviction (vllm_kvevict)"]
+    (group,) = [group for group in parser._action_groups if group.title == "KVEviction"]
     flags = [option for action in group._group_actions for option in action.option_strings]
     names = ["kv-eviction", "kv-budget", "kv-budget-calibration", "kv-budget-allocator", "kv-evict-during-decode"]
     names += ["no-kv-evict-during-decode", "kv-evict-during-prefill", "kv-evict-interval", "kv-evict-max-num-seqs"]
@@ -398,5 +398,5 @@ def test_layers_that_cannot_work_are_refused_by_name(tiny_llama: Path, attribute
 
 
 def test_a_budget_that_cannot_hold_the_window_is_refused(tiny_llama: Path) -> None:
-    with pytest.raises(ValueError, match="kv_budget: expected at least 33 tokens, since blocks hold 32 and"):
+    with pytest.raises(ValueError, match=r"kv_budget: expected at least 33 tokens, got 32: blocks hold 32, and"):
         created(tiny_llama, **kv_eviction_args("snapkv", 32))

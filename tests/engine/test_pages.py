@@ -20,7 +20,7 @@ def test_the_offline_example_of_the_page(smollm2: Path, monkeypatch: pytest.Monk
     small = {"max_model_len": 512, "kv_cache_memory_bytes": 64 << 20, "dtype": "float32", "enforce_eager": True}
     monkeypatch.setattr(vllm, "LLM", partial(vllm.LLM, **small))
     (code,) = [block for block in blocks_of(ROOT / "docs/configuration.md", "python") if "LLM(" in block]
-    names: dict[str, Any] = {"model": str(smollm2)}
+    names: dict[str, Any] = {"model": str(smollm2), "__name__": "__main__"}
     exec(code, names)
     llm = names["llm"]
     try:

@@ -18,36 +18,36 @@ from vllm_kvevict.options.reading import name_in
 from vllm_kvevict.policies import POLICIES
 
 
-def add_calibrate(commands: Any) -> argparse.ArgumentParser:
-    """Add the command to ``commands``, subparsers, and return its parser; ``args.run`` yields what it has to say."""
-    calibrate: argparse.ArgumentParser = commands.add_parser(
-        "calibrate",
-        allow_abbrev=False,
-        help="Find out how much of a prompt a policy must keep, for --kv-budget auto.",
-        description="Answer prompts of several kinds with parts of them kept, fit the two constants of --kv-budget "
-        "auto to what that costs, and write them to a small JSON file. Flags that are not listed here go to vLLM's "
-        "engine.",
+def add_arguments(calibrate: argparse.ArgumentParser) -> None:
+    """Add what the command takes to its parser; ``args.run`` yields what it has to say."""
+    calibrate.description = (
+        "Answer prompts of several kinds with parts of them kept, fit the two constants of --kv-budget auto to what "
+        "that costs, and write them to a small JSON file. Flags that are not listed here go to vLLM's engine; with "
+        "--enforce-eager it starts faster."
     )
     calibrate.add_argument("--model", metavar="M", required=True, help="Model name or folder, with a chat template.")
     calibrate.add_argument("--kv-eviction", metavar="POLICY", type=name_in(POLICIES), required=True, help="The policy.")
     calibrate.add_argument(
         "--out", metavar="FILE", type=file_to_write, required=True, help="The file; others in it stay."
     )
-    calibrate.add_argument("--prompt-tokens", metavar="N", type=positive, default=2048, help="Length of the prompts.")
-    calibrate.add_argument("--prompts", metavar="N", type=positive, default=6, help="Prompts of each kind.")
+    calibrate.add_argument(
+        "--prompt-tokens", metavar="N", type=positive, default=2048, help="Length of the prompts. Default: %(default)s."
+    )
+    calibrate.add_argument(
+        "--prompts", metavar="N", type=positive, default=6, help="Prompts of each kind. Default: %(default)s."
+    )
     calibrate.add_argument(
         "--kept",
         metavar="R",
         type=_fraction,
         nargs="+",
         default=[0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9],
-        help="Fractions of each prompt to keep.",
+        help="Fractions of each prompt to keep. Default: %(default)s.",
     )
     calibrate.add_argument(
         "--points", metavar="FILE", type=file_to_write, help="Write what was measured there, too, as CSV."
     )
     calibrate.set_defaults(run=_calibrate)
-    return calibrate
 
 
 def _calibrate(args: argparse.Namespace, engine_flags: list[str]) -> Iterator[str]:

@@ -24,6 +24,7 @@ _PARTS = ("machine", "stock", "evicting")
 _MODULE = "vllm_kvevict.engine.offline.check"
 _MOST_SECONDS = 300  # of a part
 _LOG_LINES = 5
+_CPU_SPACE, _CPU_GIB = "VLLM_CPU_KVCACHE_SPACE", "1"
 
 
 @dataclass(frozen=True)
@@ -69,24 +70,23 @@ class Found:
         return None
 
 
-def add_check(commands: Any) -> argparse.ArgumentParser:
-    """Add the command to ``commands``, subparsers, and return its parser; ``args.run`` yields what it has to say."""
-    check: argparse.ArgumentParser = commands.add_parser(
-        "check",
-        allow_abbrev=False,
-        help="Say whether eviction works on this machine.",
-        description="Try every kernel, a stock engine and an evicting one on this machine, and say what works. Flags "
-        "that are not listed here, such as --attention-backend, go to vLLM's engines. Exits with 1 if a row fails.",
+def add_arguments(check: argparse.ArgumentParser) -> None:
+    """Add what the command takes to its parser; ``args.run`` yields what it has to say."""
+    check.description = (
+        "Try every kernel, a stock engine and an evicting one on this machine, and say what works: one to two minutes "
+        "with the tiny model on a quiet machine. Flags that are not listed here, such as --attention-backend, go to "
+        f"vLLM's engines. On a CPU their cache takes {_CPU_GIB} GiB, unless {_CPU_SPACE} says otherwise. Exits with 1 "
+        "if a row fails."
     )
     check.add_argument("--model", metavar="M", help="Model name or folder; a tiny one is built if none is given.")
     check.add_argument("--json", action="store_true", help="Print JSON, as a bug report wants it.")
     check.set_defaults(run=_check)
-    return check
 
 
 def _check(args: argparse.Namespace, engine_flags: list[str]) -> Iterator[str]:
     found = Found()
-    with tempfile.TemporaryDirectory(prefix="kvevict-check-") as folder, tqdm(unit="row", leave=False) as bar:
+    bar = tqdm(unit="row", leave=False, disable=None)  # None: where stderr is no terminal
+    with tempfile.TemporaryDirectory(prefix="kvevict-check-") as folder, bar:
         for part in _PARTS:
             known = {"model": args.model, "folder": folder, "flags": engine_flags, "stock": found.stock}
             for row in run_part(part, known, found, Path(folder)):
@@ -115,7 +115,8 @@ def run_part(part: str, known: dict[str, Any], found: Found, folder: Path) -> It
     reading, writing = os.pipe()
     log = folder / f"{part}.log"
     # the scheduler and the worker must be in the process that looks at them
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    usual = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", _CPU_SPACE: _CPU_GIB}  # vLLM's default wants most of the memory
+    environment = {**usual, **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with log.open("wb") as output, os.fdopen(reading, "rb", buffering=0) as told:
         process = subprocess.Popen(
             [sys.executable, "-m", _MODULE, part, json.dumps(known), str(writing)],

@@ -15,14 +15,11 @@ from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.frontend.flags import add_group, flag_values
 
 
-def add_inspect(commands: Any) -> argparse.ArgumentParser:
-    """Add the command to ``commands``, subparsers, and return its parser; ``args.run`` yields what it has to say."""
-    inspect: argparse.ArgumentParser = commands.add_parser(
-        "inspect",
-        allow_abbrev=False,
-        help="Run one prompt and write a page that shows what its eviction keeps.",
-        description="Run one prompt through the engine in this process and write a page that shows what its eviction "
-        "keeps. Flags that are not listed here, such as --max-model-len, go to vLLM's engine.",
+def add_arguments(inspect: argparse.ArgumentParser) -> None:
+    """Add what the command takes to its parser; ``args.run`` yields what it has to say."""
+    inspect.description = (
+        "Run one prompt through the engine in this process and write a page that shows what its eviction keeps. Flags "
+        "that are not listed here, such as --max-model-len, go to vLLM's engine; with --enforce-eager it starts faster."
     )
     inspect.add_argument("--model", metavar="M", required=True, help="Model name or folder.")
     prompt = inspect.add_mutually_exclusive_group(required=True)
@@ -38,7 +35,6 @@ def add_inspect(commands: Any) -> argparse.ArgumentParser:
     inspect.add_argument("--png", action="store_true", help="Write the charts next to the page, too.")
     add_group(inspect)
     inspect.set_defaults(run=_inspect)
-    return inspect
 
 
 def _inspect(args: argparse.Namespace, engine_flags: list[str]) -> Iterator[str]:

@@ -1,15 +1,17 @@
-"""The table of policies, for the command line and for docs/policies.md: nothing in it is written by hand."""
+"""The command ``policies``: a table for the command line and for docs/policies.md, with nothing written by hand."""
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
 from vllm_kvevict.policies.base import POLICIES, EvictionPolicy, Need
 
-START = "<!-- policies: python -m vllm_kvevict policies --write docs/policies.md -->"
+START = "<!-- policies: kvevict policies --write docs/policies.md -->"
 END = "<!-- end of policies -->"
 NOTHING = "\N{EN DASH}"
 # Of which the table states the memory: a layer of Llama-3.1-8B.
@@ -30,6 +32,27 @@ MEMORY_NOTE = (
     f"{SIZES['num_kv_heads']} KV heads, head size {SIZES['head_size']}; its cache has 4,096): held at most while one "
     "layer is scored, plus, where a second number follows, held in every layer until the prompt ends."
 )
+
+
+def add_arguments(policies: argparse.ArgumentParser) -> None:
+    """Add what the command takes to its parser; ``args.run`` yields what it has to say."""
+    policies.description = "Print the policies: what they need, protect and hold in memory, their sources and options."
+    form = policies.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="Print it in Markdown.")
+    form.add_argument(
+        "--write", metavar="FILE", type=Path, help="Put its short form between the markers in FILE, docs/policies.md."
+    )
+    policies.set_defaults(run=_policies)
+
+
+def _policies(args: argparse.Namespace, others: list[str]) -> Iterator[str]:
+    if others:
+        raise ValueError(f"unrecognized arguments: {' '.join(others)}")
+    if args.write is None:
+        yield markdown_table() if args.markdown else text_table()
+        return
+    args.write.write_text(with_table(args.write.read_text(encoding="utf-8")), encoding="utf-8")
+    yield f"wrote {args.write}"
 
 
 def text_table() -> str:

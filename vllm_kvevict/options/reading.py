@@ -36,7 +36,8 @@ def name_in(registry: Registry[Any]) -> Callable[[str], str]:
         try:
             registry.get(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+            remedy = "; for no eviction, leave the flag out" if text == NONE else ""
+            raise argparse.ArgumentTypeError(f"{error}{remedy}") from None
         return text
 
     return name

@@ -50,8 +50,8 @@ def with_config(from_cli_args: Callable[..., Any]) -> Callable[..., Any]:
 def add_group(parser: argparse.ArgumentParser, config: type[EvictionConfig] = EvictionConfig) -> None:
     """Add our flags to ``parser``: those of the table of options, and the one for a file with all fields."""
     group = parser.add_argument_group(
-        title="KV eviction (vllm_kvevict)",
-        description="Keep a part of every prompt's KV cache and give the blocks of the rest back.",
+        title="KVEviction",
+        description="vllm_kvevict: keep a part of every prompt's KV cache and give the blocks of the rest back.",
     )
     for row in _flags(config).values():
         group.add_argument(row.option.flag, **_as_argument(row))

@@ -28,6 +28,7 @@ class Rows:
 
     def __init__(self, tell: Tell) -> None:
         self._tell = tell
+        self._told: set[str] = set()
 
     def ask(self, name: str, question: Callable[[], str]) -> None:
         """Answer a row."""
@@ -41,8 +42,14 @@ class Rows:
             verdict, detail = "failed", f"{type(error).__name__}: {error}"
         self.say(name, verdict, detail, time.perf_counter() - start)
 
+    def say_if_missing(self, name: str, verdict: str, detail: str) -> None:
+        """Tell a row that was not told yet."""
+        if name not in self._told:
+            self.say(name, verdict, detail)
+
     def say(self, name: str, verdict: str, detail: str, seconds: float = 0.0) -> None:
         """Tell a row that needs no question."""
+        self._told.add(name)
         self._tell({"row": name, "verdict": verdict, "detail": detail, "seconds": round(seconds, 2)})
 
 
@@ -119,7 +126,14 @@ def check_stock(rows: Rows, tell: Tell, known: Mapping[str, Any]) -> None:
 def check_evicting(rows: Rows, tell: Tell, known: Mapping[str, Any]) -> None:
     """An engine that evicts."""
     from vllm_kvevict.engine.offline.check.answers import Answer
-    from vllm_kvevict.engine.offline.check.engines import described, evicting, questions, refused_policies, running
+    from vllm_kvevict.engine.offline.check.engines import (
+        described,
+        evicting,
+        names_of_questions,
+        questions,
+        refused_policies,
+        running,
+    )
 
     model = _model(known)
     stock = [Answer(one["tokens"], [_by_token(step) for step in one["steps"]]) for one in known["stock"] or []]
@@ -135,6 +149,8 @@ def check_evicting(rows: Rows, tell: Tell, known: Mapping[str, Any]) -> None:
             return described(engine)
 
     rows.ask("vLLM with eviction serves", serves)
+    for name in names_of_questions(known["model"] is None):
+        rows.say_if_missing(name, "skipped", "the engine did not get so far")
 
 
 def _say_refused(rows: Rows, refused: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "of the answer, block by block": BY_BLOCK,
     "of the answer, token by token": BY_BLOCK | {"kv_evict_interval": 1, "kv_eviction": "tova"},
 }
-AS_STOCK = "nothing evicted equals stock vLLM"
+AS_STOCK, AS_DENSE = "nothing evicted equals stock vLLM", "logits equal dense attention over the kept tokens"
+COUNTED = "memory counted equals memory held"
 FLAGS = ["--max-num-seqs", "4", "--max-num-batched-tokens", "256", "--no-enable-prefix-caching"]
 # a question, which returns what was found; it raises AssertionError if that is wrong, and whatever else goes wrong
 Question = Callable[[], str]
@@ -128,19 +130,23 @@ def described(engine: Running) -> str:
     )
 
 
+def names_of_questions(is_tiny: bool) -> list[str]:
+    """Return the names of the rows that an evicting engine answers."""
+    return [AS_STOCK, *map("eviction {}".format, SCHEDULES), *[AS_DENSE] * is_tiny, COUNTED]
+
+
 def questions(engine: Running, stock: list[Answer], tiny: Path | None) -> dict[str, Question | None]:
     """Return what to ask an evicting engine, by the names of the rows; None for what cannot be asked.
 
     stock: what stock vLLM says, nothing if it did not start
     tiny:   folder of the model if it is the tiny one, which can be compared with dense attention
     """
-    asked: dict[str, Question | None] = {AS_STOCK: (lambda: _as_stock(engine, stock)) if stock else None}
-    for name, options in SCHEDULES.items():
-        asked[f"eviction {name}"] = lambda options=options: _gives_back(engine, options)  # type: ignore[misc]
+    asked: list[Question | None] = [(lambda: _as_stock(engine, stock)) if stock else None]
+    asked += [partial(_gives_back, engine, options) for options in SCHEDULES.values()]
     if tiny is not None:
-        asked["logits equal dense attention over the kept tokens"] = lambda: _as_dense(engine, tiny)
-    asked["memory counted equals memory held"] = lambda: _counted(engine)
-    return asked
+        asked.append(lambda: _as_dense(engine, tiny))
+    asked.append(lambda: _counted(engine))
+    return dict(zip(names_of_questions(tiny is not None), asked, strict=True))
 
 
 def refused_policies(engine: Running) -> dict[str, str]:
