@@ -18,6 +18,7 @@ from vllm import LLM, SamplingParams
 
 from benchmarks.serving.engine import MODEL, core, engine, random_prompt
 from benchmarks.timing import write_row
+from vllm_kvevict.commands.arguments import positive
 from vllm_kvevict.policies import POLICIES
 
 
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=["snapkv"], help="names, or 'all'")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1000, 2000, 4000, 8000])
     parser.add_argument("--budget", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--dtype", default="auto", help="of the model: float32 is faster on CPUs without bfloat16")
     arguments = parser.parse_args()
     policies = POLICIES.names() if arguments.policies == ["all"] else arguments.policies
