@@ -23,7 +23,7 @@ from tests.conftest import ROOT
 from tests.tiny_llama import tiny_llama_config
 from vllm_kvevict.policies import POLICIES
 
-pytestmark = pytest.mark.more("three minutes: engines of their own; what they have in common is tested in `make test`")
+pytestmark = pytest.mark.more("four minutes: each starts engines; what they share is tested in `make test`")
 Row = dict[str, float | str]
 MEASURED = re.compile("seconds|_ms$|_s$|speed|time|share|^of_")  # these are more than 0
 
