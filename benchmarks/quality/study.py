@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.serving.engine import MODEL, engine
 from benchmarks.timing import RESULTS, provenance
-from vllm_kvevict.engine.offline.tasks import make_example
+from vllm_kvevict.engine.offline.tasks import TASKS, make_example
 
 from vllm import LLM  # isort: skip  (after the environment is set)
 from vllm_kvevict.engine.offline.grading import ForceAnswer, Grade, grade  # isort: skip
@@ -110,7 +110,7 @@ def run(
 def summarise(name: str) -> list[dict[str, Any]]:
     """Write benchmarks/results/quality_<name>.csv, a row per cell and arm, from the rows of the prompts; return it.
 
-    Of every metric the mean and a 95 % bootstrap interval over the prompts.
+    Of every metric the mean and a 95 % bootstrap interval over the prompts. Raises ValueError if there are none.
     """
     cells: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in read(RESULTS / f"quality_{name}_prompts.csv"):
@@ -123,6 +123,8 @@ def summarise(name: str) -> list[dict[str, Any]]:
             low, high = interval(values)
             entry |= {metric: round(float(np.mean(values)), 4), f"{metric}_low": low, f"{metric}_high": high}
         summary.append(origin | entry)
+    if not summary:
+        raise ValueError(f"--summary-only: nothing has been graded, there are no rows in quality_{name}_prompts.csv")
     with (RESULTS / f"quality_{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, summary[0])
         writer.writeheader()
@@ -177,7 +179,7 @@ def add_arguments(parser: argparse.ArgumentParser, tasks: Iterable[str], prompts
     prompts: length -> how many prompts of it
     """
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--tasks", nargs="+", default=list(tasks))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(tasks))
     parser.add_argument("--lengths", type=int, nargs="+", default=list(prompts))
     parser.add_argument("--prompts", type=int, help=f"of each cell; default, by length: {prompts}")
     parser.add_argument("--limit", type=int, help="grade so many prompts and stop; a later run goes on")
@@ -185,7 +187,13 @@ def add_arguments(parser: argparse.ArgumentParser, tasks: Iterable[str], prompts
 
 
 def chosen_cells(arguments: argparse.Namespace, prompts: dict[int, int], questions: Iterable[str]) -> list[Cell]:
-    """Return the cells that the options choose, short prompts first."""
+    """Return the cells that the options choose, short prompts first.
+
+    Raises ValueError for a length of which nobody has said how many prompts it has.
+    """
+    unknown = [] if arguments.prompts else [length for length in arguments.lengths if length not in prompts]
+    if unknown:
+        raise ValueError(f"--lengths: expected some of {[*prompts]}, or --prompts as well, got {unknown}")
     return [
         Cell(task, length, question, arguments.prompts or prompts[length])
         for length, task, question in product(arguments.lengths, arguments.tasks, questions)

@@ -20,9 +20,8 @@ def run(model: Path, budget: int | None, arguments: argparse.Namespace) -> dict[
     """Send all prompts at once; return requests decoding at once (most, mean), preemptions and seconds."""
     num_blocks = arguments.memory // BLOCK_SIZE + 1  # and the null block
     decoding, preempted = [], 0
-    with engine(
-        model, budget, num_gpu_blocks_override=num_blocks, kv_cache_memory_bytes=1 << 30, max_num_seqs=32
-    ) as llm:
+    settings = {"num_gpu_blocks_override": num_blocks, "max_model_len": arguments.prompt + arguments.output}
+    with engine(model, budget, kv_cache_memory_bytes=1 << 30, max_num_seqs=32, **settings) as llm:
         sampling = SamplingParams(temperature=0.0, max_tokens=arguments.output, ignore_eos=True, detokenize=False)
         for index in range(arguments.requests):
             prompt = {"prompt_token_ids": random_prompt(arguments.prompt, seed=index)}

@@ -14,6 +14,7 @@ from vllm import LLM, SamplingParams
 
 from benchmarks.serving.engine import MODEL, core, engine, random_prompt
 from benchmarks.timing import write_row
+from vllm_kvevict.commands.arguments import positive
 from vllm_kvevict.config import EvictionConfig
 
 
@@ -32,6 +33,8 @@ def time_decode(llm: LLM, config: EvictionConfig, arguments: argparse.Namespace,
         llm.llm_engine.step()
         if decoding:
             steps.append(time.perf_counter() - start)
+    if not steps:
+        raise RuntimeError("no step decoded a token of every request; raise --output")
     return median(steps)
 
 
@@ -44,7 +47,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=4000)
     parser.add_argument("--output", type=int, default=120)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     arguments = parser.parse_args()
     seconds: dict[str, list[float]] = {name: [] for name in arguments.allocators}
     with engine(

@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.serving.engine import BLOCK_SIZE, MODEL, core, engine, random_prompt
 from benchmarks.timing import write_row
+from vllm_kvevict.commands.arguments import positive
 
 KEPT, WHOLE = "stock vLLM, kept length", "stock vLLM, whole prompts"
 EVICTED = {"snapkv + uniform": "uniform", "lava + lava": "lava"}
@@ -95,8 +96,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=7500)
     parser.add_argument("--kept", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=12, help="of an arm in a round")
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--steps", type=positive, default=12, help="of an arm in a round")
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
     options.token_bytes = token_bytes(options.model, options.dtype)

@@ -22,6 +22,7 @@ from vllm import LLM, SamplingParams
 
 from benchmarks.serving.engine import BLOCK_SIZE, MODEL, core, engine, random_prompt
 from benchmarks.timing import write_row
+from vllm_kvevict.commands.arguments import positive
 
 WHOLE = "none"
 BY_BLOCK = ("streaming_llm", "knorm", "tova", "snapkv", "morphkv", "h2o")
@@ -59,6 +60,8 @@ def answer(llm: LLM, policy: str, interval: int, arguments: argparse.Namespace, 
             steps.append(time.perf_counter() - begin)
             free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
             most_blocks = max(most_blocks, num_blocks - free)
+    if not steps:
+        raise RuntimeError("no step in the second half of the answers decoded a token of every request; raise --output")
     return sum(steps) / len(steps), most_blocks
 
 
@@ -82,7 +85,7 @@ def main() -> None:
         default=[BLOCK_SIZE, 1],
         help="tokens of an answer between evictions: those of a block, 1 for token by token, or both in turn (default)",
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     arguments = parser.parse_args()
     measured_arms = arms(arguments.interval)
     results: dict[tuple[str, int], list[tuple[float, int]]] = {arm: [] for arm in measured_arms}

@@ -19,6 +19,7 @@ from vllm import LLM, SamplingParams
 
 from benchmarks.serving.engine import MODEL, engine, random_prompt
 from benchmarks.timing import write_row
+from vllm_kvevict.commands.arguments import positive
 
 ARMS: dict[str, dict[str, Any]] = {
     "none": {"kv_eviction": "none"},
@@ -85,12 +86,14 @@ def run(llm: LLM, arguments: argparse.Namespace) -> dict[str, Turns]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--chats", type=int, default=3)
+    parser.add_argument("--chats", type=positive, default=3)
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--system", type=int, default=2_000, help="tokens that a chat begins with")
     parser.add_argument("--user", type=int, default=300, help="tokens that a user adds in a turn")
     parser.add_argument("--output", type=int, default=64, help="tokens of an answer")
     arguments = parser.parse_args()
+    if arguments.turns < 2:
+        parser.error(f"--turns: expected at least 2, since the first is not measured, got {arguments.turns}")
     with engine(arguments.model, 512, kv_cache_memory_bytes=2 << 30) as llm:
         results = run(llm, arguments)
     stock = median(results["none"].seconds)

@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.serving.engine import MODEL, core, engine, random_prompt
 from benchmarks.timing import write_row
+from vllm_kvevict.commands.arguments import positive
 
 ARMS = ("stock vLLM", "eviction off", "budget above every prompt")
 STACK = ExitStack()
@@ -52,6 +53,8 @@ def decode(batch: int, prompt: int, output: int, seed: int) -> tuple[float, list
         if is_decoding:
             steps.append(time.perf_counter() - begin)
         answers |= {output.request_id: list(output.outputs[0].token_ids) for output in outputs if output.finished}
+    if not steps:
+        raise RuntimeError("no step decoded a token of every request; raise --output")
     return median(steps), [answers[name] for name in sorted(answers)]
 
 
@@ -61,7 +64,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=500)
     parser.add_argument("--output", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=positive, default=9)
     arguments = parser.parse_args()
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     context = multiprocessing.get_context("spawn")

@@ -18,6 +18,7 @@ from vllm import LLM, SamplingParams
 
 from benchmarks.serving.engine import MODEL, engine, random_prompt
 from benchmarks.timing import write_row
+from vllm_kvevict.commands.arguments import positive
 
 WHOLE = "none"
 POLICIES = ("snapkv", "h2o")
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[500, 1500, 4000])
     parser.add_argument("--outputs", type=int, nargs="+", default=[2, 4, 8, 32])
     parser.add_argument("--budget", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     arguments = parser.parse_args()
     size = {"kv_cache_memory_bytes": 1 << 30, "enable_prefix_caching": False}
     with engine(arguments.model, arguments.budget, **size) as llm:
