@@ -137,7 +137,8 @@ def test_an_environment_with_the_wheel_serves_with_eviction(
 def test_an_environment_without_the_wheel_again_has_nothing_of_it(environment: Path) -> None:
     (packages,) = environment.parent.glob("lib/python*/site-packages")
     (packages / "engine.pth").unlink()  # the engine's packages have the plugin of the checkout among them
-    run("pip", "--quiet", "--python", str(environment / "python"), "uninstall", "--yes", "vllm-kvevict")
+    arguments = ["--python", str(environment / "python"), "uninstall", "--yes", "vllm-kvevict"]
+    run("pip", "--quiet", *arguments, PYTHONPATH="")
     assert not [*packages.rglob("*kvevict*"), *environment.glob("kvevict*")]
 
 
