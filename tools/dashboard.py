@@ -29,7 +29,7 @@ DASHBOARD = ROOT / "configs" / "grafana_dashboard.json"
 IMAGE = ROOT / "docs" / "images" / "dashboard.png"
 SECONDS, CLIENTS = 150, 6
 FLAGS = ["--kv-eviction", "snapkv", "--kv-budget", "256", "--kv-budget-allocator", "adakv"]
-FLAGS += ["--max-model-len", "4096", "--enforce-eager"]
+FLAGS += ["--max-model-len", "4096", "--enforce-eager", "--dtype", "float32"]
 
 
 def main() -> None:
