@@ -97,9 +97,7 @@ FAMILIES = [
     Family("Llama", "llama", "grouped heads"),
     Family("Qwen2", "qwen2", "biases of queries, keys and values"),
     Family("Qwen3", "qwen3", "norms of queries and keys", _HEAD),
-    Family(
-        "Qwen2-MoE", "qwen2_moe", "mixture of experts", {**_EXPERTS, "shared_expert_intermediate_size": 64}
-    ),
+    Family("Qwen2-MoE", "qwen2_moe", "mixture of experts", {**_EXPERTS, "shared_expert_intermediate_size": 64}),
     Family("Qwen3-MoE", "qwen3_moe", "norms of queries and keys; mixture of experts", {**_EXPERTS, **_HEAD}),
     Family(
         "gpt-oss",
@@ -206,7 +204,9 @@ FAMILIES = [
         },
     ),
     Family("Granite", "granite", "a softmax scale of its own", _GRANITE),
-    Family("Granite-MoE", "granitemoe", "a softmax scale of its own; mixture of experts", {**_GRANITE, **_LOCAL_EXPERTS}),
+    Family(
+        "Granite-MoE", "granitemoe", "a softmax scale of its own; mixture of experts", {**_GRANITE, **_LOCAL_EXPERTS}
+    ),
     Family(
         "Granite-MoE with a shared expert",
         "granitemoeshared",
@@ -216,7 +216,9 @@ FAMILIES = [
     Family("OLMo", "olmo", "norms without weights"),
     Family("OLMo 2", "olmo2", "norms of whole queries and keys, behind the layers"),
     Family("OLMo 3", "olmo3", "sliding windows; norms of whole queries and keys", _WINDOWS),
-    Family("OLMoE", "olmoe", "norms of whole queries and keys; mixture of experts", {**_EXPERTS, "intermediate_size": 64}),
+    Family(
+        "OLMoE", "olmoe", "norms of whole queries and keys; mixture of experts", {**_EXPERTS, "intermediate_size": 64}
+    ),
     Family("EXAONE 4", "exaone4", "sliding windows; no rotary embedding in full layers", {**_WINDOWS, **_HEAD}),
     Family(
         "EXAONE-MoE",
@@ -239,7 +241,12 @@ FAMILIES = [
     Family("BLOOM", "bloom", "ALiBi", {"num_key_value_heads": 4}),
     Family("StarCoder2", "starcoder2", "biases", {"sliding_window": None}),
     Family("StableLM", "stablelm", "partial rotary embedding", {"use_qkv_bias": True}),
-    Family("Command-R", "cohere", "rotary embedding of neighbours; norms of queries and keys", {"use_qk_norm": True, "logit_scale": 0.5, "tie_word_embeddings": True}),
+    Family(
+        "Command-R",
+        "cohere",
+        "rotary embedding of neighbours; norms of queries and keys",
+        {"use_qk_norm": True, "logit_scale": 0.5, "tie_word_embeddings": True},
+    ),
     Family(
         "Command-R 7B",
         "cohere2",
@@ -323,12 +330,29 @@ FAMILIES = [
             "v_head_dim": 32,
         },
     ),
-    Family("HRM-Text", "hrm_text", "one layer run several times", {**_HEAD, "num_key_value_heads": 4, "num_layers_per_stack": 2}),
+    Family(
+        "HRM-Text",
+        "hrm_text",
+        "one layer run several times",
+        {**_HEAD, "num_key_value_heads": 4, "num_layers_per_stack": 2},
+    ),
     Family("CWM", "cwm", "sliding windows; scaled rotary embedding", {**_WINDOWS, **_HEAD}),
-    Family("FlexOlmo", "flex_olmo", "norms of whole queries and keys; mixture of experts", {**_EXPERTS, "intermediate_size": 64}),
+    Family(
+        "FlexOlmo",
+        "flex_olmo",
+        "norms of whole queries and keys; mixture of experts",
+        {**_EXPERTS, "intermediate_size": 64},
+    ),
     Family("Jais 2", "jais2", "biases", _HEAD),
-    Family("Mellum", "mellum", "sliding windows; two rotary bases; mixture of experts", {**_WINDOWS, **_HEAD, **_EXPERTS}),
-    Family("VaultGemma", "vaultgemma", "soft-capping; sliding windows", {**_WINDOWS, **_HEAD, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}),
+    Family(
+        "Mellum", "mellum", "sliding windows; two rotary bases; mixture of experts", {**_WINDOWS, **_HEAD, **_EXPERTS}
+    ),
+    Family(
+        "VaultGemma",
+        "vaultgemma",
+        "soft-capping; sliding windows",
+        {**_WINDOWS, **_HEAD, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0},
+    ),
     Family("Helium", "helium", "rotary embedding of neighbours", _HEAD),
     Family(
         "Solar-Open",

@@ -20,8 +20,8 @@ import torch
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 from tools.matrix.families import FAMILIES, VOCAB_SIZE, Family
+from tools.matrix.oracle import Oracle
 from tools.matrix.rows import POLICIES
-from vllm_kvevict.engine.offline.check.dense import DenseModel
 from vllm_kvevict.eviction.record import recorded_evictions
 
 OK = "ok"
@@ -55,6 +55,7 @@ class Trial:
         self._tell(self.row)
 
     def run(self, folder: Path) -> None:
+        self._oracle = Oracle(folder)
         if not self.ask("built", lambda: None if self.family.build(folder) else None):
             return
         stock: list[list[int]] = []
@@ -84,25 +85,24 @@ class Trial:
         with engine(folder, "snapkv", BUDGET, {"allocator": "adakv"}, **self._settings) as running:
             self.say("starts", OK)
             self.ask("as_stock", lambda: _check_as_stock(running, stock))
-            self.ask("oracle", lambda: self._check_oracle(running, folder))
+            self.ask("oracle", lambda: self._check_oracle(running))
             for policy in POLICIES:
                 self.ask(policy, lambda policy=policy: _check_evicts(running, policy))  # type: ignore[misc]
             self.ask("blocks", running.check_all_free)
 
-    def _check_oracle(self, running: Engine, folder: Path) -> None:
+    def _check_oracle(self, running: Engine) -> None:
         prompt = random_prompt(LENGTH, seed=1)
         with recorded_evictions() as records:
             (output,) = running.generate([prompt], max_tokens=NUM_STEPS, logprobs=-1)
         (completion,), (record,) = output.outputs, records
         tokens = [*prompt, *completion.token_ids[:-1]]
         logits = torch.tensor([[step[token].logprob for token in range(VOCAB_SIZE)] for step in completion.logprobs])
-        dense = DenseModel(folder)
-        whole = dense.logits(tokens)[LENGTH - 1 :]
+        whole = self._oracle.logits(tokens)[LENGTH - 1 :]
         if not (worst := float((logits[0] - whole[0]).abs().max())) <= TOLERANCE:
             raise AssertionError(f"before anything is evicted, logits differ from transformers' by {worst:.2g}")
         effect = float((logits[1:] - whole[1:]).abs().max())
         self.say("effect", f"{effect:.2g}")
-        expected = dense.logits(tokens, record.kept)[LENGTH - 1 :]
+        expected = self._oracle.logits(tokens, record.kept)[LENGTH - 1 :]
         worst = float((logits - expected).abs().max())
         self.say("difference", f"{worst:.1e}")
         if not worst <= TOLERANCE:
