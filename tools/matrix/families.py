@@ -65,8 +65,8 @@ class Family:
         """Return the configuration of the tiny model."""
         return CONFIG_MAPPING[self.kind](**{**_BASE, **self.fields})
 
-    def build(self, folder: Path) -> Path:
-        """Save the tiny model and return its folder."""
+    def build(self, folder: Path) -> None:
+        """Save the tiny model."""
         torch.manual_seed(0)
         config = self.config()
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -74,7 +74,6 @@ class Family:
             for name, weight in model.named_parameters():
                 _fill(name, weight)
         model.save_pretrained(folder)
-        return folder
 
 
 def _fill(name: str, weight: nn.Parameter) -> None:
@@ -205,7 +204,10 @@ FAMILIES = [
     ),
     Family("Granite", "granite", "a softmax scale of its own", _GRANITE),
     Family(
-        "Granite-MoE", "granitemoe", "a softmax scale of its own; mixture of experts", {**_GRANITE, **_LOCAL_EXPERTS}
+        "Granite-MoE",
+        "granitemoe",
+        "a softmax scale of its own; mixture of experts",
+        {**_GRANITE, **_LOCAL_EXPERTS},
     ),
     Family(
         "Granite-MoE with a shared expert",

@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 CSV = Path(__file__).with_name("matrix.csv")
+OK = "ok"
 # questions, in the order in which they are asked: "ok", or why not; empty if one before them failed
 ESSENTIAL = ("built", "stock", "starts", "as_stock", "oracle", "blocks")
 POLICIES = ("compactor", "expected_attention", "criticalkv", "keydiff")

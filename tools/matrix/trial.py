@@ -21,10 +21,8 @@ from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 from tools.matrix.families import FAMILIES, VOCAB_SIZE, Family
 from tools.matrix.oracle import Oracle
-from tools.matrix.rows import POLICIES
+from tools.matrix.rows import OK, POLICIES
 from vllm_kvevict.eviction.record import recorded_evictions
-
-OK = "ok"
 
 LENGTHS, LENGTH, BUDGET, NUM_STEPS = (60, 300), 400, 128, 32
 TOLERANCE, LEAST_EFFECT = 1e-3, 5e-2  # of logits
@@ -56,7 +54,7 @@ class Trial:
 
     def run(self, folder: Path) -> None:
         self._oracle = Oracle(folder)
-        if not self.ask("built", lambda: None if self.family.build(folder) else None):
+        if not self.ask("built", lambda: self.family.build(folder)):
             return
         stock: list[list[int]] = []
 

@@ -69,4 +69,4 @@ def _kind_of(module: nn.Module) -> str | None:
     """Return the type of a module's layer, of which each may have frequencies of its own."""
     config: Any = module.config
     kinds = getattr(config, "layer_types", None)
-    return None if kinds is None else str(kinds[module.layer_idx])  # type: ignore[index]
+    return None if kinds is None else str(kinds[module.layer_idx])
