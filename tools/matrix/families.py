@@ -32,6 +32,7 @@ _WINDOWS = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
 _HEAD = {"head_dim": 32}
+_TIED = {"tie_word_embeddings": True}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _GRANITE = {
@@ -40,8 +41,8 @@ _GRANITE = {
     "residual_multiplier": 0.5,
     "logits_scaling": 2.0,
 }
-# vectors that a softmax puts beside the logits of keys, as large as these get
-_SINKS = 3.0
+# beside the logits of the keys of gpt-oss: about half of the mass, another part in every head
+_SINKS = 12.0
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,15 @@ def _fill(name: str, weight: nn.Parameter) -> None:
     """Make a weight random, so that attention is sharp, and no two heads, layers or norms are alike."""
     kind = name.removesuffix(".weight").rpartition(".")[2]
     if "sink" in name:
-        weight.normal_(_SINKS, 1.0)
+        weight.normal_(_SINKS, 1.5)
     elif weight.dim() >= 2 and ("embed" in name or kind in ("wte", "wpe", "embeddings")):
         weight.normal_(0.0, 0.5)
     elif weight.dim() >= 2:
         sharp = any(part in kind for part in ("q_proj", "k_proj", "qkv", "query_key_value", "c_attn", "Wqkv"))
-        weight.normal_(0.0, (2.0 if sharp else 1.0) * weight.shape[-1] ** -0.5)
+        weight.normal_(0.0, (1.5 if sharp else 1.0) * weight.shape[-1] ** -0.5)
     elif "norm" in name or "ln_" in name or "layernorm" in name:
-        weight.add_(0.2 * torch.randn_like(weight))
+        sharp = any(part in name for part in ("q_norm", "k_norm", "query_layernorm", "key_layernorm"))
+        weight.add_(0.2 * torch.randn_like(weight) + (0.5 if sharp else 0.0))
     elif name.endswith("bias"):
         weight.normal_(0.0, 0.2)
 
@@ -104,18 +106,18 @@ FAMILIES = [
         "attention sinks; sliding windows; mixture of experts",
         {**_WINDOWS, **_HEAD, **_LOCAL_EXPERTS, "intermediate_size": 64},
     ),
-    Family("Gemma", "gemma", "scaled embeddings", _HEAD),
+    Family("Gemma", "gemma", "scaled embeddings", {**_HEAD, **_TIED}),
     Family(
         "Gemma 2",
         "gemma2",
         "soft-capping; sliding windows",
-        {**_WINDOWS, **_HEAD, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0},
+        {**_WINDOWS, **_HEAD, **_TIED, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0},
     ),
     Family(
         "Gemma 3",
         "gemma3_text",
         "sliding windows; two rotary bases; norms of queries and keys",
-        {**_WINDOWS, **_HEAD, "query_pre_attn_scalar": 24},
+        {**_WINDOWS, **_HEAD, **_TIED, "query_pre_attn_scalar": 24},
     ),
     Family(
         "Gemma 3n",
@@ -123,6 +125,7 @@ FAMILIES = [
         "layers that share keys and values; sliding windows",
         {
             **_HEAD,
+            **_TIED,
             "num_hidden_layers": 6,
             "sliding_window": 48,
             "layer_types": ["sliding_attention", "full_attention"] * 3,
@@ -141,6 +144,7 @@ FAMILIES = [
         {
             **_WINDOWS,
             **_HEAD,
+            **_TIED,
             "global_head_dim": 64,
             "vocab_size_per_layer_input": VOCAB_SIZE,
             "hidden_size_per_layer_input": 32,
@@ -247,19 +251,19 @@ FAMILIES = [
         "Command-R",
         "cohere",
         "rotary embedding of neighbours; norms of queries and keys",
-        {"use_qk_norm": True, "logit_scale": 0.5, "tie_word_embeddings": True},
+        {"use_qk_norm": True, **_TIED, "logit_scale": 0.5},
     ),
     Family(
         "Command-R 7B",
         "cohere2",
         "sliding windows; no rotary embedding in full layers",
-        {**_WINDOWS, **_HEAD, "logit_scale": 0.5, "tie_word_embeddings": True},
+        {**_WINDOWS, **_HEAD, **_TIED, "logit_scale": 0.5},
     ),
     Family(
         "Command-A-MoE",
         "cohere2_moe",
         "sliding windows; no rotary embedding in full layers; mixture of experts",
-        {**_WINDOWS, **_HEAD, **_EXPERTS, "logit_scale": 0.5, "tie_word_embeddings": True},
+        {**_WINDOWS, **_HEAD, **_EXPERTS, **_TIED, "logit_scale": 0.5},
     ),
     Family(
         "DBRX",
@@ -353,7 +357,7 @@ FAMILIES = [
         "VaultGemma",
         "vaultgemma",
         "soft-capping; sliding windows",
-        {**_WINDOWS, **_HEAD, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0},
+        {**_WINDOWS, **_HEAD, **_TIED, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0},
     ),
     Family("Helium", "helium", "rotary embedding of neighbours", _HEAD),
     Family(
