@@ -185,6 +185,8 @@ FAMILIES = [
                 "mscale": 1.0,
                 "llama_4_scaling_beta": 0.1,
             },
+            # where vLLM looks for it
+            "llama_4_scaling": {"original_max_position_embeddings": 128, "beta": 0.1},
         },
     ),
     Family("Mixtral", "mixtral", "mixture of experts", {**_LOCAL_EXPERTS, **_HEAD}),
@@ -366,6 +368,48 @@ FAMILIES = [
         "grouped heads; mixture of experts",
         {**_HEAD, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     ),
+    # what follows is not in transformers: the model of a relative, whose weights have the same names
     Family("MiMo", "qwen2", "biases of queries, keys and values", serves_as="MiMoForCausalLM"),
     Family("TeleFLM", "llama", "grouped heads", {"use_mup": False}, serves_as="TeleFLMForCausalLM"),
+    Family(
+        "MiniCPM",
+        "granite",
+        "scaled embeddings and residuals",
+        {
+            "embedding_multiplier": 2.0,
+            "attention_multiplier": 32**-0.5,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+            "scale_emb": 2.0,
+            "scale_depth": 0.5 * 3**0.5,
+            "dim_model_base": 64,
+        },
+        serves_as="MiniCPMForCausalLM",
+    ),
+    Family(
+        "Orion",
+        "stablelm",
+        "grouped heads",
+        {
+            "partial_rotary_factor": 1.0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+            "rms_norm_eps": 1e-5,
+        },
+        serves_as="OrionForCausalLM",
+    ),
+    Family(
+        "Solar",
+        "llama",
+        "grouped heads; without its skip connections",
+        {"bskcn_tv": [0.9, 0.8], "bskcn_1": [], "bskcn_2": [], "bskcn_3": [], "bskcn_4": []},
+        serves_as="SolarForCausalLM",
+    ),
+    Family(
+        "Rnj-1",
+        "gemma3_text",
+        "norms of queries and keys",
+        {**_HEAD, **_TIED, "layer_types": ["full_attention"] * 3, "query_pre_attn_scalar": 24},
+        serves_as="Rnj1ForCausalLM",
+    ),
+    Family("openPangu", "llama", "biases", {**_HEAD, "attention_bias": True}, serves_as="PanguEmbeddedForCausalLM"),
 ]
