@@ -26,6 +26,7 @@ COMMANDS = quoted_commands()
 MAKES = {
     "kvevict policies --write": "docs/policies.md",
     "python -m tools.feature_table": "docs/compatibility.md",
+    "python -m tools.matrix.table": "docs/compatibility.md",
     "python -m tools.option_table": "docs/configuration.md",
     "python -m tools.picture": "docs/images/eviction.svg",
     "python -m tools.second_tier": "CONTRIBUTING.md",
@@ -66,6 +67,7 @@ NOT_RUN = {
     "diff -u": NETWORK,
     "docker": DOCKER,
     "make gpu-pack": NETWORK,
+    "make matrix": LONG,
     "pip install -e .[gpu]": GPU,
     "pip install .[gpu]": GPU,
     "python -m benchmarks.kernels.gpu_rates": GPU,

@@ -192,7 +192,13 @@ FAMILIES = [
     Family("Mixtral", "mixtral", "mixture of experts", {**_LOCAL_EXPERTS, **_HEAD}),
     Family("Phi-1 and 2", "phi", "partial rotary embedding", {"partial_rotary_factor": 0.5}),
     Family("Phi-3 and 4", "phi3", "projections in one"),
-    Family("Phi-MoE", "phimoe", "mixture of experts", _LOCAL_EXPERTS, serves_as="PhiMoEForCausalLM"),
+    Family(
+        "Phi-MoE",
+        "phimoe",
+        "biases; mixture of experts",
+        {**_LOCAL_EXPERTS, "attention_bias": True, "lm_head_bias": True},
+        serves_as="PhiMoEForCausalLM",
+    ),
     Family("GLM", "glm", "partial rotary embedding of neighbours", _HEAD),
     Family("GLM-4", "glm4", "partial rotary embedding of neighbours", _HEAD),
     Family(

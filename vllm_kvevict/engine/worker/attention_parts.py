@@ -113,7 +113,7 @@ def _tried(module: nn.Module, name: str, attention: Any, hidden_size: int, passe
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(hidden_size, generator=generator).to(device, dtype).expand(len(positions), -1).contiguous()
     returned = torch.randn(len(positions), attention.num_heads * attention.head_size_v, generator=generator)
-    recorder, is_passed = _Recorder(returned.to(device, dtype)), PASSED in _needed(module)
+    recorder, is_passed = _Recorder(returned.to(device, dtype)), PASSED in inspect.signature(module.forward).parameters
     arguments = passed.arguments(module, positions, hidden) if is_passed else _arguments(module, positions, hidden)
     with _in_place_of(module, name, recorder), _without_adapters(module), recorder.watching(module):
         module(**arguments)
