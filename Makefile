@@ -3,6 +3,7 @@
 #   TORCH_INDEX     extra package index that has PyTorch's CPU builds; empty: the one pip is configured for
 #   KVEVICT_MODELS  folder for the models; empty: .cache/models
 #   PYTEST_ARGS     further arguments for pytest in `make test` and `make test-more`
+#   MATRIX_ARGS     arguments for `make matrix`, such as `--only Qwen3`
 #   BENCH_ARGS      arguments for the benchmarks in `make bench`
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -12,7 +13,7 @@ VENV_PYTHON := .venv/bin/python
 PYTEST := $(VENV_PYTHON) -m pytest
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 IN_PROCESS := $(addprefix tests/e2e/test_,gemma3.py inspect.py smollm2.py)
-SERVER_TESTS := $(filter-out $(IN_PROCESS),$(sort $(wildcard tests/e2e/test_*.py))) tests/benchmarks/test_soak.py
+SERVER_TESTS := $(filter-out $(IN_PROCESS),$(sort $(wildcard tests/e2e/test_*.py))) tests/benchmarks/test_small_servers.py tests/benchmarks/test_soak.py
 V2_TESTS := tests/engine $(addprefix --ignore=tests/engine/test_,rows.py upstream.py)
 # engine tests run on the oldest vLLM with model runner V1 and on the newest with V2, a few of them on the other two pairs
 # each vLLM caches what it knows of models in a folder of its own: in one, they would replace each other's
@@ -64,6 +65,11 @@ release: clean models ## sdist and wheel, looked at as docs/releasing.md says: a
 	$(VENV_PYTHON) -m tools.release release
 	KVEVICT_DIST=$(CURDIR)/dist $(PYTEST) -m more tests/test_packaging.py $(PYTEST_ARGS)
 	sha256sum dist/*
+
+.PHONY: matrix
+matrix: setup ## every family of models that has no row in tools/matrix/matrix.csv, one after the other
+	$(VENV_PYTHON) -m tools.matrix $(MATRIX_ARGS)
+	$(VENV_PYTHON) -m tools.matrix.table --write docs/compatibility.md
 
 .PHONY: docs
 docs: setup ## the pages of docs/ as a site, in build/site

@@ -26,6 +26,7 @@ COMMANDS = quoted_commands()
 MAKES = {
     "kvevict policies --write": "docs/policies.md",
     "python -m tools.feature_table": "docs/compatibility.md",
+    "python -m tools.matrix.table": "docs/compatibility.md",
     "python -m tools.option_table": "docs/configuration.md",
     "python -m tools.picture": "docs/images/eviction.svg",
     "python -m tools.second_tier": "CONTRIBUTING.md",
@@ -68,7 +69,14 @@ RUN_BY = {
     "python -m benchmarks.serving.gpu_engine": ("tests/benchmarks/test_gpu_engine.py", '["gpu_engine", write('),
     "python -m benchmarks.serving.soak": ("tests/benchmarks/test_soak.py", "run("),
     "python -m tools.build_model": ("Makefile", "$(VENV_PYTHON) -m tools.build_model\n"),
+    "python -m benchmarks.serving.bench_workloads": (
+        "tests/benchmarks/test_small_servers.py",
+        "bench_workloads.main()",
+    ),
+    "python -m tools.dashboard": ("tests/benchmarks/test_small_servers.py", "dashboard.main()"),
     "python -m tools.gpu compare": ("tests/tools/test_gpu_compare.py", 'main(["compare"'),
+    "python -m tools.gpu run --dry-run": ("tests/benchmarks/test_small_servers.py", 'gpu(["run", "--dry-run"'),
+    "python -m tools.screenshots": ("tests/benchmarks/test_small_servers.py", "screenshots.main()"),
     "python -m tools.upstream": ("tests/engine/test_upstream.py", "findings("),
     "python setup.py build_ext": ("tools/setup_venv.py", '"--editable", str(ROOT)'),
     "vllm serve": ("tests/e2e/conftest.py", "Server(smollm2"),
@@ -81,16 +89,13 @@ NOT_RUN = {
     "diff -u": NETWORK,
     "docker": DOCKER,
     "make gpu-pack": NETWORK,
+    "make matrix": LONG,
     "pip install -e .[gpu]": GPU,
     "pip install .[gpu]": GPU,
     "python -m benchmarks.kernels.gpu_rates": GPU,
-    "python -m benchmarks.serving.bench_workloads": LONG,
     "python -m pytest": SUITE,
-    "python -m tools.dashboard": LONG,
     "python -m tools.gpu run": GPU,
-    "python -m tools.gpu run --dry-run": LONG,
     "python -m tools.gpu run --reference": LONG,
-    "python -m tools.screenshots": LONG,
     "python -m tools.upstream 0.34.0": NETWORK,
 }
 
@@ -152,8 +157,8 @@ def test_a_file_of_the_tree_is_as_its_command_makes_it(row: str, folder: Path, m
     program, *words = command
     file = folder / MAKES[row]
     before = file.read_text()
-    tables = re.compile(r"(<!-- [a-z ]+: .*? -->\n).*?(\n<!-- end)", re.DOTALL)
-    file.write_text(tables.sub(r"\1\2", before) if file.suffix == ".md" else "")
+    table = re.compile(rf"(<!-- [a-z ]+: {re.escape(' '.join(command))} -->\n).*?(\n<!-- end)", re.DOTALL)
+    file.write_text(table.sub(r"\1\2", before) if file.suffix == ".md" else "")
     module, *words = ["vllm_kvevict", *words] if program == "kvevict" else words[1:]
     if "--write" not in words:
         words += ["--write", MAKES[row]]

@@ -7,7 +7,6 @@ from __future__ import annotations
 import importlib
 import math
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import timing
-from benchmarks.quality import bench_auto, bench_policies, bench_schedules, study
 from benchmarks.report import PROVENANCE, read, results_of
 from tests.conftest import ROOT
-from tests.tiny_llama import tiny_llama_config
 from vllm_kvevict.policies import POLICIES
 
 pytestmark = pytest.mark.more("four minutes: each starts engines; what they share is tested in `make test`")
@@ -92,30 +88,6 @@ RUNS = {
         "--tasks passkey --lengths 320 --prompts 1", tells_evicted_from_full
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama that takes SmolLM2's tokens and lengths."""
-    from transformers import AutoTokenizer, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer, config = AutoTokenizer.from_pretrained(smollm2), tiny_llama_config()
-    config.vocab_size, config.max_position_embeddings = len(tokenizer), 8192
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "benchmarks" / "results"
-    folder.mkdir(parents=True)
-    shutil.copy(timing.RESULTS / "calibration.json", folder)
-    for module in (timing, study, bench_auto, bench_policies, bench_schedules):
-        monkeypatch.setattr(module, "RESULTS", folder)
-    return folder
 
 
 def value_of(text: str) -> float | str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -53,7 +54,7 @@ class Embedding(nn.Module):
 class Module(nn.Module):
     """What stands around an attention layer: projections, a rotary embedding, and what a model may do besides."""
 
-    def __init__(self, embedding: Embedding | None, changes: dict[str, Callable[..., Any]]) -> None:
+    def __init__(self, embedding: Embedding | Given | None, changes: dict[str, Callable[..., Any]]) -> None:
         super().__init__()
         self.wq, self.wk = Linear(HIDDEN, HEADS * SIZE), Linear(HIDDEN, KV_HEADS * SIZE)
         self.inner, self.out = Attention(), Linear(HEADS * SIZE, HIDDEN)
@@ -70,9 +71,56 @@ class Module(nn.Module):
         return self.out(self.changes.get("output", lambda o, _: o)(attended, x))
 
 
-def found(module: nn.Module) -> AttentionParts:
+class PassedEmbedding(nn.Module):
+    """As those of transformers: it returns cosines and sines for positions, of each type of layer its own."""
+
+    def __init__(self, base: float, is_neox_style: bool = True) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", base ** -(torch.arange(0, SIZE, 2) / SIZE))
+        self.is_neox_style = is_neox_style
+
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        slower = 10.0 if layer_type == "full_attention" else 1.0
+        angles = position_ids[..., None] * self.get_buffer("inv_freq") / slower
+        angles = torch.cat([angles, angles], dim=-1) if self.is_neox_style else angles.repeat_interleave(2, dim=-1)
+        return angles.cos(), angles.sin()
+
+
+@dataclass
+class Given:
+    rotary: Rotary
+
+
+class PassedModule(Module):
+    """An attention module of transformers."""
+
+    def __init__(self, layer_type: str | None, is_neox_style: bool, changes: dict[str, Callable[..., Any]]) -> None:
+        super().__init__(None, changes)
+        layer_types = None if layer_type is None else ["sliding_attention", layer_type]
+        config = {"layer_types": layer_types, "max_position_embeddings": POSITIONS}
+        self.config, self.layer_idx, self.is_neox_style = type("Config", (), config)(), 1, is_neox_style
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        cache: Any = None,
+    ) -> torch.Tensor:
+        assert attention_mask is None and cache is None
+        cos, sin = (table[0] for table in position_embeddings)
+        part = cos.shape[-1] // 2
+        halves = [table[:, :part] if self.is_neox_style else table[:, ::2] for table in (cos, sin)]
+        self.embedding = Given(Rotary(torch.cat(halves, dim=-1), self.is_neox_style))
+        return super().forward(torch.arange(len(cos)), hidden_states[0])
+
+
+def found(module: nn.Module, *embeddings: nn.Module) -> AttentionParts:
     torch.manual_seed(0)
     model = nn.Module()
+    model.embeddings = nn.ModuleList(embeddings)
     model.layers = nn.ModuleList([module])
     model.config = type("Config", (), {"hidden_size": HIDDEN, "get_text_config": lambda self: self})()
     before = dict(module.named_modules())
@@ -133,6 +181,28 @@ def test_a_layer_that_rotates_nothing_has_an_embedding_that_changes_nothing() ->
 
 def test_queries_may_be_scaled_by_their_positions() -> None:
     assert found(Module(Embedding(), {"query": scaled})).faults == {}
+
+
+@pytest.mark.parametrize("layer_type", [None, "sliding_attention", "full_attention"])
+@pytest.mark.parametrize("is_neox_style", [True, False])
+def test_an_embedding_that_is_passed_to_the_module_is_found(is_neox_style: bool, layer_type: str | None) -> None:
+    module, embedding = PassedModule(layer_type, is_neox_style, {}), PassedEmbedding(100.0, is_neox_style)
+    parts = found(module, embedding)
+    assert parts.faults == {} and parts.rotary is not None and parts.output_projection is module.out
+    places = torch.arange(40, 45)
+    cos, sin = (table[0] for table in embedding(None, places[None], layer_type))
+    halves = [table[:, : SIZE // 2] if is_neox_style else table[:, ::2] for table in (cos, sin)]
+    expected, x = Rotary(torch.cat(halves, dim=-1), is_neox_style), torch.randn(2, 5, SIZE)
+    torch.testing.assert_close(parts.rotary.rotate(x, places), expected.rotate(x, torch.arange(5)))
+
+
+def test_what_changes_keys_behind_a_passed_embedding_is_named() -> None:
+    assert found(PassedModule(None, True, {"key": weighted}), PassedEmbedding(100.0)).rotary is None
+
+
+def test_of_several_passed_embeddings_none_is_guessed() -> None:
+    faults = found(PassedModule(None, True, {}), PassedEmbedding(100.0), PassedEmbedding(7.0)).faults
+    assert all("the model has 2 that may be meant" in fault for fault in faults.values()) and len(faults) == 2
 
 
 @pytest.mark.parametrize("part", ["query", "key"])

@@ -7,6 +7,7 @@ positions apart, and a linear layer is the output projection if it is given what
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from vllm.lora.layers import BaseLayerWithLoRA
 
+from vllm_kvevict.engine.worker.passed_embeddings import PASSED, PassedEmbeddings
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies.base import Need
 
@@ -50,17 +52,21 @@ def attention_parts(model: nn.Module, layer_names: Sequence[str]) -> list[Attent
         if hasattr(child, "layer_name")
     }
     hidden_size = int(model.config.get_text_config().hidden_size)  # type: ignore[operator, union-attr]
-    return [_parts_of(*found[name], hidden_size) for name in layer_names]
+    passed = PassedEmbeddings(model)
+    return [_parts_of(*found[name], hidden_size, passed) for name in layer_names]
 
 
-def _parts_of(module: nn.Module, name: str, attention: Any, hidden_size: int) -> AttentionParts:
+def _parts_of(
+    module: nn.Module, name: str, attention: Any, hidden_size: int, passed: PassedEmbeddings
+) -> AttentionParts:
     try:
-        trial = _tried(module, name, attention, hidden_size)
+        trial = _tried(module, name, attention, hidden_size, passed)
     except Exception as error:  # any module may do anything when it runs alone
         fault = f"the module around it cannot be run alone ({type(error).__name__}: {error})"
         return AttentionParts(attention, None, None, {Need.ROTARY: fault, Need.OUTPUT_PROJECTION: fault})
     faults = {}
-    rotary = next((each for each in _rotaries(module) if trial.is_rotated_by(each)), None)
+    candidates = itertools.chain(passed.rotaries(module) if trial.is_passed else (), _rotaries(module))
+    rotary = next((each for each in candidates if trial.is_rotated_by(each)), None)
     if rotary is None:
         faults[Need.ROTARY] = "its keys are not what a rotary embedding alone makes of them"
     if trial.projection is None:
@@ -76,6 +82,7 @@ class _Trial:
     query, key: [num_heads, num_tokens, head_size] float32
     tolerance:  what rounding may change
     projection: the linear layer
+    is_passed:  whether the module was given cosines and sines
     """
 
     positions: torch.Tensor
@@ -83,6 +90,7 @@ class _Trial:
     key: torch.Tensor
     tolerance: float
     projection: Any
+    is_passed: bool
 
     def is_rotated_by(self, rotary: Rotary) -> bool:
         """Whether a rotary embedding is all that tells the tokens apart; queries may be scaled by position besides."""
@@ -97,7 +105,7 @@ class _Trial:
         )
 
 
-def _tried(module: nn.Module, name: str, attention: Any, hidden_size: int) -> _Trial:
+def _tried(module: nn.Module, name: str, attention: Any, hidden_size: int, passed: PassedEmbeddings) -> _Trial:
     """Run a module with a recorder in place of its attention layer."""
     parameter = next(module.parameters())
     dtype, device = attention.dtype, parameter.device
@@ -105,28 +113,31 @@ def _tried(module: nn.Module, name: str, attention: Any, hidden_size: int) -> _T
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(hidden_size, generator=generator).to(device, dtype).expand(len(positions), -1).contiguous()
     returned = torch.randn(len(positions), attention.num_heads * attention.head_size_v, generator=generator)
-    recorder = _Recorder(returned.to(device, dtype))
+    recorder, is_passed = _Recorder(returned.to(device, dtype)), PASSED in inspect.signature(module.forward).parameters
+    arguments = passed.arguments(module, positions, hidden) if is_passed else _arguments(module, positions, hidden)
     with _in_place_of(module, name, recorder), _without_adapters(module), recorder.watching(module):
-        module(**_arguments(module, positions, hidden))
+        module(**arguments)
     if recorder.query is None or recorder.key is None:
         raise ValueError("it hands no keys to its attention layer")
     query, key = (
         x.reshape(len(positions), -1, attention.head_size).transpose(0, 1).float()
         for x in (recorder.query, recorder.key)
     )
-    return _Trial(positions, query, key, _TOLERANCE[dtype], recorder.projection)
+    return _Trial(positions, query, key, _TOLERANCE[dtype], recorder.projection, is_passed)
 
 
 def _arguments(module: nn.Module, positions: torch.Tensor, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the arguments of a module's forward. Raises ValueError if it wants others than positions and states."""
     given = dict.fromkeys(_ARGUMENTS["positions"], positions) | dict.fromkeys(_ARGUMENTS["hidden_states"], hidden)
-    parameters = inspect.signature(module.forward).parameters.values()
-    needed = {
-        each.name for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
-    }
-    if unknown := needed - given.keys():
+    if unknown := _needed(module) - given.keys():
         raise ValueError(f"it asks for {', '.join(sorted(unknown))}")
-    return {each.name: given[each.name] for each in parameters if each.name in given}
+    return {name: given[name] for name in inspect.signature(module.forward).parameters if name in given}
+
+
+def _needed(module: nn.Module) -> set[str]:
+    """Return the arguments that a module's forward asks for."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return {each.name for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD}
 
 
 class _Recorder(nn.Module):
