@@ -244,7 +244,7 @@ FAMILIES = [
         "MiniMax-M2",
         "minimax_m2",
         "partial rotary embedding; norms of whole queries and keys; mixture of experts",
-        {**_HEAD, **_LOCAL_EXPERTS, "intermediate_size": 64, "rotary_dim": 16},
+        {**_HEAD, **_LOCAL_EXPERTS, "intermediate_size": 64, "rotary_dim": 16, "scoring_func": "sigmoid"},
     ),
     Family("Falcon", "falcon", "new decoder: grouped heads", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     Family("GPT-2", "gpt2", "learned positions; one KV head per head", {"num_key_value_heads": 4}),
@@ -252,7 +252,7 @@ FAMILIES = [
     Family("GPT-NeoX", "gpt_neox", "partial rotary embedding; projections in one", {"num_key_value_heads": 4}),
     Family("GPTBigCode", "gpt_bigcode", "learned positions; one KV head", {"num_key_value_heads": 1}),
     Family("OPT", "opt", "learned positions", {"ffn_dim": 256, "word_embed_proj_dim": 128, "num_key_value_heads": 4}),
-    Family("BLOOM", "bloom", "ALiBi", {"num_key_value_heads": 4}),
+    Family("BLOOM", "bloom", "ALiBi", {**_TIED, "num_key_value_heads": 4}),
     Family("StarCoder2", "starcoder2", "biases", {"sliding_window": None}),
     Family("StableLM", "stablelm", "partial rotary embedding", {"use_qkv_bias": True}),
     Family(
@@ -316,7 +316,17 @@ FAMILIES = [
         "Hunyuan 3",
         "hy_v3",
         "norms of queries and keys; mixture of experts",
-        {**_HEAD, **_EXPERTS, "num_shared_experts": 1, "num_nextn_predict_layers": 0},
+        {
+            **_HEAD,
+            **_EXPERTS,
+            "num_shared_experts": 1,
+            "num_nextn_predict_layers": 0,
+            # which vLLM asks for
+            "expert_hidden_dim": 64,
+            "first_k_dense_replace": 1,
+            "route_norm": True,
+            "qk_norm": True,
+        },
     ),
     Family("HyperCLOVA X", "hyperclovax", "a softmax scale of its own", {**_HEAD, **_GRANITE}),
     Family(
@@ -329,7 +339,17 @@ FAMILIES = [
         "AFMoE",
         "afmoe",
         "sliding windows; output gates; no rotary embedding in full layers; mixture of experts",
-        {**_WINDOWS, **_HEAD, **_EXPERTS, "num_shared_experts": 1},
+        {
+            **_WINDOWS,
+            **_HEAD,
+            **_EXPERTS,
+            "num_shared_experts": 1,
+            # which vLLM asks for
+            "score_func": "sigmoid",
+            "route_norm": True,
+            "n_group": 1,
+            "topk_group": 1,
+        },
     ),
     Family(
         "MiMo-V2",
@@ -342,6 +362,16 @@ FAMILIES = [
             "moe_intermediate_size": 64,
             "head_dim": 64,
             "v_head_dim": 32,
+            # which vLLM asks for
+            "hybrid_layer_pattern": [1, 0, 1, 0],
+            "moe_layer_freq": [0, 1, 1, 1],
+            "layernorm_epsilon": 1e-6,
+            "sliding_window_size": 48,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 64,
+            "swa_v_head_dim": 32,
+            "add_swa_attention_sink_bias": True,
         },
     ),
     Family(
