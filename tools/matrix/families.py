@@ -31,6 +31,7 @@ _WINDOWS = {
     "sliding_window": 48,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
+_ONE_LESS = {"sliding_window": 47}  # of these models vLLM lets a window see one token more than transformers
 _HEAD = {"head_dim": 32}
 _TIED = {"tie_word_embeddings": True}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
@@ -53,14 +54,14 @@ class Family:
     kind:      its ``model_type`` in transformers
     mechanism: what is peculiar about its attention
     fields:    of its configuration, beside those of every family
-    serves_as: architecture that vLLM is told, if its name is not the one in transformers
+    overrides: fields that have another value for vLLM than for transformers
     """
 
     name: str
     kind: str
     mechanism: str
     fields: Mapping[str, Any] = field(default_factory=dict)
-    serves_as: str | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self) -> Any:
         """Return the configuration of the tiny model."""
@@ -197,7 +198,7 @@ FAMILIES = [
         "phimoe",
         "biases; mixture of experts",
         {**_LOCAL_EXPERTS, "attention_bias": True, "lm_head_bias": True},
-        serves_as="PhiMoEForCausalLM",
+        overrides={"architectures": ["PhiMoEForCausalLM"]},
     ),
     Family("GLM", "glm", "partial rotary embedding of neighbours", _HEAD),
     Family("GLM-4", "glm4", "partial rotary embedding of neighbours", _HEAD),
@@ -266,12 +267,14 @@ FAMILIES = [
         "cohere2",
         "sliding windows; no rotary embedding in full layers",
         {**_WINDOWS, **_HEAD, **_TIED, "logit_scale": 0.5},
+        overrides=_ONE_LESS,
     ),
     Family(
         "Command-A-MoE",
         "cohere2_moe",
         "sliding windows; no rotary embedding in full layers; mixture of experts",
         {**_WINDOWS, **_HEAD, **_EXPERTS, **_TIED, "logit_scale": 0.5},
+        overrides=_ONE_LESS,
     ),
     Family(
         "DBRX",
@@ -405,8 +408,10 @@ FAMILIES = [
         {**_HEAD, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     ),
     # what follows is not in transformers: the model of a relative, whose weights have the same names
-    Family("MiMo", "qwen2", "biases of queries, keys and values", serves_as="MiMoForCausalLM"),
-    Family("TeleFLM", "llama", "grouped heads", {"use_mup": False}, serves_as="TeleFLMForCausalLM"),
+    Family("MiMo", "qwen2", "biases of queries, keys and values", overrides={"architectures": ["MiMoForCausalLM"]}),
+    Family(
+        "TeleFLM", "llama", "grouped heads", {"use_mup": False}, overrides={"architectures": ["TeleFLMForCausalLM"]}
+    ),
     Family(
         "MiniCPM",
         "granite",
@@ -420,7 +425,7 @@ FAMILIES = [
             "scale_depth": 0.5 * 3**0.5,
             "dim_model_base": 64,
         },
-        serves_as="MiniCPMForCausalLM",
+        overrides={"architectures": ["MiniCPMForCausalLM"]},
     ),
     Family(
         "Orion",
@@ -431,21 +436,27 @@ FAMILIES = [
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
             "rms_norm_eps": 1e-5,
         },
-        serves_as="OrionForCausalLM",
+        overrides={"architectures": ["OrionForCausalLM"]},
     ),
     Family(
         "Solar",
         "llama",
         "grouped heads; without its skip connections",
         {"bskcn_tv": [0.9, 0.8], "bskcn_1": [], "bskcn_2": [], "bskcn_3": [], "bskcn_4": []},
-        serves_as="SolarForCausalLM",
+        overrides={"architectures": ["SolarForCausalLM"]},
     ),
     Family(
         "Rnj-1",
         "gemma3_text",
         "norms of queries and keys",
         {**_HEAD, **_TIED, "layer_types": ["full_attention"] * 3, "query_pre_attn_scalar": 24},
-        serves_as="Rnj1ForCausalLM",
+        overrides={"architectures": ["Rnj1ForCausalLM"]},
     ),
-    Family("openPangu", "llama", "biases", {**_HEAD, "attention_bias": True}, serves_as="PanguEmbeddedForCausalLM"),
+    Family(
+        "openPangu",
+        "llama",
+        "biases",
+        {**_HEAD, "attention_bias": True},
+        overrides={"architectures": ["PanguEmbeddedForCausalLM"]},
+    ),
 ]

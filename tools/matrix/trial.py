@@ -70,15 +70,13 @@ class Trial:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        settings: dict[str, Any] = {
+        return {
             "max_num_batched_tokens": _CHUNK,
             "enable_prefix_caching": False,
             "logprobs_mode": "raw_logits",
             "max_logprobs": -1,
+            "hf_overrides": {**self.family.overrides},
         }
-        if self.family.serves_as is not None:
-            settings["hf_overrides"] = {"architectures": [self.family.serves_as]}
-        return settings
 
     def _evict(self, folder: Path, stock: list[list[int]]) -> None:
         with engine(folder, "snapkv", BUDGET, {"allocator": "adakv"}, **self._settings) as running:
