@@ -83,6 +83,10 @@ def _fill(name: str, weight: nn.Parameter) -> None:
     kind = name.removesuffix(".weight").rpartition(".")[2]
     if "sink" in name:
         weight.normal_(_SINKS, 1.5)
+    elif kind in ("alpha_p", "alpha_n"):  # of Apertus' activation, which vLLM rounds to bfloat16: 0 is exact
+        weight.fill_(-30.0)
+    elif "correction_bias" in name:  # of a choice of experts, which vLLM's CPU router leaves out
+        weight.zero_()
     elif weight.dim() >= 2 and ("embed" in name or kind in ("wte", "wpe", "embeddings")):
         weight.normal_(0.0, 0.5)
     elif weight.dim() >= 2:
@@ -313,7 +317,7 @@ FAMILIES = [
         "Hunyuan-MoE",
         "hunyuan_v1_moe",
         "norms of queries and keys behind the rotation; mixture of experts",
-        {**_HEAD, "num_experts": 4, "moe_topk": 2, "moe_intermediate_size": 64},
+        {**_HEAD, "num_experts": 4, "moe_topk": 2, "intermediate_size": 64},
     ),
     Family(
         "Hunyuan 3",
