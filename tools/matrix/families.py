@@ -249,7 +249,16 @@ FAMILIES = [
         "MiniMax-M2",
         "minimax_m2",
         "partial rotary embedding; norms of whole queries and keys; mixture of experts",
-        {**_HEAD, **_LOCAL_EXPERTS, "intermediate_size": 64, "rotary_dim": 16, "scoring_func": "sigmoid"},
+        {
+            **_HEAD,
+            **_LOCAL_EXPERTS,
+            "num_experts_per_tok": 1,
+            "intermediate_size": 64,
+            "rotary_dim": 16,
+            "scoring_func": "sigmoid",
+        },
+        # vLLM routes by a sigmoid on a GPU only; the best expert is the same, and its weight is 1
+        overrides={"scoring_func": "softmax"},
     ),
     Family("Falcon", "falcon", "new decoder: grouped heads", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     Family("GPT-2", "gpt2", "learned positions; one KV head per head", {"num_key_value_heads": 4}),
