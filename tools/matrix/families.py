@@ -31,6 +31,7 @@ _WINDOWS = {
     "sliding_window": 48,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
+_ONE_LESS = {"sliding_window": 47}  # of these models vLLM lets a window see one token more than transformers
 _HEAD = {"head_dim": 32}
 _TIED = {"tie_word_embeddings": True}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
@@ -53,14 +54,14 @@ class Family:
     kind:      its ``model_type`` in transformers
     mechanism: what is peculiar about its attention
     fields:    of its configuration, beside those of every family
-    serves_as: architecture that vLLM is told, if its name is not the one in transformers
+    overrides: fields that have another value for vLLM than for transformers
     """
 
     name: str
     kind: str
     mechanism: str
     fields: Mapping[str, Any] = field(default_factory=dict)
-    serves_as: str | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self) -> Any:
         """Return the configuration of the tiny model."""
@@ -82,6 +83,10 @@ def _fill(name: str, weight: nn.Parameter) -> None:
     kind = name.removesuffix(".weight").rpartition(".")[2]
     if "sink" in name:
         weight.normal_(_SINKS, 1.5)
+    elif kind in ("alpha_p", "alpha_n"):  # of Apertus' activation, which vLLM rounds to bfloat16: 0 is exact
+        weight.fill_(-30.0)
+    elif "correction_bias" in name:  # of a choice of experts, which vLLM's CPU router leaves out
+        weight.zero_()
     elif weight.dim() >= 2 and ("embed" in name or kind in ("wte", "wpe", "embeddings")):
         weight.normal_(0.0, 0.5)
     elif weight.dim() >= 2:
@@ -197,7 +202,7 @@ FAMILIES = [
         "phimoe",
         "biases; mixture of experts",
         {**_LOCAL_EXPERTS, "attention_bias": True, "lm_head_bias": True},
-        serves_as="PhiMoEForCausalLM",
+        overrides={"architectures": ["PhiMoEForCausalLM"]},
     ),
     Family("GLM", "glm", "partial rotary embedding of neighbours", _HEAD),
     Family("GLM-4", "glm4", "partial rotary embedding of neighbours", _HEAD),
@@ -244,7 +249,16 @@ FAMILIES = [
         "MiniMax-M2",
         "minimax_m2",
         "partial rotary embedding; norms of whole queries and keys; mixture of experts",
-        {**_HEAD, **_LOCAL_EXPERTS, "intermediate_size": 64, "rotary_dim": 16},
+        {
+            **_HEAD,
+            **_LOCAL_EXPERTS,
+            "num_experts_per_tok": 1,
+            "intermediate_size": 64,
+            "rotary_dim": 16,
+            "scoring_func": "sigmoid",
+        },
+        # vLLM routes by a sigmoid on a GPU only; the best expert is the same, and its weight is 1
+        overrides={"scoring_func": "softmax"},
     ),
     Family("Falcon", "falcon", "new decoder: grouped heads", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     Family("GPT-2", "gpt2", "learned positions; one KV head per head", {"num_key_value_heads": 4}),
@@ -252,7 +266,7 @@ FAMILIES = [
     Family("GPT-NeoX", "gpt_neox", "partial rotary embedding; projections in one", {"num_key_value_heads": 4}),
     Family("GPTBigCode", "gpt_bigcode", "learned positions; one KV head", {"num_key_value_heads": 1}),
     Family("OPT", "opt", "learned positions", {"ffn_dim": 256, "word_embed_proj_dim": 128, "num_key_value_heads": 4}),
-    Family("BLOOM", "bloom", "ALiBi", {"num_key_value_heads": 4}),
+    Family("BLOOM", "bloom", "ALiBi", {**_TIED, "num_key_value_heads": 4}),
     Family("StarCoder2", "starcoder2", "biases", {"sliding_window": None}),
     Family("StableLM", "stablelm", "partial rotary embedding", {"use_qkv_bias": True}),
     Family(
@@ -266,12 +280,14 @@ FAMILIES = [
         "cohere2",
         "sliding windows; no rotary embedding in full layers",
         {**_WINDOWS, **_HEAD, **_TIED, "logit_scale": 0.5},
+        overrides=_ONE_LESS,
     ),
     Family(
         "Command-A-MoE",
         "cohere2_moe",
         "sliding windows; no rotary embedding in full layers; mixture of experts",
         {**_WINDOWS, **_HEAD, **_EXPERTS, **_TIED, "logit_scale": 0.5},
+        overrides=_ONE_LESS,
     ),
     Family(
         "DBRX",
@@ -310,13 +326,23 @@ FAMILIES = [
         "Hunyuan-MoE",
         "hunyuan_v1_moe",
         "norms of queries and keys behind the rotation; mixture of experts",
-        {**_HEAD, "num_experts": 4, "moe_topk": 2, "moe_intermediate_size": 64},
+        {**_HEAD, "num_experts": 4, "moe_topk": 2, "intermediate_size": 64},
     ),
     Family(
         "Hunyuan 3",
         "hy_v3",
         "norms of queries and keys; mixture of experts",
-        {**_HEAD, **_EXPERTS, "num_shared_experts": 1, "num_nextn_predict_layers": 0},
+        {
+            **_HEAD,
+            **_EXPERTS,
+            "num_shared_experts": 1,
+            "num_nextn_predict_layers": 0,
+            # which vLLM asks for
+            "expert_hidden_dim": 64,
+            "first_k_dense_replace": 1,
+            "route_norm": True,
+            "qk_norm": True,
+        },
     ),
     Family("HyperCLOVA X", "hyperclovax", "a softmax scale of its own", {**_HEAD, **_GRANITE}),
     Family(
@@ -329,7 +355,17 @@ FAMILIES = [
         "AFMoE",
         "afmoe",
         "sliding windows; output gates; no rotary embedding in full layers; mixture of experts",
-        {**_WINDOWS, **_HEAD, **_EXPERTS, "num_shared_experts": 1},
+        {
+            **_WINDOWS,
+            **_HEAD,
+            **_EXPERTS,
+            "num_shared_experts": 1,
+            # which vLLM asks for
+            "score_func": "sigmoid",
+            "route_norm": True,
+            "n_group": 1,
+            "topk_group": 1,
+        },
     ),
     Family(
         "MiMo-V2",
@@ -342,6 +378,16 @@ FAMILIES = [
             "moe_intermediate_size": 64,
             "head_dim": 64,
             "v_head_dim": 32,
+            # which vLLM asks for
+            "hybrid_layer_pattern": [1, 0, 1, 0],
+            "moe_layer_freq": [0, 1, 1, 1],
+            "layernorm_epsilon": 1e-6,
+            "sliding_window_size": 48,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 64,
+            "swa_v_head_dim": 32,
+            "add_swa_attention_sink_bias": True,
         },
     ),
     Family(
@@ -375,8 +421,10 @@ FAMILIES = [
         {**_HEAD, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     ),
     # what follows is not in transformers: the model of a relative, whose weights have the same names
-    Family("MiMo", "qwen2", "biases of queries, keys and values", serves_as="MiMoForCausalLM"),
-    Family("TeleFLM", "llama", "grouped heads", {"use_mup": False}, serves_as="TeleFLMForCausalLM"),
+    Family("MiMo", "qwen2", "biases of queries, keys and values", overrides={"architectures": ["MiMoForCausalLM"]}),
+    Family(
+        "TeleFLM", "llama", "grouped heads", {"use_mup": False}, overrides={"architectures": ["TeleFLMForCausalLM"]}
+    ),
     Family(
         "MiniCPM",
         "granite",
@@ -390,7 +438,7 @@ FAMILIES = [
             "scale_depth": 0.5 * 3**0.5,
             "dim_model_base": 64,
         },
-        serves_as="MiniCPMForCausalLM",
+        overrides={"architectures": ["MiniCPMForCausalLM"]},
     ),
     Family(
         "Orion",
@@ -401,21 +449,27 @@ FAMILIES = [
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
             "rms_norm_eps": 1e-5,
         },
-        serves_as="OrionForCausalLM",
+        overrides={"architectures": ["OrionForCausalLM"]},
     ),
     Family(
         "Solar",
         "llama",
         "grouped heads; without its skip connections",
         {"bskcn_tv": [0.9, 0.8], "bskcn_1": [], "bskcn_2": [], "bskcn_3": [], "bskcn_4": []},
-        serves_as="SolarForCausalLM",
+        overrides={"architectures": ["SolarForCausalLM"]},
     ),
     Family(
         "Rnj-1",
         "gemma3_text",
         "norms of queries and keys",
         {**_HEAD, **_TIED, "layer_types": ["full_attention"] * 3, "query_pre_attn_scalar": 24},
-        serves_as="Rnj1ForCausalLM",
+        overrides={"architectures": ["Rnj1ForCausalLM"]},
     ),
-    Family("openPangu", "llama", "biases", {**_HEAD, "attention_bias": True}, serves_as="PanguEmbeddedForCausalLM"),
+    Family(
+        "openPangu",
+        "llama",
+        "biases",
+        {**_HEAD, "attention_bias": True},
+        overrides={"architectures": ["PanguEmbeddedForCausalLM"]},
+    ),
 ]

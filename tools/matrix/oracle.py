@@ -17,7 +17,7 @@ class Oracle:
     def __init__(self, folder: Path) -> None:
         fork = multiprocessing.get_context("fork")
         self._questions, theirs = fork.Pipe()
-        fork.Process(target=_answer, args=(theirs, folder), daemon=True).start()
+        fork.Process(target=_answer, args=(theirs, self._questions, folder), daemon=True).start()
         theirs.close()
 
     def logits(self, tokens: list[int], kept: torch.Tensor | None = None) -> torch.Tensor:
@@ -29,7 +29,8 @@ class Oracle:
         return torch.from_numpy(answer)
 
 
-def _answer(questions: Connection, folder: Path) -> None:
+def _answer(questions: Connection, other_end: Connection, folder: Path) -> None:
+    other_end.close()  # so that this process ends with the other one
     model: DenseModel | None = None
     while True:
         try:

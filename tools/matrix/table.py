@@ -5,6 +5,7 @@ python -m tools.matrix.table --write docs/compatibility.md
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 
@@ -14,6 +15,7 @@ from vllm_kvevict.commands.policies import with_text_between
 
 START = "<!-- families: python -m tools.matrix.table --write docs/compatibility.md -->"
 END = "<!-- end of families -->"
+_LAYER = re.compile(r"^of its layer \S+ ")
 _REFUSED = "ValueError: --kv-eviction does not work with "
 # question -> what it means that the answer is no
 _FAILED = {
@@ -71,10 +73,15 @@ def _policies(row: dict[str, str]) -> str:
     """Return which of the policies run that ask most of a model."""
     if not works(row):
         return ""
-    refused = {policy: row[policy] for policy in POLICIES if row[policy] != OK}
+    refused: dict[str, list[str]] = {}
+    for policy in POLICIES:
+        if row[policy] != OK:
+            # the same of every layer
+            reason = _LAYER.sub("", row[policy]).partition(". Choose")[0]
+            refused.setdefault(_for_a_cell(reason), []).append(f"`{policy}`")
     if not refused:
         return "all"
-    return "all but " + "; ".join(f"`{policy}` ({_for_a_cell(reason)})" for policy, reason in refused.items())
+    return "all but " + "; ".join(f"{', '.join(names)} ({reason})" for reason, names in refused.items())
 
 
 def _for_a_cell(reason: str) -> str:

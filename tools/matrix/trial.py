@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -44,6 +45,7 @@ class Trial:
         try:
             question()
         except Exception as error:  # of vLLM, of transformers, or of ours
+            traceback.print_exc()
             self.say(name, _in_a_line(error))
             return False
         self.say(name, OK)
@@ -70,15 +72,13 @@ class Trial:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        settings: dict[str, Any] = {
+        return {
             "max_num_batched_tokens": _CHUNK,
             "enable_prefix_caching": False,
             "logprobs_mode": "raw_logits",
             "max_logprobs": -1,
+            "hf_overrides": {**self.family.overrides},
         }
-        if self.family.serves_as is not None:
-            settings["hf_overrides"] = {"architectures": [self.family.serves_as]}
-        return settings
 
     def _evict(self, folder: Path, stock: list[list[int]]) -> None:
         with engine(folder, "snapkv", BUDGET, {"allocator": "adakv"}, **self._settings) as running:
@@ -130,7 +130,7 @@ def _check_evicts(running: Engine, policy: str) -> None:
 def _in_a_line(error: Exception) -> str:
     while (cause := error.__cause__) is not None and isinstance(cause, Exception):
         error = cause
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()) or str(traceback.extract_tb(error.__traceback__)[-1].line)
     return text.partition(_MISSING)[2] or f"{type(error).__name__}: {text}"[:400]
 
 

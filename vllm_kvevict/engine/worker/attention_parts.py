@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from vllm.lora.layers import BaseLayerWithLoRA
 
-from vllm_kvevict.engine.worker.passed_embeddings import PASSED, PassedEmbeddings
+from vllm_kvevict.engine.worker.passed_embeddings import PassedEmbeddings, is_of_transformers
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies.base import Need
 
@@ -65,7 +65,7 @@ def _parts_of(
         fault = f"the module around it cannot be run alone ({type(error).__name__}: {error})"
         return AttentionParts(attention, None, None, {Need.ROTARY: fault, Need.OUTPUT_PROJECTION: fault})
     faults = {}
-    candidates = itertools.chain(passed.rotaries(module) if trial.is_passed else (), _rotaries(module))
+    candidates = itertools.chain(passed.rotaries(module), _rotaries(module))
     rotary = next((each for each in candidates if trial.is_rotated_by(each)), None)
     if rotary is None:
         faults[Need.ROTARY] = "its keys are not what a rotary embedding alone makes of them"
@@ -82,7 +82,6 @@ class _Trial:
     query, key: [num_heads, num_tokens, head_size] float32
     tolerance:  what rounding may change
     projection: the linear layer
-    is_passed:  whether the module was given cosines and sines
     """
 
     positions: torch.Tensor
@@ -90,7 +89,6 @@ class _Trial:
     key: torch.Tensor
     tolerance: float
     projection: Any
-    is_passed: bool
 
     def is_rotated_by(self, rotary: Rotary) -> bool:
         """Whether a rotary embedding is all that tells the tokens apart; queries may be scaled by position besides."""
@@ -113,17 +111,17 @@ def _tried(module: nn.Module, name: str, attention: Any, hidden_size: int, passe
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(hidden_size, generator=generator).to(device, dtype).expand(len(positions), -1).contiguous()
     returned = torch.randn(len(positions), attention.num_heads * attention.head_size_v, generator=generator)
-    recorder, is_passed = _Recorder(returned.to(device, dtype)), PASSED in inspect.signature(module.forward).parameters
-    arguments = passed.arguments(module, positions, hidden) if is_passed else _arguments(module, positions, hidden)
+    recorder = _Recorder(returned.to(device, dtype))
+    arguments_of = passed.arguments if is_of_transformers(module) else _arguments
     with _in_place_of(module, name, recorder), _without_adapters(module), recorder.watching(module):
-        module(**arguments)
+        module(**arguments_of(module, positions, hidden))
     if recorder.query is None or recorder.key is None:
         raise ValueError("it hands no keys to its attention layer")
     query, key = (
         x.reshape(len(positions), -1, attention.head_size).transpose(0, 1).float()
         for x in (recorder.query, recorder.key)
     )
-    return _Trial(positions, query, key, _TOLERANCE[dtype], recorder.projection, is_passed)
+    return _Trial(positions, query, key, _TOLERANCE[dtype], recorder.projection)
 
 
 def _arguments(module: nn.Module, positions: torch.Tensor, hidden: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Models that vLLM takes from transformers: cosines and sines are an argument of their attention modules."""
+"""Models that vLLM takes from transformers: their attention modules run a batch, and are handed cosines and sines."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from vllm_kvevict.kernels.rotary import Rotary
 
 PASSED = "position_embeddings"  # the argument
+_MASK = "attention_mask"  # has every such module
 _Table = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -28,15 +29,17 @@ class PassedEmbeddings:
 
         Raises ValueError if there is no one embedding for them.
         """
-        given = {"hidden_states": hidden[None], PASSED: self._cos_sin(module, positions, hidden)}
-        parameters = inspect.signature(module.forward).parameters.values()
-        # others are masks and caches, of which vLLM's attention takes none
-        return {each.name: given.get(each.name) for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD}
+        given: dict[str, Any] = {"hidden_states": hidden[None], _MASK: None}
+        if PASSED in _parameters(module):
+            given[PASSED] = self._cos_sin(module, positions, hidden)
+        return given
 
     def rotaries(self, module: nn.Module) -> Iterator[Rotary]:
         """Return what the embedding may be at every position that the model has, as far as it does not depend on the
-        length of the text.
+        length of the text; nothing if the module is handed none.
         """
+        if not is_of_transformers(module) or PASSED not in _parameters(module):
+            return
         kind = _kind_of(module)
         if kind not in self._tables:
             most, device = int(module.config.max_position_embeddings), next(module.parameters()).device  # type: ignore[union-attr, arg-type]
@@ -54,6 +57,11 @@ class PassedEmbeddings:
         more = {} if "layer_type" not in _parameters(embedding) else {"layer_type": kind}
         cos_sin: _Table = embedding(hidden[None], positions[None], **more)
         return cos_sin
+
+
+def is_of_transformers(module: nn.Module) -> bool:
+    """Whether an attention module takes what those of transformers take."""
+    return {"hidden_states", _MASK} <= {*_parameters(module)}
 
 
 def _parameters(module: nn.Module) -> list[str]:

@@ -75,15 +75,15 @@ class DenseModel:
         return self.model(torch.tensor([tokens]), use_cache=False).logits[0]
 
     def _attention(
-        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **more: Any
     ) -> tuple[torch.Tensor, Any]:
         """query: [1, num_heads, num_tokens, head_size]; key, value: [1, num_kv_heads, num_tokens, head_size]."""
         keys, values = self._store(module.layer_idx, key[0], value[0])
         self.queries.append(query[0].transpose(0, 1))
         self.keys.append(keys)
-        visible = self._seen(module, mask[0, 0], len(keys)).repeat_interleave(query.shape[1] // len(keys), 0)
+        visible = self._seen(module, attention_mask[0, 0], len(keys)).repeat_interleave(query.shape[1] // len(keys), 0)
         attend = getattr(sys.modules[type(module).__module__], _EAGER)
-        output: tuple[torch.Tensor, Any] = attend(module, query, keys[None], values[None], _added(visible), **kwargs)
+        output: tuple[torch.Tensor, Any] = attend(module, query, keys[None], values[None], _added(visible), **more)
         return output
 
     def _masked(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
