@@ -10,6 +10,7 @@ import sys
 import textwrap
 
 from tools.feature_table import print_or_write
+from tools.matrix.families import FAMILIES
 from tools.matrix.rows import ESSENTIAL, OK, POLICIES, read_rows
 from vllm_kvevict.commands.policies import with_text_between
 
@@ -39,9 +40,11 @@ def table() -> str:
     working = [row for row in rows if works(row)]
     classes = {row["vllm_class"] for row in working}
     versions = " or ".join(sorted({row["versions"] for row in rows}))
+    due = len(FAMILIES) - len(rows)
+    not_run = f"; {due} more have not been run yet" if due else ""
     summary = (
-        f"{len(working)} of {len(rows)} families work, by {len(classes)} model classes of vLLM ({versions}). Each was "
-        "run as a random tiny model in float32 on CPU, none with real weights, none on a GPU. It works if nothing "
+        f"{len(working)} of {len(rows)} families work, by {len(classes)} model classes of vLLM ({versions}){not_run}. Each "
+        "was run as a random tiny model in float32 on CPU, none with real weights, none on a GPU. It works if nothing "
         "evicted equals vLLM token by token, logits behind an eviction by `snapkv` and `adakv` equal those of "
         "transformers over the kept tokens (32 steps, 1e-3), and all blocks come back."
     )

@@ -78,6 +78,8 @@ class Trial:
             "logprobs_mode": "raw_logits",
             "max_logprobs": -1,
             "hf_overrides": {**self.family.overrides},
+            # asked by Llama 4 only, of which transformers scales queries at any length
+            "override_generation_config": {"attn_temperature_tuning": True},
         }
 
     def _evict(self, folder: Path, stock: list[list[int]]) -> None:
