@@ -43,9 +43,9 @@ def table() -> str:
     due = len(FAMILIES) - len(rows)
     not_run = f"; {due} more have not been run yet" if due else ""
     summary = (
-        f"{len(working)} of {len(rows)} families work, by {len(classes)} model classes of vLLM ({versions}){not_run}. Each "
-        "was run as a random tiny model in float32 on CPU, none with real weights, none on a GPU. It works if nothing "
-        "evicted equals vLLM token by token, logits behind an eviction by `snapkv` and `adakv` equal those of "
+        f"{len(working)} of {len(rows)} families work, by {len(classes)} model classes of vLLM ({versions}){not_run}. "
+        "Each was run as a random tiny model in float32 on CPU, none with real weights, none on a GPU. It works if "
+        "nothing evicted equals vLLM token by token, logits behind an eviction by `snapkv` and `adakv` equal those of "
         "transformers over the kept tokens (32 steps, 1e-3), and all blocks come back."
     )
     lines = ["| family | attention | with eviction | largest difference of logits | policies |", "|" + " --- |" * 5]
