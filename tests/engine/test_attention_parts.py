@@ -125,7 +125,7 @@ def found(module: nn.Module, *embeddings: nn.Module) -> AttentionParts:
     model.config = type("Config", (), {"hidden_size": HIDDEN, "get_text_config": lambda self: self})()
     before = dict(module.named_modules())
     with torch.inference_mode():
-        (parts,) = attention_parts(model, ["the layer"])
+        (parts,) = attention_parts(model, ["the layer"], POSITIONS)
     assert dict(module.named_modules()) == before and not module._forward_pre_hooks
     return parts
 
@@ -198,6 +198,50 @@ def test_an_embedding_that_is_passed_to_the_module_is_found(is_neox_style: bool,
 
 def test_what_changes_keys_behind_a_passed_embedding_is_named() -> None:
     assert found(PassedModule(None, True, {"key": weighted}), PassedEmbedding(100.0)).rotary is None
+
+
+def test_the_table_of_a_passed_embedding_holds_the_longest_text() -> None:
+    """vLLM serves longer texts than the configuration has positions, of linear scaling for example."""
+    module = PassedModule(None, True, {})
+    module.config.max_position_embeddings = POSITIONS // 4
+    rotary = found(module, PassedEmbedding(100.0)).rotary
+    assert rotary is not None and len(rotary.cos_sin) == POSITIONS
+
+
+def test_a_passed_embedding_that_depends_on_the_length_of_the_text_is_named() -> None:
+    """As dynamic scaling does, which changes its frequencies when a text is longer: it must not notice the trial."""
+
+    class Dynamic(PassedEmbedding):
+        def forward(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: Any = None) -> Any:
+            if int(position_ids.max()) > 110:
+                self.get_buffer("inv_freq").mul_(0.5)
+            return super().forward(x, position_ids, layer_type)
+
+    embedding = Dynamic(100.0)
+    before = embedding.get_buffer("inv_freq").clone()
+    assert found(PassedModule(None, True, {}), embedding).rotary is None
+    assert torch.equal(embedding.get_buffer("inv_freq"), before)
+
+
+def test_layers_that_share_a_table_share_its_description() -> None:
+    embedding = Embedding(skipped=16)
+    layers = [Module(embedding, {}), Module(embedding, {}), Module(None, {}), Module(None, {})]
+    model = nn.Module()
+    model.layers = nn.ModuleList(layers)
+    model.config = type("Config", (), {"hidden_size": HIDDEN, "get_text_config": lambda self: self})()
+    names = [f"layer {number}" for number in range(4)]
+    for layer, name in zip(layers, names, strict=True):
+        layer.inner.layer_name = name
+    first, second, third, fourth = (parts.rotary for parts in attention_parts(model, names, POSITIONS))
+    assert first is second is not None and third is fourth is not None and first is not third
+
+
+def test_a_model_without_a_text_configuration_starts() -> None:
+    module = Module(Embedding(), {})
+    model = nn.Module()
+    model.layers = nn.ModuleList([module])
+    (parts,) = attention_parts(model, ["the layer"], POSITIONS)
+    assert {*parts.faults} == {Need.ROTARY, Need.OUTPUT_PROJECTION}
 
 
 def test_of_several_passed_embeddings_none_is_guessed() -> None:

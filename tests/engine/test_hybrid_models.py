@@ -93,6 +93,9 @@ def test_a_front_end_knows_what_layers_hold_that_see_a_part(tiny_gemma: Path, ti
     for model in (tiny_gemma, tiny_llama4):
         with engine(model, budget=96, max_num_batched_tokens=64) as running:
             assert windows_of(running.llm.llm_engine.vllm_config) == running.scheduler._cache.windows != ()
+    config = running.llm.llm_engine.vllm_config
+    config.model_config.hf_text_config.attention_chunk_size = None  # such layers see everything
+    assert windows_of(config) == ()
 
 
 @pytest.mark.feature("models with sliding-window layers")

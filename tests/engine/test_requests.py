@@ -132,6 +132,36 @@ def test_facts_about_a_prompt_decide(auto: Any) -> None:
         check_prompt(config.model_copy(update={"budget": 64}), auto, has_embeds=has_embeds, has_images=has_images)
 
 
+@pytest.mark.parametrize("way", range(3), ids=["InputProcessor", "AsyncLLM", "responses"])
+def test_a_server_whose_policy_turns_keys_back_refuses_images_of_models_with_mrope(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, way: int
+) -> None:
+    server = EngineArgs(
+        model=str(tiny_llama), skip_tokenizer_init=True, enforce_eager=True, **kv_eviction_args("compactor", budget=160)
+    ).create_engine_config()
+    hand_on = front_ends(server)[way]
+    assert hand_on(IMAGES, {})
+    monkeypatch.setattr(type(server.model_config), "uses_mrope", True)
+    with pytest.raises(VLLMValidationError, match=r"^kv_eviction: 'compactor' turns keys back by their places"):
+        hand_on(IMAGES, {})
+    assert hand_on(TOKENS, {}) and hand_on(IMAGES, {"kv_eviction": "none"})
+
+
+def test_options_of_bodies_with_sampling_parameters_are_checked(auto: Any) -> None:
+    async def check_model(self: Any, request: Any) -> Any:
+        return None
+
+    serving = SimpleNamespace(engine_client=SimpleNamespace(vllm_config=auto))
+    request = SimpleNamespace(sampling_params=SamplingParams(extra_args={"kv_budgt": 64}))
+
+    async def collective_rpc(method: str) -> list[dict[str, str]]:
+        return [{}]
+
+    serving.engine_client.collective_rpc = collective_rpc
+    with pytest.raises(VLLMValidationError, match="unknown option 'kv_budgt'"):
+        asyncio.run(with_checked_body(check_model)(serving, request))
+
+
 def test_policies_that_turn_keys_back_refuse_images_of_models_with_mrope(auto: Any) -> None:
     model = SimpleNamespace(uses_mrope=True)
     vllm_config = SimpleNamespace(model_config=model)

@@ -349,12 +349,12 @@ def test_weights_are_copied_only_where_they_are_packed(device: str, monkeypatch:
     parts = [AttentionParts(attention, None, linear, {})]
     monkeypatch.setattr(model, "attention_parts", lambda *_: parts)
     kept: dict[str, torch.Tensor] = {}
-    weights = ModelWeights(linear, ["layer"], kept)
+    weights = ModelWeights(linear, ["layer"], 128, kept)
     asked = frozenset({Need.OUTPUT_PROJECTION})
     found = weights.of(0, asked).output_projection
     assert found is not None and found.shape == (6, 4)
     assert (found is linear.weight) == (device == "meta") == (not kept)
-    passing = ModelWeights(linear, ["layer"])
+    passing = ModelWeights(linear, ["layer"], 128)
     projection = passing.of(0, asked).output_projection
     assert projection is not None and projection.shape == (6, 4)
     # those that pass are asked for layer by layer

@@ -37,6 +37,7 @@ def test_a_row_that_does_not_work_says_why() -> None:
     lines = table().splitlines()
     for row in read_rows().values():
         (line,) = [line for line in lines if line.startswith(f"| {row['family']} |")]
+        assert line.count("|") == 6
         if works(row):
             assert f"works, by `{row['vllm_class']}`" in line
             assert all(row[policy] == OK or row[policy].split()[0] in line for policy in POLICIES)

@@ -11,6 +11,7 @@ import argparse
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,8 @@ def row_of(family: Family, deadline: float) -> dict[str, str]:
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=deadline, check=False
             )
+            if done.returncode == -signal.SIGTERM:  # somebody else's, which says nothing of the family
+                raise KeyboardInterrupt
             ended = "" if done.returncode == 0 else f"ended by {done.returncode}: {_last_line(done.stderr)}"
         except subprocess.TimeoutExpired:
             ended = f"no answer within {deadline:.0f} seconds"

@@ -63,7 +63,7 @@ def _outcome(row: dict[str, str]) -> str:
         return f"refused: {row['starts'].removeprefix(_REFUSED).partition(';')[0]}"
     failed = [(question, row[question]) for question in ESSENTIAL if row[question] not in ("", OK)]
     if not failed:
-        return row["ended"]
+        return _for_a_cell(row["ended"])
     question, reason = failed[0]
     return f"{_FAILED[question]}: {_for_a_cell(reason)}"
 

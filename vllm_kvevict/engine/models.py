@@ -60,6 +60,8 @@ def windows_of(vllm_config: VllmConfig) -> tuple[SlidingWindow, ...]:
     if not (num_full and num_partial) or vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         return ()
     num_seen = text_config.attention_chunk_size if _CHUNKED in kinds else text_config.sliding_window - 1
+    if not num_seen:  # such layers see everything
+        return ()
     least, most = sorted((num_full, num_partial))
     num_groups = cdiv(num_partial, most if most < 1.5 * least else least)
     return (SlidingWindow(num_seen + vllm_config.max_in_flight_tokens, block_size),) * num_groups

@@ -85,7 +85,7 @@ def with_checked_body(check_model: Callable[..., Any]) -> Callable[..., Any]:
         error = await check_model(self, request, *args, **kwargs)
         if error is None:
             _check_place(getattr(request, "model_extra", None) or {})
-            options = getattr(request, "vllm_xargs", None) or {}
+            options = getattr(request, "vllm_xargs", None) or _options(getattr(request, "sampling_params", None))
             await needs.ask(self.engine_client, options)
             _check(self.engine_client.vllm_config, options)
         return error
@@ -122,7 +122,7 @@ def _check(vllm_config: VllmConfig, options: Mapping[str, Any], prompt: PromptFa
         return
     cache = _known_cache(vllm_config) if prompt.num_tokens else None
     fits = cache is None or cache.fits(None, prompt.num_tokens)
-    if not options and not server.during_prefill and server.budget != AUTO and fits:
+    if not options and not server.during_prefill and server.budget != AUTO and fits and not prompt.has_images:
         return
     try:
         config = request_config(server, options, vllm_config.cache_config.block_size)

@@ -6,11 +6,12 @@ positions apart, and a linear layer is the output projection if it is given what
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,30 +44,40 @@ class AttentionParts:
     faults: dict[Need, str]
 
 
-def attention_parts(model: nn.Module, layer_names: Sequence[str]) -> list[AttentionParts]:
-    """Return what stands around each of these attention layers. Their modules run once, each on a few tokens."""
+def attention_parts(model: nn.Module, layer_names: Sequence[str], max_model_len: int) -> list[AttentionParts]:
+    """Return what stands around each of these attention layers. Their modules run once, each on a few tokens.
+
+    max_model_len: the longest text, tokens
+    """
     found = {
         str(child.layer_name): (module, name, child)
         for module in model.modules()
         for name, child in module.named_children()
         if hasattr(child, "layer_name")
     }
-    hidden_size = int(model.config.get_text_config().hidden_size)  # type: ignore[operator, union-attr]
-    passed = PassedEmbeddings(model)
-    return [_parts_of(*found[name], hidden_size, passed) for name in layer_names]
+    passed = PassedEmbeddings(model, max_model_len)
+    parts = [_parts_of(*found[name], model, passed) for name in layer_names]
+    # layers that share a table share its description: what has the same one is scored together
+    known: dict[tuple[Any, ...], Rotary] = {}
+    return [replace(each, rotary=each.rotary and known.setdefault(_key(each.rotary), each.rotary)) for each in parts]
+
+
+def _key(rotary: Rotary) -> tuple[Any, ...]:
+    return rotary.cos_sin.data_ptr(), rotary.cos_sin.shape, rotary.is_neox_style
 
 
 def _parts_of(
-    module: nn.Module, name: str, attention: Any, hidden_size: int, passed: PassedEmbeddings
+    module: nn.Module, name: str, attention: Any, model: nn.Module, passed: PassedEmbeddings
 ) -> AttentionParts:
     try:
+        hidden_size = int(model.config.get_text_config().hidden_size)  # type: ignore[operator, union-attr]
         trial = _tried(module, name, attention, hidden_size, passed)
+        candidates = itertools.chain(passed.rotaries(module), _rotaries(module))
+        rotary = next((each for each in candidates if trial.is_rotated_by(each)), None)
     except Exception as error:  # any module may do anything when it runs alone
         fault = f"the module around it cannot be run alone ({type(error).__name__}: {error})"
         return AttentionParts(attention, None, None, {Need.ROTARY: fault, Need.OUTPUT_PROJECTION: fault})
     faults = {}
-    candidates = itertools.chain(passed.rotaries(module), _rotaries(module))
-    rotary = next((each for each in candidates if trial.is_rotated_by(each)), None)
     if rotary is None:
         faults[Need.ROTARY] = "its keys are not what a rotary embedding alone makes of them"
     if trial.projection is None:
@@ -107,7 +118,7 @@ def _tried(module: nn.Module, name: str, attention: Any, hidden_size: int, passe
     """Run a module with a recorder in place of its attention layer."""
     parameter = next(module.parameters())
     dtype, device = attention.dtype, parameter.device
-    positions = torch.tensor(_POSITIONS, device=device)
+    positions = torch.tensor([place for place in _POSITIONS if place < passed.max_model_len], device=device)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(hidden_size, generator=generator).to(device, dtype).expand(len(positions), -1).contiguous()
     returned = torch.randn(len(positions), attention.num_heads * attention.head_size_v, generator=generator)
@@ -207,8 +218,11 @@ def _rotaries(module: nn.Module) -> Iterator[Rotary]:
         tables = [table for name, table in child.named_buffers(recurse=False) if "cos_sin" in name and table.dim() == 2]
         is_neox_style = bool(getattr(child, "is_neox_style", True))
         for table in tables:
-            yield Rotary(table, is_neox_style)
             # LongRoPE's has the one for short contexts first
-            if first := getattr(child, "original_max_position_embeddings", None):
-                yield Rotary(table[first:], is_neox_style)
-    yield Rotary.none(next(module.parameters()).device)
+            first = getattr(child, "original_max_position_embeddings", None)
+            parts = [table] if first is None else [table[:first], table[first:]]
+            yield from (Rotary(part, is_neox_style) for part in parts)
+    yield _nothing(next(module.parameters()).device)
+
+
+_nothing = functools.cache(Rotary.none)

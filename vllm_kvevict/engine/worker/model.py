@@ -22,11 +22,16 @@ class ModelWeights:
     """
 
     def __init__(
-        self, model: nn.Module, layer_names: list[str], projections: dict[str, torch.Tensor] | None = None
+        self,
+        model: nn.Module,
+        layer_names: list[str],
+        max_model_len: int,
+        projections: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """projections: where copies of W_O are kept, by the names of their layers; None: each is made when asked for"""
+        """max_model_len: the longest text, tokens
+        projections: where copies of W_O are kept, by the names of their layers; None: each is made when asked for"""
         self._layer_names = layer_names
-        self._parts = attention_parts(model, layer_names)
+        self._parts = attention_parts(model, layer_names, max_model_len)
         self._dtype = next(model.parameters()).dtype
         self.projections = projections
         self._of_layers: dict[frozenset[Need], tuple[list[float], list[LayerWeights]]] = {}
@@ -88,7 +93,8 @@ class ModelWeights:
         return self.projections[name]
 
     def _copied(self, linear: Any) -> torch.Tensor:
-        identity = torch.eye(linear.input_size_per_partition, dtype=self._dtype, device=linear.weight.device)
+        size = getattr(linear, "input_size_per_partition", linear.input_size)  # those that are not divided have no such
+        identity = torch.eye(size, dtype=self._dtype, device=linear.weight.device)
         copy: torch.Tensor = linear.quant_method.apply(linear, identity).t()
         return copy
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -19,8 +20,11 @@ _Table = tuple[torch.Tensor, torch.Tensor]
 class PassedEmbeddings:
     """The rotary embedding of a model that computes it once, and whose attention modules are handed the result."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Raises nothing: a model may have no such embedding, or several, of which nobody knows who is given which."""
+    def __init__(self, model: nn.Module, max_model_len: int) -> None:
+        """max_model_len: the longest text, tokens
+
+        Raises nothing: a model may have no such embedding, or several, of which nobody knows who is given which."""
+        self.max_model_len = max_model_len
         self._embeddings = [module for module in model.modules() if _is_embedding(module)]
         self._tables: dict[str | None, list[Rotary]] = {}
 
@@ -35,15 +39,17 @@ class PassedEmbeddings:
         return given
 
     def rotaries(self, module: nn.Module) -> Iterator[Rotary]:
-        """Return what the embedding may be at every position that the model has, as far as it does not depend on the
-        length of the text; nothing if the module is handed none.
+        """Return what the embedding may be at every position of the longest text; nothing if the module is handed none.
+
+        One that depends on the length of the text is another one in a short text, and will not do.
         """
         if not is_of_transformers(module) or PASSED not in _parameters(module):
             return
         kind = _kind_of(module)
         if kind not in self._tables:
-            most, device = int(module.config.max_position_embeddings), next(module.parameters()).device  # type: ignore[union-attr, arg-type]
-            whole = self._cos_sin(module, torch.arange(most, device=device), torch.zeros(1, 1, device=device))
+            device = next(module.parameters()).device
+            positions = torch.arange(self.max_model_len, device=device)
+            whole = self._cos_sin(module, positions, torch.zeros(1, 1, device=device))
             cos, sin = (table[0].float() for table in whole)
             half = cos.shape[-1] // 2
             tables = [torch.cat([cos[:, :half], sin[:, :half]], dim=-1), torch.cat([cos[:, ::2], sin[:, ::2]], dim=-1)]
@@ -53,7 +59,8 @@ class PassedEmbeddings:
     def _cos_sin(self, module: nn.Module, positions: torch.Tensor, hidden: torch.Tensor) -> _Table:
         if len(self._embeddings) != 1:
             raise ValueError(f"it asks for {PASSED}, and the model has {len(self._embeddings)} that may be meant")
-        (embedding,), kind = self._embeddings, _kind_of(module)
+        # of a copy: a long text changes the frequencies of some for good
+        embedding, kind = copy.deepcopy(self._embeddings[0]), _kind_of(module)
         more = {} if "layer_type" not in _parameters(embedding) else {"layer_type": kind}
         cos_sin: _Table = embedding(hidden[None], positions[None], **more)
         return cos_sin

@@ -74,7 +74,7 @@ class ModelMemory:
         num_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         summed_bytes = policy.state_bytes(num_heads, spec.num_kv_heads, spec.head_size)
         needs = traits_of(policy).needs
-        weights = ModelWeights(model, layers, {} if Need.OUTPUT_PROJECTION in needs else None)
+        weights = ModelWeights(model, layers, max_tokens, {} if Need.OUTPUT_PROJECTION in needs else None)
         weights.check(config.policy, needs)
         for layer in range(len(layers)):  # which keeps the copies of W_O that it needs
             weights.of(layer, needs)
@@ -222,4 +222,4 @@ def is_evicted(spec: KVCacheSpec) -> bool:
     if isinstance(spec, UniformTypeKVCacheSpecs):  # a draft model's heads may differ from its target's
         return all(is_evicted(layer_spec) for layer_spec in spec.kv_cache_specs.values())
     # without the hybrid manager, vLLM puts layers with a window into the group of full attention
-    return isinstance(spec, EvictionSpec) and spec.sliding_window is None
+    return isinstance(spec, EvictionSpec) and spec.sliding_window is None and spec.attention_chunk_size is None

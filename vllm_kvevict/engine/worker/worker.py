@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.engine.cache_dtype import cache_of
 from vllm_kvevict.engine.messages import REPORTS, EvictionReport
-from vllm_kvevict.engine.models import split_draft_layers
+from vllm_kvevict.engine.models import MISSING_NEEDS, split_draft_layers
 from vllm_kvevict.engine.scheduler.managers import (
     PrivateChunkedLocalSpec,
     PrivateSlidingWindowSpec,
@@ -79,6 +79,7 @@ class EvictionWorkerMixin(Worker):
             for names, model in models
         ]
         self.side_memory = SideMemory(self.vllm_config, config, taken)
+        setattr(self.vllm_config, MISSING_NEEDS, self.missing_needs())
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         check_fields()

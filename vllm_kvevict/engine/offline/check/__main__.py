@@ -178,7 +178,7 @@ def _model(known: Mapping[str, Any]) -> str:
 
 def _flags(known: Mapping[str, Any]) -> list[str]:
     if known["model"] is not None:
-        return [*known["flags"]]
+        return ["--max-model-len", "-1", *known["flags"]]  # as many tokens as fit into the memory
     return [*_TINY_FLAGS, "--dtype", "bfloat16" if torch.cuda.is_available() else "float32", *known["flags"]]
 
 
