@@ -394,7 +394,7 @@ FAMILIES = [
         "HRM-Text",
         "hrm_text",
         "one layer run several times",
-        {**_HEAD, "num_key_value_heads": 4, "num_layers_per_stack": 2},
+        {**_HEAD, "num_key_value_heads": 4, "num_layers_per_stack": 2, "prefix_lm": False},
     ),
     Family("CWM", "cwm", "sliding windows; scaled rotary embedding", {**_WINDOWS, **_HEAD}),
     Family(
