@@ -56,10 +56,16 @@ def attention_parts(model: nn.Module, layer_names: Sequence[str], max_model_len:
         if hasattr(child, "layer_name")
     }
     passed = PassedEmbeddings(model, max_model_len)
-    parts = [_parts_of(*found[name], model, passed) for name in layer_names]
+    parts = [_parts_of(*found[name], model, passed) if name in found else _nowhere() for name in layer_names]
     # layers that share a table share its description: what has the same one is scored together
     known: dict[tuple[Any, ...], Rotary] = {}
     return [replace(each, rotary=each.rotary and known.setdefault(_key(each.rotary), each.rotary)) for each in parts]
+
+
+def _nowhere() -> AttentionParts:
+    """Return what is known of a layer that no module of the model holds."""
+    faults = dict.fromkeys((Need.ROTARY, Need.OUTPUT_PROJECTION), "no module of the model holds it")
+    return AttentionParts(None, None, None, faults)
 
 
 def _key(rotary: Rotary) -> tuple[Any, ...]:

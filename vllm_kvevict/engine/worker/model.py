@@ -32,7 +32,7 @@ class ModelWeights:
         projections: where copies of W_O are kept, by the names of their layers; None: each is made when asked for"""
         self._layer_names = layer_names
         self._parts = attention_parts(model, layer_names, max_model_len)
-        self._dtype = next(model.parameters()).dtype
+        self._model = model
         self.projections = projections
         self._of_layers: dict[frozenset[Need], tuple[list[float], list[LayerWeights]]] = {}
         self.missing: dict[str, str] = {}
@@ -94,7 +94,7 @@ class ModelWeights:
 
     def _copied(self, linear: Any) -> torch.Tensor:
         size = getattr(linear, "input_size_per_partition", linear.input_size)  # those that are not divided have no such
-        identity = torch.eye(size, dtype=self._dtype, device=linear.weight.device)
+        identity = torch.eye(size, dtype=next(self._model.parameters()).dtype, device=linear.weight.device)
         copy: torch.Tensor = linear.quant_method.apply(linear, identity).t()
         return copy
 

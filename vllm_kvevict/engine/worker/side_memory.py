@@ -76,8 +76,9 @@ class ModelMemory:
         needs = traits_of(policy).needs
         weights = ModelWeights(model, layers, max_tokens, {} if Need.OUTPUT_PROJECTION in needs else None)
         weights.check(config.policy, needs)
-        for layer in range(len(layers)):  # which keeps the copies of W_O that it needs
-            weights.of(layer, needs)
+        if Need.OUTPUT_PROJECTION in needs:
+            for layer in range(len(layers)):  # which keeps the copies of W_O
+                weights.of(layer, needs)
         return cls(spec, len(layers), summed_bytes, page_table, holes, weights)
 
     def bytes_per_byte(self, reserve: Reserve | None) -> float:
