@@ -93,7 +93,7 @@ class ModelWeights:
         return self.projections[name]
 
     def _copied(self, linear: Any) -> torch.Tensor:
-        size = getattr(linear, "input_size_per_partition", linear.input_size)  # those that are not divided have no such
+        size = getattr(linear, "input_size_per_partition", None) or linear.input_size  # of those that are not divided
         identity = torch.eye(size, dtype=next(self._model.parameters()).dtype, device=linear.weight.device)
         copy: torch.Tensor = linear.quant_method.apply(linear, identity).t()
         return copy
