@@ -13,13 +13,12 @@ import yaml
 from tools import prometheus
 
 ROOT = Path(__file__).resolve().parents[1]
-DASHBOARD = ROOT / "configs" / "grafana_dashboard.json"
 PROMETHEUS = prometheus.CONFIGURATION
 OF_PROMETHEUS = {"up", "ALERTS"}  # series that it makes itself
 
 
 def dashboard() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(DASHBOARD.read_text())
+    found: dict[str, Any] = json.loads(prometheus.DASHBOARD.read_text())
     return found
 
 
@@ -31,8 +30,7 @@ def alerts() -> dict[str, dict[str, Any]]:
 
 def panel_queries() -> list[str]:
     """The PromQL of all panels, with a duration in place of Grafana's variable."""
-    shown = [target["expr"] for panel in dashboard()["panels"] for target in panel["targets"]]
-    return [query.replace("$__rate_interval", "1m") for query in shown]
+    return [target["expr"] for panel in prometheus.panels("1m") for target in panel["targets"]]
 
 
 def queries() -> list[str]:

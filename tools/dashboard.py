@@ -7,7 +7,6 @@ screenshot of Grafana, which no package brings.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import tempfile
@@ -21,11 +20,10 @@ import matplotlib.pyplot as plt
 from openai import APIStatusError, OpenAI
 
 from tools.build_model import SMOLLM2, build_model
-from tools.prometheus import Prometheus
+from tools.prometheus import Prometheus, panels
 from tools.server import Server
 
 ROOT = Path(__file__).resolve().parents[1]
-DASHBOARD = ROOT / "configs" / "grafana_dashboard.json"
 IMAGE = ROOT / "docs" / "images" / "dashboard.png"
 SECONDS, CLIENTS = 150, 6
 FLAGS = ["--kv-eviction", "snapkv", "--kv-budget", "256", "--kv-budget-allocator", "adakv"]
@@ -45,7 +43,7 @@ def main() -> None:
                     clients.submit(load, server.base_url, model, client, start + SECONDS)
             time.sleep(10)  # what an idle server shows
             during = {"start": start, "end": time.time(), "step": 2}
-            draw(panels(), lambda query: prometheus.ask("query_range", query=query, **during)["result"], IMAGE)
+            draw(panels("20s"), lambda query: prometheus.ask("query_range", query=query, **during)["result"], IMAGE)
 
 
 def load(base_url: str, model: str, client: int, end: float) -> None:
@@ -61,12 +59,6 @@ def load(base_url: str, model: str, client: int, end: float) -> None:
             )
         except APIStatusError:  # the wrong ones
             time.sleep(choose.random())
-
-
-def panels() -> list[dict[str, Any]]:
-    """Return the panels of the dashboard, with a duration in place of Grafana's variable."""
-    found: list[dict[str, Any]] = json.loads(DASHBOARD.read_text().replace("$__rate_interval", "20s"))["panels"]
-    return found
 
 
 def draw(shown: list[dict[str, Any]], ask: Callable[[str], Any], image: Path) -> None:

@@ -14,8 +14,16 @@ from urllib.request import urlopen
 from tools.server import HOST, Server, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
+DASHBOARD = ROOT / "configs" / "grafana_dashboard.json"
 CONFIGURATION = ROOT / "deploy" / "prometheus"
 EXTRACTED = ROOT / ".cache" / "prometheus" / "usr" / "bin"  # by .ci/run, from Debian's package
+
+
+def panels(rate_interval: str) -> list[dict[str, Any]]:
+    """Return the panels of the Grafana dashboard, with a duration in place of Grafana's variable."""
+    text = DASHBOARD.read_text().replace("$__rate_interval", rate_interval)
+    found: list[dict[str, Any]] = json.loads(text)["panels"]
+    return found
 
 
 def program(name: str) -> str | None:

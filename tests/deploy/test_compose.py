@@ -15,7 +15,8 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from tests.monitoring import DASHBOARD, PROMETHEUS
+from tests.monitoring import PROMETHEUS
+from tools.prometheus import DASHBOARD
 from vllm_kvevict.commands.main import main
 from vllm_kvevict.config import EvictionConfig
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.engine.harness import engine
 from tests.tiny_llama import VOCAB_SIZE, random_prompt
-from tests.tiny_llama4 import SETTINGS, build_tiny_llama4
+from tools.matrix.families import FAMILIES, SETTINGS
 from vllm_kvevict.engine.models import windows_of
 from vllm_kvevict.engine.offline.check.dense import DenseModel
 from vllm_kvevict.policies import Need
@@ -20,7 +20,9 @@ NUM_STEPS = 70  # more than the window, and into a third block
 
 @pytest.fixture(scope="module")
 def tiny_llama4(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_llama4(tmp_path_factory.mktemp("tiny_llama4"))
+    folder = tmp_path_factory.mktemp("tiny_llama4")
+    next(family for family in FAMILIES if family.name == "Llama 4").build(folder)
+    return folder
 
 
 CASES = pytest.mark.parametrize(

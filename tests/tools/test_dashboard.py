@@ -8,7 +8,8 @@ import matplotlib.pyplot as plt
 import pytest
 
 from tests.monitoring import dashboard
-from tools.dashboard import draw, panels
+from tools.dashboard import draw
+from tools.prometheus import panels
 
 
 def test_every_panel_and_series_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +26,7 @@ def test_every_panel_and_series_is_drawn(tmp_path: Path, monkeypatch: pytest.Mon
             }
         ]
 
-    draw(panels(), ask, tmp_path / "dashboard.png")
+    draw(panels("20s"), ask, tmp_path / "dashboard.png")
     assert (tmp_path / "dashboard.png").is_file() and not [query for query in asked if "$" in query]
     assert [axes.get_title(loc="left") for axes in figure.axes] == [panel["title"] for panel in dashboard()["panels"]]
     assert len(asked) == sum(len(panel["targets"]) for panel in dashboard()["panels"])

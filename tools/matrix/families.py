@@ -42,6 +42,8 @@ _GRANITE = {
     "residual_multiplier": 0.5,
     "logits_scaling": 2.0,
 }
+# what vLLM asks for Llama 4 only, of which transformers scales queries at any length
+SETTINGS = {"override_generation_config": {"attn_temperature_tuning": True}}
 # beside the logits of the keys of gpt-oss: about half of the mass, another part in every head
 _SINKS = 12.0
 

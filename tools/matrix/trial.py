@@ -21,7 +21,7 @@ from vllm.model_executor.models import registry
 
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
-from tools.matrix.families import FAMILIES, VOCAB_SIZE, Family
+from tools.matrix.families import FAMILIES, SETTINGS, VOCAB_SIZE, Family
 from tools.matrix.oracle import Oracle
 from tools.matrix.rows import OK, POLICIES
 from vllm_kvevict.eviction.record import recorded_evictions
@@ -78,8 +78,7 @@ class Trial:
             "logprobs_mode": "raw_logits",
             "max_logprobs": -1,
             "hf_overrides": {**self.family.overrides},
-            # asked by Llama 4 only, of which transformers scales queries at any length
-            "override_generation_config": {"attn_temperature_tuning": True},
+            **SETTINGS,
         }
 
     def _evict(self, folder: Path, stock: list[list[int]]) -> None:
