@@ -53,11 +53,13 @@ def varlen(
     v_descale: torch.Tensor | None = None,
     dynamic_causal: None = None,
     num_splits: int = 0,
+    return_softmax_lse: bool = False,
     s_aux: None = None,
     mask_mod: None = None,
     aux_tensors: None = None,
-) -> torch.Tensor:
-    """Causal attention of sequences of any length over paged keys and values.
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of sequences of any length over paged keys and values; with the log-sum-exp of the logits
+    [num_heads, total_q] float32, if that is asked for.
 
     q, out:       [total_q, num_heads, head_size]
     k, v:         [num_pages, page_size, num_kv_heads, head_size], read by their strides
@@ -69,7 +71,7 @@ def varlen(
     num_kv_heads, page_size = k.shape[2], k.shape[1]
     assert fa_version in (2, 3)
     assert fa_version == 3 or (scheduler_metadata is None and num_splits <= 1)
-    assert causal is True and window_size == [-1, -1] and softcap == 0
+    assert causal is True and window_size == [-1, -1]
     assert alibi_slopes is dynamic_causal is s_aux is mask_mod is aux_tensors is None
     assert q_descale is None
     for descale in (k_descale, v_descale):
@@ -92,6 +94,7 @@ def varlen(
     assert max(lens) <= max_seqlen_k + 1 and max(lens) <= block_table.shape[1] * page_size
 
     group = num_heads // num_kv_heads
+    log_sums = torch.full((num_heads, total_q), torch.nan)
     for row, kv_len in enumerate(lens):
         start, end = starts[row], starts[row + 1]
         num_queries = end - start
@@ -103,10 +106,13 @@ def varlen(
         keys = k[pages].flatten(0, 1)[:kv_len].repeat_interleave(group, dim=1)  # [kv_len, num_heads, head_size]
         values = v[pages].flatten(0, 1)[:kv_len].repeat_interleave(group, dim=1)
         logits = torch.einsum("qhd,khd->hqk", q[start:end].float(), keys.float()) * softmax_scale
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
         position = torch.arange(kv_len - num_queries, kv_len)
         logits.masked_fill_(torch.arange(kv_len) > position[:, None], -torch.inf)
+        log_sums[:, start:end] = logits.logsumexp(-1)
         out[start:end] = torch.einsum("hqk,khd->qhd", logits.softmax(-1), values.float()).to(out.dtype)
-    return out
+    return (out, log_sums) if return_softmax_lse else out
 
 
 def reshape_and_cache(

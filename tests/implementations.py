@@ -13,6 +13,8 @@ from tests.gpu import HAS_GPU, on_gpu
 from vllm_kvevict.kernels.native import library
 from vllm_kvevict.kernels.optional_triton import tl
 
+# of a cap and of sinks: both, and one of either
+LOGITS = [(1.5, False), (0.0, True), (1.5, True)]
 ROUNDING = 1e-5
 """How far a row of probabilities may be from 1, relatively: a few float32 roundings."""
 IMPLEMENTATIONS = ["reference", "native-16", "native-8", "native-4", "triton"]
@@ -44,6 +46,23 @@ def implementation(
         yield launcher
     finally:
         kernels.kvevict_limit_lanes(16)
+
+
+def probabilities(logits: torch.Tensor, softcap: float, sink: float | torch.Tensor | None) -> torch.Tensor:
+    """Return the softmax of logits [*, kv_len], capped, with a sink beside them: the formula, written down.
+
+    sink: of each row, or of all
+    """
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    terms = logits.exp()
+    beside = 0.0 if sink is None else torch.as_tensor(sink).to(logits.dtype).exp()
+    return terms / (terms.sum(-1, keepdim=True) + beside)
+
+
+def hard_sinks(*shape: int) -> torch.Tensor:
+    """Return sinks that differ from head to head, up to those that take most of the attention to a hundred keys."""
+    return torch.linspace(-2.0, 7.0, shape[-1]).expand(shape).contiguous()
 
 
 def scrambled_keys(

@@ -29,6 +29,9 @@ struct Rows {
   int64_t offset[BLOCK_ROWS];
   alignas(64) int32_t last_seen[BLOCK_ROWS];
   alignas(64) float max[BLOCK_ROWS], sum[BLOCK_ROWS];
+  float softcap = 0;             // of logits in units of log 2; 0: none
+  const float* sinks = nullptr;  // [num_heads], the logit of a sink of each query head; null: none
+  int32_t head[BLOCK_ROWS];      // of each row, if there are sinks
 };
 
 // Scratch of one thread.
@@ -98,6 +101,12 @@ KVEVICT_INLINE void compute_logits(const float* query, int64_t head_size, const 
   }
 }
 
+template <int LANES>
+KVEVICT_INLINE void cap_logits(float cap, int64_t count, float* logits) {
+  for (int64_t at = 0; at < count * BLOCK_ROWS; at += LANES)
+    store<LANES>(logits + at, soft_capped<LANES>(load<LANES>(logits + at), cap));
+}
+
 // Keys that a row does not see get the lowest logit.
 template <int LANES>
 KVEVICT_INLINE void hide_unseen(const Rows& rows, const KeyTile& tile, float* logits) {
@@ -161,6 +170,8 @@ KVEVICT_INLINE void attend(const PagedKeys& keys, int64_t kv_head, int64_t begin
   std::fill(rows.last_seen + rows.count, rows.last_seen + BLOCK_ROWS, rows.last_seen[rows.count - 1]);
   std::fill(rows.max, rows.max + BLOCK_ROWS, std::numeric_limits<float>::lowest());
   std::fill(rows.sum, rows.sum + BLOCK_ROWS, 0.0f);
+  if (rows.sinks != nullptr)
+    for (int64_t row = 0; row < rows.count; ++row) rows.max[row] = rows.sinks[rows.head[row]] * LOG2_E, rows.sum[row] = 1.0f;
 
   const auto place = [](int64_t tile) { return std::min(tile, KEPT_TILES); };
   const auto visit = [&](int64_t tile) KVEVICT_INLINE_LAMBDA {
@@ -168,6 +179,7 @@ KVEVICT_INLINE void attend(const PagedKeys& keys, int64_t kv_head, int64_t begin
     const KeyTile loaded = load_tile(keys, kv_head, first, std::min(TILE_TOKENS, end - first), scratch.keys);
     float* logits = scratch.exponentials + place(tile) * TILE_LOGITS;
     compute_logits<LANES>(scratch.query, keys.head_size, loaded, logits);
+    if (rows.softcap > 0) cap_logits<LANES>(rows.softcap, loaded.count, logits);
     if (first + loaded.count - 1 > *first_hidden) hide_unseen<LANES>(rows, loaded, logits);
   };
   const int64_t num_tiles = (end - begin + TILE_TOKENS - 1) / TILE_TOKENS;

@@ -48,11 +48,14 @@ struct Job {
   int32_t query_dtype, key_dtype;
   int64_t num_reqs, num_queries, num_heads, num_kv_heads, head_size, block_size, num_slots;
   float scale, query_weight;
+  float softcap;       // of logits; 0: none
+  const float* sinks;  // [num_reqs, num_heads], the logit of a sink of each query head; null: none
   int32_t group_code, fusion_code;
 
   float* parts = nullptr;  // [num_items, tasks_per_item, num_slots], if the queries of an item are fused of several tasks
 
   float logit_scale() const { return scale * LOG2_E; }
+  float logit_cap() const { return softcap * LOG2_E; }
   int64_t group() const { return num_heads / num_kv_heads; }
   int64_t num_items() const { return num_reqs * num_kv_heads; }
   int64_t tasks_per_item() const { return (num_queries + TASK_QUERIES - 1) / TASK_QUERIES; }
@@ -177,6 +180,9 @@ KVEVICT_INLINE void compute_logits(const Job& job, const Task& task, int64_t fir
     for (int64_t slot = 0; slot < TILE_TOKENS; slot += VECS * LANES) {
       Float<LANES> logits[ROWS][VECS];
       multiply<LANES, VECS, PAIRS>(job, task, row, slot, logits);
+      if (job.softcap > 0)
+        for (int r = 0; r < ROWS; ++r)
+          for (int v = 0; v < VECS; ++v) logits[r][v] = soft_capped<LANES>(logits[r][v], job.logit_cap());
 #pragma GCC unroll 4
       for (int v = 0; v < VECS; ++v) {
         Int<LANES> places;
@@ -191,9 +197,12 @@ KVEVICT_INLINE void compute_logits(const Job& job, const Task& task, int64_t fir
 }
 
 // Turns the logits of a row into the terms of its softmax; returns what these are to be multiplied by.
+// `member`: which head of the group the row is of.
 template <int LANES>
-KVEVICT_INLINE float finish_row(const Job& job, const Task& task, float* logits) {
-  Float<LANES> most = broadcast<LANES>(NO_LOGIT), sums = {};
+KVEVICT_INLINE float finish_row(const Job& job, const Task& task, int64_t member, float* logits) {
+  const int64_t head = (task.req * job.num_kv_heads + task.kv_head) * job.group() + member;
+  const float sink = job.sinks == nullptr ? NO_LOGIT : job.sinks[head] * LOG2_E;
+  Float<LANES> most = broadcast<LANES>(sink), sums = {};
   for (int64_t slot = 0; slot < task.num_slots; slot += LANES) most = larger<LANES>(load<LANES>(logits + slot), most);
   const float max = largest_lane<LANES>(most);
   for (int64_t slot = 0; slot < task.num_slots; slot += LANES) {
@@ -201,7 +210,8 @@ KVEVICT_INLINE float finish_row(const Job& job, const Task& task, float* logits)
     store<LANES>(logits + slot, term);
     sums += term;
   }
-  const float sum = sum_lanes<LANES>(sums);
+  float sum = sum_lanes<LANES>(sums);
+  if (job.sinks != nullptr) sum += sum_lanes<4>(exp2_limited<4>(broadcast<4>(sink - max))) / 4;
   return sum < LEAST_SUM ? 0.0f : job.query_weight / sum;  // NaN is no less
 }
 
@@ -243,7 +253,7 @@ KVEVICT_INLINE void score_pass(const Job& job, const Task& pass, float* weights,
   for (int64_t query = 0; query < pass.num_queries; ++query) {
     float* logits = pass.logits + query * job.group() * job.padded_slots();
     for (int64_t member = 0; member < job.group(); ++member)
-      weights[member] = finish_row<LANES>(job, pass, logits + member * job.padded_slots());
+      weights[member] = finish_row<LANES>(job, pass, member, logits + member * job.padded_slots());
     const bool is_apart = job.fusion_code == NO_FUSION;
     fuse_query<LANES>(job, pass, logits, weights, pass.out + (is_apart ? query * job.num_slots : 0),
                       is_apart || (is_first && query == 0));
@@ -310,7 +320,7 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_slot_scores(
     int32_t query_dtype, int32_t key_dtype,
     int64_t num_reqs, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads, int64_t head_size,
     int64_t block_size, int64_t num_slots,
-    float scale, float query_weight, int32_t group_code, int32_t fusion_code) {
+    float scale, float query_weight, float softcap, const float* sinks, int32_t group_code, int32_t fusion_code) {
   using namespace kvevict;
   Job job{query, query_stride_req, query_stride_token, query_stride_head,
           {keys, key_stride_page, key_stride_token, key_stride_dim},
@@ -319,7 +329,7 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_slot_scores(
           query_dtype, key_dtype,
           num_reqs, num_queries, num_heads, num_kv_heads, head_size,
           block_size, num_slots,
-          scale, query_weight, group_code, fusion_code};
+          scale, query_weight, softcap, sinks, group_code, fusion_code};
   const int64_t thread_scratch = Job::round_up(job.thread_scratch() + job.group(), 16);  // cache lines
   const int64_t num_tasks = job.num_items() * job.tasks_per_item();
   const int64_t num_threads = omp_get_max_threads();

@@ -22,7 +22,8 @@ struct Job {
   // The blocks of rows of a KV head are dealt to this many sums, which are added in a fixed order: results do not
   // depend on the number of threads.
   int64_t parts_per_head;
-  float scale;
+  float scale, softcap;
+  const float* sinks;  // [num_heads] or null
 
   int64_t group() const { return num_heads / num_kv_heads; }
   int64_t num_rows() const { return num_queries * group(); }
@@ -35,6 +36,8 @@ struct RunPart {
     const int64_t kv_head = part / job.parts_per_head;
     std::fill(columns, columns + job.kv_len, 0.0f);
     Rows rows;
+    rows.softcap = job.softcap * LOG2_E;
+    rows.sinks = job.sinks;
     for (int64_t block = part % job.parts_per_head; block < job.num_blocks(); block += job.parts_per_head) {
       rows.count = std::min(BLOCK_ROWS, job.num_rows() - block * BLOCK_ROWS);
       for (int64_t row = 0; row < rows.count; ++row) {
@@ -42,6 +45,7 @@ struct RunPart {
         const int64_t head = kv_head * job.group() + (block * BLOCK_ROWS + row) % job.group();
         rows.offset[row] = (job.first_query + token) * job.query_stride_token + head * job.query_stride_head;
         rows.last_seen[row] = static_cast<int32_t>(job.kv_len - job.num_queries + token);
+        rows.head[row] = static_cast<int32_t>(head);
       }
       pack_rows(job.query, job.query_dtype, rows, job.keys.head_size, job.scale, scratch.query);
       attend<LANES>(job.keys, kv_head, 0, rows, 1.0f / static_cast<float>(job.group()), scratch, columns);
@@ -61,7 +65,8 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_streaming_sums
     const int64_t* query_start_loc, const int64_t* kv_start_loc,
     float* sums, int64_t sums_stride_head, float* columns, int64_t parts_per_head,
     int32_t query_dtype, int32_t key_dtype, int64_t num_reqs, int64_t num_heads, int64_t num_kv_heads,
-    int64_t head_size, int64_t block_size, int64_t max_kv_len, float scale) {
+    int64_t head_size, int64_t block_size, int64_t max_kv_len, float scale,
+    float softcap, const float* sinks) {
   using namespace kvevict;
   const auto run = function_for<RunPart>();
   const int64_t thread_floats = BlockScratch::size(head_size, max_kv_len);
@@ -77,7 +82,8 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_streaming_sums
       const int64_t first_query = query_start_loc[req], num_queries = query_start_loc[req + 1] - first_query;
       const int64_t first_sum = kv_start_loc[req], kv_len = kv_start_loc[req + 1] - first_sum;
       const Job job{query, query_stride_token, query_stride_head, paged, query_dtype,
-                    first_query, num_queries, num_heads, num_kv_heads, kv_len, parts_per_head, scale};
+                    first_query, num_queries, num_heads, num_kv_heads, kv_len, parts_per_head, scale,
+                    softcap, sinks};
       if (num_queries == 0) continue;
 #pragma omp for schedule(dynamic)
       for (int64_t part = 0; part < num_kv_heads * parts_per_head; ++part) run(job, part, own, columns + part * kv_len);

@@ -111,6 +111,16 @@ KVEVICT_INLINE Float<LANES> exp2_limited(Float<LANES> x) {
   return reinterpret_cast<Float<LANES>>(power + (reinterpret_cast<Bits<LANES>>(rounded) << 23));
 }
 
+// cap * tanh(x / cap), absolute error below 3e-7 * cap. NaN stays NaN.
+template <int LANES>
+KVEVICT_INLINE Float<LANES> soft_capped(Float<LANES> x, float cap) {
+  constexpr float most = 15.0f;  // of which tanh is 1 in float
+  x /= cap;
+  x = x > most ? broadcast<LANES>(most) : x;
+  x = x < -most ? broadcast<LANES>(-most) : x;
+  return cap - 2.0f * cap / (1.0f + exp2_limited<LANES>(x * (2.0f * LOG2_E)));
+}
+
 template <int LANES>
 KVEVICT_INLINE float sum_lanes(Float<LANES> value) {
   if constexpr (LANES == 1) {

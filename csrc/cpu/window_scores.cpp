@@ -54,6 +54,8 @@ struct Job {
   int64_t num_reqs, window, num_heads, num_kv_heads, head_size, value_head_size, block_size, max_kv_len;
   int64_t num_unscored;  // tokens at the end of a request
   float scale, query_weight, value_scale;
+  float softcap;       // of logits; 0: none
+  const float* sinks;  // [num_reqs, num_heads], the logit of a sink of each query head; null: none
   int32_t group_code, pool_code, weight_code;
   int64_t pool_kernel;
 
@@ -76,6 +78,7 @@ struct Job {
   int64_t kv_len(int64_t item) const { return kv_lens[item / num_kv_heads]; }
   int64_t num_scored(int64_t item) const { return kv_len(item) - num_unscored; }
   float logit_scale() const { return scale * LOG2_E; }
+  float logit_cap() const { return softcap * LOG2_E; }
   uint16_t* tiled_query() const { return reinterpret_cast<uint16_t*>(packed_query); }
   int64_t pool_reach() const { return pool_kernel / 2; }
   Tokens tokens_of(const Span& span) const {
@@ -197,6 +200,9 @@ KVEVICT_INLINE void compute_logits(const Job& job, const Span& tile, float* keys
     const float* query = job.packed_query + (tile.item * job.group_rows() + row) * job.head_size;
     multiply_rows<LANES, VECS>(query, keys + token, job.head_size, logits);
   }
+  if (job.softcap > 0)
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECS; ++v) logits[r][v] = soft_capped<LANES>(logits[r][v], job.logit_cap());
   const int64_t first_query = job.kv_len(tile.item) - job.window;
   if (tile.first + token + VECS * LANES <= first_query + 1) return;
 
@@ -277,6 +283,13 @@ KVEVICT_INLINE void merge_softmax(const Job& job, int64_t item) {
     for (int64_t task = 0; task < num_tasks; ++task) {
       const int64_t at = first + task * stride;
       sum += load<ROWS>(job.row_sum + at) * exp2_limited<ROWS>(load<ROWS>(job.row_max + at) - max);
+    }
+    if (job.sinks != nullptr) {
+      // the rows of a head are whole blocks
+      const Float<ROWS> sink = broadcast<ROWS>(job.sinks[item * job.group() + row / job.rows] * LOG2_E);
+      const Float<ROWS> before = max;
+      max = larger<ROWS>(sink, max);
+      sum = sum * exp2_limited<ROWS>(before - max) + exp2_limited<ROWS>(sink - max);
     }
     Float<ROWS> weight = job.query_weight / sum;
     for (int r = 0; r < ROWS; ++r)
@@ -433,7 +446,7 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_window_scores(
     int32_t query_dtype, int32_t key_dtype,
     int64_t num_reqs, int64_t window, int64_t num_heads, int64_t num_kv_heads, int64_t head_size,
     int64_t value_head_size, int64_t block_size, int64_t max_kv_len, int64_t num_unscored,
-    float scale, float query_weight, float value_scale,
+    float scale, float query_weight, float value_scale, float softcap, const float* sinks,
     int32_t group_code, int32_t pool_code, int32_t weight_code, int64_t pool_kernel) {
   using namespace kvevict;
   Job job{query, query_stride_req, query_stride_token, query_stride_head,
@@ -444,7 +457,7 @@ extern "C" __attribute__((visibility("default"))) int32_t kvevict_window_scores(
           query_dtype, key_dtype,
           num_reqs, window, num_heads, num_kv_heads, head_size,
           value_head_size, block_size, max_kv_len, num_unscored,
-          scale, query_weight, value_scale,
+          scale, query_weight, value_scale, softcap, sinks,
           group_code, pool_code, weight_code, pool_kernel};
   const int32_t lanes = usable_lanes();
   job.rows = (window + ROWS - 1) / ROWS * ROWS;

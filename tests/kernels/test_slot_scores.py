@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from tests.implementations import IMPLEMENTATIONS
+from tests.implementations import IMPLEMENTATIONS, LOGITS, hard_sinks, probabilities
 from tests.implementations import implementation as one_of
 from vllm_kvevict.kernels import slot_scores as module
 from vllm_kvevict.kernels.native import library
@@ -94,7 +94,9 @@ def dense_formula(batch, dense, group, fusion):
         seen = [slot for slot, token in enumerate(tokens) if 0 <= token <= batch.last_seen[req, query]]
         for member in range(paid.shape[2]) if seen else []:
             of_head = batch.query[req, query, kv_head * paid.shape[2] + member].double()
-            paid[req, kv_head, member, query, seen] = (keys[seen].double() @ of_head * batch.scale).softmax(0)
+            logits, head = keys[seen].double() @ of_head * batch.scale, kv_head * paid.shape[2] + member
+            sink = None if batch.sinks is None else batch.sinks[req, head]
+            paid[req, kv_head, member, query, seen] = probabilities(logits, batch.softcap, sink)
     of_group = {"mean": torch.mean, "max": torch.amax}[group](paid, 2)
     return (of_group if fusion == "none" else {"sum": torch.sum, "max": torch.amax}[fusion](of_group, 2)).float()
 
@@ -117,6 +119,20 @@ def test_equals_dense_formula(implementation, held, num_queries, block_size, gro
     actual = implementation(batch, *reduction)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, expected[reduction], **TOLERANCE)
+
+
+@pytest.mark.parametrize("softcap, has_sinks", LOGITS)
+@pytest.mark.parametrize("reduction", [("mean", "none"), ("max", "sum")], ids="-".join)
+def test_soft_capping_and_sinks(implementation, reduction, softcap, has_sinks):
+    """The first query of a request sees no token: its sink takes nothing from anybody."""
+    batch, dense = make_batch(((80, 160), (48, 32)), 8, 16, 3)
+    sinks = hard_sinks(len(dense), 6).add_(torch.arange(len(dense))[:, None]) if has_sinks else None
+    batch = replace(batch, softcap=softcap, sinks=sinks)
+    expected = dense_formula(batch, dense, *reduction)
+    torch.testing.assert_close(implementation(batch, *reduction), expected, **TOLERANCE)
+    if has_sinks:
+        shifted = dense_formula(replace(batch, sinks=batch.sinks.roll(1, 1)), dense, *reduction)
+        assert (shifted - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("fusion", ["sum", "max", "none"])

@@ -7,7 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.implementations import IMPLEMENTATIONS, ROUNDING, rounding_of_interpreter, scrambled_keys
+from tests.implementations import (
+    IMPLEMENTATIONS,
+    LOGITS,
+    ROUNDING,
+    hard_sinks,
+    probabilities,
+    rounding_of_interpreter,
+    scrambled_keys,
+)
 from tests.implementations import implementation as one_of
 from vllm_kvevict.kernels import streaming_sums as module
 from vllm_kvevict.kernels.chunk_batch import ChunkBatch
@@ -108,7 +116,7 @@ def run(function, batch, start=0.0):
     return sums
 
 
-def dense_formula(query, dense, scale):
+def dense_formula(query, dense, scale, softcap=0.0, sinks=None):
     """Head by head in float64."""
     num_queries, num_heads, _ = query.shape
     num_kv_heads, kv_len, _ = dense.shape
@@ -117,7 +125,10 @@ def dense_formula(query, dense, scale):
     sums = torch.zeros(num_kv_heads, kv_len, dtype=torch.float64)
     for head in range(num_heads):
         logits = query[:, head].double() @ dense[head // group].double().T * scale
-        sums[head // group] += logits.masked_fill(hidden, float("-inf")).softmax(1).sum(0) / group
+        sink = None if sinks is None else sinks[head]
+        for logits_of_query, is_hidden in zip(logits, hidden, strict=True):
+            seen = logits_of_query[~is_hidden]
+            sums[head // group, : len(seen)] += probabilities(seen, softcap, sink) / group
     return sums.float()
 
 
@@ -128,6 +139,17 @@ def test_equals_dense_formula(implementation, kv_len, num_queries, block_size, n
     torch.testing.assert_close(
         run(implementation, batch), dense_formula(queries_of(batch), dense, batch.scale), **TOLERANCE
     )
+
+
+@pytest.mark.parametrize("softcap, has_sinks", LOGITS)
+def test_soft_capping_and_sinks(implementation, softcap, has_sinks):
+    batch, dense = make_inputs(150, 33, 16, 2, 3, 32)
+    batch = replace(batch, softcap=softcap, sinks=hard_sinks(6) if has_sinks else None)
+    expected = dense_formula(queries_of(batch), dense, batch.scale, softcap, batch.sinks)
+    torch.testing.assert_close(run(implementation, batch), expected, **TOLERANCE)
+    if has_sinks:
+        shifted = dense_formula(queries_of(batch), dense, batch.scale, softcap, batch.sinks.roll(1))
+        assert (shifted - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(NAMES, LARGE)

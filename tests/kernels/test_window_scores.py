@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.gpu import HAS_GPU, on_gpu
-from tests.implementations import ROUNDING, rounding_of_interpreter
+from tests.implementations import LOGITS, ROUNDING, hard_sinks, probabilities, rounding_of_interpreter
 from vllm_kvevict.kernels import window_scores as module
 from vllm_kvevict.kernels.native import library
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
@@ -117,7 +117,7 @@ def make_batch(
     return WindowBatch(query, keys, values, page_table, lens, max(kv_lens) + 3, head_size**-0.5, 0.5), dense
 
 
-def mean_attention(query, keys, scale):
+def mean_attention(query, keys, scale, softcap=0.0, sinks=None):
     """[num_heads, kv_len] float64, head by head and query by query, over nothing but the keys that the query sees."""
     window, num_heads, _ = query.shape
     num_kv_heads, kv_len, _ = keys.shape
@@ -125,7 +125,8 @@ def mean_attention(query, keys, scale):
     means = torch.zeros(num_heads, kv_len, dtype=torch.float64)
     for head, i in product(range(num_heads), range(window)):
         seen = keys[head * num_kv_heads // num_heads, : kv_len - window + i + 1]
-        means[head, : len(seen)] += (seen @ query[i, head] * scale).softmax(0) / window
+        sink = None if sinks is None else sinks[head]
+        means[head, : len(seen)] += probabilities(seen @ query[i, head] * scale, softcap, sink) / window
     return means
 
 
@@ -136,7 +137,8 @@ def dense_formula(batch, dense, reduction):
     for req, (keys, values) in enumerate(dense):
         kv_len = keys.shape[1]
         num_scored = kv_len if reduction.own_columns else kv_len - window
-        means = mean_attention(batch.query[req], keys, batch.scale)[:, :num_scored]
+        sinks = None if batch.sinks is None else batch.sinks[req]
+        means = mean_attention(batch.query[req], keys, batch.scale, batch.softcap, sinks)[:, :num_scored]
         for kv_head, of_group in enumerate(means.unflatten(0, (num_kv_heads, -1))):
             reduced = {"mean": torch.mean, "max": torch.amax, "sum": torch.sum}[reduction.group](of_group, 0).tolist()
             norms = (values[kv_head, :num_scored].double().abs().sum(1) * batch.value_scale).tolist()
@@ -179,6 +181,22 @@ def test_dtypes(implementation, dtype, key_dtype, packing, reduction):
     kv_lens = (70,) if is_slow(implementation) else (100, 333)
     batch, expected = case(kv_lens, 17, 32, 2, 3, dtype, packing, key_dtype)
     torch.testing.assert_close(implementation(batch, reduction), expected[REDUCTIONS.index(reduction)], **TOLERANCE)
+
+
+@pytest.mark.parametrize("softcap, has_sinks", LOGITS)
+@pytest.mark.parametrize("reduction", [REDUCTIONS[0], REDUCTIONS[4]], ids=lambda r: r.group)
+def test_soft_capping_and_sinks(implementation, reduction, softcap, has_sinks):
+    """Heads of one group and of one request each have a sink of their own; no request has that of another."""
+    batch, dense = make_batch((70,) if is_slow(implementation) else (333, 40), 17, 16, 2, 3)
+    sinks = hard_sinks(len(dense), 6).add_(torch.arange(len(dense))[:, None]) if has_sinks else None
+    batch = replace(batch, softcap=softcap, sinks=sinks)
+    expected = dense_formula(batch, dense, reduction)
+    torch.testing.assert_close(implementation(batch, reduction), expected, **TOLERANCE)
+    others = [replace(batch, softcap=0.0, sinks=None)]
+    if has_sinks:
+        others.append(replace(batch, sinks=batch.sinks.roll(1, 1)))
+    for other in others:
+        assert (dense_formula(other, dense, reduction) - expected).abs().max() > 1e-2 * expected.max()
 
 
 @pytest.fixture

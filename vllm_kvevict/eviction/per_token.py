@@ -24,7 +24,7 @@ from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies import scratch
 from vllm_kvevict.policies.base import Need
-from vllm_kvevict.policies.inputs import LayerWeights, StepInputs
+from vllm_kvevict.policies.inputs import LayerWeights, StepInputs, sinks_of
 
 # what choosing holds of each slot, beside its policy's scores: its position, and what those are compared with
 _BYTES_PER_SLOT = 32
@@ -127,7 +127,7 @@ class TokenEvictor:
         needs = traits_of(step.peers.method.policy).needs
         most = self._layers_at_once(step) if needs <= {Need.ALL_QUERIES} else 1  # else each has weights of its own
         for first, end in scored_at_once(scales, weights, most):
-            self._choose(range(first, end), step, scales[first], weights[first])
+            self._choose(range(first, end), step, scales[first], weights[first:end])
 
     def _layers_at_once(self, step: Replacement) -> int:
         """Return how many layers fit into the scratch, at least 1."""
@@ -140,7 +140,7 @@ class TokenEvictor:
         traits = traits_of(peers.method.policy)
         return max(traits.query_window, int(Need.ALL_QUERIES in traits.needs))
 
-    def _choose(self, layers: range, step: Replacement, scale: float, weights: LayerWeights) -> None:
+    def _choose(self, layers: range, step: Replacement, scale: float, weights: Sequence[LayerWeights]) -> None:
         peers, method, policy = step.peers, step.peers.method, step.peers.method.policy
         pages, positions = self._held(layers, peers.slots, peers.max_pages)
         queries = self._ring.last_of(layers, peers.ring_slots, step.num_tokens, self._num_queries(peers))
@@ -148,6 +148,7 @@ class TokenEvictor:
         observes = Need.ALL_QUERIES in traits_of(policy).needs
         sums = self._residents.sums.view(-1, self.block_size) if observes else None
         keys, _, page_table = self._pool.readable(pages.flatten(0, 1))
+        sinks = sinks_of(weights)
         inputs = StepInputs(
             queries.flatten(0, 1),
             keys,
@@ -156,8 +157,9 @@ class TokenEvictor:
             num_tokens,
             step.max_tokens,
             scale,
-            weights,
+            weights[0],
             None if sums is None else sums[pages].flatten(0, 1).flatten(2),
+            None if sinks is None else sinks.repeat(len(peers.slots), 1),
         )
         source = f"{type(policy).__name__}.score_step"
         scores = checked(source, policy.score_step(inputs), inputs.positions.shape, positions.device)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.kernels.paged import capped, softmax_with_sinks
 from vllm_kvevict.policies.inputs import LayerWeights
 
 
@@ -61,15 +62,12 @@ class PseudoDecode:
         keys = _with_own(stored_keys, weights.key_scale, self._keys[layer])
         values = _with_own(stored_values, weights.value_scale, self._values[layer])
         visible = torch.nn.functional.pad(is_selected[:, 0], (0, len(self._keys[layer])), value=True)
-        attended: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(
-            query.float()[:, :, None],
-            keys,
-            values,
-            attn_mask=visible[:, None, None],
-            scale=scale,
-            enable_gqa=True,
-        )
-        return attended[:, :, 0].to(query.dtype)
+        # [num_reqs, num_kv_heads, group, num_tokens]
+        logits = query.float().unflatten(1, (keys.shape[1], -1)) @ keys.transpose(2, 3) * scale
+        logits = capped(logits, weights.softcap).masked_fill_(~visible[:, None, None], float("-inf"))
+        sinks = None if weights.sinks is None else weights.sinks.view(1, keys.shape[1], -1)
+        attended: torch.Tensor = (softmax_with_sinks(logits, sinks) @ values).flatten(1, 2)
+        return attended.to(query.dtype)
 
     def queries(self, layer: int) -> torch.Tensor:
         """Return [num_reqs, num_tokens, num_heads, head_size], the queries of the pseudo tokens of every prompt."""

@@ -23,7 +23,7 @@ from vllm_kvevict.kernels.expand_page_table import BatchRows
 from vllm_kvevict.kernels.window_scores import MAX_ROWS
 from vllm_kvevict.policies.base import Need
 from vllm_kvevict.policies.batch import observes_chunks
-from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs, StepInputs
+from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs, StepInputs, sinks_of
 
 _NUM_EVICTED_BLOCKS = 2
 
@@ -142,7 +142,10 @@ class Rehearsal:
             keys, _, page_table = self._pool.readable(self._pool.layer_page_ids(layer, block_ids)[None])
             lengths, weights = positions.new_full((1,), num_slots), self._weights(layer)
             self._method.policy.score_step(
-                StepInputs(query, keys, page_table, positions, lengths, num_slots, self._scale, weights, state)
+                StepInputs(
+                    *(query, keys, page_table, positions, lengths, num_slots, self._scale, weights, state),
+                    sinks_of([weights]),
+                )
             )
 
 

@@ -34,7 +34,7 @@ from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies import scratch
 from vllm_kvevict.policies.base import Need
 from vllm_kvevict.policies.batch import ScoreBatch, scores_batches
-from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs, projections_of
+from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs, projections_of, sinks_of
 
 Moves = tuple[torch.Tensor, torch.Tensor]
 
@@ -169,6 +169,8 @@ class ResidentEvictions:
             layers=layers,
             num_kept=self._num_kept[:, some],
             projections=projections_of(weights),
+            softcap=weights[0].softcap,
+            sinks=sinks_of(weights),
         )
         if Need.ALL_QUERIES in traits.needs:
             num_earlier = self._kv_lens[:, some, :, None] - chunk.shape[2]
@@ -227,9 +229,8 @@ class ResidentEvictions:
         weights: LayerWeights,
     ) -> ScoreInputs:
         keys, values, page_table = self.pool.in_order(slots)
-        projection = weights.output_projection
-        if projection is not None and len(heads) < self.pool.num_kv_heads:
-            projection = projection.unflatten(1, (self.pool.num_kv_heads, -1))[:, heads].flatten(1)
+        if len(heads) < self.pool.num_kv_heads:
+            weights = weights.of_heads(heads, self.pool.num_kv_heads)
         return ScoreInputs(
             query=torch.empty(0),
             keys=keys,
@@ -237,7 +238,7 @@ class ResidentEvictions:
             page_table=page_table,
             kv_len=kv_len,
             scale=scale,
-            weights=replace(weights, output_projection=projection),
+            weights=weights,
             num_kept=int(self._num_kept[req, layer, heads][0]),
             layer=layer,
         )

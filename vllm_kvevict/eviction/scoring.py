@@ -22,7 +22,7 @@ from vllm_kvevict.eviction.results import checked, checked_preselection, checked
 from vllm_kvevict.eviction.traits import allocator_traits_of, traits_of
 from vllm_kvevict.policies import scratch
 from vllm_kvevict.policies.batch import Prompt, ScoreBatch, preselects_batches, scores_batches
-from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs, projections_of
+from vllm_kvevict.policies.inputs import LayerWeights, ScoreInputs, projections_of, sinks_of
 
 
 class PromptScores:
@@ -218,6 +218,8 @@ class PromptScores:
             rotary=first.weights.rotary,
             pseudo_query=self._stacked_pseudo(pseudo, len(layers)) if pseudo else None,
             num_pseudo=to_device(np.array(num_pseudo[:: len(layers)]), lens.device) if pseudo else None,
+            softcap=first.weights.softcap,
+            sinks=sinks_of([of_layer[0].weights for of_layer in waiting]),
         )
 
     def _stacked_pseudo(self, queries: list[torch.Tensor], num_layers: int) -> torch.Tensor:

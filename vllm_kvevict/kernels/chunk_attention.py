@@ -186,8 +186,9 @@ def triton_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]
     """Return how the kernels are compiled for bfloat16, a head size of 128, groups of 4 and pages of 16 tokens."""
     (log_sums_kernel, types, constants, num_warps), (*_, shared, _) = attention_signatures()
     of_columns, shared = types | {"received": "*fp32"}, shared | {"BLOCK_ROWS": _COLUMN_ROWS}
+    del shared["SOFTCAP"]  # these chunks are no attention of the model's
     return [
-        (log_sums_kernel, types, constants | {"kv_start_loc": None}, num_warps),
+        (log_sums_kernel, types, constants | {"kv_start_loc": None, "sinks": None}, num_warps),
         (_received_kernel, of_columns, shared | {"TAKE_MAX": False}, num_warps),
         (_received_kernel, of_columns, shared | {"TAKE_MAX": True}, num_warps),
     ]

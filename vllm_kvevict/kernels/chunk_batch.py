@@ -12,6 +12,7 @@ from vllm_kvevict.kernels.paged import (
     check_contiguous,
     check_groups,
     check_keys_of,
+    check_logits,
     check_page_ids,
     check_page_table,
     check_query,
@@ -37,6 +38,8 @@ class ChunkBatch:
     max_query_len:   the most queries of a request, or more
     max_kv_len:      the largest kv_len, or more, as far as the page table goes
     scale:           softmax scale; times what stored keys are to be multiplied by, if anything
+    softcap:         as in ``WindowBatch``
+    sinks:           [num_heads] likewise
     """
 
     query: torch.Tensor
@@ -47,6 +50,8 @@ class ChunkBatch:
     max_query_len: int
     max_kv_len: int
     scale: float
+    softcap: float = 0.0
+    sinks: torch.Tensor | None = None
 
 
 def check_arguments(query: torch.Tensor, keys: torch.Tensor, page_table: torch.Tensor) -> None:
@@ -64,6 +69,7 @@ def check_batch(batch: ChunkBatch, sums: torch.Tensor) -> None:
     device, most = batch.query.device, max_pages * batch.keys.shape[1]
     for name in ("query_start_loc", "kv_start_loc"):
         check_contiguous(name, getattr(batch, name), (num_reqs + 1,), torch.int64, device)
+    check_logits(batch.softcap, batch.sinks, (batch.query.shape[1],), device)
     if batch.max_kv_len > most:
         raise ValueError(f"`max_kv_len`: expected at most {most} tokens (page table), got {batch.max_kv_len}.")
     if sums.dim() != 2 or len(sums) != num_kv_heads:

@@ -21,6 +21,7 @@ _QUERY = (POINTER, INT64, INT64)  # data, strides
 _PAGE_TABLE = (POINTER, INT64)  # data, stride of a head
 _PAGE_TABLES = (POINTER, INT64, INT64)  # of several requests: data, strides
 _MOVE = (*_POOL, *_POOL, POINTER, POINTER, INT64, INT64, INT64)
+_LOGITS = (FLOAT, POINTER)  # softcap; sinks, which may be null
 _SELECT = (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT64, INT64)  # kv_lens, the third, may be null
 _ROTATED_KEYS = (
     *_PAGES,
@@ -65,7 +66,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         *_PAGE_TABLES,
         *(POINTER, POINTER, POINTER),  # positions, last_seen, scores
         *(INT32, INT32, *(INT64,) * 7),  # dtypes, sizes
-        *(FLOAT, FLOAT, INT32, INT32),  # scale, query_weight, codes of the reductions
+        *(FLOAT, FLOAT, *_LOGITS, INT32, INT32),  # scale, query_weight, codes of the reductions
     ),
     "kvevict_streaming_sums": (
         *_QUERY,
@@ -74,6 +75,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(POINTER, POINTER),  # query_start_loc, kv_start_loc
         *(POINTER, INT64, POINTER, INT64),  # sums: data, stride of a head; columns, parts_per_head
         *(INT32, INT32, INT64, INT64, INT64, INT64, INT64, INT64, FLOAT),  # dtypes, sizes, scale
+        *_LOGITS,
     ),
     "kvevict_window_scores": (
         *(POINTER, INT64, INT64, INT64),  # query: data, strides
@@ -81,7 +83,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         *_PAGE_TABLES,
         *(POINTER, POINTER),  # kv_lens, scores
         *(INT32, INT32, *(INT64,) * 9),  # dtypes, sizes
-        *(FLOAT, FLOAT, FLOAT),  # scale, query_weight, value_scale
+        *(FLOAT, FLOAT, FLOAT, *_LOGITS),  # scale, query_weight, value_scale
         *(INT32, INT32, INT32, INT64),  # codes of the reduction, pool_kernel
     ),
     # for tests: limits the instruction set to so many floats per vector, allows AMX, allows products of pairs of

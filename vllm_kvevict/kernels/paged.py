@@ -5,6 +5,7 @@ Every check raises ValueError unless its arguments are as it says. Only those of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -61,6 +62,30 @@ def check_groups(num_heads: int, num_kv_heads: int) -> None:
         raise ValueError(
             f"`page_table`: expected a number of KV heads that divides {num_heads} query heads, got {num_kv_heads}."
         )
+
+
+def check_logits(softcap: float, sinks: torch.Tensor | None, shape: Sequence[int], device: torch.device) -> None:
+    """A cap of at least 0, and the sinks of query heads, float32 without gaps, if there are any."""
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"`softcap`: expected a finite number, at least 0, got {softcap}.")
+    if sinks is not None:
+        check_contiguous("sinks", sinks, shape, torch.float32, device)
+
+
+def capped(logits: torch.Tensor, softcap: float) -> torch.Tensor:
+    """Return logits, soft-capped unless the cap is 0; in place."""
+    return logits if softcap == 0 else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def softmax_with_sinks(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Return the softmax over the last dimension, in whose sum a sink takes part that no key has.
+
+    sinks: as ``logits`` but for the last dimension, or to be broadcast
+    """
+    if sinks is None:
+        return logits.softmax(-1)
+    with_sink = torch.cat([logits, sinks[..., None].expand(*logits.shape[:-1], 1)], dim=-1)
+    return with_sink.softmax(-1)[..., :-1]
 
 
 def check_page_ids(page_ids: torch.Tensor, num_pages: int) -> None:

@@ -13,14 +13,17 @@ from vllm_kvevict.kernels.optional_triton import tl, triton
 from vllm_kvevict.kernels.paged import (
     DTYPE_CODES,
     LOG2_E,
+    capped,
     check_contiguous,
     check_groups,
     check_keys,
+    check_logits,
     check_page_ids,
     check_page_table,
     check_query,
+    softmax_with_sinks,
 )
-from vllm_kvevict.kernels.window_scores import load_query, load_tokens, product_rows
+from vllm_kvevict.kernels.window_scores import add_sink, cap_logits, load_query, load_tokens, product_rows
 
 # The numbers are those of the enums in csrc/cpu/slot_scores.cpp.
 GROUP_CODES = {"mean": 0, "max": 1}
@@ -48,6 +51,8 @@ class SlotBatch:
     last_seen:  [num_reqs, num_queries] int64, contiguous: a query sees the tokens up to this position, this one
                 included; none if it is negative
     scale:      softmax scale, normally head_size ** -0.5; times what stored keys are to be multiplied by, if anything
+    softcap:    as in ``WindowBatch``
+    sinks:      [num_reqs, num_heads] likewise
     """
 
     query: torch.Tensor
@@ -56,6 +61,8 @@ class SlotBatch:
     positions: torch.Tensor
     last_seen: torch.Tensor
     scale: float
+    softcap: float = 0.0
+    sinks: torch.Tensor | None = None
 
 
 Group = Literal["mean", "max"]
@@ -69,8 +76,8 @@ def _empty_scores(batch: SlotBatch, fusion: Fusion) -> torch.Tensor:
 
 
 @operator(
-    "(Tensor query, Tensor keys, Tensor page_table, Tensor positions, Tensor last_seen, float scale, str group, "
-    "str fusion) -> Tensor",
+    "(Tensor query, Tensor keys, Tensor page_table, Tensor positions, Tensor last_seen, float scale, float softcap, "
+    "Tensor? sinks, str group, str fusion) -> Tensor",
     fake=lambda batch, group, fusion: _empty_scores(batch, fusion),
     groups={0: SlotBatch},
 )
@@ -108,7 +115,8 @@ def slot_scores(batch: SlotBatch, group: Group, fusion: Fusion) -> torch.Tensor:
         batch.positions.data_ptr(), batch.last_seen.data_ptr(), scores.data_ptr(),
         DTYPE_CODES[batch.query.dtype], DTYPE_CODES[batch.keys.dtype],
         num_reqs, num_queries, num_heads, num_kv_heads, head_size, batch.keys.shape[1], num_slots,
-        batch.scale, _head_weight(batch, group), GROUP_CODES[group], FUSION_CODES[fusion],
+        batch.scale, _head_weight(batch, group), batch.softcap, None if batch.sinks is None else batch.sinks.data_ptr(),
+        GROUP_CODES[group], FUSION_CODES[fusion],
     )  # fmt: skip
     if status != 0:
         raise MemoryError(f"slot_scores: no scratch memory for {num_heads} heads and {num_slots} slots.")
@@ -131,6 +139,7 @@ def check_arguments(batch: SlotBatch, group: str, fusion: str) -> None:
     of_slots = num_reqs, num_kv_heads, max_pages * keys.shape[1]
     check_contiguous("positions", batch.positions, of_slots, torch.int64, query.device)
     check_contiguous("last_seen", batch.last_seen, (num_reqs, num_queries), torch.int64, query.device)
+    check_logits(batch.softcap, batch.sinks, (num_reqs, num_heads), query.device)
     for name, value, codes in (("group", group, GROUP_CODES), ("fusion", fusion, FUSION_CODES)):
         if value not in codes:
             raise ValueError(f"`{name}`: expected {' or '.join(map(repr, codes))}, got {value!r}.")
@@ -154,16 +163,16 @@ def slot_scores_triton(batch: SlotBatch, group: Group, fusion: Fusion) -> torch.
     scores = _empty_scores(batch, fusion)
     slots = (batch.page_table, *batch.page_table.stride()[:2], keys.shape[1], positions, num_kv_heads, num_slots)
     inputs = (query, *query.stride()[:3], keys, *keys.stride(), batch.last_seen, num_queries, members, head_size)
-    head = max(triton.next_power_of_2(head_size), 16)
+    head, softcap = max(triton.next_power_of_2(head_size), 16), batch.softcap * LOG2_E
     most_rows = min(MAX_ROWS, MAX_ROW_BYTES // (head * query.element_size()))
     rows = product_rows(members * num_queries, most_rows)
     _slot_softmax_kernel[num_splits, triton.cdiv(members * num_queries, rows), num_items](
         *slots, *inputs, batch.scale * LOG2_E, row_max, row_sum, num_splits, split_slots,
-        TILE=TILE, ROWS=rows, HEAD=head, num_warps=NUM_WARPS,
+        SOFTCAP=softcap, TILE=TILE, ROWS=rows, HEAD=head, num_warps=NUM_WARPS,
     )  # fmt: skip
     _slot_scores_kernel[num_tiles, num_items](
-        *slots, *inputs, batch.scale * LOG2_E, row_max, row_sum, num_splits, _head_weight(batch, group), scores,
-        GROUP_MAX=group == "max", FUSION=FUSION_CODES[fusion],
+        *slots, *inputs, batch.scale * LOG2_E, row_max, row_sum, batch.sinks, num_splits, _head_weight(batch, group),
+        scores, GROUP_MAX=group == "max", FUSION=FUSION_CODES[fusion], SOFTCAP=softcap,
         TILE=TILE, ROWS=product_rows(num_queries, most_rows), HEAD=head, num_warps=NUM_WARPS,
     )  # fmt: skip
     return scores
@@ -184,8 +193,9 @@ def _load_slots(
 
 
 @triton.jit
-def _compute_logits(query, last_seen, position, keys, scale):
+def _compute_logits(query, last_seen, position, keys, scale, SOFTCAP: tl.constexpr):
     logits = tl.dot(query, tl.trans(keys.to(query.dtype)), input_precision="ieee") * scale
+    logits = cap_logits(logits, SOFTCAP)
     is_visible = (position >= 0)[None, :] & (position[None, :] <= last_seen[:, None])
     return tl.where(is_visible, logits, float("-inf"))  # [ROWS, TILE]
 
@@ -197,7 +207,7 @@ def _slot_softmax_kernel(
     key_ptr, key_stride_page, key_stride_token, key_stride_dim,
     last_seen_ptr, num_queries, members, head_size, scale,
     row_max_ptr, row_sum_ptr, num_splits, split_slots,
-    TILE: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr,
+    SOFTCAP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
     # one program: the partial softmax of a block of query rows of one KV head over one split of its slots
     split, item = tl.program_id(0), tl.program_id(2)
@@ -219,7 +229,7 @@ def _slot_softmax_kernel(
             key_ptr, key_stride_page, key_stride_token, key_stride_dim, head_size, item, start + tl.arange(0, TILE),
             HEAD,
         )  # fmt: skip
-        logits = _compute_logits(query, last_seen, position, keys, scale)
+        logits = _compute_logits(query, last_seen, position, keys, scale, SOFTCAP)
         new_max = tl.maximum(row_max, tl.max(logits, axis=1))
         row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(tl.exp2(logits - new_max[:, None]), axis=1)
         row_max = new_max
@@ -248,8 +258,9 @@ def _slot_scores_kernel(
     query_ptr, query_stride_req, query_stride_token, query_stride_head,
     key_ptr, key_stride_page, key_stride_token, key_stride_dim,
     last_seen_ptr, num_queries, members, head_size, scale,
-    row_max_ptr, row_sum_ptr, num_splits, head_weight, scores_ptr,
-    GROUP_MAX: tl.constexpr, FUSION: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr,
+    row_max_ptr, row_sum_ptr, sinks_ptr, num_splits, head_weight, scores_ptr,
+    GROUP_MAX: tl.constexpr, FUSION: tl.constexpr, SOFTCAP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    HEAD: tl.constexpr,
 ):  # fmt: skip
     # one program: the scores of a tile of slots of one KV head
     item = tl.program_id(1)
@@ -270,11 +281,14 @@ def _slot_scores_kernel(
                 query_ptr + req * query_stride_req, query_stride_token, query_stride_head,
                 kv_head * members + member + token * 0, token, live_row, head_size, HEAD,
             )  # fmt: skip
-            logits = _compute_logits(query, last_seen, position, keys, scale)
+            logits = _compute_logits(query, last_seen, position, keys, scale, SOFTCAP)
             row_max, row_sum = _merge_softmax(
                 row_max_ptr, row_sum_ptr, item, member * num_queries + token, live_row, members * num_queries,
                 num_splits, ROWS,
             )  # fmt: skip
+            if sinks_ptr is not None:
+                sink = tl.load(sinks_ptr + item.to(tl.int64) * members + member)
+                row_max, row_sum = add_sink(row_max, row_sum, sink)
             # the largest term is 1, unless the row sees nothing: all are 0 then; NaN is no less
             weight = head_weight / tl.where(row_sum < 0.5, 1.0, row_sum)
             of_head = tl.exp2(logits - row_max[:, None]) * weight[:, None]
@@ -302,8 +316,8 @@ def triton_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]
     floats = dict.fromkeys(("scale", "head_weight"), "fp32")
     common = {"key_stride_dim": 1, "TILE": TILE, "HEAD": 128}  # strides as a launch specialises them
     constants = {
-        _slot_softmax_kernel: {**common, "ROWS": MAX_ROWS},
-        _slot_scores_kernel: {**common, "ROWS": 32, "GROUP_MAX": True, "FUSION": 0},
+        _slot_softmax_kernel: {**common, "SOFTCAP": 0.0, "ROWS": MAX_ROWS},
+        _slot_scores_kernel: {**common, "SOFTCAP": 0.0, "ROWS": 32, "GROUP_MAX": True, "FUSION": 0},
     }
     signatures = []
     for kernel, fixed in constants.items():
@@ -319,9 +333,11 @@ def slot_scores_reference(batch: SlotBatch, group: Group, fusion: Fusion) -> tor
     keys = batch.keys[batch.page_table].float().flatten(2, 3)  # [num_reqs, num_kv_heads, num_slots, head_size]
     query = batch.query.float().transpose(1, 2).unflatten(1, (num_kv_heads, -1))
     logits = query @ keys.transpose(2, 3)[:, :, None] * batch.scale  # [.., members, num_queries, num_slots]
+    logits = capped(logits, batch.softcap)
     positions = batch.positions[:, :, None, None]
     is_visible = (positions >= 0) & (positions <= batch.last_seen[:, None, None, :, None])
-    attention = logits.masked_fill(~is_visible, float("-inf")).softmax(-1)
+    sinks = None if batch.sinks is None else batch.sinks.unflatten(1, (num_kv_heads, -1))[..., None]
+    attention = softmax_with_sinks(logits.masked_fill(~is_visible, float("-inf")), sinks)
     attention = attention.masked_fill(~is_visible.any(-1, keepdim=True), 0.0)
     paid: torch.Tensor = attention.amax(dim=2) if group == "max" else attention.mean(dim=2)
     if fusion == "none":

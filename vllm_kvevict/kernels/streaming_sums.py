@@ -10,7 +10,8 @@ from vllm_kvevict.kernels.chunk_batch import ChunkBatch, check_batch, check_leng
 from vllm_kvevict.kernels.native import function
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
-from vllm_kvevict.kernels.paged import DTYPE_CODES, LOG2_E
+from vllm_kvevict.kernels.paged import DTYPE_CODES, LOG2_E, capped, softmax_with_sinks
+from vllm_kvevict.kernels.window_scores import add_sink, cap_logits
 
 # Queries that the reference looks at in one go, so that its memory does not grow with the chunk.
 REFERENCE_QUERIES = 256
@@ -25,7 +26,7 @@ UNALIGNED = ("page_table", "query_start_loc", "kv_start_loc", "chunks", "sums") 
 
 @operator(
     "(Tensor query, Tensor keys, Tensor page_table, Tensor query_start_loc, Tensor kv_start_loc, SymInt max_query_len, "
-    "SymInt max_kv_len, float scale, Tensor(a!) sums) -> ()",
+    "SymInt max_kv_len, float scale, float softcap, Tensor? sinks, Tensor(a!) sums) -> ()",
     fake=lambda *arguments: None,
     groups={0: ChunkBatch},
 )
@@ -63,6 +64,7 @@ def streaming_sums(batch: ChunkBatch, sums: torch.Tensor) -> None:
         sums.data_ptr(), sums.stride(0), columns.data_ptr(), parts_per_head,
         DTYPE_CODES[query.dtype], DTYPE_CODES[keys.dtype],
         num_reqs, num_heads, num_kv_heads, head_size, keys.shape[1], batch.max_kv_len, batch.scale,
+        batch.softcap, None if batch.sinks is None else batch.sinks.data_ptr(),
     )  # fmt: skip
     if status != 0:
         raise MemoryError(f"streaming_sums: no scratch memory for {num_heads} heads and {batch.max_kv_len} tokens.")
@@ -73,14 +75,16 @@ def _launch(batch: ChunkBatch, sums: torch.Tensor) -> None:
     query, keys, page_table = batch.query, batch.keys, batch.page_table
     num_reqs, num_kv_heads, _ = page_table.shape
     num_tiles = triton.cdiv(batch.max_kv_len, BLOCK_TOKENS)
+    softcap = batch.softcap * LOG2_E
     log_sums = row_log_sums(
-        query, keys, page_table, batch.query_start_loc, batch.kv_start_loc, num_reqs, batch.max_query_len, batch.scale
-    )
+        query, keys, page_table, batch.query_start_loc, batch.kv_start_loc, num_reqs, batch.max_query_len, batch.scale,
+        softcap, batch.sinks,
+    )  # fmt: skip
     _column_sums_kernel[num_tiles * num_reqs, num_kv_heads](
         *attention_arguments(query, keys, page_table), log_sums,
         batch.query_start_loc, batch.kv_start_loc, num_tiles, batch.scale * LOG2_E,
         sums, sums.stride(0),
-        **attention_constants(query, keys, page_table), num_warps=NUM_WARPS,
+        SOFTCAP=softcap, **attention_constants(query, keys, page_table), num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
@@ -93,8 +97,12 @@ def row_log_sums(
     num_chunks: int,
     max_chunk: int,
     scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return [num_kv_heads, num_tokens * group] float32, log2 of the softmax sum of each query, by Triton.
+
+    softcap: in units of log 2
 
     The heads of a group are side by side. ``chunks`` is either that of ``chunk_attention``, whose tokens see each
     other, or the ``query_start_loc`` of a ``ChunkBatch``, to which ``kv_start_loc`` belongs.
@@ -106,8 +114,8 @@ def row_log_sums(
     log_sums = torch.empty(num_kv_heads, num_tokens * group, dtype=torch.float32, device=query.device)
     _log_sums_kernel[num_tiles * num_chunks, num_kv_heads](
         *attention_arguments(query, keys, page_table), log_sums,
-        chunks, kv_start_loc, num_tiles, scale * LOG2_E,
-        **attention_constants(query, keys, page_table), num_warps=NUM_WARPS,
+        chunks, kv_start_loc, sinks, num_tiles, scale * LOG2_E,
+        SOFTCAP=softcap, **attention_constants(query, keys, page_table), num_warps=NUM_WARPS,
     )  # fmt: skip
     return log_sums
 
@@ -182,8 +190,8 @@ def _log_sums_kernel(
     query_stride_token, query_stride_head, key_stride_page, key_stride_token, key_stride_dim,
     table_stride_req, table_stride_head, num_tokens, head_size,
     log_sums,
-    chunks, kv_start_loc, num_tiles, scale,
-    GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
+    chunks, kv_start_loc, sinks, num_tiles, scale,
+    SOFTCAP: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # one program: one block of rows of one KV head and one chunk
@@ -219,12 +227,14 @@ def _log_sums_kernel(
             keys, pages, key_stride_page, key_stride_token, key_stride_dim, head_size, index, index < end, dim,
             BLOCK_SIZE,
         )  # fmt: skip
-        logits = tl.dot(queries, key.to(queries.dtype), input_precision="ieee") * scale
+        logits = cap_logits(tl.dot(queries, key.to(queries.dtype), input_precision="ieee") * scale, SOFTCAP)
         # every row sees the first key, so no maximum stays infinite
         logits = tl.where(index[None, :] <= last_seen[:, None], logits, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(logits, axis=1))
         row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(tl.exp2(logits - new_max[:, None]), axis=1)
         row_max = new_max
+    if sinks is not None:
+        row_max, row_sum = add_sink(row_max, row_sum, tl.load(sinks + head))
     log_sums += (kv_head.to(tl.int64) * num_tokens + first_query) * GROUP
     tl.store(log_sums + row, row_max + tl.log2(row_sum), mask=row < num_rows)
 
@@ -237,7 +247,7 @@ def _column_sums_kernel(
     log_sums,
     query_start_loc, kv_start_loc, num_tiles, scale,
     sums, sums_stride_head,
-    GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
+    SOFTCAP: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # one program: one tile of keys of one KV head of one request, against the queries that see any of it
@@ -267,7 +277,7 @@ def _column_sums_kernel(
         queries = load_queries(
             query, query_stride_token, query_stride_head, head_size, token, head, live, dim, UPCAST
         )  # fmt: skip
-        logits = tl.dot(queries, key.to(queries.dtype), input_precision="ieee") * scale
+        logits = cap_logits(tl.dot(queries, key.to(queries.dtype), input_precision="ieee") * scale, SOFTCAP)
         log_sum = tl.load(log_sums + row, mask=live, other=0.0)
         seen = live[:, None] & (index[None, :] <= num_earlier + token[:, None])
         # masked before the subtraction: fused with the scale it would not round as the logits in log_sum did
@@ -280,11 +290,18 @@ def _column_sums_kernel(
 def triton_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Return how the kernels are compiled for bfloat16, a head size of 128, groups of 4 and pages of 16 tokens."""
     constants = {
-        "GROUP": 4, "BLOCK_SIZE": 16, "HEAD_SIZE_PADDED": 128, "UPCAST": False,
+        "SOFTCAP": 0.0, "GROUP": 4, "BLOCK_SIZE": 16, "HEAD_SIZE_PADDED": 128, "UPCAST": False,
         "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_TOKENS": BLOCK_TOKENS,
     }  # fmt: skip
     types = dict.fromkeys([*_column_sums_kernel.arg_names[:12], "num_tiles", "sums_stride_head"], "i32")
-    types |= {"query": "*bf16", "keys": "*bf16", "log_sums": "*fp32", "scale": "fp32", "sums": "*fp32"}
+    types |= {
+        "query": "*bf16",
+        "keys": "*bf16",
+        "log_sums": "*fp32",
+        "scale": "fp32",
+        "sums": "*fp32",
+        "sinks": "*fp32",
+    }
     types |= dict.fromkeys(["page_table", "chunks", "query_start_loc", "kv_start_loc"], "*i64")
     return [(_log_sums_kernel, types, constants, NUM_WARPS), (_column_sums_kernel, types, constants, NUM_WARPS)]
 
@@ -294,13 +311,12 @@ def streaming_sums_reference(batch: ChunkBatch, sums: torch.Tensor) -> None:
     for pages, queries, tokens in requests(batch):
         if queries:
             of_request = sums[:, tokens.start : tokens.stop]
-            _add_attention(batch.query[queries.start : queries.stop], batch.keys, pages, batch.scale, of_request)
+            _add_attention(batch, batch.query[queries.start : queries.stop], pages, of_request)
 
 
-def _add_attention(
-    query: torch.Tensor, keys: torch.Tensor, pages: torch.Tensor, scale: float, sums: torch.Tensor
-) -> None:
+def _add_attention(batch: ChunkBatch, query: torch.Tensor, pages: torch.Tensor, sums: torch.Tensor) -> None:
     """Add to ``sums`` [num_kv_heads, kv_len] what the queries of one request pay."""
+    keys, sinks = batch.keys, None if batch.sinks is None else batch.sinks.view(len(pages), -1, 1)
     num_kv_heads, num_queries, kv_len = len(pages), len(query), sums.shape[1]
     gathered = keys[pages[:, : -(-kv_len // keys.shape[1])]].flatten(1, 2)[:, None, :kv_len].float()
     # [num_kv_heads, group, num_queries, head_size]
@@ -309,6 +325,8 @@ def _add_attention(
         piece = grouped[:, :, start : start + REFERENCE_QUERIES]
         last_seen = torch.arange(start, start + piece.shape[2], device=query.device) + kv_len - num_queries
         num_seen = kv_len - num_queries + start + piece.shape[2]
-        logits = piece @ gathered[:, :, :num_seen].transpose(2, 3) * scale  # [num_kv_heads, group, piece, num_seen]
+        logits = piece @ gathered[:, :, :num_seen].transpose(2, 3) * batch.scale
+        logits = capped(logits, batch.softcap)  # [num_kv_heads, group, piece, num_seen]
         hidden = torch.arange(num_seen, device=query.device) > last_seen[:, None]
-        sums[:, :num_seen] += logits.masked_fill(hidden, float("-inf")).softmax(-1).sum(dim=2).mean(dim=1)
+        paid = softmax_with_sinks(logits.masked_fill(hidden, float("-inf")), sinks)
+        sums[:, :num_seen] += paid.sum(dim=2).mean(dim=1)

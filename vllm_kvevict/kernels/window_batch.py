@@ -11,6 +11,7 @@ from vllm_kvevict.kernels.paged import (
     check_contiguous,
     check_groups,
     check_keys_of,
+    check_logits,
     check_page_ids,
     check_page_table,
     check_query,
@@ -38,6 +39,9 @@ class WindowBatch:
     max_kv_len:  the largest of them, or more
     scale:       softmax scale, normally head_size ** -0.5; times what stored keys are to be multiplied by, if anything
     value_scale: what stored values are to be multiplied by
+    softcap:     logits x become softcap * tanh(x / softcap); 0: they stay
+    sinks:       [num_reqs, num_heads] float32, contiguous: the logit of a sink, which takes a part of the attention of
+                 each query head, and which no key has; None: there are none
     """
 
     query: torch.Tensor
@@ -48,6 +52,8 @@ class WindowBatch:
     max_kv_len: int
     scale: float
     value_scale: float = 1.0
+    softcap: float = 0.0
+    sinks: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ def check_arguments(batch: WindowBatch, reduction: Reduction) -> None:
     check_page_table(page_table, query.device, num_reqs)
     check_groups(num_heads, page_table.shape[1])
     check_contiguous("kv_lens", kv_lens, (num_reqs,), torch.int64, query.device)
+    check_logits(batch.softcap, batch.sinks, (num_reqs, num_heads), query.device)
     if not window <= batch.max_kv_len <= page_table.shape[2] * keys.shape[1]:
         raise ValueError(
             f"`max_kv_len`: expected {window} (window) to {page_table.shape[2] * keys.shape[1]} (page table) tokens, "

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from vllm_kvevict.kernels.native import function
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
-from vllm_kvevict.kernels.paged import DTYPE_CODES, LOG2_E
+from vllm_kvevict.kernels.paged import DTYPE_CODES, LOG2_E, capped, softmax_with_sinks
 from vllm_kvevict.kernels.window_batch import (
     GROUP_CODES,
     POOL_CODES,
@@ -36,7 +36,8 @@ _UNALIGNED = ("table_ptr", "kv_lens_ptr", "row_sum_ptr", "weights_ptr")  # views
 
 @operator(
     "(Tensor query, Tensor keys, Tensor values, Tensor page_table, Tensor kv_lens, SymInt max_kv_len, float scale, "
-    "float value_scale, str group, str pool, int pool_kernel, str weight, bool own_columns) -> Tensor",
+    "float value_scale, float softcap, Tensor? sinks, str group, str pool, int pool_kernel, str weight, "
+    "bool own_columns) -> Tensor",
     fake=lambda batch, reduction: batch.query.new_empty(
         batch.query.shape[0], batch.page_table.shape[1], batch.max_kv_len, dtype=torch.float32
     ),
@@ -75,6 +76,7 @@ def window_scores(batch: WindowBatch, reduction: Reduction) -> torch.Tensor:
         num_reqs, window, num_heads, num_kv_heads, head_size, batch.values.shape[2], batch.keys.shape[1], max_kv_len,
         reduction.num_unscored(window),
         batch.scale, reduction.query_weight(window, num_heads // num_kv_heads), batch.value_scale,
+        batch.softcap, None if batch.sinks is None else batch.sinks.data_ptr(),
         GROUP_CODES[reduction.group], POOL_CODES[reduction.pool], WEIGHT_CODES[reduction.weight], reduction.pool_kernel,
     )  # fmt: skip
     if status != 0:
@@ -100,23 +102,23 @@ def window_scores_triton(batch: WindowBatch, reduction: Reduction) -> torch.Tens
     num_unscored, query_weight = reduction.num_unscored(window), reduction.query_weight(window, group)
     tokens = (batch.page_table, *batch.page_table.stride()[:2], keys.shape[1], batch.kv_lens, num_kv_heads, max_kv_len)
     inputs = (query, *query.stride()[:3], keys, *keys.stride(), window, group, head_size, batch.scale * LOG2_E)
-    value_pages = (values, *values.stride(), value_head_size)
+    value_pages, softcap = (values, *values.stride(), value_head_size), batch.softcap * LOG2_E
     head, value_head = max(triton.next_power_of_2(head_size), 16), triton.next_power_of_2(value_head_size)
     most_rows = min(MAX_ROWS, MAX_ROW_BYTES // (head * query.element_size()))
     rows = product_rows(group * window, most_rows)
     _softmax_kernel[num_splits, triton.cdiv(group * window, rows), num_items](
         *tokens, *inputs, *value_pages, row_max, row_sum, largest_norms, num_splits, split_tokens, num_unscored,
-        FIND_NORM=reduction.weight == "largest_value_norm", TILE=TILE, ROWS=rows, HEAD=head, VALUE_HEAD=value_head,
-        num_warps=NUM_WARPS,
+        FIND_NORM=reduction.weight == "largest_value_norm", SOFTCAP=softcap, TILE=TILE, ROWS=rows, HEAD=head,
+        VALUE_HEAD=value_head, num_warps=NUM_WARPS,
     )  # fmt: skip
     _merge_kernel[triton.cdiv(group * window, rows), num_items](
-        row_max, row_sum, maxima, weights, group * window, num_splits, query_weight,
+        row_max, row_sum, maxima, weights, batch.sinks, window, group * window, num_splits, query_weight,
         ROWS=rows, SPLITS=MAX_SPLITS, num_warps=NUM_WARPS,
     )  # fmt: skip
     _columns_kernel[num_tiles, num_items](
         *tokens, *inputs, maxima, weights, columns, num_unscored,
-        GROUP_MAX=reduction.group == "max", TILE=TILE, ROWS=product_rows(window, most_rows), HEAD=head,
-        num_warps=NUM_WARPS,
+        GROUP_MAX=reduction.group == "max", SOFTCAP=softcap, TILE=TILE, ROWS=product_rows(window, most_rows),
+        HEAD=head, num_warps=NUM_WARPS,
     )  # fmt: skip
     _finish_kernel[num_tiles, num_items](
         *tokens, *value_pages, columns, largest_norms, scores, num_splits, num_unscored, batch.value_scale,
@@ -160,8 +162,26 @@ def load_query(
 
 
 @triton.jit
-def _compute_logits(query, last_seen, keys, token, scale):
+def cap_logits(logits, SOFTCAP: tl.constexpr):
+    """Return SOFTCAP * tanh(logits / SOFTCAP); the logits if it is 0."""
+    if SOFTCAP > 0:
+        # 2 * log2(e): an exponential that overflows or vanishes makes a tanh of 1 or -1
+        logits = SOFTCAP * (1.0 - 2.0 / (1.0 + tl.exp2(logits * (2.8853900817779268 / SOFTCAP))))
+    return logits
+
+
+@triton.jit
+def add_sink(row_max, row_sum, sink):
+    """Return the maximum and the sum of softmax rows with a sink in them, whose logits are ``sink``."""
+    sink = sink.to(tl.float32) * 1.4426950408889634  # log2(e)
+    new_max = tl.maximum(row_max, sink)
+    return new_max, row_sum * tl.exp2(row_max - new_max) + tl.exp2(sink - new_max)
+
+
+@triton.jit
+def _compute_logits(query, last_seen, keys, token, scale, SOFTCAP: tl.constexpr):
     logits = tl.dot(query, tl.trans(keys.to(query.dtype)), input_precision="ieee") * scale
+    logits = cap_logits(logits, SOFTCAP)
     return tl.where(token[None, :] <= last_seen[:, None], logits, float("-inf"))  # [ROWS, TILE]
 
 
@@ -174,7 +194,8 @@ def _softmax_kernel(
     value_ptr, value_stride_page, value_stride_token, value_stride_dim, value_head_size,
     row_max_ptr, row_sum_ptr, norms_ptr,
     num_splits, split_tokens, num_unscored,
-    FIND_NORM: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr,
+    FIND_NORM: tl.constexpr, SOFTCAP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr,
+    VALUE_HEAD: tl.constexpr,
 ):  # fmt: skip
     # one program: the partial softmax of a block of query rows of one KV head over one split of its tokens
     split, item = tl.program_id(0), tl.program_id(2)
@@ -196,7 +217,7 @@ def _softmax_kernel(
             table_ptr, table_stride_req, table_stride_head, block_size, item, num_kv_heads,
             key_ptr, key_stride_page, key_stride_token, key_stride_dim, head_size, token, token < kv_len, HEAD,
         )  # fmt: skip
-        logits = _compute_logits(query, kv_len - window + row % window, keys, token, scale)
+        logits = _compute_logits(query, kv_len - window + row % window, keys, token, scale, SOFTCAP)
         new_max = tl.maximum(row_max, tl.max(logits, axis=1))
         row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(tl.exp2(logits - new_max[:, None]), axis=1)
         row_max = new_max
@@ -219,7 +240,7 @@ def _softmax_kernel(
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def _merge_kernel(
-    row_max_ptr, row_sum_ptr, maxima_ptr, weights_ptr, num_rows, num_splits, query_weight,
+    row_max_ptr, row_sum_ptr, maxima_ptr, weights_ptr, sinks_ptr, window, num_rows, num_splits, query_weight,
     ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     # one program: the softmax of a block of query rows of one KV head, from its partial ones
@@ -230,6 +251,9 @@ def _merge_kernel(
     maxima = tl.load(row_max_ptr + at, mask=live, other=-3.4e38)  # [SPLITS, ROWS]
     row_max = tl.max(maxima, axis=0)
     row_sum = tl.sum(tl.load(row_sum_ptr + at, mask=live, other=0.0) * tl.exp2(maxima - row_max[None, :]), axis=0)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + item * (num_rows // window) + row // window, mask=row < num_rows, other=0.0)
+        row_max, row_sum = add_sink(row_max, row_sum, sink)
     tl.store(maxima_ptr + item * num_rows + row, row_max, mask=row < num_rows)
     tl.store(weights_ptr + item * num_rows + row, query_weight / row_sum, mask=row < num_rows)
 
@@ -242,7 +266,7 @@ def _columns_kernel(
     window, group, head_size, scale,
     maxima_ptr, weights_ptr, columns_ptr,
     num_unscored,
-    GROUP_MAX: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr,
+    GROUP_MAX: tl.constexpr, SOFTCAP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
     # one program: the sums of a tile of columns of one KV head, reduced over its query heads
     item = tl.program_id(1)
@@ -263,7 +287,7 @@ def _columns_kernel(
                 query_ptr + req * query_stride_req, query_stride_token, query_stride_head,
                 kv_head * group + in_group + row * 0, row, live_row, head_size, HEAD,
             )  # fmt: skip
-            logits = _compute_logits(query, kv_len - window + row, keys, token, scale)
+            logits = _compute_logits(query, kv_len - window + row, keys, token, scale, SOFTCAP)
             at = (item.to(tl.int64) * group + in_group) * window + row
             row_max = tl.load(maxima_ptr + at, mask=live_row, other=0.0)
             weight = tl.load(weights_ptr + at, mask=live_row, other=0.0)
@@ -320,10 +344,10 @@ def triton_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]
     pointers = dict(zip(of_inputs, ("*i64", "*i64", "*bf16", "*bf16", "*bf16"), strict=True))
     floats = dict.fromkeys(("scale", "query_weight", "value_scale"), "fp32")
     strides = {"key_stride_dim": 1, "value_stride_dim": 1}  # as a launch specialises them
-    constants = {
-        _softmax_kernel: {"FIND_NORM": True, "ROWS": MAX_ROWS, "HEAD": 128, "VALUE_HEAD": 128},
+    constants: dict[Any, dict[str, Any]] = {
+        _softmax_kernel: {"FIND_NORM": True, "SOFTCAP": 0.0, "ROWS": MAX_ROWS, "HEAD": 128, "VALUE_HEAD": 128},
         _merge_kernel: {"ROWS": MAX_ROWS, "SPLITS": MAX_SPLITS},
-        _columns_kernel: {"GROUP_MAX": False, "ROWS": 32, "HEAD": 128},
+        _columns_kernel: {"GROUP_MAX": False, "SOFTCAP": 0.0, "ROWS": 32, "HEAD": 128},
         _finish_kernel: {"POOL_MAX": True, "POOL_KERNEL": 7, "WEIGHT": 1, "VALUE_HEAD": 128, "SPLITS": MAX_SPLITS},
     }
     signatures = []
@@ -345,7 +369,8 @@ def window_scores_reference(batch: WindowBatch, reduction: Reduction) -> torch.T
             continue
         pages = batch.page_table[req, :, : -(-kv_len // block_size)]
         keys = batch.keys[pages].flatten(1, 2)[:, :kv_len].float()
-        attention = _attention(batch.query[req], keys, batch.scale)[..., :num_scored]
+        sinks = None if batch.sinks is None else batch.sinks[req]
+        attention = _attention(batch.query[req], keys, batch.scale, batch.softcap, sinks)[..., :num_scored]
         attention *= reduction.query_weight(window, attention.shape[1])
         reduced = attention.amax(dim=1) if reduction.group == "max" else attention.sum(dim=1)
         pool1d = F.max_pool1d if reduction.pool == "max" else F.avg_pool1d
@@ -358,12 +383,19 @@ def window_scores_reference(batch: WindowBatch, reduction: Reduction) -> torch.T
     return scores
 
 
-def _attention(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return [num_kv_heads, group, kv_len], the sum over ``query`` [window, num_heads, head_size]."""
+def _attention(
+    query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """Return [num_kv_heads, group, kv_len], the sum over ``query`` [window, num_heads, head_size].
+
+    sinks: [num_heads]
+    """
     window, _, head_size = query.shape
     num_kv_heads, kv_len, _ = keys.shape
     grouped = query.float().transpose(0, 1).reshape(num_kv_heads, -1, window, head_size)
     logits = grouped @ keys.transpose(1, 2)[:, None] * scale  # [num_kv_heads, group, window, kv_len]
+    logits = capped(logits, softcap)
     cache_index = torch.arange(kv_len, device=query.device)
     hidden = cache_index > cache_index[-window:, None]  # [window, kv_len]
-    return logits.masked_fill(hidden, float("-inf")).softmax(-1).sum(2)
+    of_rows = None if sinks is None else sinks.view(num_kv_heads, -1, 1)
+    return softmax_with_sinks(logits.masked_fill(hidden, float("-inf")), of_rows).sum(2)

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from vllm_kvevict.kernels.paged import capped
 from vllm_kvevict.policies.batch import STRETCH, ScoreBatch
 
 
@@ -17,8 +18,9 @@ class AttentionTile:
     """What the queries of some heads pay to tokens ``start`` to ``end``. Queries stand last, so that what is reduced
     over them is the same for each token whatever the size of the tile.
 
-    logits:        [num_heads, end - start, group, num_queries] float32, scaled; -inf where a query does not see the key
-    probabilities: likewise, the softmax; 0 where a query does not see the key
+    logits:        [num_heads, end - start, group, num_queries] float32, scaled and capped; -inf where a query does not
+                   see the key
+    probabilities: likewise, the softmax, of which sinks have a part; 0 where a query does not see the key
     """
 
     start: int
@@ -52,6 +54,8 @@ def attention_tiles(batch: ScoreBatch, heads: slice, last_seen: torch.Tensor | N
     log_sums = log_sum(log_sums_of_stretches(logits))
     for tile in others:
         log_sums = log_sum(torch.cat([log_sums, log_sums_of_stretches(of_tile(*tile))], dim=1))
+    if (sinks := batch.sinks_for(batch.query.shape[3])) is not None:
+        log_sums = torch.logaddexp(log_sums, sinks[heads, None, :, None])
     log_sums = log_sums.clamp(min=torch.finfo(torch.float32).min)  # of queries that see nothing
     for tile in tiles:
         if others:
@@ -68,7 +72,8 @@ def _logits(
     last_seen: [num_heads, num_queries], the last cache index that a query sees
     """
     products = batch.gather_keys(heads, start, end) @ query.flatten(1, 2).transpose(1, 2)
-    logits: torch.Tensor = products.mul_(batch.scale / batch.key_scale).unflatten(2, query.shape[1:3])
+    products = capped(products.mul_(batch.scale / batch.key_scale), batch.softcap)
+    logits: torch.Tensor = products.unflatten(2, query.shape[1:3])
     is_hidden = torch.arange(start, end, device=query.device)[:, None] > last_seen[:, None]
     return logits.masked_fill_(is_hidden[:, :, None], float("-inf"))
 

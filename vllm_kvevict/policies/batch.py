@@ -55,6 +55,8 @@ class ScoreBatch:
                  a prompt; None where that is not known yet
     output:      shape of the query, what attention returned for the queries, if ``Need.OUTPUTS``
     projections: [hidden_size, num_heads * head_size], W_O of each layer, if ``Need.OUTPUT_PROJECTION``
+    softcap:     of logits, as in ``LayerWeights``
+    sinks:       [num_layers, num_heads] float32 likewise; None: there are none
 
     Of prompts, which are evicted for the first time, also:
 
@@ -88,6 +90,8 @@ class ScoreBatch:
     rotary: Rotary | None = None
     pseudo_query: torch.Tensor | None = None
     num_pseudo: torch.Tensor | None = None
+    softcap: float = 0.0
+    sinks: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -109,6 +113,16 @@ class ScoreBatch:
     def grouped_output(self) -> torch.Tensor | None:
         """As ``grouped_query``, the outputs of the queries."""
         return None if self.output is None else by_kv_head(self.output, self.kv_lens.shape[2]).flatten(0, 2)
+
+    def sinks_for(self, num_heads: int) -> torch.Tensor | None:
+        """Return [num_reqs * num_layers * num_kv_heads, group] float32, the sinks of all heads in a row, if there are
+        any; of queries of ``num_heads`` heads.
+        """
+        if self.sinks is None:
+            return None
+        num_reqs, _, num_kv_heads = self.kv_lens.shape
+        of_layers = sinks_for(self.sinks, num_heads, num_kv_heads)
+        return of_layers.expand(num_reqs, *of_layers.shape).flatten(0, 2)
 
     @property
     def _no_values(self) -> torch.Tensor:
@@ -135,6 +149,8 @@ class ScoreBatch:
             max(self.max_kv_len, num_queries),
             self.scale,
             self.value_scale,
+            self.softcap,
+            self.sinks_for(self.query.shape[3]),
         )
         return window_scores(batch, reduction)[..., : self.max_kv_len].view(self.shape)
 
@@ -150,6 +166,7 @@ class ScoreBatch:
         """
         block_size = self.keys.shape[1]
         page_table = self.page_table[..., : -(-self.max_kv_len // block_size)]
+        sinks = self.sinks_for(query.shape[3])
         query = query.unflatten(3, (self.kv_lens.shape[2], -1)).transpose(2, 3)  # every head a request of one KV head
         batch = SlotBatch(
             query.flatten(0, 2),
@@ -158,6 +175,8 @@ class ScoreBatch:
             self._positions(page_table.shape[3] * block_size)[:, None],
             last_seen.flatten(0, 2).contiguous(),
             self.scale,
+            self.softcap,
+            sinks,
         )
         scores = slot_scores(batch, group, fusion)[..., : self.max_kv_len]
         return scores.view(*self.shape[:3], *scores.shape[2:])
@@ -283,6 +302,16 @@ class ScoreBatch:
         last = kv_lens + torch.arange(-num_last, 0, device=scores.device)
         value = value.masked_fill(kv_lens <= num_last, 0.0).expand(last.shape)
         return scores.scatter_(3, last.clamp(min=0), value)
+
+
+def sinks_for(sinks: torch.Tensor, num_heads: int, num_kv_heads: int) -> torch.Tensor:
+    """Return [*, num_kv_heads, group], the sinks of queries of ``num_heads`` heads: of a sum of the queries of a group,
+    whose logits are sums, a sum.
+
+    sinks: [*, num_heads] of the model's heads
+    """
+    by_head: torch.Tensor = sinks.unflatten(-1, (num_kv_heads, -1))
+    return by_head if num_heads == sinks.shape[-1] else by_head.sum(dim=-1, keepdim=True)
 
 
 def gather_tokens(pages: torch.Tensor, page_table: torch.Tensor, scale: float, start: int, end: int) -> torch.Tensor:

@@ -67,6 +67,8 @@ class H2O(BatchPolicy):
             max(chunks.num_queries),
             max(chunks.kv_lens),
             chunks.scale * chunks.key_scale,
+            chunks.softcap,
+            chunks.sinks,
         )
         streaming_sums(batch, sums)
         return taken_apart(sums, chunks.kv_lens) if len(states) > 1 else [sums]

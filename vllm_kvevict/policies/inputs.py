@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.kernels.slot_scores import Fusion, Group, SlotBatch, slot_scores
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.kernels.window_scores import window_scores
-from vllm_kvevict.policies.batch import Prompt, ScoreBatch, by_kv_head, gather_tokens
+from vllm_kvevict.policies.batch import Prompt, ScoreBatch, by_kv_head, gather_tokens, sinks_for
 from vllm_kvevict.policies.prompt_chunks import PromptChunks
 
 
@@ -24,12 +24,34 @@ class LayerWeights:
     output_projection: [hidden_size, num_heads * head_size], W_O
     key_scale:         what the keys of an fp8 cache are to be multiplied by when they are read; 1 for other caches
     value_scale:       likewise for the values
+    softcap:           logits x become softcap * tanh(x / softcap); 0: they stay
+    sinks:             [num_heads] float32, the logit of a sink of each query head, which takes a part of its attention
+                       and which no key has; None: there are none
     """
 
     rotary: Rotary | None = None
     output_projection: torch.Tensor | None = None
     key_scale: float = 1.0
     value_scale: float = 1.0
+    softcap: float = 0.0
+    sinks: torch.Tensor | None = None
+
+    def of_heads(self, kv_heads: torch.Tensor, num_kv_heads: int) -> LayerWeights:
+        """Return what belongs to some of the KV heads [num_some] int64, and to the query heads that read them."""
+
+        def chosen(of_all: torch.Tensor | None, dim: int) -> torch.Tensor | None:
+            if of_all is None:
+                return None
+            by_head: torch.Tensor = of_all.unflatten(dim, (num_kv_heads, -1))
+            return by_head.index_select(dim, kv_heads).flatten(dim, dim + 1)
+
+        return replace(self, output_projection=chosen(self.output_projection, 1), sinks=chosen(self.sinks, 0))
+
+
+def sinks_of(layers: Sequence[LayerWeights]) -> torch.Tensor | None:
+    """Return [num_layers, num_heads] float32, the sinks of layers that all have some; None if they have none."""
+    sinks = [weights.sinks for weights in layers if weights.sinks is not None]
+    return torch.stack(sinks) if sinks else None
 
 
 def projections_of(layers: Sequence[LayerWeights]) -> list[torch.Tensor]:
@@ -104,6 +126,8 @@ class ScoreInputs:
             kv_len,
             self.scale * self.weights.key_scale,
             self.weights.value_scale,
+            self.weights.softcap,
+            None if self.weights.sinks is None else self.weights.sinks[None],
         )
         return window_scores(batch, reduction)[0]
 
@@ -136,6 +160,8 @@ class ScoreInputs:
             rotary=first.weights.rotary,
             pseudo_query=torch.stack(pseudo)[None] if pseudo else None,
             num_pseudo=kv_lens.new_full((1,), len(pseudo[0])) if pseudo else None,
+            softcap=first.weights.softcap,
+            sinks=sinks_of([inputs.weights for inputs in layers]),
         )
 
     @property
@@ -152,6 +178,8 @@ class ScoreInputs:
             self.weights.key_scale,
             self.weights.value_scale,
             self.weights.rotary,
+            self.weights.softcap,
+            self.weights.sinks,
         )
 
     def tiles(self, start: int = 0, end: int | None = None, size: int = 1024) -> Iterator[tuple[int, int]]:
@@ -175,9 +203,10 @@ class StepInputs:
     num_tokens: [num_rows] int64, true lengths, the newest token included
     max_tokens: the longest of these, or more
     scale:      softmax scale
-    weights:    as in ``ScoreInputs``
+    weights:    as in ``ScoreInputs``; of several layers those of the first
     state:      [num_rows, num_kv_heads, max_pages * block_size] float32, what the policy has summed up of each token
                 before this step, 0 for the newest one; None if it does not observe all queries
+    sinks:      [num_rows, num_heads] float32, those of each row's layer, as in ``LayerWeights``; None: there are none
     """
 
     query: torch.Tensor
@@ -189,6 +218,7 @@ class StepInputs:
     scale: float
     weights: LayerWeights = LayerWeights()
     state: Any = None
+    sinks: torch.Tensor | None = None
 
     @property
     def is_held(self) -> torch.Tensor:
@@ -204,7 +234,19 @@ class StepInputs:
         fusion:    over the queries, then; "none" returns [num_rows, num_kv_heads, num_queries, num_slots]
         """
         scale = self.scale * self.weights.key_scale
-        batch = SlotBatch(query, self.keys, self.page_table, self.positions, last_seen.contiguous(), scale)
+        sinks = None
+        if self.sinks is not None:
+            sinks = sinks_for(self.sinks, query.shape[2], self.page_table.shape[1]).flatten(1).contiguous()
+        batch = SlotBatch(
+            query,
+            self.keys,
+            self.page_table,
+            self.positions,
+            last_seen.contiguous(),
+            scale,
+            self.weights.softcap,
+            sinks,
+        )
         return slot_scores(batch, group, fusion)
 
     def newest_attention(self) -> torch.Tensor:

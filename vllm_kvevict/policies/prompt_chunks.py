@@ -27,6 +27,8 @@ class PromptChunks:
     scale:       softmax scale; stored keys are to be multiplied by ``key_scale`` besides
     key_scale, value_scale: what stored keys and values are to be multiplied by
     rotary:      of the layer, if ``Need.ROTARY``
+    softcap:     of logits, as in ``LayerWeights``
+    sinks:       [num_heads] float32 likewise; None: there are none
     """
 
     query: torch.Tensor
@@ -39,6 +41,8 @@ class PromptChunks:
     key_scale: float = 1.0
     value_scale: float = 1.0
     rotary: Rotary | None = None
+    softcap: float = 0.0
+    sinks: torch.Tensor | None = None
 
     @property
     def num_kv_heads(self) -> int:

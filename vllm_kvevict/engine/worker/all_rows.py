@@ -52,10 +52,11 @@ class AllRows:
         if query_len not in self._queries:
             first_tokens = np.arange(self._max_num_reqs) * query_len
             query_lens = np.full(self._max_num_reqs, query_len)
-            index, query_start_loc = fold_queries(first_tokens, query_lens, self._num_kv_heads)
-            order = None if query_len == 1 else to_device(index, self._slots.device)
-            starts = to_device(query_start_loc, self._slots.device)
-            self._queries[query_len] = FoldedQueries(order, starts, query_len)
+            heads, device = self._num_kv_heads, self._slots.device
+            index, _, starts, row_starts = fold_queries(first_tokens, query_lens, heads, device)
+            order = None if query_len == 1 else index
+            self._queries[query_len] = FoldedQueries(order, starts, query_len, None, row_starts)
         known, num_sequences = self._queries[query_len], num_rows * self._num_kv_heads
         order = None if known.index is None else known.index[: num_sequences * query_len]
-        return FoldedQueries(order, known.query_start_loc[: num_sequences + 1], query_len)
+        starts, row_starts = known.query_start_loc[: num_sequences + 1], known.row_start_loc[: num_rows + 1]
+        return FoldedQueries(order, starts, query_len, None, row_starts)

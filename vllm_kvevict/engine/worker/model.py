@@ -35,6 +35,7 @@ class ModelWeights:
         self._model = model
         self.projections = projections
         self._of_layers: dict[frozenset[Need], tuple[list[float], list[LayerWeights]]] = {}
+        self._sinks: dict[int, torch.Tensor] = {}
         self.missing: dict[str, str] = {}
         for name, parts in zip(layer_names, self._parts, strict=True):
             for need, fault in parts.faults.items():
@@ -47,6 +48,7 @@ class ModelWeights:
     def forget(self) -> None:
         """The model has new weights: what was read of the old ones is of no use any more."""
         self._of_layers.clear()
+        self._sinks.clear()
         if self.projections is not None:
             self.projections.clear()
 
@@ -59,7 +61,15 @@ class ModelWeights:
         parts = self._parts[layer]
         rotary = parts.rotary if Need.ROTARY in needs else None
         projection = self._output_projection(layer) if Need.OUTPUT_PROJECTION in needs else None
-        return LayerWeights(rotary, projection, parts.attention._k_scale_float, parts.attention._v_scale_float)
+        attention = parts.attention
+        return LayerWeights(
+            rotary,
+            projection,
+            attention._k_scale_float,
+            attention._v_scale_float,
+            float(attention.impl.logits_soft_cap or 0.0),
+            self._sinks_of(layer),
+        )
 
     def of_layers(self, needs: frozenset[Need]) -> tuple[list[float], list[LayerWeights]]:
         """Return the softmax scale of every layer, and what ``needs`` name of each."""
@@ -80,6 +90,12 @@ class ModelWeights:
     def scale(self, layer: int) -> float:
         """Return the softmax scale of one layer."""
         return float(self._parts[layer].attention.impl.scale)
+
+    def _sinks_of(self, layer: int) -> torch.Tensor | None:
+        sinks = self._parts[layer].attention.impl.sinks
+        if sinks is not None and layer not in self._sinks:
+            self._sinks[layer] = sinks.detach().float().contiguous()
+        return self._sinks.get(layer)
 
     def _output_projection(self, layer: int) -> torch.Tensor:
         linear, name = self._parts[layer].output_projection, self._layer_names[layer]

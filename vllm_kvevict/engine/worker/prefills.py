@@ -214,6 +214,8 @@ class ObservedChunks:
             weights.key_scale,
             weights.value_scale,
             weights.rotary,
+            weights.softcap,
+            weights.sinks,
         )
 
     def _inputs(self, ran: LayerPass) -> ScoreInputs:

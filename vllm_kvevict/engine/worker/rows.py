@@ -43,11 +43,16 @@ class FoldedQueries:
                      None if they are sorted already, and all of them
     query_start_loc: [num_sequences + 1] int32, where the queries of each row and head begin
     max_query_len:   most queries of one of these rows
+    tokens:          [num_tokens] int64 into the batch, those of each row behind the last row's; None if they are sorted
+                     already, and all of them
+    row_start_loc:   [num_rows + 1] int32, where the tokens of each row begin among these
     """
 
     index: torch.Tensor | None
     query_start_loc: torch.Tensor
     max_query_len: int
+    tokens: torch.Tensor | None
+    row_start_loc: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -150,18 +155,19 @@ class BatchFolder:
     def _launch(
         self, numbers: np.ndarray, slots: np.ndarray, first_tokens: np.ndarray, query_lens: np.ndarray, is_sorted: bool
     ) -> EvictedRows:
-        index, query_start_loc = fold_queries(first_tokens, query_lens, self._num_kv_heads)
+        order, tokens, starts, row_starts = fold_queries(first_tokens, query_lens, self._num_kv_heads, self._device)
         numbers = numbers.astype(np.int32)
-        queries = FoldedQueries(
-            None if is_sorted else to_device(index, self._device),
-            to_device(query_start_loc, self._device),
-            int(query_lens.max()),
-        )
+        most = int(query_lens.max())
+        queries = FoldedQueries(order, starts, most, tokens, row_starts)
+        if is_sorted:
+            queries = FoldedQueries(None, starts, most, None, row_starts)
         return EvictedRows(numbers, slots, (to_device(numbers, self._device), to_device(slots, self._device)), queries)
 
 
-def fold_queries(first_tokens: np.ndarray, query_lens: np.ndarray, num_kv_heads: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return ``index`` and ``query_start_loc`` of ``FoldedQueries``.
+def fold_queries(
+    first_tokens: np.ndarray, query_lens: np.ndarray, num_kv_heads: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return ``index``, ``tokens``, ``query_start_loc`` and ``row_start_loc`` of ``FoldedQueries``.
 
     first_tokens, query_lens: [num_rows] int64, where the tokens of each row begin, and how many there are
     """
@@ -170,8 +176,13 @@ def fold_queries(first_tokens: np.ndarray, query_lens: np.ndarray, num_kv_heads:
     head = np.tile(np.arange(num_kv_heads), len(query_lens))
     # a query's place in the batch, less its place in the folded order: the same for all queries of one row and head
     shift = first_tokens.repeat(num_kv_heads) - query_start_loc[:-1]
-    tokens = np.arange(query_start_loc[-1]) + shift.repeat(lens)
-    return tokens * num_kv_heads + head.repeat(lens), query_start_loc.astype(np.int32)
+    index = (np.arange(query_start_loc[-1]) + shift.repeat(lens)) * num_kv_heads + head.repeat(lens)
+    row_start_loc = np.concatenate([np.zeros(1, dtype=np.int64), query_lens.cumsum()])
+    tokens = np.arange(row_start_loc[-1]) + (first_tokens - row_start_loc[:-1]).repeat(query_lens)
+    # in one copy each
+    places = to_device(np.concatenate([index, tokens]), device).split([len(index), len(tokens)])
+    starts = to_device(np.concatenate([query_start_loc, row_start_loc]).astype(np.int32), device)
+    return *places, *starts.split([len(query_start_loc), len(row_start_loc)])
 
 
 def folded_launches(split: RowSplit, common: CommonAttentionMetadata, page_table: PageTable) -> list[FoldedLaunch]:

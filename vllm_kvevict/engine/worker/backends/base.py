@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -201,7 +201,13 @@ class EvictionMetadataBuilder(AttentionMetadataBuilder[Any]):
 
 
 class EvictionImpl(AttentionImpl[Any]):
-    """Attention of one layer: the stock kernel over whole rows, the same kernel over folded ones, then the policies."""
+    """Attention of one layer: the stock kernel over whole rows, the same kernel over folded ones, then the policies.
+
+    weighs_sinks: whether ``attend_folded`` lets the sinks of all heads take part in one launch. Kernels that take a
+                  sink per query head, of which a sequence has those of its own KV head, are launched for each KV head
+    """
+
+    weighs_sinks: ClassVar[bool] = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -211,8 +217,6 @@ class EvictionImpl(AttentionImpl[Any]):
     def _refuse_unsupported(self) -> None:
         unsupported = {
             "ALiBi": self.alibi_slopes is not None,
-            "attention sinks in the model": self.sinks is not None,
-            "logits soft-capping": bool(self.logits_soft_cap),
             "KV sharing between layers": self.kv_sharing_target_layer_name is not None,
         }
         for name, is_on in unsupported.items():
@@ -272,6 +276,9 @@ class EvictionImpl(AttentionImpl[Any]):
         """query, output: [num_tokens, num_heads, head_size]; heads of one KV head are neighbours."""
         by_head = (-1, self.num_queries_per_kv, self.head_size)  # [num_tokens * num_kv_heads, group, head_size]
         pages = PagesToRead(bridge.pool, *folded.pages.of(index), folded.max_kv_len)
+        if self.sinks is not None and not self.weighs_sinks:
+            self._attend_head_by_head(layer, query, pages, folded.queries, launch, output)
+            return
         order = folded.queries.index
         if order is None:  # one query for each sequence; behind them there may be padding
             folded_query = query.reshape(by_head)[: len(pages.kv_lens)].contiguous()
@@ -283,7 +290,7 @@ class EvictionImpl(AttentionImpl[Any]):
         if order is not None:
             output.view(by_head)[order] = folded_output
 
-    def attend_folded(
+    def _attend_head_by_head(
         self,
         layer: Any,
         query: torch.Tensor,
@@ -292,9 +299,44 @@ class EvictionImpl(AttentionImpl[Any]):
         launch: Any,
         output: torch.Tensor,
     ) -> None:
+        """Launch the kernel once for each KV head, with the sinks of its query heads.
+
+        query, output: [num_tokens, num_heads, head_size]
+        """
+        by_head = (self.num_kv_heads, self.num_queries_per_kv, -1)
+        query, output = query.unflatten(1, by_head[:2]), output.view(-1, *by_head[:2], self.head_size)
+        num_rows, tokens = len(queries.row_start_loc) - 1, queries.tokens
+        table = pages.page_table.view(num_rows, self.num_kv_heads, -1)
+        kv_lens = pages.kv_lens.view(num_rows, self.num_kv_heads).t().contiguous()
+        if tokens is None:  # the first ones; behind them there may be padding
+            num_tokens = num_rows * queries.max_query_len
+            query, output = query[:num_tokens], output[:num_tokens]
+        of_rows = FoldedQueries(None, queries.row_start_loc, queries.max_query_len, None, queries.row_start_loc)
+        for head, sinks in enumerate(self.sinks.view(by_head[:2])):
+            of_head = replace(pages, page_table=table[:, head], kv_lens=kv_lens[head])
+            if tokens is None:
+                self.attend_folded(layer, query[:, head], of_head, of_rows, launch, output[:, head], sinks)
+                continue
+            folded_query = query[tokens, head]
+            folded_output = torch.empty_like(folded_query)
+            self.attend_folded(layer, folded_query, of_head, of_rows, launch, folded_output, sinks)
+            output[tokens, head] = folded_output
+
+    def attend_folded(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        pages: PagesToRead,
+        queries: FoldedQueries,
+        launch: Any,
+        output: torch.Tensor,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
         """Run the backend's kernel over sequences of one KV head each; the last query sees the whole sequence.
 
-        query, output: [num_queries, group, head_size]; ``queries.query_start_loc`` says which are whose
+        query, output: [num_queries, group, head_size], rows of equal distance; ``queries.query_start_loc`` says which
+                       are whose
         launch:        what the metadata builder prepared
+        sinks:         [group] of the KV head that all sequences are of; None: there are none, or the kernel weighs them
         """
         raise NotImplementedError

@@ -106,15 +106,21 @@ class EvictionCPUImpl(EvictionImpl, CPUAttentionBackendImpl):
         queries: FoldedQueries,
         launch: SchedulerMetadata,
         output: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None:
+        if sinks is None:
+            schedule = launch.of(pages.kv_lens, queries.query_start_loc)
+        else:  # of the rows of one KV head
+            schedule = launch.builder.scheduler_metadata_of(pages.kv_lens, queries.query_start_loc)
         # the dtype that vLLM allocated, which for an fp8 cache is uint8
         elements, block_size = pages.pool.pages.view(layer.kv_cache.dtype), pages.pool.block_size
         key_cache, value_cache = elements.view(-1, 1, 2 * block_size, self.head_size).chunk(2, dim=2)
+        rows = output if output.is_contiguous() else torch.empty_like(output, memory_format=torch.contiguous_format)
         ops.cpu_attention_with_kv_cache(
-            query=query,
+            query=query.contiguous(),
             key_cache=key_cache,
             value_cache=value_cache,
-            output=output,
+            output=rows,
             query_start_loc=queries.query_start_loc,
             seq_lens=pages.kv_lens,
             scale=self.scale,
@@ -122,13 +128,15 @@ class EvictionCPUImpl(EvictionImpl, CPUAttentionBackendImpl):
             alibi_slopes=None,
             sliding_window=-1,
             block_table=pages.page_table,
-            softcap=0,
-            scheduler_metadata=launch.of(pages.kv_lens, queries.query_start_loc),
-            s_aux=None,
+            softcap=self.logits_soft_cap,
+            scheduler_metadata=schedule,
+            s_aux=None if sinks is None or sinks.dtype == torch.bfloat16 else sinks.float(),
             k_scale=layer._k_scale_float,
             v_scale=layer._v_scale_float,
             kv_cache_dtype=self.kv_cache_dtype,
         )
+        if rows is not output:
+            output.copy_(rows)
 
 
 class EvictionCPUBackend(EvictionBackend, CPUAttentionBackend):

@@ -61,6 +61,8 @@ class EvictionFlashMetadataBuilder(EvictionMetadataBuilder, FlashAttentionMetada
 class EvictionFlashImpl(EvictionImpl, FlashAttentionImpl):
     """vLLM's FlashAttention kernel."""
 
+    weighs_sinks = True
+
     def _refuse_unsupported(self) -> None:
         """As every backend's, and what ``flash_attention_fits`` could not foresee."""
         super()._refuse_unsupported()
@@ -80,8 +82,9 @@ class EvictionFlashImpl(EvictionImpl, FlashAttentionImpl):
         queries: FoldedQueries,
         launch: int,
         output: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None:
-        flash_attn.flash_attn_varlen_func(
+        attended = flash_attn.flash_attn_varlen_func(
             q=query,
             k=pages.pool.keys.unsqueeze(2),  # [num_pages, block_size, 1, head_size]
             v=pages.pool.values.unsqueeze(2),
@@ -94,10 +97,28 @@ class EvictionFlashImpl(EvictionImpl, FlashAttentionImpl):
             causal=True,
             window_size=[-1, -1],
             block_table=pages.page_table,
-            softcap=0.0,
+            softcap=self.logits_soft_cap,
+            return_softmax_lse=self.sinks is not None,
             fa_version=self.vllm_flash_attn_version,
             num_splits=launch,
         )
+        if self.sinks is not None:
+            self._weigh_sinks(output, attended[1], queries)
+
+    def _weigh_sinks(self, output: torch.Tensor, log_sums: torch.Tensor, queries: FoldedQueries) -> None:
+        """In place: let the sink of each query head take its part of attention.
+
+        Version 2 knows no sinks, and 3 one for each head of a sequence, of which ours have those of one KV head only.
+
+        output:   [num_queries, group, head_size]
+        log_sums: [group, num_queries] float32, of the logits
+        """
+        sinks = self.sinks.float().view(self.num_kv_heads, -1)
+        if queries.index is None:  # KV heads take turns
+            of_queries = sinks.repeat(len(output) // self.num_kv_heads, 1)
+        else:
+            of_queries = sinks[queries.index % self.num_kv_heads]
+        output.mul_((log_sums.t() - of_queries).sigmoid_().unsqueeze(-1))
 
 
 class EvictionFlashBackend(InterleavedBackend, FlashAttentionBackend):

@@ -75,6 +75,7 @@ class EvictionTritonImpl(EvictionImpl, TritonAttentionImpl):
         queries: FoldedQueries,
         launch: Segments,
         output: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         descale_shape = (len(pages.kv_lens), 1)
         unified_attention(
@@ -90,7 +91,8 @@ class EvictionTritonImpl(EvictionImpl, TritonAttentionImpl):
             causal=True,
             window_size=(-1, -1),
             block_table=pages.page_table,
-            softcap=0,
+            softcap=self.logits_soft_cap,
+            sinks=sinks,
             q_descale=None,
             k_descale=layer._k_scale.expand(descale_shape),
             v_descale=layer._v_scale.expand(descale_shape),

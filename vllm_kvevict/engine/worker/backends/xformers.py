@@ -70,6 +70,9 @@ class EvictionXformersImpl(EvictionTritonImpl):
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()
         dtype, remedy = get_current_vllm_config().model_config.dtype, "use --attention-backend TRITON_ATTN"
+        if self.sinks is not None or self.logits_soft_cap:
+            what = "attention sinks" if self.sinks is not None else "logits soft-capping"
+            raise ValueError(f"--attention-backend CUSTOM: xformers does not know {what} of the model; {remedy}")
         if not HAS_XFORMERS:
             raise ValueError(
                 "--attention-backend CUSTOM: with --kv-eviction it is xformers, which is not installed; run "
@@ -90,6 +93,7 @@ class EvictionXformersImpl(EvictionTritonImpl):
         queries: FoldedQueries,
         launch: QueryRows,  # type: ignore[override]
         output: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         pool, page_table, kv_lens = pages.pool, pages.page_table[:, : launch.width].contiguous(), pages.kv_lens
         if launch.owner is not None and launch.behind is not None:
