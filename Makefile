@@ -2,7 +2,7 @@
 #   PYTHON          interpreter for the virtual environment, 3.11 or newer
 #   TORCH_INDEX     extra package index that has PyTorch's CPU builds; empty: the one pip is configured for
 #   KVEVICT_MODELS  folder for the models; empty: .cache/models
-#   PYTEST_ARGS     further arguments for pytest in `make test` and `make test-more`
+#   PYTEST_ARGS     further arguments for pytest in `make test`, `make test-more` and `make test-release`
 #   MATRIX_ARGS     arguments for `make matrix`, such as `--only Qwen3`
 #   BENCH_ARGS      arguments for the benchmarks in `make bench`
 
@@ -20,14 +20,14 @@ V2_TESTS := tests/engine $(addprefix --ignore=tests/engine/test_,rows.py upstrea
 NEWEST := PYTHONPATH=$(CURDIR)/.cache/vllm-0.33$(addprefix :,$(PYTHONPATH)) KVEVICT_VLLM=0.33.0+cpu \
 	VLLM_CACHE_ROOT=$(CURDIR)/.cache/vllm-0.33-cache
 V2 := VLLM_USE_V2_MODEL_RUNNER=1
-# what `make test` leaves to `make test-more`: CONTRIBUTING.md has the list
-NOT_ON_V1 := more or not_on_v1
+# what `make test` leaves to `make test-more`, and both to `make test-release`: CONTRIBUTING.md has the list
+NOT_ON_V1 := more or not_on_v1 or for_release
 MORE_ON_V2 := more or more_on_v2
 SMOKE := smoke and not ($(MORE_ON_V2))
 export TORCH_INDEX KVEVICT_MODELS
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-more lint bench build clean help setup model models newest
+.PHONY: demo test test-more test-release lint bench build clean help setup model models newest
 
 demo: model ## serve a real model with eviction and ask it about a long text
 	$(VENV_PYTHON) -m tools.demo
@@ -44,6 +44,10 @@ test-more: models newest ## the tests that `make test` leaves out; those of engi
 	$(PYTEST) -m more $(SERVER_TESTS) $(PYTEST_ARGS)
 	$(PYTEST) -m more $(PARALLEL) --ignore=tests/engine $(addprefix --ignore=,$(SERVER_TESTS)) $(PYTEST_ARGS)
 	$(NEWEST) $(V2) $(PYTEST) -m "$(MORE_ON_V2)" $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
+
+test-release: models ## what neither of these runs: scripts around the plugin, each run whole; part of `make release`
+	$(PYTEST) -m for_release $(SERVER_TESTS) $(PYTEST_ARGS)
+	$(PYTEST) -m for_release $(PARALLEL) $(addprefix --ignore=,$(SERVER_TESTS)) $(PYTEST_ARGS)
 
 lint: setup ## ruff and mypy
 	$(VENV_PYTHON) -m ruff check .
@@ -64,6 +68,7 @@ build: setup ## sdist and wheel in dist/
 release: clean models ## sdist and wheel, looked at as docs/releasing.md says: all but the upload
 	$(VENV_PYTHON) -m tools.release release
 	KVEVICT_DIST=$(CURDIR)/dist $(PYTEST) -m more tests/test_packaging.py $(PYTEST_ARGS)
+	$(MAKE) test-release
 	sha256sum dist/*
 
 .PHONY: matrix

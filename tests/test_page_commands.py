@@ -48,6 +48,7 @@ RUN_BY = {
     "make setup": ("Makefile", "lint: setup"),
     "make test": (".ci/run", "make test"),
     "make test-more": (".ci/run", "make test-more"),
+    "make test-release": ("Makefile", "$(MAKE) test-release"),
     "pip install --group test": ("tools/setup_venv.py", 'pip_install(TORCH, *GROUPS["test"]'),
     "pip install --no-deps": ("tests/test_packaging.py", '"--no-deps"'),
     "pip install ./examples/third_party_policy": ("tests/e2e/conftest.py", '"examples" / "third_party_policy"'),

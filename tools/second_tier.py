@@ -1,5 +1,5 @@
 """The list of tests that ``make test`` leaves out on one runner or both, and why, from the markers ``more``,
-``not_on_v1`` and ``more_on_v2``.
+``not_on_v1``, ``more_on_v2`` and ``for_release``.
 
 python -m tools.second_tier --write CONTRIBUTING.md
 """
@@ -18,7 +18,12 @@ START = "<!-- second tier: python -m tools.second_tier --write CONTRIBUTING.md -
 END = "<!-- end of second tier -->"
 LATER = "`make test-more`"
 # marker -> when a test runs on V1 and on V2; tests that are not of tests/engine run on V1 only
-RUNNERS = {"more": ("never", LATER), "not_on_v1": ("never", "`make test`"), "more_on_v2": ("`make test`", LATER)}
+RUNNERS = {
+    "more": ("never", LATER),
+    "not_on_v1": ("never", "`make test`"),
+    "more_on_v2": ("`make test`", LATER),
+    "for_release": ("`make test-release`", "never"),
+}
 
 
 def table(tests: Path = ROOT / "tests") -> str:

@@ -19,7 +19,7 @@ from benchmarks.report import PROVENANCE, read, results_of
 from tests.conftest import ROOT
 from vllm_kvevict.policies import POLICIES
 
-pytestmark = pytest.mark.more("four minutes: each starts engines; what they share is tested in `make test`")
+pytestmark = pytest.mark.for_release("each starts engines; what they share is tested in `make test`")
 Row = dict[str, float | str]
 MEASURED = re.compile("seconds|_ms$|_s$|speed|time|share|^of_")  # these are more than 0
 

@@ -16,7 +16,7 @@ from tools.gpu.__main__ import main as gpu
 from tools.gpu.results import RESULTS
 from tools.gpu.results import read as read_records
 
-pytestmark = pytest.mark.more("three minutes: each starts servers or engines; what they share is tested in `make test`")
+pytestmark = pytest.mark.for_release("each starts servers or engines; what they share is tested in `make test`")
 
 
 def test_workloads(model: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:

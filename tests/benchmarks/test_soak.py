@@ -9,7 +9,7 @@ import pytest
 from benchmarks.serving.soak import run
 
 
-@pytest.mark.more(
+@pytest.mark.for_release(
     "a minute of load: engine/test_stress.py checks every page of such a mix, e2e/test_http.py a server's end"
 )
 def test_a_minute_of_random_load(smollm2: Path, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-import torch
 from vllm.config import set_current_vllm_config
 from vllm.config.cache import CacheDType
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -377,12 +376,6 @@ def test_models_that_cannot_work_are_refused_by_name(
     ("attribute", "name"),
     [
         pytest.param({"alibi_slopes": [1.0, 0.5]}, "ALiBi", marks=pytest.mark.refused("ALiBi")),
-        pytest.param(
-            {"sinks": torch.zeros(2)}, "attention sinks", marks=pytest.mark.refused("attention sinks in the model")
-        ),
-        pytest.param(
-            {"logits_soft_cap": 30.0}, "logits soft-capping", marks=pytest.mark.refused("logits soft-capping")
-        ),
         pytest.param(
             {"kv_sharing_target_layer_name": "model.layers.0"},
             "KV sharing between layers",

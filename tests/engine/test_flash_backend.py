@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from vllm.config import get_layers_from_vllm_config
+from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -15,14 +17,17 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from tests import flash_attention
 from tests.conftest import USES_V2_RUNNER
 from tests.engine.harness import Engine, engine
+from tests.engine.test_flags import created
+from tests.implementations import hard_sinks, probabilities
 from tests.tiny_llama import random_prompt
 from vllm_kvevict.engine.worker import cpu_worker
 from vllm_kvevict.engine.worker.backends import cuda
-from vllm_kvevict.engine.worker.backends.base import backend_in_place_of
+from vllm_kvevict.engine.worker.backends.base import PagesToRead, backend_in_place_of
 from vllm_kvevict.engine.worker.backends.cuda import InPlaceOfFlashAttention, check_backends, cuda_backends
 from vllm_kvevict.engine.worker.backends.flash import EvictionFlashBackend, EvictionFlashImpl
 from vllm_kvevict.engine.worker.backends.triton import EvictionTritonImpl
 from vllm_kvevict.engine.worker.cpu_worker import EvictionCPUWorker
+from vllm_kvevict.engine.worker.rows import FoldedQueries, fold_queries
 
 PROMPTS = [random_prompt(length, seed=length) for length in (40, 383, 450, 512)]
 ALLOCATORS = ("uniform", "lava")
@@ -88,6 +93,45 @@ def test_a_layer_that_flash_attention_does_not_fit_is_refused_where_nothing_took
     monkeypatch.setattr(flash_attn, "flash_attn_supports_kv_cache_dtype", lambda *_, **__: True)
     with pytest.raises(ValueError, match=message), engine(tiny_llama, **fields):
         pass
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("query_lens", [(1, 1, 1), (5, 1, 3)], ids=["decode", "drafts"])
+@pytest.mark.more_on_v2("it knows no runner")
+def test_sinks_and_caps_over_folded_rows(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, version: int, query_lens: tuple[int, ...]
+) -> None:
+    """Neither version has a sink for each head of a request, whose heads are sequences: out * sigmoid(lse - sink)."""
+    flash_attention.replace_kernels(monkeypatch, version)
+    monkeypatch.setattr(flash_attn, "flash_attn_supports_sinks", lambda: True, raising=False)
+    num_kv_heads, group, head_size, cap = 2, 3, 16, 2.0
+    sinks = hard_sinks(num_kv_heads * group)
+    with set_current_vllm_config(created(tiny_llama)):
+        impl = EvictionFlashImpl(
+            *(num_kv_heads * group, head_size, head_size**-0.5, num_kv_heads, None, None, "auto", cap), sinks=sinks
+        )
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 12, 16, head_size, generator=generator)
+    table = torch.randperm(12, generator=generator).view(6, 2).int()
+    kv_lens = torch.tensor([20, 7, 32, 9, 5, 31], dtype=torch.int32)
+    query = torch.randn(sum(query_lens), num_kv_heads, group, head_size, generator=generator)
+    numpy_lens = np.array(query_lens)
+    first_tokens = np.cumsum(numpy_lens) - numpy_lens
+    index, tokens, starts, row_starts = fold_queries(first_tokens, numpy_lens, num_kv_heads, torch.device("cpu"))
+    order = None if query_lens == (1, 1, 1) else index
+    folded = query.flatten(0, 1) if order is None else query.flatten(0, 1)[order]
+    output = torch.empty_like(folded)
+    queries = FoldedQueries(order, starts, max(query_lens), tokens, row_starts)
+    pool: Any = SimpleNamespace(keys=keys, values=values)
+    impl.attend_folded(None, folded, PagesToRead(pool, table, kv_lens, 32), queries, 0, output)
+    for sequence, kv_len in enumerate(kv_lens.tolist()):
+        rows = range(int(starts[sequence]), int(starts[sequence + 1]))
+        held = [part[table[sequence].long()].flatten(0, 1)[:kv_len].double() for part in (keys, values)]
+        for place, row in enumerate(rows):
+            seen = kv_len - len(rows) + place + 1
+            logits = folded[row].double() @ held[0][:seen].T * impl.scale
+            paid = probabilities(logits, cap, sinks.view(num_kv_heads, group, 1)[sequence % num_kv_heads])
+            torch.testing.assert_close(output[row].double(), paid @ held[1][:seen], rtol=1e-4, atol=1e-5)
 
 
 def gemma_answers(running: Engine) -> list[list[int]]:

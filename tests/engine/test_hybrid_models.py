@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.tiny_llama import VOCAB_SIZE, random_prompt
 from tools.matrix.families import FAMILIES, SETTINGS
 from vllm_kvevict.engine.models import windows_of
 from vllm_kvevict.engine.offline.check.dense import DenseModel
+from vllm_kvevict.engine.worker.evicted_part import evicted_part
 from vllm_kvevict.policies import Need
 
 NUM_STEPS = 70  # more than the window, and into a third block
@@ -95,6 +97,9 @@ def test_a_front_end_knows_what_layers_hold_that_see_a_part(tiny_gemma: Path, ti
     for model in (tiny_gemma, tiny_llama4):
         with engine(model, budget=96, max_num_batched_tokens=64) as running:
             assert windows_of(running.llm.llm_engine.vllm_config) == running.scheduler._cache.windows != ()
+            line = evicted_part(running.worker.get_kv_cache_spec(), running.worker.vllm_config)
+            num_layers, share = (int(number) for number in re.findall(r"(\d+) of .* hold (\d+)%", line)[0])
+            assert num_layers == 2 and 30 < share < 100 and "2 KV heads of each" in line
     config = running.llm.llm_engine.vllm_config
     config.model_config.hf_text_config.attention_chunk_size = None  # such layers see everything
     assert windows_of(config) == ()

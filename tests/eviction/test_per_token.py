@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.paged import make_pool
 from vllm_kvevict.budgets.uniform import Uniform
 from vllm_kvevict.cache.request_slots import RequestSlots
+from vllm_kvevict.eviction.layers import scored_at_once
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.per_token import TokenEvictor
 from vllm_kvevict.kernels import slot_scores as slot_scores_module
@@ -125,6 +126,19 @@ def scores_of(seed: int) -> torch.Tensor:
 @pytest.fixture
 def setup() -> Setup:
     return Setup()
+
+
+def test_layers_with_other_logits_are_scored_apart():
+    kinds = [LayerWeights(), LayerWeights(), LayerWeights(sinks=torch.zeros(4)), LayerWeights(softcap=2.0)]
+    assert [*scored_at_once([0.25] * 4, kinds, 4)] == [(0, 2), (2, 3), (3, 4)]
+
+
+def test_a_row_has_the_sinks_of_its_layer(setup, monkeypatch):
+    policy, seen = Given(scores_of(1)), []
+    monkeypatch.setattr(policy, "score_step", lambda inputs: seen.append(inputs.sinks) or scores_of(1).flatten(0, 1))
+    weights = [LayerWeights(softcap=2.0, sinks=torch.full((4,), float(layer))) for layer in range(LAYERS)]
+    setup.evictor.choose_holes(setup.step(policy), SCALES, weights)
+    assert [sinks.tolist() for sinks in seen] == [[[layer] * 4 for _ in range(REQS) for layer in range(LAYERS)]]
 
 
 @pytest.mark.parametrize("needs", [frozenset(), frozenset({Need.ALL_QUERIES})], ids=["no sums", "sums"])

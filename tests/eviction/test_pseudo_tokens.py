@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.implementations import hard_sinks, probabilities
 from tests.paged import PACKINGS, make_pool, random_kv, scrambled_blocks
 from vllm_kvevict.cache.pages import Packing
 from vllm_kvevict.eviction.pseudo_tokens import PseudoDecode
@@ -14,17 +15,21 @@ LAYERS, KV_HEADS, GROUP, HEAD_SIZE, BLOCK, SCALE = 2, 2, 3, 16, 32, 0.25
 LENGTHS, COUNTS, PASSES = (70, 200, 129), (40, 64, 7), 4
 
 
+SINKS, SOFTCAP = hard_sinks(KV_HEADS * GROUP), 2.0
+
+
 def dense(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """query: [num_heads, head_size]; keys, values: [num_kv_heads, num_tokens, head_size]."""
     logits = query.unflatten(0, (KV_HEADS, GROUP)) @ keys.transpose(1, 2) * SCALE
-    return (logits.softmax(-1) @ values).flatten(0, 1)
+    return (probabilities(logits, SOFTCAP, SINKS.view(KV_HEADS, GROUP, 1)) @ values).flatten(0, 1)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_equals_dense_attention(dtype: torch.dtype, packing: Packing) -> None:
     generator = torch.Generator().manual_seed(0)
-    weights = LayerWeights(key_scale=0.5, value_scale=2.0) if dtype.itemsize == 1 else LayerWeights()
+    scales = {"key_scale": 0.5, "value_scale": 2.0} if dtype.itemsize == 1 else {}
+    weights = LayerWeights(**scales, softcap=SOFTCAP, sinks=SINKS)
     cache = make_pool(LAYERS, KV_HEADS, 20, BLOCK, HEAD_SIZE, packing, dtype=dtype)
     blocks = scrambled_blocks(cache, 15, generator).split([-(-length // BLOCK) for length in LENGTHS])
     slots, seen = [], []

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from unittest.mock import patch
 
 import pytest
 import torch
 
+from vllm_kvevict.kernels.window_batch import Reduction
 from vllm_kvevict.policies import scratch
+from vllm_kvevict.policies.attention import attention_tiles
 from vllm_kvevict.policies.base import Need
-from vllm_kvevict.policies.batch import ScoreBatch, products
+from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.chunkkv import ChunkKV
 from vllm_kvevict.policies.criticalkv import CriticalKV
 from vllm_kvevict.policies.curdkv import CurDKV
@@ -19,10 +22,13 @@ from vllm_kvevict.policies.keydiff import KeyDiff
 from vllm_kvevict.policies.knorm import Knorm
 from vllm_kvevict.policies.laq_deferred import LookaheadDeferred
 from vllm_kvevict.policies.obcache import OBCacheJoint, OBCacheKey, OBCacheValue
+from vllm_kvevict.policies.snapkv import SnapKV
+from vllm_kvevict.policies.stretches import products
 from vllm_kvevict.policies.tova import Tova
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS, KV_HEADS, GROUP, HEAD_SIZE, BLOCK, SCALE = 2, 6, 5, 16, 16, 0.25
+SOFTCAP = 2.0
 # of each request, by KV head: a chunk has 20 tokens, a tile 1,024
 LENGTHS = [(7, 19, 7, 300, 300, 7), (333,) * KV_HEADS, (45, 1100, 45, 1100, 1100, 1100), (16,) * KV_HEADS]
 POLICIES = [
@@ -81,6 +87,8 @@ def batch_of(policy, lengths, transposed):
         projections=list(projections),
         num_kept=kv_lens // 2,
         output=output if Need.OUTPUTS in policy.needs else None,
+        softcap=SOFTCAP,
+        sinks=torch.randn(LAYERS, KV_HEADS * GROUP, generator=generator) * 3,
     )
 
 
@@ -106,7 +114,7 @@ def peers(batch, req, layer):
     kv_lens = batch.kv_lens[req, layer]
     for kv_len in kv_lens.unique().tolist():
         heads = (kv_lens == kv_len).nonzero()[:, 0]
-        projection = batch.projections[layer].unflatten(1, (KV_HEADS, -1))[:, heads].flatten(1)
+        weights = LayerWeights(output_projection=batch.projections[layer], softcap=SOFTCAP, sinks=batch.sinks[layer])
         yield (
             heads,
             ScoreInputs(
@@ -117,7 +125,7 @@ def peers(batch, req, layer):
                 kv_len,
                 SCALE,
                 output=None if batch.output is None else of_heads(batch.output[req, layer], heads),
-                weights=LayerWeights(output_projection=projection),
+                weights=weights.of_heads(heads, KV_HEADS),
                 num_kept=kv_len // 2,
                 layer=layer,
             ),
@@ -150,6 +158,33 @@ def test_prompts_of_equal_heads_get_what_each_gets_alone(policy):
     for req, layer in ((req, layer) for req in range(5) for layer in range(LAYERS)):
         ((_, inputs),) = peers(batch, req, layer)
         assert together[req, layer, :, : inputs.kv_len].equal(policy.score(inputs))
+
+
+def test_attention_in_tiles_is_the_capped_one_with_sinks():
+    """Over one tile and over several, of heads of all layers and requests at once."""
+    policy = OBCacheValue(window=5)
+    batch = batch_of(policy, [(300,) * KV_HEADS, (1200,) * KV_HEADS], False)
+    places = list(product(range(2), range(LAYERS), range(KV_HEADS)))
+    tiles = list(attention_tiles(batch, slice(0, len(places))))
+    found = torch.cat([tile.probabilities for tile in tiles], dim=1)
+    assert len(tiles) > 1
+    for (req, layer, head), paid in zip(places, found.permute(0, 2, 3, 1), strict=True):
+        kv_len = int(batch.kv_lens[req, layer, head])
+        keys = batch.keys[batch.page_table[req, layer, head]].flatten(0, 1)[:kv_len].double()
+        query = batch.query[req, layer].unflatten(1, (KV_HEADS, GROUP))[:, head].transpose(0, 1).double()
+        hidden = torch.arange(kv_len) > torch.arange(kv_len - 5, kv_len)[:, None]
+        logits = query @ keys.T * SCALE
+        terms = (SOFTCAP * torch.tanh(logits / SOFTCAP)).masked_fill(hidden, -torch.inf).exp()
+        sinks = batch.sinks[layer].view(KV_HEADS, GROUP, 1, 1)[head].double().exp()
+        expected = terms / (terms.sum(-1, keepdim=True) + sinks)
+        torch.testing.assert_close(paid[..., :kv_len].double(), expected, rtol=1e-4, atol=1e-8)
+
+
+def test_one_request_s_window_scores_are_those_of_a_batch():
+    batch = batch_of(SnapKV(), [(300,) * KV_HEADS], False)
+    ((_, inputs),) = peers(batch, 0, 1)
+    alone = inputs.window_scores(inputs.query, inputs.kv_len, Reduction())
+    assert alone.equal(batch.window_scores(Reduction())[0, 1, :, : inputs.kv_len])
 
 
 def test_heads_shorter_than_a_chunk_get_the_scores_of_the_other_policy():

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from tests.implementations import hard_sinks
 from tests.launches import counted
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies import scratch
@@ -25,6 +26,7 @@ from vllm_kvevict.policies.prompt_chunks import PromptChunks
 pytestmark = pytest.mark.usefixtures("one_thread")
 KV_HEADS, GROUP, HEAD_SIZE, BLOCK, SCALE, MAX_POSITION = 3, 2, 16, 16, 0.25, 1300
 KEY_SCALE = 0.5
+SOFTCAP, SINKS = 2.0, hard_sinks(KV_HEADS * GROUP)
 # of each prompt, the chunks that it comes in; all have a first and a last one. The last prompt is all NaN
 CHUNKS = [(200, 133), (3, 1), (700, 390, 10), (40, 1, 24), (1, 15), (500, 100)]
 OTHERS = range(len(CHUNKS) - 1)
@@ -133,10 +135,12 @@ class Prompts:
             rotary=self.rotary,
             pseudo_query=torch.stack(padded)[:, None] if pseudo else None,
             num_pseudo=torch.tensor([len(queries) for queries in pseudo]) if pseudo else None,
+            softcap=SOFTCAP,
+            sinks=SINKS[None],
         )
 
     def inputs_of(self, prompt, state, pseudo=False):
-        weights = LayerWeights(self.rotary, self.projection, KEY_SCALE)
+        weights = LayerWeights(self.rotary, self.projection, KEY_SCALE, softcap=SOFTCAP, sinks=SINKS)
         return ScoreInputs(
             self.queries[prompt],
             *self.pages,

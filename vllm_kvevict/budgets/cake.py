@@ -10,9 +10,10 @@ import torch
 from vllm_kvevict.budgets.base import ALLOCATORS
 from vllm_kvevict.budgets.batch import BatchAllocator, WishBatch, WishFacts
 from vllm_kvevict.policies.attention import attention_bytes, attention_tiles
-from vllm_kvevict.policies.batch import ScoreBatch, sum_of_tokens
+from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.inputs import ScoreInputs
 from vllm_kvevict.policies.options import above, at_least
+from vllm_kvevict.policies.stretches import sum_of_tokens
 
 
 @ALLOCATORS.register("cake")

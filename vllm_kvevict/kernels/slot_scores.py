@@ -23,7 +23,7 @@ from vllm_kvevict.kernels.paged import (
     check_query,
     softmax_with_sinks,
 )
-from vllm_kvevict.kernels.window_scores import add_sink, cap_logits, load_query, load_tokens, product_rows
+from vllm_kvevict.kernels.paged_tiles import add_sink, cap_logits, load_query, load_tokens, product_rows
 
 # The numbers are those of the enums in csrc/cpu/slot_scores.cpp.
 GROUP_CODES = {"mean": 0, "max": 1}

@@ -11,7 +11,7 @@ from vllm_kvevict.kernels.native import function
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
 from vllm_kvevict.kernels.paged import DTYPE_CODES, LOG2_E, capped, softmax_with_sinks
-from vllm_kvevict.kernels.window_scores import add_sink, cap_logits
+from vllm_kvevict.kernels.paged_tiles import add_sink, cap_logits
 
 # Queries that the reference looks at in one go, so that its memory does not grow with the chunk.
 REFERENCE_QUERIES = 256

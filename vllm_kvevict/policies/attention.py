@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from vllm_kvevict.kernels.paged import capped
-from vllm_kvevict.policies.batch import STRETCH, ScoreBatch
+from vllm_kvevict.policies.batch import ScoreBatch
+from vllm_kvevict.policies.stretches import STRETCH
 
 
 @dataclass(frozen=True)

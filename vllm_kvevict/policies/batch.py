@@ -16,8 +16,8 @@ from vllm_kvevict.kernels.slot_scores import Fusion, Group, SlotBatch, slot_scor
 from vllm_kvevict.kernels.window_batch import Reduction, WindowBatch
 from vllm_kvevict.kernels.window_scores import window_scores
 from vllm_kvevict.policies import scratch
+from vllm_kvevict.policies.stretches import TILE
 
-_TILE, STRETCH = 1024, 64  # tokens
 # of a policy, the ways to do something: for one request, and as the last one for several
 _TO_SCORE = ("score", "score_layers", "score_batch")
 _TO_OBSERVE = ("observe", "observe_chunks")
@@ -241,7 +241,7 @@ class ScoreBatch:
         """Return [num_reqs * num_layers * num_kv_heads, max_kv_len] float32 to be filled, tile by tile."""
         return self.keys.new_empty(self.kv_lens.numel(), self.max_kv_len, dtype=torch.float32)
 
-    def head_tiles(self, num_bytes: int, size: int = _TILE, heads: range | None = None) -> Iterator[slice]:
+    def head_tiles(self, num_bytes: int, size: int = TILE, heads: range | None = None) -> Iterator[slice]:
         """Yield tiles of heads, in a row, of which a tile of tokens fits into the scratch.
 
         num_bytes: what is held at once by each token of a head
@@ -253,13 +253,13 @@ class ScoreBatch:
         for first, end in scratch.tiles([of_head] * len(heads)):
             yield slice(heads[first], heads[end - 1] + 1, heads.step)
 
-    def token_tiles(self, size: int = _TILE, end: int | None = None) -> Iterator[tuple[int, int]]:
+    def token_tiles(self, size: int = TILE, end: int | None = None) -> Iterator[tuple[int, int]]:
         """Yield bounds of tiles of at most ``size`` tokens, up to ``end``; None: of all."""
         last = self.max_kv_len if end is None else end
         for start in range(0, last, size):
             yield start, min(start + size, last)
 
-    def tiles(self, num_bytes: int, size: int = _TILE) -> Iterator[tuple[slice, int, int]]:
+    def tiles(self, num_bytes: int, size: int = TILE) -> Iterator[tuple[slice, int, int]]:
         """Yield tiles of heads, as ``head_tiles``, each with bounds of tiles of tokens, as ``token_tiles``."""
         for heads in self.head_tiles(num_bytes, size):
             for start, end in self.token_tiles(size):
@@ -371,38 +371,3 @@ def _newest(policy: type, ways: tuple[str, ...]) -> str:
     return next(
         found[-1] for cls in policy.__mro__ if (found := [way for way in ways if way in vars(cls)])
     )  # fmt: skip
-
-
-def in_stretches(x: torch.Tensor) -> torch.Tensor:
-    """Return [num_heads, num_stretches, stretch, *], the tokens of ``x`` [num_heads, num_tokens, *], padded with 0.
-
-    Work that goes stretch by stretch gives a head the same result, bit by bit, however many tokens others hold.
-    """
-    padding = [0, 0] * (x.dim() - 2) + [0, -x.shape[1] % STRETCH]
-    stretches: torch.Tensor = F.pad(x, padding).unflatten(1, (-1, STRETCH))
-    return stretches
-
-
-def sum_of_tokens(x: torch.Tensor) -> torch.Tensor:
-    """Return [num_heads, *], the sum of the tokens of ``x`` [num_heads, num_tokens, *]; 0 behind changes no bit."""
-    return in_stretches(x).sum(dim=2).cumsum(dim=1)[:, -1]
-
-
-def products(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-    """Return [num_heads, num_tokens, m], each row times its matrix; no bit depends on how many rows there are.
-
-    rows:     [num_heads, num_tokens, n]
-    matrices: [num_heads, n, m], or one for all
-    """
-    multiplied: torch.Tensor = in_stretches(rows) @ matrices[:, None]
-    return multiplied.flatten(1, 2)[:, : rows.shape[1]]
-
-
-def in_whole_stretches(num_tokens: int) -> int:
-    """Return at least so many tokens, and no part of a stretch."""
-    return -(-num_tokens // STRETCH) * STRETCH
-
-
-def tile_size(stretch: int) -> int:
-    """Return the tokens of a tile that cuts no stretch of ``stretch`` tokens, counted from the first one."""
-    return max(_TILE // stretch, 1) * stretch

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 from vllm_kvevict.cache.plan import cdiv
 from vllm_kvevict.policies.base import POLICIES
-from vllm_kvevict.policies.batch import ScoreBatch, tile_size
+from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.options import at_least
+from vllm_kvevict.policies.stretches import tile_size
 from vllm_kvevict.policies.wrapper import WrapperPolicy
 
 

@@ -19,10 +19,11 @@ from vllm_kvevict.kernels.leverage import block_bytes, leverage
 from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies import scratch
 from vllm_kvevict.policies.base import POLICIES, Need
-from vllm_kvevict.policies.batch import STRETCH, Prompt, ScoreBatch, in_whole_stretches
+from vllm_kvevict.policies.batch import Prompt, ScoreBatch
 from vllm_kvevict.policies.batch_policy import BatchPolicy
 from vllm_kvevict.policies.options import ODD, at_least
 from vllm_kvevict.policies.prompt_chunks import PromptChunks
+from vllm_kvevict.policies.stretches import STRETCH, in_whole_stretches
 from vllm_kvevict.policies.window import pool_in_place
 
 _TILE = 1024  # tokens
@@ -70,7 +71,8 @@ class Compactor(BatchPolicy):
     itself only, whatever its length; both implementations let its padding draw or give attention. A last leverage
     block shorter than half a block joins the one before it. One sketch serves all layers, heads and requests, as in
     the engine; kvpress draws anew each time. The allocator is "adakv", since the experiments rank heads jointly; its
-    ``alpha`` of 0.2 is a floor that the paper does not have (``allocator_options: {"alpha": 0}``).
+    ``alpha`` of 0.2 is a floor that the paper does not have (``allocator_options: {"alpha": 0}``). The attention inside
+    a chunk is not the model's own, and knows neither its sinks nor its soft-capping.
 
     leverage_weight:   weight of the leverage, >= 0; None: the fraction of the prompt that goes
     sketch_rank:       columns of the sketch, >= 1

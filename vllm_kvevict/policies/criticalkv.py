@@ -10,8 +10,9 @@ import torch
 
 from vllm_kvevict.kernels.select import select
 from vllm_kvevict.policies.base import POLICIES, Need
-from vllm_kvevict.policies.batch import ScoreBatch, products
+from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.options import at_least, between
+from vllm_kvevict.policies.stretches import products
 from vllm_kvevict.policies.wrapper import WrapperPolicy
 
 

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 
 from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.policies.base import POLICIES
-from vllm_kvevict.policies.batch import ScoreBatch, in_stretches, products, sum_of_tokens, tile_size
+from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.batch_policy import BatchPolicy
 from vllm_kvevict.policies.options import at_least
+from vllm_kvevict.policies.stretches import in_stretches, products, sum_of_tokens, tile_size
 
 Gather = Callable[[slice, int, int], torch.Tensor]  # such as ScoreBatch.gather_keys
 

@@ -19,10 +19,11 @@ from vllm_kvevict.kernels.rotary import Rotary
 from vllm_kvevict.policies import scratch
 from vllm_kvevict.policies.attention import log_sum, log_sums_of_stretches
 from vllm_kvevict.policies.base import POLICIES, Need
-from vllm_kvevict.policies.batch import ScoreBatch, products
+from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.batch_policy import BatchPolicy
 from vllm_kvevict.policies.options import at_least
 from vllm_kvevict.policies.prompt_chunks import PromptChunks
+from vllm_kvevict.policies.stretches import products
 
 _STRIP = 256  # queries of one prompt whose products are summed at once: a shorter strip ends in zeros
 _BYTES_PER_NUMBER = 24  # of a query, while its rotation is undone
@@ -71,7 +72,8 @@ class ExpectedAttention(BatchPolicy):
     Departures: queries are un-rotated, not computed again from hidden states. Future positions past the end of the
     model's rotary table are left out, since no query can stand there; a prompt that fills the table is judged by its
     last position. s is the model's own scale, which is 1 / sqrt(head_size) in kvpress. Sinks get the highest score of
-    the layer, not one more than that. The allocator is "uniform", as in the class of kvpress.
+    the layer, not one more than that. Logits are not capped, whatever the model does, and its own sinks, which take as
+    much from every token, are left out. The allocator is "uniform", as in the class of kvpress.
 
     num_future_positions: positions after the prompt over which RoPE is averaged, >= 1
     num_sink:             tokens at the start that are protected and take no part in the statistics, >= 0

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from vllm_kvevict.policies.base import POLICIES
-from vllm_kvevict.policies.batch import ScoreBatch, sum_of_tokens
+from vllm_kvevict.policies.batch import ScoreBatch
 from vllm_kvevict.policies.batch_policy import BatchPolicy
+from vllm_kvevict.policies.stretches import sum_of_tokens
 
 
 @POLICIES.register("keydiff")

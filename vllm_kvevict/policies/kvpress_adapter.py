@@ -55,7 +55,8 @@ class PressPolicy(EvictionPolicy):
     carried from one layer to the next. The press's ``compression_ratio`` is the one that keeps ``num_kept`` tokens.
 
     The last queries are as many as the press needs, found by trying 0, 1 and every number among its options; they
-    always stay. Random numbers come from a fixed seed: the same for every layer and request.
+    always stay. Random numbers come from a fixed seed: the same for every layer and request. What a press computes of
+    attention knows neither sinks nor soft-capping of the model.
 
     Raises ValueError, when it is built, for a press that needs more.
     """

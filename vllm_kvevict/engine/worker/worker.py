@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.distributed.parallel_state import is_global_first_rank
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
@@ -31,6 +32,7 @@ from vllm_kvevict.engine.settings import eviction_config
 from vllm_kvevict.engine.worker.backends.base import EvictionMetadataBuilder
 from vllm_kvevict.engine.worker.bridge import EvictionBridge
 from vllm_kvevict.engine.worker.draft import DraftBridge
+from vllm_kvevict.engine.worker.evicted_part import evicted_part
 from vllm_kvevict.engine.worker.side_memory import ModelMemory, SideMemory, is_evicted
 from vllm_kvevict.engine.worker.warm_up import register
 from vllm_kvevict.engine.worker.whole_rows import check_fields
@@ -80,6 +82,10 @@ class EvictionWorkerMixin(Worker):
         ]
         self.side_memory = SideMemory(self.vllm_config, config, taken)
         setattr(self.vllm_config, MISSING_NEEDS, self.missing_needs())
+        if is_global_first_rank():
+            of_drafts = split_draft_layers(list(self.get_kv_cache_spec()))[1]
+            of_model = {name: spec for name, spec in self.get_kv_cache_spec().items() if name not in of_drafts}
+            logger.info(evicted_part(of_model, self.vllm_config))
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         check_fields()
