@@ -17,15 +17,16 @@ import pytest
 from tests.conftest import USES_V2_RUNNER
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
+from tools.matrix.families import FAMILIES
+from tools.matrix.families import SETTINGS as OF_FAMILIES
 
 NUM_REQUESTS = int(os.environ.get("KVEVICT_STRESS_REQUESTS", 50 if USES_V2_RUNNER else 60))
 MODELS = [
     ("tiny_llama", 1),
-    pytest.param("tiny_gemma", 0, marks=pytest.mark.more_on_v2("on V1 the same requests run over sliding windows")),
+    pytest.param("tiny_gemma", 0, marks=pytest.mark.more("on V1 there are sinks beside sliding windows")),
 ]
 if not USES_V2_RUNNER:
-    MORE_SEEDS = pytest.mark.more("other random requests over the same model")
-    MODELS += [pytest.param("tiny_llama", seed, marks=MORE_SEEDS) for seed in (0, 2)]
+    MODELS += [("gpt-oss", 0)]
 MAX_PROMPT = 1028
 OPTIONS: list[dict[str, Any] | None] = [
     None,
@@ -130,12 +131,16 @@ def run_at_random(
 @pytest.mark.feature("eviction while the answer grows")
 @pytest.mark.parametrize(("model", "seed"), MODELS)
 def test_every_answer_is_that_of_a_fresh_engine(request: pytest.FixtureRequest, model: str, seed: int) -> None:
-    folder = request.getfixturevalue(model)
+    if model.startswith("tiny"):
+        folder, settings = request.getfixturevalue(model), SETTINGS
+    else:
+        folder, settings = request.getfixturevalue("tmp_path"), SETTINGS | OF_FAMILIES
+        next(family for family in FAMILIES if family.name == model).build(folder)
     blocks = NUM_BLOCKS if model == "tiny_llama" else 2 * NUM_BLOCKS
-    options = OPTIONS if model == "tiny_gemma" else OPTIONS + LOOKAHEAD
-    with engine(folder, num_gpu_blocks_override=blocks, max_num_seqs=MAX_REQUESTS, **SETTINGS) as running:
+    options = OPTIONS + LOOKAHEAD if model == "tiny_llama" else OPTIONS
+    with engine(folder, num_gpu_blocks_override=blocks, max_num_seqs=MAX_REQUESTS, **settings) as running:
         comparable = served_at_random(running, seed, options)
-    with engine(folder, enable_prefix_caching=False, **SETTINGS) as fresh:
+    with engine(folder, enable_prefix_caching=False, **settings) as fresh:
         check_answers(fresh, comparable)
 
 
