@@ -20,11 +20,12 @@ from vllm_kvevict.engine.offline.check.answers import Answer, difference, noise_
 from vllm_kvevict.engine.offline.check.dense import DenseModel
 from vllm_kvevict.engine.offline.check.reachable import bridges_of, held_beside_cache
 from vllm_kvevict.engine.offline.run import check_in_process, engine_args
+from vllm_kvevict.engine.scheduler.managers import EvictionManager
 from vllm_kvevict.eviction.record import recorded_evictions
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies import POLICIES
 
-LENGTHS, NUM_ANSWERED, BUDGET, LOGPROBS = (40, 300, 700), 40, 128, 5
+LENGTHS, NUM_ANSWERED, BUDGET, LOGPROBS = (40, 300, 700), 40, 128, 20
 BY_BLOCK = {"kv_evict_during_decode": 1}
 # schedule -> options of a request whose prompt is longer than the budget
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -59,6 +60,15 @@ class Running:
         return count
 
     @property
+    def _num_held(self) -> int:
+        """Blocks of all requests, those beside them not counted that layers hold which are not evicted."""
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        of_requests = [
+            blocks for each in managers if isinstance(each, EvictionManager) for blocks in each.req_to_blocks.values()
+        ]
+        return sum(not block.is_null for blocks in of_requests for block in blocks)
+
+    @property
     def is_float32(self) -> bool:
         return bool(self.vllm_config.model_config.dtype == torch.float32)
 
@@ -69,17 +79,17 @@ class Running:
         return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
 
     def answer(self, prompt: list[int], **options: Any) -> tuple[Answer, list[int]]:
-        """Return a greedy answer, and how many blocks its request held behind each step."""
+        """Return a greedy answer, and how many blocks its request held behind each step in layers that are evicted."""
         params = SamplingParams(
             temperature=0.0, max_tokens=NUM_ANSWERED, ignore_eos=True, logprobs=LOGPROBS, detokenize=False,
             extra_args=options or None,
         )  # fmt: skip
-        self._num_asked, free = self._num_asked + 1, self.num_free_blocks
+        self._num_asked += 1
         self.llm.llm_engine.add_request(f"check-{self._num_asked}", {"prompt_token_ids": prompt}, params)
         held, last = [], None
         while self.llm.llm_engine.has_unfinished_requests():
             last = next(iter(self.llm.llm_engine.step()), last)
-            held.append(free - self.num_free_blocks)
+            held.append(self._num_held)
         if last is None:
             raise AssertionError("the request ended without an answer")
         (output,) = last.outputs
