@@ -33,9 +33,9 @@ from vllm_kvevict import kv_eviction_args, register
 from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.config import AUTO, EvictionConfig
 from vllm_kvevict.engine.checks import check_config
-from vllm_kvevict.engine.frontend.install import refuse_unsupported
 from vllm_kvevict.engine.frontend.requests import with_checked_options
 from vllm_kvevict.engine.messages import REPORTS, STEP, EvictionReport, PrefillEnd, StepEvictions
+from vllm_kvevict.engine.refusals import of_config, refuse
 from vllm_kvevict.engine.scheduler.managers import EvictionSpec, with_eviction_managers
 from vllm_kvevict.engine.settings import FIELD
 
@@ -119,7 +119,7 @@ def make_config(model: Path, setting: Setting) -> VllmConfig:
     config.parallel_config.worker_cls = "vllm.v1.worker.cpu_worker.CPUWorker"
     eviction = EvictionConfig.parse(setting.eviction)
     config.additional_config = {FIELD: eviction.model_dump(exclude_unset=True)}
-    refuse_unsupported(config)
+    refuse(of_config(config))
     eviction.check_block_size(BLOCK)
     check_config(eviction, config)
     kind = "AsyncEvictionScheduler" if setting.async_scheduling else "EvictionScheduler"

@@ -385,7 +385,7 @@ def test_models_that_cannot_work_are_refused_by_name(
 )
 def test_layers_that_cannot_work_are_refused_by_name(tiny_llama: Path, attribute: dict[str, Any], name: str) -> None:
     settings = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto", **attribute}
-    message = f"--kv-eviction does not work with {name}.*; leave --kv-eviction out"
+    message = f"--kv-eviction does not work with {name}.*; use another model or leave --kv-eviction out"
     with set_current_vllm_config(created(tiny_llama)), pytest.raises(ValueError, match=message):
         EvictionCPUImpl(2, 32, 1.0, 2, **settings)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from vllm_kvevict.cache.plan import cdiv
 from vllm_kvevict.config import EvictionConfig
@@ -20,7 +21,6 @@ from vllm_kvevict.engine.offline.check.answers import Answer, difference, noise_
 from vllm_kvevict.engine.offline.check.dense import DenseModel
 from vllm_kvevict.engine.offline.check.reachable import bridges_of, held_beside_cache
 from vllm_kvevict.engine.offline.run import check_in_process, engine_args
-from vllm_kvevict.engine.scheduler.managers import EvictionManager
 from vllm_kvevict.eviction.record import recorded_evictions
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies import POLICIES
@@ -64,7 +64,10 @@ class Running:
         """Blocks of all requests, those beside them not counted that layers hold which are not evicted."""
         managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         of_requests = [
-            blocks for each in managers if isinstance(each, EvictionManager) for blocks in each.req_to_blocks.values()
+            blocks
+            for each in managers
+            if isinstance(each, FullAttentionManager)
+            for blocks in each.req_to_blocks.values()
         ]
         return sum(not block.is_null for blocks in of_requests for block in blocks)
 

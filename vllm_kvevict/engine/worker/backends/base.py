@@ -28,6 +28,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_kvevict.cache.pages import Packing, PagePool
+from vllm_kvevict.engine.refusals import of_layer, refuse
 from vllm_kvevict.engine.scheduler.managers import with_eviction_managers
 from vllm_kvevict.engine.worker.all_rows import AllRows
 from vllm_kvevict.engine.worker.bridge import EvictionBridge
@@ -215,13 +216,7 @@ class EvictionImpl(AttentionImpl[Any]):
             self._refuse_unsupported()
 
     def _refuse_unsupported(self) -> None:
-        unsupported = {
-            "ALiBi": self.alibi_slopes is not None,
-            "KV sharing between layers": self.kv_sharing_target_layer_name is not None,
-        }
-        for name, is_on in unsupported.items():
-            if is_on:
-                raise ValueError(f"--kv-eviction does not work with {name}; leave --kv-eviction out for this model")
+        refuse(of_layer(self))
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         # evicted rows are written in the model's dtype, beside whole ones in the same tensor
