@@ -1,6 +1,7 @@
-"""A program: what engines would be on CUDA, by vLLM's own code on a platform that ``tests.fake_cuda`` fakes.
+"""A program: what engines would be on CUDA or ROCm, by vLLM's own code on a platform that ``tests.fake_cuda`` fakes.
 
-Reads a list of cases from its standard input and writes to the file that it is given, both JSON. Of each case it makes
+Reads a list of cases from its standard input and writes to the file that it is given, both JSON; behind it may stand
+the platform, "cuda" or "rocm". Of each case it makes
 the configuration, then the attention layers as our worker's ``load_model`` makes them, without weights, and asks vLLM
 what would come of them. No engine starts.
 """
@@ -32,7 +33,7 @@ REPLACED = {
 }
 REPLACING_MODULE = "vllm.v1.worker.cpu.shm"
 
-fake_cuda.install()
+fake_cuda.install(*sys.argv[2:])
 
 import vllm  # noqa: E402
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config  # noqa: E402

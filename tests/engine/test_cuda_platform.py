@@ -17,7 +17,7 @@ from transformers import Gemma3TextConfig, Gemma4TextConfig, LlamaConfig
 from tests.conftest import ROOT
 from vllm_kvevict import kv_eviction_args
 
-CAPABILITIES = {"8.0": (8, 0), "9.0": (9, 0), "10.0": (10, 0), "12.0": (12, 0)}
+CAPABILITIES = ("8.0", "9.0", "10.0", "12.0")
 SIZES = {"hidden_size": 128, "intermediate_size": 128, "vocab_size": 512}
 GEMMA = {**SIZES, "num_hidden_layers": 6, "head_dim": 256, "hidden_size_per_layer_input": 0}
 
@@ -57,7 +57,7 @@ class Case:
         return {
             "model": str(folder / self.model),
             "args": args,
-            "capability": CAPABILITIES[self.capability],
+            "capability": [int(part) for part in self.capability.split(".")],
             "flash_attention_4": self.flash_attention_4,
         }
 
@@ -148,11 +148,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name, config in MODELS.items():
         config.dtype = "bfloat16"
         config.save_pretrained(folder / name)
-    cases = {**CASES, **{name: case for name, (case, _) in REFUSED.items()}, **WITHOUT}
+    return configured_by({**CASES, **{name: case for name, (case, _) in REFUSED.items()}, **WITHOUT}, folder, "cuda")
+
+
+def configured_by(cases: dict[str, Case], folder: Path, platform: str) -> dict[str, Any]:
     decided_here = ("TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER")
     environment = {name: value for name, value in os.environ.items() if name not in decided_here}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.cuda_platform", str(folder / "results.json")],
+        [sys.executable, "-m", "tests.engine.cuda_platform", str(folder / "results.json"), platform],
         input=json.dumps({name: case.resolved(folder) for name, case in cases.items()}),
         env=environment,
         cwd=ROOT,
@@ -243,3 +246,26 @@ def test_no_class_of_ours_replaces_the_streams_and_events_of_torch(results: dict
         "scheduler.managers.PrivateSlidingWindowSpec",
         "scheduler.managers.PrivateSlidingWindowManager",
     } <= {name.removeprefix("vllm_kvevict.engine.") for name in results["replaced"]}
+
+
+@pytest.mark.more("on ROCm the worker is the same, and one attention backend takes the place of all")
+@pytest.mark.feature("ROCm: vLLM's GPU worker with Triton attention, not run on a GPU", runners=("V2",))
+def test_on_rocm_triton_attention_takes_the_place_of_all(tmp_path: Path) -> None:
+    for name in ("llama", "gemma 3"):
+        MODELS[name].dtype = "bfloat16"
+        MODELS[name].save_pretrained(tmp_path / name)
+    cases = {
+        "any": Case("InPlaceOfROCm", "9.4"),
+        "gemma 3": Case("InPlaceOfROCm", "9.4", "gemma 3"),
+        "triton": Case(TRITON, "9.4", args=prefer("TRITON_ATTN")),
+        "aiter": Case("InPlaceOfROCm", "9.4", args=prefer("ROCM_AITER_UNIFIED_ATTN")),
+    }
+    found = configured_by(cases, tmp_path, "rocm")
+    for name, case in cases.items():
+        result = configured(found, name)
+        assert result["platform"] == "rocm"
+        assert result["worker"] == "vllm_kvevict.engine.worker.gpu_worker.EvictionGPUWorker"
+        assert {backend for backend, *_ in result["layers"].values()} == {case.expected}
+        assert {impl for _, impl, _ in result["layers"].values()} == {"EvictionTritonImpl"}
+        assert result["layouts"] == ["LBHNC"] and result["block_size"] == 16
+        assert "not been run on a GPU" in result["warnings"][0]

@@ -235,7 +235,7 @@ REFUSED_CACHES = sorted({*get_args(CacheDType)} - {"auto", "fp8", "fp8_e4m3", "f
         pytest.param(
             {"worker_cls": "vllm.v1.worker.gpu_worker.Worker"},
             "the worker vllm.v1.worker.gpu_worker.Worker on the cpu platform",
-            marks=pytest.mark.refused("platforms other than CPU and CUDA"),
+            marks=pytest.mark.refused("platforms other than CPU, CUDA and ROCm"),
         ),
         pytest.param({"kv_transfer_config": CONNECTOR}, "KV connectors", marks=pytest.mark.refused("KV connectors")),
         pytest.param({"runner": "pooling"}, "pooling models", marks=pytest.mark.refused("pooling models")),

@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.interface import CpuArchEnum
 
 from tests.engine.harness import engine
+from tests.tiny_llama import random_prompt
 from vllm_kvevict.kernels import native
 
 # each test starts an engine, in seconds: what is said when one starts is what they are about
@@ -78,3 +81,17 @@ def test_an_engine_with_a_library_says_nothing(
     shutil.copy(INSTALLED, package)
     with engine(tiny_llama):
         assert not said_of_kernels(vllms_log)
+
+
+@pytest.mark.feature("CPU on Arm, with the kernels' definitions or built from the sdist, not run on such a machine")
+def test_a_machine_that_says_it_is_an_arm_serves_by_the_definitions(
+    tiny_llama: Path, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM would take its kernel for NEON, whose pages are packed otherwise; ours takes the one for every machine."""
+    monkeypatch.setattr(CpuPlatform, "get_cpu_architecture", classmethod(lambda cls: CpuArchEnum.ARM))
+    with engine(tiny_llama) as running:
+        layers = running.worker.vllm_config.compilation_config.static_forward_context.values()
+        assert {layer.isa for layer in layers} == {"vec"}
+        running.tokens([random_prompt(400, seed=1)], max_tokens=4)
+        assert running.num_evictions == 1 and native.library() is None
+        running.check_all_free()

@@ -18,6 +18,7 @@ from vllm_kvevict.engine.models import evicted_models
 WORKERS = {
     ("cpu", "vllm.v1.worker.cpu_worker.CPUWorker"): "vllm_kvevict.engine.worker.cpu_worker.EvictionCPUWorker",
     ("cuda", "vllm.v1.worker.gpu_worker.Worker"): "vllm_kvevict.engine.worker.gpu_worker.EvictionGPUWorker",
+    ("rocm", "vllm.v1.worker.gpu_worker.Worker"): "vllm_kvevict.engine.worker.gpu_worker.EvictionGPUWorker",
 }
 _SPECULATION = ("ngram", "draft_model")
 
@@ -64,7 +65,7 @@ def of_config(vllm_config: VllmConfig) -> list[Refusal]:
         Refusal(
             f"the worker {parallel.worker_cls} on the {platform} platform",
             (platform, parallel.worker_cls) not in WORKERS,
-            "use vLLM's own worker on CPU or CUDA",
+            "use vLLM's own worker on CPU, CUDA or ROCm",
         ),
         Refusal(f"the scheduler {scheduler.scheduler_cls!r}", not ours, "drop --scheduler-cls"),
         Refusal("multi-head latent attention (MLA)", any(each.use_mla for each in models), "use another model"),

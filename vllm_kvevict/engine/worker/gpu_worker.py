@@ -1,4 +1,4 @@
-"""vLLM's GPU worker with eviction, on CUDA. Not run on a GPU."""
+"""vLLM's GPU worker with eviction, on CUDA and ROCm. Not run on a GPU."""
 
 from __future__ import annotations
 

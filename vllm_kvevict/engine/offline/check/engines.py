@@ -63,13 +63,8 @@ class Running:
     def _num_held(self) -> int:
         """Blocks of all requests, those beside them not counted that layers hold which are not evicted."""
         managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
-        of_requests = [
-            blocks
-            for each in managers
-            if isinstance(each, FullAttentionManager)
-            for blocks in each.req_to_blocks.values()
-        ]
-        return sum(not block.is_null for blocks in of_requests for block in blocks)
+        tables = [each.req_to_blocks for each in managers if isinstance(each, FullAttentionManager)]
+        return sum(not block.is_null for requests in tables for blocks in requests.values() for block in blocks)
 
     @property
     def is_float32(self) -> bool:

@@ -1,4 +1,4 @@
-"""On CUDA: our attention backends in place of those that the platform would choose. Not run on a GPU."""
+"""On CUDA and ROCm: our attention backends in place of those that the platform would choose. Not run on a GPU."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ from vllm_kvevict.engine.worker.backends.triton import EvictionTritonBackend
 
 logger = logging.getLogger("vllm.kvevict")
 
+_OF_ROCM = (
+    AttentionBackendEnum.ROCM_ATTN,
+    AttentionBackendEnum.ROCM_AITER_FA,
+    AttentionBackendEnum.ROCM_AITER_UNIFIED_ATTN,
+)
 XFORMERS = "vllm_kvevict.engine.worker.backends.xformers.EvictionXformersBackend"  # imported only where it is asked for
 
 
@@ -55,9 +60,16 @@ class InPlaceOfFlashAttention(InPlaceOfAnother):
         return reasons or super().validate_configuration(*args, **kwargs)
 
 
+class InPlaceOfROCm(InPlaceOfAnother):
+    """In place of the backends that vLLM has for ROCm alone, those of AITER among them."""
+
+    reason = "vLLM's attention backends for ROCm read no page tables per KV head"
+
+
 @contextmanager
 def cuda_backends(vllm_config: VllmConfig) -> Iterator[None]:
-    """Layers built inside this context use ours where the platform asks for FlashAttention, Triton or FlashInfer.
+    """Layers built inside this context use ours where the platform asks for FlashAttention, Triton, FlashInfer or those
+    of ROCm.
 
     Whatever cannot attend over evicted rows is replaced by Triton attention, for all layers of the engine alike: those
     of one cache group must share a backend. Asked for ``CUSTOM``, it gets xformers, unless somebody else has registered
@@ -70,6 +82,7 @@ def cuda_backends(vllm_config: VllmConfig) -> Iterator[None]:
         AttentionBackendEnum.FLASHINFER: InPlaceOfFlashInfer,
         AttentionBackendEnum.TRITON_FLASH_ATTN: InPlaceOfComposite,
         AttentionBackendEnum.TRITON_FLASHINFER: InPlaceOfComposite,
+        **dict.fromkeys(_OF_ROCM, InPlaceOfROCm),
     }
     if not AttentionBackendEnum.CUSTOM.is_overridden():
         ours[AttentionBackendEnum.CUSTOM] = XFORMERS
