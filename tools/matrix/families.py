@@ -258,6 +258,7 @@ FAMILIES = [
             "intermediate_size": 64,
             "rotary_dim": 16,
             "scoring_func": "sigmoid",
+            "use_routing_bias": True,
         },
         # vLLM routes by a sigmoid on a GPU only; the best expert is the same, and its weight is 1
         overrides={"scoring_func": "softmax"},
