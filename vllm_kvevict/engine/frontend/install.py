@@ -23,7 +23,7 @@ from vllm_kvevict.engine.frontend.requests import (
     with_early_check,
     with_early_check_of_responses,
 )
-from vllm_kvevict.engine.models import evicted_models
+from vllm_kvevict.engine.models import evicted_models, num_sharing
 from vllm_kvevict.engine.reserve import reserve_of
 from vllm_kvevict.engine.settings import FIELD
 from vllm_kvevict.engine.versions import check_version
@@ -142,6 +142,16 @@ def _unsupported(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
             f"a draft model's KV cache of {drafts}",
             drafts not in (None, "auto", dtype, *FLOAT8_DTYPES),
             "use auto or fp8 for kv_cache_dtype in --speculative-config,",
+        ),
+        (
+            "fast prefill, which drops the queries of layers that share the keys and values of others",
+            cache.kv_sharing_fast_prefill,
+            "drop --kv-sharing-fast-prefill",
+        ),
+        (
+            "a draft model with layers that share the keys and values of others",
+            any(map(num_sharing, models[1:])),
+            "use another draft model",
         ),
         (
             "layers whose KV cache has another dtype",
