@@ -18,7 +18,9 @@ from tests.tiny_llama import VOCAB_SIZE, random_prompt
 from tools.matrix.families import FAMILIES
 from vllm_kvevict.engine.models import windows_of
 from vllm_kvevict.engine.offline.check.dense import DenseModel
+from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.engine.worker.sharing import sharing_targets
+from vllm_kvevict.policies import Need
 
 BUDGET, NUM_KV_HEADS = 128, 2
 NUM_BLOCKS = BUDGET // BLOCK
@@ -150,8 +152,8 @@ def test_requests_are_answered_as_alone(running: Engine) -> None:
         *[{"kv_eviction": "tova", **BY_BLOCK, "kv_evict_interval": 1}] * 2,
         *({"kv_eviction": policy} for policy in OTHER_POLICIES),
     ]
-    prompts = [random_prompt(140 + 5 * index, seed=index) for index in range(len(options))]
-    running.check_as_alone(list(zip(prompts, options, strict=True)), 16)
+    prompts = [random_prompt(150 + index, seed=index) for index in range(len(options))]  # the next block is near
+    running.check_as_alone(list(zip(prompts, options, strict=True)), 12)
 
 
 def test_pages_are_those_of_layers_that_write(running: Engine) -> None:
@@ -162,6 +164,22 @@ def test_pages_are_those_of_layers_that_write(running: Engine) -> None:
     # the ring has the queries of all that read
     assert running.bridge.ring.num_bytes == 4 * running.bridge.ring.slots.max_num_reqs * running.bridge.ring.depth * (
         running.bridge.ring.bytes_per_query
+    )
+
+
+def test_layers_that_rotate_otherwise_are_told_apart(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, bridge = running.worker.model_runner.model, running.bridge
+    names = [name for name, reader in bridge.readers._named.items() if reader.writes]
+    targets = sharing_targets(running.llm.llm_engine.vllm_config, names)
+    assert ModelWeights(model, names, 2048, None, targets).missing == {}
+    modules = dict(model.named_modules())
+    last, windowed = (modules[f"model.layers.{layer}.self_attn"] for layer in (7, 6))
+    monkeypatch.setattr(last, "rotary_emb", windowed.rotary_emb)
+    missing = ModelWeights(model, names, 2048, None, targets).missing
+    assert missing.keys() == {Need.ROTARY.name}
+    assert missing[Need.ROTARY.name] == (
+        "of its layer model.layers.7.self_attn.attn queries are rotated otherwise than the keys of "
+        "model.layers.3.self_attn.attn, which it reads"
     )
 
 

@@ -81,7 +81,8 @@ class ModelMemory:
         summed = [policy.state_bytes(num_heads * n, spec.num_kv_heads, spec.head_size) for n in readers.counts]
         summed_bytes = sum(summed) / len(layers)
         needs = traits_of(policy).needs
-        weights = ModelWeights(model, layers, max_tokens, {} if Need.OUTPUT_PROJECTION in needs else None)
+        projections: dict[str, torch.Tensor] | None = {} if Need.OUTPUT_PROJECTION in needs else None
+        weights = ModelWeights(model, layers, max_tokens, projections, targets)
         weights.check(config.policy, needs)
         if Need.OUTPUT_PROJECTION in needs:
             for layer in range(len(layers)):  # which keeps the copies of W_O
