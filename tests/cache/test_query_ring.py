@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from vllm_kvevict.cache.query_ring import QueryRing
+from vllm_kvevict.cache.readers import Readers
 
 LAYERS, DEPTH, HEADS, HEAD_SIZE = 2, 8, 3, 4
 
@@ -52,3 +53,21 @@ def test_last_queries_of_requests_in_changing_batches():
 def test_nothing_is_kept_for_requests_without_a_slot():
     ring = QueryRing(torch.zeros(LAYERS, 4, DEPTH, HEADS, HEAD_SIZE))
     assert ring.to_write(["a"], np.array([0, 1]), torch.tensor([7])) is None
+
+
+def test_queries_of_layers_that_share_pages_come_together():
+    """Layer 1 is read by three, two of which have no pages; its two KV heads have twice as many neighbours each."""
+    readers = Readers(["a", "b", "c"], {"d": "b", "e": "b"}, num_kv_heads=2)
+    ring = QueryRing(torch.zeros(readers.num, 2, DEPTH, 4, HEAD_SIZE), readers)
+    ring.slots.take("x")
+    where = ring.to_write(["x"], np.array([0, DEPTH]), torch.tensor([DEPTH]))
+    queries = torch.randn(readers.num, DEPTH, 4, HEAD_SIZE)
+    for number in range(readers.num):
+        ring.write(number, queries[number], where)
+    slots, num_tokens = torch.tensor([ring.slots["x"]]), torch.tensor([DEPTH])
+    assert [*readers.stretches()] == [range(1), range(1, 2), range(2, 3)]
+    for layers in readers.stretches():
+        (found,) = ring.last_of(layers, slots, num_tokens, 3)
+        of_readers = queries[readers.numbers[layers[0]], -3:].unflatten(2, (2, 2))
+        expected = [of_readers[:, :, head].transpose(0, 1).flatten(1, 2) for head in range(2)]
+        assert torch.equal(found[0], torch.cat(expected, dim=1))

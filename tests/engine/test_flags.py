@@ -238,6 +238,11 @@ REFUSED_CACHES = sorted({*get_args(CacheDType)} - {"auto", "fp8", "fp8_e4m3", "f
             marks=pytest.mark.refused("platforms other than CPU, CUDA and ROCm"),
         ),
         pytest.param({"kv_transfer_config": CONNECTOR}, "KV connectors", marks=pytest.mark.refused("KV connectors")),
+        pytest.param(
+            {"kv_sharing_fast_prefill": True},
+            "fast prefill, which drops the queries of layers that share the keys and values of others; drop --kv-shar",
+            marks=pytest.mark.refused("fast prefill of layers that share keys and values"),
+        ),
         pytest.param({"runner": "pooling"}, "pooling models", marks=pytest.mark.refused("pooling models")),
     ],
 )
@@ -376,11 +381,6 @@ def test_models_that_cannot_work_are_refused_by_name(
     ("attribute", "name"),
     [
         pytest.param({"alibi_slopes": [1.0, 0.5]}, "ALiBi", marks=pytest.mark.refused("ALiBi")),
-        pytest.param(
-            {"kv_sharing_target_layer_name": "model.layers.0"},
-            "KV sharing between layers",
-            marks=pytest.mark.refused("KV sharing between layers"),
-        ),
     ],
 )
 def test_layers_that_cannot_work_are_refused_by_name(tiny_llama: Path, attribute: dict[str, Any], name: str) -> None:

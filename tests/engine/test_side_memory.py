@@ -124,6 +124,7 @@ def spec_of(num_kv_heads: int, head_size: int, block_size: int) -> Any:
     st.integers(1, 1024),
     st.integers(0, 2**40),
     st.sampled_from([0.0, 0.0005, 0.009]),
+    st.integers(0, 90),
 )
 def test_a_cache_of_any_size_leaves_room(
     num_kv_heads: int,
@@ -134,18 +135,22 @@ def test_a_cache_of_any_size_leaves_room(
     most: int,
     available: int,
     per_byte: float,
+    num_sharing: int,
 ) -> None:
     reserve = Reserve(True, most, is_default, 32, 4 * num_kv_heads, torch.bfloat16)
     spec = spec_of(num_kv_heads, head_size, block_size)
-    cache = max(reserve.cache_bytes(available, spec, num_layers, per_byte), 0)
+    num_readers = num_layers + num_sharing
+    cache = max(reserve.cache_bytes(available, spec, num_layers, per_byte, num_readers), 0)
     block_bytes = spec.page_size_bytes * num_layers
     num_blocks = cache // block_bytes
     num_seqs = reserve.num_seqs(num_blocks, spec)
-    ring = num_seqs * reserve.request_bytes(head_size) * num_layers
+    ring = num_seqs * reserve.request_bytes(head_size) * num_readers
     if cache > 0:
         assert num_blocks * block_bytes * (1 + per_byte) + ring <= available + 1
     if is_default:
-        assert 1 <= num_seqs <= most and (num_seqs == 1 or ring <= 0.01 * num_blocks * block_bytes)
+        assert 1 <= num_seqs <= most and (
+            num_seqs == 1 or ring * num_layers <= 0.01 * num_blocks * block_bytes * num_readers
+        )
         # no room is given away: a tenth of a percent more would hold one more request
         more = reserve.num_seqs(int(1.03 * num_blocks) + 1, spec)
         assert num_seqs == most or num_seqs >= int(more / 1.03) - 1

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.paged import make_pool
 from vllm_kvevict.budgets.uniform import Uniform
+from vllm_kvevict.cache.readers import Readers
 from vllm_kvevict.cache.request_slots import RequestSlots
 from vllm_kvevict.eviction.layers import scored_at_once
 from vllm_kvevict.eviction.method import Method
@@ -87,7 +88,10 @@ class Setup:
         )
         query = torch.randn(REQS, LAYERS, 1, 4, 16, generator=generator)
         ring: Any = SimpleNamespace(
-            slots=slots, bytes_per_query=256, last_of=lambda layers, *of: query[:, list(layers)]
+            slots=slots,
+            readers=Readers.of_own_pages(LAYERS),
+            bytes_per_query=256,
+            last_of=lambda layers, *of: query[:, list(layers)],
         )
         self.evictor = TokenEvictor(
             cache.pool, table, self.residents, ring, torch.zeros(4, LAYERS, KV_HEADS, dtype=torch.int64)

@@ -158,6 +158,23 @@ FAMILIES = [
         },
     ),
     Family(
+        "Gemma 4 E2B",
+        "gemma4_text",
+        "layers that share keys and values; sliding windows; wider heads in full layers",
+        {
+            **_HEAD,
+            **_TIED,
+            "num_hidden_layers": 8,
+            "num_kv_shared_layers": 4,
+            "sliding_window": 48,
+            "layer_types": ["sliding_attention", "full_attention"] * 4,
+            "global_head_dim": 64,
+            "use_double_wide_mlp": True,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+            "hidden_size_per_layer_input": 32,
+        },
+    ),
+    Family(
         "Llama 4",
         "llama4_text",
         "chunked attention; full layers without rotary embedding; mixture of experts",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from vllm_kvevict.cache.readers import Readers
 from vllm_kvevict.cache.request_slots import RequestSlots
 from vllm_kvevict.cache.staging import to_device
 
@@ -28,11 +29,16 @@ class RingWrite:
 
 
 class QueryRing:
-    """The last ``depth`` queries of each request in every layer; the query of position p has place p % depth."""
+    """The last ``depth`` queries of each request in every layer; the query of position p has place p % depth.
 
-    def __init__(self, queries: torch.Tensor) -> None:
-        """queries: [num_layers, max_num_reqs, depth, num_heads, head_size], where they are remembered."""
+    Of a layer whose pages several read, the queries of all readers are remembered, and returned as ``Readers.joined``.
+    """
+
+    def __init__(self, queries: torch.Tensor, readers: Readers | None = None) -> None:
+        """queries: [num_readers, max_num_reqs, depth, num_heads, head_size], where they are remembered
+        readers: None: each layer is the only one that reads its pages"""
         self._queries = queries
+        self.readers = Readers.of_own_pages(len(queries)) if readers is None else readers
         self.slots = RequestSlots(queries.shape[1])
         self.depth = queries.shape[2]
         # the last batch, by the slots of its requests and where its queries began; and how far each query that is to be
@@ -69,13 +75,13 @@ class QueryRing:
         _, _, where, behind = self._known
         return replace(where, places=(seq_lens.to(torch.int64)[where.rows] - 1 - behind) % self.depth)
 
-    def write(self, layer: int, queries: torch.Tensor, where: RingWrite) -> None:
-        """Remember those queries of one layer's [num_tokens, num_heads, head_size] that ``where`` names."""
-        self._queries[layer, where.slots, where.places] = queries[where.tokens]
+    def write(self, reader: int, queries: torch.Tensor, where: RingWrite) -> None:
+        """Remember those queries of one reader's [num_tokens, num_heads, head_size] that ``where`` names."""
+        self._queries[reader, where.slots, where.places] = queries[where.tokens]
 
     @property
     def bytes_per_query(self) -> int:
-        """Bytes of one query of all heads."""
+        """Bytes of one query of all heads of a reader."""
         return self._queries.shape[3:].numel() * self._queries.element_size()
 
     def none_of(self, num_reqs: int, layers: range) -> torch.Tensor:
@@ -84,7 +90,7 @@ class QueryRing:
 
     def last_of(self, layers: range, slots: torch.Tensor, num_tokens: torch.Tensor, num_queries: int) -> torch.Tensor:
         """Return [num_reqs, num_layers, num_queries, num_heads, head_size], the last queries of several requests in
-        some layers.
+        some layers; several of them have equally many readers.
 
         slots:       [num_reqs] int64
         num_tokens:  [num_reqs] int64, tokens of each request, the last one being that of its newest query
@@ -93,5 +99,14 @@ class QueryRing:
         if num_queries == 0:
             return self.none_of(len(slots), layers)
         positions = num_tokens[:, None, None] + torch.arange(-num_queries, 0, device=slots.device)
-        layer = torch.arange(layers.start, layers.stop, device=slots.device)
-        return self._queries[layer[:, None], slots[:, None, None], positions % self.depth]
+        first = torch.arange(layers.start, layers.stop, device=slots.device)
+        places = positions % self.depth
+        own = self._queries[first[:, None], slots[:, None, None], places]
+        numbers = [self.readers.numbers[layer] for layer in layers]
+        if len(numbers[0]) == 1:
+            return own
+        shared = [
+            torch.stack([self._queries[number, slots[:, None], places[:, 0]] for number in of_layers], dim=1)
+            for of_layers in zip(*(others for _, *others in numbers), strict=True)
+        ]
+        return self.readers.joined([own, *shared])

@@ -56,6 +56,7 @@ def windows_of(vllm_config: VllmConfig) -> tuple[SlidingWindow, ...]:
     """
     text_config, block_size = vllm_config.model_config.hf_text_config, vllm_config.cache_config.block_size
     kinds = list(getattr(text_config, "layer_types", None) or ())
+    kinds = kinds[: len(kinds) - num_sharing(vllm_config.model_config)]  # which have no cache
     num_full, num_partial = kinds.count("full_attention"), max(map(kinds.count, _PARTIAL))
     if not (num_full and num_partial) or vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         return ()
@@ -79,6 +80,7 @@ def check_pseudo_tokens(name: str, policy: EvictionPolicy, vllm_config: VllmConf
         "data parallelism of a mixture of experts": parallel.data_parallel_size > 1 and model.is_moe,
         "multimodal models": model.is_multimodal_model or model.uses_mrope,
         "layers that see a part of the context only": not _sees_everything(model),
+        "layers that share the keys and values of others": num_sharing(model) > 0,
     }
     for feature, is_on in unsupported.items():
         if is_on:
@@ -86,6 +88,11 @@ def check_pseudo_tokens(name: str, policy: EvictionPolicy, vllm_config: VllmConf
                 f"kv_eviction: policy {name!r} generates pseudo tokens, which does not work with {feature}; "
                 f"choose another policy, 'laq_deferred' looks at the real answer"
             )
+
+
+def num_sharing(model: ModelConfig) -> int:
+    """Return how many layers, the last ones of a model, read the keys and values of others and have none."""
+    return getattr(model.hf_text_config, "num_kv_shared_layers", None) or 0
 
 
 def _sees_everything(model: ModelConfig) -> bool:

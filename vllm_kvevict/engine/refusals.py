@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_kvevict.engine.cache_dtype import FLOAT8_DTYPES
-from vllm_kvevict.engine.models import evicted_models
+from vllm_kvevict.engine.models import evicted_models, num_sharing
 
 # (platform, its worker) -> ours
 WORKERS = {
@@ -43,11 +43,7 @@ def of_layer(impl: Any) -> list[Refusal]:
 
     impl: vLLM's ``AttentionImpl`` of it
     """
-    shares = impl.kv_sharing_target_layer_name is not None
-    return [
-        Refusal("ALiBi", impl.alibi_slopes is not None, "use another model"),
-        Refusal("KV sharing between layers", shares, "use another model"),
-    ]
+    return [Refusal("ALiBi", impl.alibi_slopes is not None, "use another model")]
 
 
 def of_config(vllm_config: VllmConfig) -> list[Refusal]:
@@ -91,6 +87,16 @@ def of_config(vllm_config: VllmConfig) -> list[Refusal]:
             f"a draft model's KV cache of {drafts}",
             drafts not in (None, "auto", dtype, *FLOAT8_DTYPES),
             "use auto or fp8 for kv_cache_dtype in --speculative-config,",
+        ),
+        Refusal(
+            "fast prefill, which drops the queries of layers that share the keys and values of others",
+            cache.kv_sharing_fast_prefill,
+            "drop --kv-sharing-fast-prefill",
+        ),
+        Refusal(
+            "a draft model with layers that share the keys and values of others",
+            any(map(num_sharing, models[1:])),
+            "use another draft model",
         ),
         Refusal(
             "layers whose KV cache has another dtype",

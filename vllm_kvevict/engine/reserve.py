@@ -43,22 +43,30 @@ class Reserve:
         return self.depth * self.num_heads * head_size * self.dtype.itemsize
 
     def num_seqs(self, num_blocks: int, spec: AttentionSpec) -> int:
-        """Return for how many requests there is room beside ``num_blocks`` blocks of layers that ``spec`` describes."""
+        """Return for how many requests there is room beside ``num_blocks`` blocks of layers that ``spec`` describes.
+
+        Where layers share their keys and values, each that reads them adds its queries, which this does not count:
+        every process knows as many requests without knowing the layers.
+        """
         if not self.is_default:
             return self.max_num_seqs
         a_hundredth = int(num_blocks * spec.page_size_bytes * _MOST_OF_CACHE)
         return min(self.max_num_seqs, max(a_hundredth // self.request_bytes(spec.head_size), 1))
 
-    def cache_bytes(self, available: int, spec: AttentionSpec, num_layers: int, per_byte: float) -> int:
+    def cache_bytes(
+        self, available: int, spec: AttentionSpec, num_layers: int, per_byte: float, num_readers: int | None = None
+    ) -> int:
         """Return how much of some bytes the KV cache can have, so that the queries and what grows with it fit as well.
 
-        per_byte: what is held beside each byte of the cache, the queries not among it
+        per_byte:    what is held beside each byte of the cache, the queries not among it
+        num_readers: layers whose queries are remembered; None: those that have a cache
         """
-        of_one = self.request_bytes(spec.head_size) * num_layers
+        num_readers = num_readers or num_layers
+        of_one = self.request_bytes(spec.head_size) * num_readers
         with_all = (available - self.max_num_seqs * of_one) / (1 + per_byte)
         if not self.is_default:
             return int(with_all)
-        with_a_hundredth = available / (1 + per_byte + _MOST_OF_CACHE)
+        with_a_hundredth = available / (1 + per_byte + _MOST_OF_CACHE * num_readers / num_layers)
         with_one = (available - of_one) / (1 + per_byte)
         return int(min(max(with_all, with_a_hundredth), with_one))
 

@@ -126,13 +126,14 @@ class TokenEvictor:
         """
         needs = traits_of(step.peers.method.policy).needs
         most = self._layers_at_once(step) if needs <= {Need.ALL_QUERIES} else 1  # else each has weights of its own
-        for first, end in scored_at_once(scales, weights, most):
+        for first, end in scored_at_once(scales, weights, most, self._ring.readers.counts):
             self._choose(range(first, end), step, scales[first], weights[first:end])
 
     def _layers_at_once(self, step: Replacement) -> int:
         """Return how many layers fit into the scratch, at least 1."""
         of_slots = _BYTES_PER_SLOT * self._pool.num_kv_heads * step.peers.max_pages * self.block_size
-        of_queries = self._ring.bytes_per_query * self._num_queries(step.peers)
+        of_query = self._ring.bytes_per_query * max(self._ring.readers.counts)
+        of_queries = of_query * self._num_queries(step.peers)
         of_tokens = 4 * step.max_tokens  # sums over heads
         return max(scratch.most_bytes() // (len(step.peers.slots) * (of_slots + of_queries + of_tokens)), 1)
 

@@ -180,7 +180,8 @@ class PromptScores:
         """Yield the layers that wait, those together that one call can look at."""
         firsts = [of_layer[0] for of_layer in self._waiting]
         scales, weights = [inputs.scale for inputs in firsts], [inputs.weights for inputs in firsts]
-        for first, end in scored_at_once(scales, weights, len(firsts)):
+        num_heads = [inputs.query.shape[1] for inputs in firsts]
+        for first, end in scored_at_once(scales, weights, len(firsts), num_heads):
             yield self._waiting[first:end]
 
     def _batch(self, waiting: list[list[ScoreInputs]], window: int) -> ScoreBatch:

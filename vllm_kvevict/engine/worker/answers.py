@@ -35,31 +35,31 @@ class Answers:
 
     def new_queries(
         self, requests: Sequence[WatchedRequest], num_tokens: Sequence[int]
-    ) -> tuple[torch.Tensor, list[BatchRow]]:
-        """Return [num_layers, *, num_heads, head_size], queries since the last full blocks, and which are whose; none
-        of those whose policy does not observe all of them.
+    ) -> tuple[list[torch.Tensor], list[BatchRow]]:
+        """Return per layer [*, num_heads, head_size], queries since the last full blocks, and which are whose; none of
+        those whose policy does not observe all of them.
         """
-        layers = range(self._pool.num_layers)
         num_new = np.array([
             count - request.num_tokens if Need.ALL_QUERIES in request.needs else 0
             for request, count in zip(requests, num_tokens, strict=True)
         ])  # fmt: skip
         most, ends = int(num_new.max()), num_new.max() * np.arange(1, len(requests) + 1)
-        if most == 0:
-            queries = self._ring.none_of(1, layers)[0]
-        else:
-            remembered = self._last(requests, num_tokens, most)
-            queries = remembered.transpose(0, 1).flatten(1, 2)
+        last = self._last(requests, num_tokens, most) if most else [self._none(1)]
+        queries = [of_layer for part in last for of_layer in part.transpose(0, 1).flatten(1, 2)]
         bounds = zip(requests, (ends - num_new).tolist(), ends.tolist(), num_tokens, strict=True)
         return queries, [BatchRow(*of_row) for of_row in bounds]
 
-    def _last(self, requests: Sequence[WatchedRequest], num_tokens: Sequence[int], count: int) -> torch.Tensor:
-        """Return [num_reqs, num_layers, count, num_heads, head_size], the last queries of requests that have so many
-        tokens; -1 stands for the slot of those of which none is remembered.
+    def _none(self, num_reqs: int) -> torch.Tensor:
+        return self._ring.none_of(num_reqs, range(self._pool.num_layers))
+
+    def _last(self, requests: Sequence[WatchedRequest], num_tokens: Sequence[int], count: int) -> list[torch.Tensor]:
+        """Return [num_reqs, num_layers, count, num_heads, head_size] of each stretch of layers that equally many read,
+        the last queries of requests that have so many tokens; -1 stands for the slot of those of which none is
+        remembered.
         """
         slots = [self._ring.slots.get(request.req_id) for request in requests]
         facts = to_device(np.array([slots, num_tokens], dtype=np.int64), self._pool.pages.device)
-        return self._ring.last_of(range(self._pool.num_layers), facts[0], facts[1], count)
+        return [self._ring.last_of(layers, facts[0], facts[1], count) for layers in self._ring.readers.stretches()]
 
     def chunk_groups(self, step: Step, watched: Mapping[str, WatchedRequest], bounds: list[int]) -> list[ChunkGroup]:
         """Prepare the evictions behind chunks of prompts.
@@ -99,18 +99,19 @@ class Answers:
     def _score_group(self, requests: list[WatchedRequest], step: Step, weights: ModelWeights) -> None:
         req_ids = [request.req_id for request in requests]
         num_tokens = [step.decisions.shrinking[req_id] for req_id in req_ids]
-        last, chunk = self._queries(requests, num_tokens)
+        queries = self._queries(requests, num_tokens)
         evictions = self._evictions(requests, num_tokens, step)
 
         def score(evictions: ResidentEvictions, reqs: slice) -> None:
-            num_layers, needs = self._pool.num_layers, requests[0].needs
-            at_once = 1 if weights.makes_copies(needs) else num_layers
-            for first in range(0, num_layers, at_once):
-                layers, some = range(first, first + at_once), slice(first, first + at_once)
-                scales, of_layers = zip(
-                    *((weights.scale(layer), weights.of(layer, needs)) for layer in layers), strict=True
-                )
-                evictions.score_layers(layers, last[reqs, some], chunk[reqs, some], scales, of_layers)
+            needs = requests[0].needs
+            for stretch, last, chunk in queries:
+                at_once = 1 if weights.makes_copies(needs) else len(stretch)
+                for first in range(0, len(stretch), at_once):
+                    layers, some = stretch[first : first + at_once], slice(first, first + at_once)
+                    scales, of_layers = zip(
+                        *((weights.scale(layer), weights.of(layer, needs)) for layer in layers), strict=True
+                    )
+                    evictions.score_layers(layers, last[reqs, some], chunk[reqs, some], scales, of_layers)
 
         are_well = len(req_ids) > 1 and not any(req_id in self._failures for req_id in req_ids)
         if are_well and self._failures.together(_DOING, score, evictions, slice(None)):
@@ -121,15 +122,18 @@ class Answers:
             self._failures.ask(req_id, _DOING, score, alone, slice(place, place + 1))
             step.answers.append(([req_id], alone))
 
-    def _queries(self, requests: list[WatchedRequest], num_tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the last queries of answers [num_reqs, num_layers, num_queries, num_heads, head_size], and all new
-        ones, none if their policy does not observe them.
+    def _queries(
+        self, requests: list[WatchedRequest], num_tokens: list[int]
+    ) -> list[tuple[range, torch.Tensor, torch.Tensor]]:
+        """Return stretches of layers, and of each the last queries of answers [num_reqs, num_layers, num_queries,
+        num_heads, head_size], and all new ones, none if their policy does not observe them.
         """
         last = self._last(requests, num_tokens, requests[0].method.query_window)
-        if Need.ALL_QUERIES not in requests[0].needs:
-            return last, last[:, :, :0]
-        queries, _ = self.new_queries(requests, num_tokens)
-        return last, queries.unflatten(1, (len(requests), -1)).transpose(0, 1)  # all have as many new ones
+        new = [part[:, :, :0] for part in last]
+        if Need.ALL_QUERIES in requests[0].needs:
+            # all have as many new ones
+            new = self._last(requests, num_tokens, num_tokens[0] - requests[0].num_tokens)
+        return list(zip(self._ring.readers.stretches(), last, new, strict=True))
 
     def _evictions(
         self, requests: list[WatchedRequest], num_tokens: list[int], step: Step, per_token: bool = False

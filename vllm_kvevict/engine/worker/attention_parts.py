@@ -96,28 +96,28 @@ class _Trial:
     """What a module handed to its attention layer for one token at several positions, and who was given the result.
 
     positions:  [num_tokens] int64
-    query, key: [num_heads, num_tokens, head_size] float32
+    query, key: [num_heads, num_tokens, head_size] float32; no key where the layer reads those of another
     tolerance:  what rounding may change
     projection: the linear layer
     """
 
     positions: torch.Tensor
     query: torch.Tensor
-    key: torch.Tensor
+    key: torch.Tensor | None
     tolerance: float
     projection: Any
 
     def is_rotated_by(self, rotary: Rotary) -> bool:
         """Whether a rotary embedding is all that tells the tokens apart; queries may be scaled by position besides."""
-        if int(self.positions.max()) >= len(rotary.cos_sin) or rotary.cos_sin.shape[1] > self.key.shape[-1]:
+        if int(self.positions.max()) >= len(rotary.cos_sin) or rotary.cos_sin.shape[1] > self.query.shape[-1]:
             return False
         if rotary.cos_sin[0].chunk(2)[1].any():  # of other positions: it would tell them apart as well
             return False
-        query, key = (rotary.unrotate(x, self.positions) for x in (self.query, self.key))
-        query = query / query.norm(dim=-1, keepdim=True)
-        return all(
-            bool((x - x[:, :1]).abs().max() <= self.tolerance * x.abs().max().clamp(min=1e-6)) for x in (query, key)
-        )
+        query = rotary.unrotate(self.query, self.positions)
+        parts = [query / query.norm(dim=-1, keepdim=True)]
+        if self.key is not None:
+            parts.append(rotary.unrotate(self.key, self.positions))
+        return all(bool((x - x[:, :1]).abs().max() <= self.tolerance * x.abs().max().clamp(min=1e-6)) for x in parts)
 
 
 def _tried(module: nn.Module, name: str, attention: Any, hidden_size: int, passed: PassedEmbeddings) -> _Trial:
@@ -132,13 +132,15 @@ def _tried(module: nn.Module, name: str, attention: Any, hidden_size: int, passe
     arguments_of = passed.arguments if is_of_transformers(module) else _arguments
     with _in_place_of(module, name, recorder), _without_adapters(module), recorder.watching(module):
         module(**arguments_of(module, positions, hidden))
-    if recorder.query is None or recorder.key is None:
+    is_shared = getattr(attention, "kv_sharing_target_layer_name", None) is not None
+    if recorder.query is None or (recorder.key is None and not is_shared):
         raise ValueError("it hands no keys to its attention layer")
-    query, key = (
-        x.reshape(len(positions), -1, attention.head_size).transpose(0, 1).float()
-        for x in (recorder.query, recorder.key)
-    )
-    return _Trial(positions, query, key, _TOLERANCE[dtype], recorder.projection)
+
+    def by_head(x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(len(positions), -1, attention.head_size).transpose(0, 1).float()
+
+    key = None if recorder.key is None else by_head(recorder.key)
+    return _Trial(positions, by_head(recorder.query), key, _TOLERANCE[dtype], recorder.projection)
 
 
 def _arguments(module: nn.Module, positions: torch.Tensor, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -165,7 +167,7 @@ class _Recorder(nn.Module):
         self.key: torch.Tensor | None = None
         self.projection: Any = None
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, query: torch.Tensor, key: torch.Tensor | None, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.query, self.key = query, key
         return self.returned
 

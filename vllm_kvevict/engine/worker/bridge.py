@@ -11,6 +11,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.plan import EvictionPlan
+from vllm_kvevict.cache.readers import Reader
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.messages import STEP, EvictionReport, StepEvictions
 from vllm_kvevict.engine.worker.agreement import Workers
@@ -51,7 +52,7 @@ class EvictionBridge:
         self._runner = runner
         self._weights = held.weights
         self.pool = pool
-        self.layer_index = {name: index for index, name in enumerate(layer_names)}
+        self.readers, self.layer_index = held.readers, held.readers.layer_index
         config, device = runner.vllm_config, pool.pages.device
         self.held = held
         self.page_table, self.ring, self.residents = held.page_table, held.ring, held.residents
@@ -59,7 +60,8 @@ class EvictionBridge:
         self._watched: dict[str, WatchedRequest] = {}
         self.step = none()
         self.failures = Failures()
-        self._num_heads = config.model_config.get_num_attention_heads(config.parallel_config)
+        num_heads = config.model_config.get_num_attention_heads(config.parallel_config)
+        self._num_heads = num_heads * max(self.readers.counts)  # the most that a policy sees of a layer
         self._workers = Workers(config.parallel_config)
         self._commands = Commands()
         tokens = TokenEvictor(pool, self.page_table, self.residents, self.ring, held.holes)
@@ -228,7 +230,7 @@ class EvictionBridge:
         ]
         prefills = in_groups(rows, step, self.pool, self._num_heads)
         for layer, of_layer in enumerate(queries):
-            self.observe(prefills, layer, of_layer, of_layer, self._weights.scale(layer))
+            self.observe(prefills, self.readers.all_of(layer), of_layer, of_layer, self._weights.scale(layer))
 
     def _first_eviction(self, req_id: str, plan: EvictionPlan, step: Step) -> Eviction:
         method = self._watched[req_id].method
@@ -292,7 +294,7 @@ class EvictionBridge:
     def _watch(self, req_id: str, config: EvictionConfig) -> None:
         method = config.method()
         self._weights.check(config.policy, traits_of(method.policy).needs)
-        request = WatchedRequest(req_id, method, self.pool.num_layers, config.auto_budget())
+        request = WatchedRequest(req_id, method, self.readers, config.auto_budget())
         if method.watches_answer:
             self.ring.slots.take(req_id)
         self._watched[req_id] = request
@@ -301,27 +303,34 @@ class EvictionBridge:
         """Before attention reads a layer: new tokens of some requests go where those were that they replace."""
         self._replacing.fill_holes(rows.replacements, layer)
 
-    def remember(self, rows: StepRows, layer: int, query: torch.Tensor) -> None:
+    def remember(self, rows: StepRows, reader: Reader, query: torch.Tensor) -> None:
         """After a layer's attention: keep those of its queries [num_tokens, num_heads, head_size] that an eviction will
         ask for.
         """
         if rows.remembered is not None:
-            self.ring.write(layer, query, rows.remembered)
+            self.ring.write(reader.number, query, rows.remembered)
 
     def observe(
         self,
         prefills: Sequence[Prefill],
-        layer: int,
+        reader: Reader,
         query: torch.Tensor,
         output: torch.Tensor,
         scale: float,
     ) -> None:
-        """Show a layer's queries and outputs [num_tokens, num_heads, head_size] to those rows that are looked at."""
+        """Show a layer's queries and outputs [num_tokens, num_heads, head_size] to those rows that are looked at.
+
+        Those of layers that read the same pages are shown together, when the last of them has run.
+        """
         if not prefills:
             return
-        ran = LayerPass(self.pool, layer, query, output, scale, self._weights)
+        earlier = self.step.earlier.setdefault(reader.layer, [])
+        ran = LayerPass(self.pool, reader, self.readers, query, output, scale, self._weights, earlier)
         rows = {row.req_id: row for prefill in prefills for row in prefill.rows}
         with self.failures.of_ours(rows, "keeping the last queries"):
             keep_last([*rows.values()], ran, self.ring)
+        if not reader.is_last:
+            return
+        del self.step.earlier[reader.layer]
         for prefill in prefills:
-            look(prefill, self.failures, f"scoring layer {layer}", lambda part: part.observe(ran))
+            look(prefill, self.failures, f"scoring layer {reader.layer}", lambda part: part.observe(ran))

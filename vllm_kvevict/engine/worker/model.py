@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,11 +27,15 @@ class ModelWeights:
         layer_names: list[str],
         max_model_len: int,
         projections: dict[str, torch.Tensor] | None = None,
+        targets: Mapping[str, str] | None = None,
     ) -> None:
         """max_model_len: the longest text, tokens
-        projections: where copies of W_O are kept, by the names of their layers; None: each is made when asked for"""
+        projections: where copies of W_O are kept, by the names of their layers; None: each is made when asked for
+        targets: of each layer that reads the keys and values of one of these, which one; None: there is none"""
         self._layer_names = layer_names
-        self._parts = attention_parts(model, layer_names, max_model_len)
+        targets = targets or {}
+        parts_of_all = attention_parts(model, [*layer_names, *targets], max_model_len)
+        self._parts, sharing = parts_of_all[: len(layer_names)], parts_of_all[len(layer_names) :]
         self._model = model
         self.projections = projections
         self._of_layers: dict[frozenset[Need], tuple[list[float], list[LayerWeights]]] = {}
@@ -40,6 +44,11 @@ class ModelWeights:
         for name, parts in zip(layer_names, self._parts, strict=True):
             for need, fault in parts.faults.items():
                 self.missing.setdefault(need.name, f"of its layer {name} {fault}")
+        for (name, target), parts in zip(targets.items(), sharing, strict=True):
+            if parts.rotary is not self._parts[layer_names.index(target)].rotary:
+                otherwise = f"queries are rotated otherwise than the keys of {target}, which it reads"
+                fault = f"of its layer {name} {parts.faults.get(Need.ROTARY, otherwise)}"
+                self.missing.setdefault(Need.ROTARY.name, fault)
 
     def check(self, policy: str, needs: Iterable[Need]) -> None:
         """Raise ValueError if the policy of that name asks for something that this model does not have."""

@@ -41,7 +41,7 @@ class ChunkGroup:
         request, layers = self.rows[0].request, range(ran.layer, ran.layer + 1)
         last = torch.stack([ran.last[row.req_id] for row in self.rows])[:, None]
         is_observed = Need.ALL_QUERIES in request.needs
-        chunk = torch.stack([row.of(ran.query) for row in self.rows])[:, None] if is_observed else last[:, :, :0]
+        chunk = torch.stack([row.of(ran.queries) for row in self.rows])[:, None] if is_observed else last[:, :, :0]
         self.evictions.score_layers(layers, last, chunk, [ran.scale], [ran.weights_for(request)])
 
     def break_up(self) -> None:
@@ -201,7 +201,7 @@ class ObservedChunks:
             request.seconds += (perf_counter() - start) / len(requests)
 
     def _chunks(self, ran: LayerPass) -> PromptChunks:
-        queries, weights = [row.of(ran.query) for row in self.rows], ran.weights_for(self.rows[0].request)
+        queries, weights = [row.of(ran.queries) for row in self.rows], ran.weights_for(self.rows[0].request)
         keys, values, page_table = ran.pool.readable(self.pages.of_layer(ran.layer))
         return PromptChunks(
             torch.cat(queries) if len(queries) > 1 else queries[0],

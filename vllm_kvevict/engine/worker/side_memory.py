@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, UniformTypeKV
 from vllm_kvevict.cache.page_table import PageTable, PageTableMemory
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.query_ring import QueryRing
+from vllm_kvevict.cache.readers import Readers
 from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.reserve import Reserve, reserve_of
@@ -40,15 +41,17 @@ class ModelMemory:
     holes:       [max_num_reqs, num_layers, num_kv_heads] int64, as in ``TokenEvictor``; for no request if none may be
                  evicted token by token
     weights:     what policies may ask of the model
+    readers:     which layers read the pages of each
     summed_bytes: of each token in each layer, what the server's own policy sums up of a prompt until it ends
     """
 
     spec: AttentionSpec
     num_layers: int
-    summed_bytes: int
+    summed_bytes: float
     page_table: PageTableMemory
     holes: torch.Tensor
     weights: ModelWeights
+    readers: Readers
 
     @classmethod
     def take(
@@ -58,8 +61,10 @@ class ModelMemory:
         specs: Mapping[str, AttentionSpec],
         model: nn.Module,
         device: torch.device,
+        targets: Mapping[str, str] | None = None,
     ) -> ModelMemory:
         """specs: of the evicted layers of ``model``, by their names
+        targets: of each layer that has no cache of its own, the one of these whose cache it reads; None: there is none
 
         Raises ValueError if the server's own policy asks for something that the model does not have.
         """
@@ -72,14 +77,17 @@ class ModelMemory:
         holes = torch.full((num_replacing, len(layers), spec.num_kv_heads), 0, dtype=torch.int64, device=device)
         policy = config.method().policy
         num_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
-        summed_bytes = policy.state_bytes(num_heads, spec.num_kv_heads, spec.head_size)
+        readers = Readers(layers, targets or {}, spec.num_kv_heads)
+        summed = [policy.state_bytes(num_heads * n, spec.num_kv_heads, spec.head_size) for n in readers.counts]
+        summed_bytes = sum(summed) / len(layers)
         needs = traits_of(policy).needs
-        weights = ModelWeights(model, layers, max_tokens, {} if Need.OUTPUT_PROJECTION in needs else None)
+        projections: dict[str, torch.Tensor] | None = {} if Need.OUTPUT_PROJECTION in needs else None
+        weights = ModelWeights(model, layers, max_tokens, projections, targets)
         weights.check(config.policy, needs)
         if Need.OUTPUT_PROJECTION in needs:
             for layer in range(len(layers)):  # which keeps the copies of W_O
                 weights.of(layer, needs)
-        return cls(spec, len(layers), summed_bytes, page_table, holes, weights)
+        return cls(spec, len(layers), summed_bytes, page_table, holes, weights, readers)
 
     def bytes_per_byte(self, reserve: Reserve | None) -> float:
         """Return what grows with the cache, for each byte of it."""
@@ -103,6 +111,7 @@ class Held:
     residents: Residents
     holes: torch.Tensor
     weights: ModelWeights
+    readers: Readers
 
     @classmethod
     def beside(cls, pool: PagePool, memory: ModelMemory, reserve: Reserve | None, num_blocks: int) -> Held:
@@ -110,14 +119,15 @@ class Held:
         if reserve is not None:
             num_seqs, depth = reserve.num_seqs(num_blocks, memory.spec), reserve.depth
             num_heads, dtype = reserve.num_heads, reserve.dtype
-        shape = pool.num_layers, num_seqs, depth, num_heads, pool.head_size
+        shape = memory.readers.num, num_seqs, depth, num_heads, pool.head_size
         return cls(
             pool,
             PageTable(pool, memory.page_table),
-            QueryRing(torch.zeros(shape, dtype=dtype, device=pool.pages.device)),
+            QueryRing(torch.zeros(shape, dtype=dtype, device=pool.pages.device), memory.readers),
             Residents(pool, reserve is not None, reserve is not None and reserve.has_sums),
             memory.holes,
             memory.weights,
+            memory.readers,
         )
 
     def sizes(self) -> dict[str, int]:
@@ -172,7 +182,8 @@ class SideMemory:
         left, target = available - self.scratch_bytes, self.models[0]
         if self.reserve is None:
             return max(int(left / (1 + per_byte)), 0)
-        return max(self.reserve.cache_bytes(left, target.spec, target.num_layers, per_byte), 0)
+        sizes = target.num_layers, per_byte, target.readers.num
+        return max(self.reserve.cache_bytes(left, target.spec, *sizes), 0)
 
     def beside(self, cache_bytes: int) -> int:
         """Return the bytes that are still to be taken, or left free, beside a KV cache of this size."""
@@ -180,7 +191,7 @@ class SideMemory:
         if self.reserve is not None:
             target = self.models[0]
             num_blocks = cache_bytes // (target.spec.page_size_bytes * target.num_layers)
-            of_one = self.reserve.request_bytes(target.spec.head_size) * target.num_layers
+            of_one = self.reserve.request_bytes(target.spec.head_size) * target.readers.num
             total += self.reserve.num_seqs(num_blocks, target.spec) * of_one
         return int(total)
 

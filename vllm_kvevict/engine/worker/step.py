@@ -36,6 +36,7 @@ class Step:
     replacements: of requests whose new tokens replace others one by one
     auto_rows:   chunks of prompts whose budget is "auto"
     ahead:       last chunks of prompts that pseudo tokens follow, as their layers are scored
+    earlier:     queries of layers whose pages are still to be read by others, as in ``LayerPass``
     is_over:     whether batches that come now are none of the scheduler's
     """
 
@@ -52,6 +53,7 @@ class Step:
     replacements: list[Replacement] = field(default_factory=list)
     auto_rows: list[PrefillRow] = field(default_factory=list)
     ahead: list[PrefillGroup | PrefillRow] = field(default_factory=list)
+    earlier: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     is_over: bool = False
 
     @property

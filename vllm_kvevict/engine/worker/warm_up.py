@@ -16,6 +16,7 @@ from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
 
 from vllm_kvevict.budgets import ALLOCATORS
 from vllm_kvevict.cache.pages import PagePool
+from vllm_kvevict.cache.readers import Readers
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.checks import check_config
 from vllm_kvevict.engine.settings import eviction_config
@@ -32,12 +33,13 @@ logger = logging.getLogger("vllm.kvevict")
 _SCHEDULES: tuple[dict[str, Any], ...] = ({DURING_DECODE: True, INTERVAL: 1}, {DURING_DECODE: True}, {})
 
 
-def register(runner: Any, pool: PagePool, layer_names: list[str], weights: ModelWeights) -> None:
+def register(runner: Any, pool: PagePool, layer_names: list[str], weights: ModelWeights, readers: Readers) -> None:
     """Let the warm-up of vLLM's model runner compile what eviction in some layers may need, all of one pool."""
     config = eviction_config(runner.vllm_config)
     if config is not None:
         with runner.jit_warmup_registry.activate():
-            EvictionKernels.of(runner.vllm_config, config, pool, layer_names, weights).register_warmup()
+            kernels = EvictionKernels.of(runner.vllm_config, config, pool, layer_names, weights, readers)
+            kernels.register_warmup()
 
 
 class EvictionKernels(VllmJitKernel[str]):
@@ -52,16 +54,24 @@ class EvictionKernels(VllmJitKernel[str]):
     _pool: PagePool
     _layer: Any
     _weights: ModelWeights
+    _counts: list[int]
 
     @classmethod
     def of(
-        cls, vllm_config: Any, config: EvictionConfig, pool: PagePool, layer_names: list[str], weights: ModelWeights
+        cls,
+        vllm_config: Any,
+        config: EvictionConfig,
+        pool: PagePool,
+        layer_names: list[str],
+        weights: ModelWeights,
+        readers: Readers,
     ) -> EvictionKernels:
         kernels = cls()
         kernels._methods = dict(_methods(vllm_config, config, pool.block_size))
         kernels._pool = pool
         kernels._layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
         kernels._weights = weights
+        kernels._counts = sorted(set(readers.counts))
         return kernels
 
     def get_warmup_keys(self, *_: Any, **__: Any) -> list[str]:
@@ -71,14 +81,15 @@ class EvictionKernels(VllmJitKernel[str]):
     def compile(self, compile_key: str) -> None:
         """A policy or an allocator that fails here may do so for a request, too, which then ends: it is logged."""
         with contained(partial(_log, compile_key)), apart:
-            Rehearsal(
-                self._methods[compile_key],
-                self._pool,
-                self._layer.num_heads,
-                self._layer.dtype,
-                self._weights.scale(0),
-                self._weights.of,
-            ).run()
+            for count in self._counts:
+                Rehearsal(
+                    self._methods[compile_key],
+                    self._pool,
+                    self._layer.num_heads * count,
+                    self._layer.dtype,
+                    self._weights.scale(0),
+                    self._weights.of,
+                ).run()
 
 
 def _log(method: str, error: BaseException) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from vllm_kvevict.budgets.auto import AutoBudget
 from vllm_kvevict.cache.pages import PagePool
 from vllm_kvevict.cache.query_ring import QueryRing
 from vllm_kvevict.cache.ragged import in_own_memory
+from vllm_kvevict.cache.readers import Reader, Readers
 from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.eviction.method import Method
@@ -25,20 +27,21 @@ from vllm_kvevict.policies.inputs import LayerWeights
 class LastRows:
     """The last rows of one request in every layer, gathered over chunks of any size."""
 
-    def __init__(self, num_layers: int, window: int) -> None:
+    def __init__(self, readers: Readers, window: int) -> None:
         self._window = window
-        self._rows: list[torch.Tensor | None] = [None] * num_layers
+        self._readers = readers
+        self._rows: list[torch.Tensor | None] = [None] * readers.num
 
     @staticmethod
-    def extend(several: Sequence[LastRows], layer: int, chunks: Sequence[torch.Tensor]) -> None:
-        """Append to each of ``several`` requests its chunk [num_tokens, num_heads, head_size] of a layer, in one launch
-        for all.
+    def extend(several: Sequence[LastRows], reader: int, chunks: Sequence[torch.Tensor]) -> None:
+        """Append to each of ``several`` requests its chunk [num_tokens, num_heads, head_size] of a reader, in one
+        launch for all.
 
         chunks: alike but for their length
         """
         parts, lens = [], []
         for rows, chunk in zip(several, chunks, strict=True):
-            earlier, num_new = rows._rows[layer], min(len(chunk), rows._window)
+            earlier, num_new = rows._rows[reader], min(len(chunk), rows._window)
             num_earlier = 0 if earlier is None else min(len(earlier), rows._window - num_new)
             if earlier is not None:
                 parts.append(earlier[len(earlier) - num_earlier :])
@@ -48,14 +51,17 @@ class LastRows:
         split = torch.cat(parts).split(lens)
         last = in_own_memory(split) if len(several) > 1 else split
         for rows, of_request in zip(several, last, strict=True):
-            rows._rows[layer] = of_request
+            rows._rows[reader] = of_request
 
     def last(self, layer: int) -> torch.Tensor:
-        """Return the last ``window`` rows so far of a layer that has seen a chunk."""
-        rows = self._rows[layer]
-        if rows is None:
-            raise RuntimeError(f"layer {layer} has seen no chunk")
-        return rows
+        """Return the last ``window`` rows so far of a layer that has seen a chunk, as have all others that read its
+        pages: with the heads of all of them.
+        """
+        rows = [self._rows[number] for number in self._readers.numbers[layer]]
+        seen = [of_reader for of_reader in rows if of_reader is not None]
+        if len(seen) < len(rows):
+            raise RuntimeError(f"layer {layer}, or one that shares its keys and values, has seen no chunk")
+        return self._readers.joined(seen)
 
 
 class WatchedRequest:
@@ -70,7 +76,7 @@ class WatchedRequest:
     seconds: what observing took so far
     """
 
-    def __init__(self, req_id: str, method: Method, num_layers: int, auto_budget: AutoBudget | None = None) -> None:
+    def __init__(self, req_id: str, method: Method, readers: Readers, auto_budget: AutoBudget | None = None) -> None:
         self.req_id = req_id
         self.method = method
         self.auto_budget = auto_budget
@@ -79,9 +85,9 @@ class WatchedRequest:
         traits = traits_of(method.policy)
         self.needs = traits.needs
         self.num_pseudo_tokens = traits.num_pseudo_tokens
-        self.queries = LastRows(num_layers, 0 if method.watches_answer else method.query_window)
-        self.outputs = LastRows(num_layers, method.query_window)
-        self.states: list[Any] = [None] * num_layers
+        self.queries = LastRows(readers, 0 if method.watches_answer else method.query_window)
+        self.outputs = LastRows(readers, method.query_window)
+        self.states: list[Any] = [None] * len(readers.numbers)
         self.num_tokens = 0
         self.seconds = 0.0
 
@@ -104,22 +110,36 @@ class WatchedRequest:
 
 @dataclass(frozen=True)
 class LayerPass:
-    """A layer whose attention has run over a batch.
+    """A layer whose attention has run over a batch: it reads its own pages, or another's.
 
-    query:  [num_tokens, num_heads, head_size] of the whole batch
-    output: likewise, what attention returned
-    scale:  softmax scale
-    model:  of which the layer is
-    last:   [num_queries, num_heads, head_size], the last queries of those requests that are looked at, by their names
+    query:   [num_tokens, num_heads, head_size] of the whole batch
+    output:  likewise, what attention returned
+    scale:   softmax scale
+    model:   of which the layer is
+    earlier: copies of the queries of the readers of these pages that have run before, once a policy looks at all
+    last:    [num_queries, num_heads, head_size], the last queries of those requests that are looked at, by their names:
+             those of all readers, once the last of them has run
     """
 
     pool: PagePool
-    layer: int
+    reader: Reader
+    readers: Readers
     query: torch.Tensor
     output: torch.Tensor
     scale: float
     model: ModelWeights
+    earlier: list[torch.Tensor] = field(default_factory=list)
     last: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def layer(self) -> int:
+        """Whose pages are read."""
+        return self.reader.layer
+
+    @cached_property
+    def queries(self) -> torch.Tensor:
+        """[num_tokens, num_heads, head_size] of the whole batch, of all readers of these pages; none is missing."""
+        return self.readers.joined([*self.earlier, self.query])
 
     def weights_for(self, request: WatchedRequest) -> LayerWeights:
         """Return what the policy of a request must know of the layer."""
@@ -150,15 +170,24 @@ class BatchRow:
 
 def keep_last(rows: Sequence[BatchRow], ran: LayerPass, ring: QueryRing) -> None:
     """Note the last queries that a layer has seen of each of these rows, and what attention returned for them where a
-    policy asks for it.
+    policy asks for it. Where other readers of its pages follow, the queries of all tokens are copied if one looks at
+    these: the engine uses their memory again.
 
     ring: which remembers the queries of requests that are watched while they decode, this layer's among them
     """
     remembered = [row for row in rows if row.req_id in ring.slots]
     others = [row for row in rows if row.req_id not in ring.slots]
+    number = ran.reader.number
     if others:
-        LastRows.extend([row.request.queries for row in others], ran.layer, [row.of(ran.query) for row in others])
-        ran.last.update((row.req_id, row.request.queries.last(ran.layer)) for row in others)
+        LastRows.extend([row.request.queries for row in others], number, [row.of(ran.query) for row in others])
+    asked = [row for row in rows if Need.OUTPUTS in row.request.needs]
+    if asked:
+        LastRows.extend([row.request.outputs for row in asked], number, [row.of(ran.output) for row in asked])
+    if not ran.reader.is_last:
+        if any(Need.ALL_QUERIES in row.request.needs for row in rows):
+            ran.earlier.append(ran.query.clone())
+        return
+    ran.last.update((row.req_id, row.request.queries.last(ran.layer)) for row in others)
     if remembered:
         counts = [min(row.request.method.query_window, row.kv_len) for row in remembered]
         facts = np.array([[ring.slots[row.req_id], row.kv_len] for row in remembered], dtype=np.int64).T
@@ -168,6 +197,3 @@ def keep_last(rows: Sequence[BatchRow], ran: LayerPass, ring: QueryRing) -> None
             (row.req_id, of_row[len(of_row) - count :])
             for row, count, of_row in zip(remembered, counts, last, strict=True)
         )
-    asked = [row for row in rows if Need.OUTPUTS in row.request.needs]
-    if asked:
-        LastRows.extend([row.request.outputs for row in asked], ran.layer, [row.of(ran.output) for row in asked])

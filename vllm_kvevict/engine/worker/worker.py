@@ -33,6 +33,7 @@ from vllm_kvevict.engine.worker.backends.base import EvictionMetadataBuilder
 from vllm_kvevict.engine.worker.bridge import EvictionBridge
 from vllm_kvevict.engine.worker.draft import DraftBridge
 from vllm_kvevict.engine.worker.evicted_part import evicted_part
+from vllm_kvevict.engine.worker.sharing import sharing_targets
 from vllm_kvevict.engine.worker.side_memory import ModelMemory, SideMemory, is_evicted
 from vllm_kvevict.engine.worker.warm_up import register
 from vllm_kvevict.engine.worker.whole_rows import check_fields
@@ -77,7 +78,14 @@ class EvictionWorkerMixin(Worker):
         if draft_names:
             models.append((draft_names, runner.get_draft_model()))
         taken = [
-            ModelMemory.take(self.vllm_config, config, {name: specs[name] for name in names}, model, runner.device)
+            ModelMemory.take(
+                self.vllm_config,
+                config,
+                {name: specs[name] for name in names},
+                model,
+                runner.device,
+                sharing_targets(self.vllm_config, names),
+            )
             for names, model in models
         ]
         self.side_memory = SideMemory(self.vllm_config, config, taken)
@@ -90,7 +98,9 @@ class EvictionWorkerMixin(Worker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         check_fields()
         super().initialize_from_config(kv_cache_config)
-        layer_names, draft_names = split_draft_layers(_evicted_layers(kv_cache_config))
+        names = _evicted_layers(kv_cache_config)
+        sharing = sharing_targets(self.vllm_config, names).keys()  # which vLLM puts into the group of their targets
+        layer_names, draft_names = split_draft_layers([name for name in names if name not in sharing])
         if self.side_memory is None:
             raise RuntimeError(f"no memory was taken for layers that are evicted: {layer_names}")
         runner, pools = self.model_runner, [self._pool(names) for names in (layer_names, draft_names) if names]
@@ -99,13 +109,13 @@ class EvictionWorkerMixin(Worker):
         self.draft_eviction: DraftBridge | None = None
         self._reports: dict[str, EvictionReport] = {}
         self._wire(self.eviction, runner.attn_groups)
-        register(runner, self.eviction.pool, layer_names, held[0].weights)
+        register(runner, self.eviction.pool, layer_names, held[0].weights, held[0].readers)
         if draft_names:
             self.draft_eviction = DraftBridge(runner, pools[1], draft_names, held[1], self.eviction)
             v1_drafter = getattr(runner, "drafter", None)
             groups = runner.speculator.attn_groups if v1_drafter is None else [v1_drafter.draft_attn_groups]
             self._wire(self.draft_eviction, groups)
-            register(runner, pools[1], draft_names, held[1].weights)
+            register(runner, pools[1], draft_names, held[1].weights, held[1].readers)
 
     def _pool(self, layer_names: list[str]) -> PagePool:
         context = self.vllm_config.compilation_config.static_forward_context

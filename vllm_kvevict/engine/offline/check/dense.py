@@ -41,7 +41,7 @@ class DenseModel:
                 if hasattr(module, "layer_idx"):
                     module.register_forward_pre_hook(self._masked, with_kwargs=True)
         self._kept: Iterator[torch.Tensor] | None = None
-        self._kept_of: dict[int, torch.Tensor] = {}
+        self._kept_last = torch.empty(0)
         self._visible: Iterator[torch.Tensor] | None = None
         self.queries: list[torch.Tensor] = []
         self.keys: list[torch.Tensor] = []
@@ -71,7 +71,7 @@ class DenseModel:
         return self._logits(tokens)
 
     def _logits(self, tokens: list[int]) -> torch.Tensor:
-        self.queries, self.keys, self._kept_of = [], [], {}
+        self.queries, self.keys = [], []
         return self.model(torch.tensor([tokens]), use_cache=False).logits[0]
 
     def _attention(
@@ -104,9 +104,9 @@ class DenseModel:
             return next(self._visible)
         if self._kept is None:
             return visible
-        shares_with = getattr(module, "kv_shared_layer_index", None)
-        kept = next(self._kept) if shares_with is None else self._kept_of[shares_with]
-        self._kept_of[module.layer_idx] = kept
+        # layers that share keys and values read those of the last layer of their kind that has its own
+        kept = self._kept_last if getattr(module, "is_kv_shared_layer", False) else next(self._kept)
+        self._kept_last = kept
         visible = visible.expand(len(kept), -1, -1).clone()
         visible[:, kept.shape[1] :, : kept.shape[1]] &= kept[:, None]
         return visible

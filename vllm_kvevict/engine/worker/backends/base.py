@@ -243,8 +243,10 @@ class EvictionImpl(AttentionImpl[Any]):
             output.copy_(attn_metadata.attend(query, key, value, self.scale))
             return output
         rows, split = attn_metadata.rows, attn_metadata.rows.split
-        index = attn_metadata.bridge.layer_index[layer.layer_name]
-        attn_metadata.bridge.fill_holes(rows, index)
+        reader = attn_metadata.bridge.readers[layer.layer_name]
+        index = reader.layer
+        if reader.writes:  # else the layer that does has run before
+            attn_metadata.bridge.fill_holes(rows, index)
         if attn_metadata.whole is not None and split.whole is None:
             super().forward(layer, query, key, value, kv_cache, attn_metadata.whole, output)
         elif split.whole is not None:
@@ -254,8 +256,8 @@ class EvictionImpl(AttentionImpl[Any]):
             output[tokens] = super().forward(layer, part_query, key, value, kv_cache, attn_metadata.whole, part)
         for folded, launch in attn_metadata.launches:
             self._forward_folded(layer, folded, launch, index, query, attn_metadata.bridge, output)
-        attn_metadata.bridge.remember(rows, index, query)
-        attn_metadata.bridge.observe(rows.prefills, index, query, output, self.scale)
+        attn_metadata.bridge.remember(rows, reader, query)
+        attn_metadata.bridge.observe(rows.prefills, reader, query, output, self.scale)
         return output
 
     def _forward_folded(
