@@ -183,12 +183,19 @@ def test_layers_that_rotate_otherwise_are_told_apart(running: Engine, monkeypatc
     )
 
 
-def test_layers_that_scale_otherwise_are_refused() -> None:
-    def layer(scale: float, target: str | None) -> SimpleNamespace:
-        return SimpleNamespace(impl=SimpleNamespace(scale=scale), kv_sharing_target_layer_name=target)
+def test_layers_whose_logits_are_others_than_their_target_s_are_refused() -> None:
+    def layer(scale: float, target: str | None, cap: float = 0.0, sinks: object = None) -> SimpleNamespace:
+        impl = SimpleNamespace(scale=scale, logits_soft_cap=cap, sinks=sinks)
+        return SimpleNamespace(impl=impl, kv_sharing_target_layer_name=target)
 
     layers = {"a": layer(1.0, None), "b": layer(0.5, None), "c": layer(1.0, "a"), "d": layer(1.0, "b")}
+    layers |= {"e": layer(0.5, None), "f": layer(0.5, "e", 30.0), "g": layer(1.0, None), "h": layer(1.0, "g", 0.0, 1)}
     config: Any = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
     assert sharing_targets(config, ["a"]) == {"c": "a"}
-    with pytest.raises(ValueError, match=r"layer d reads the keys of b with a softmax scale of 1\.0, and that layer"):
-        sharing_targets(config, ["a", "b"])
+    for target, message in {
+        "b": r"layer d reads the keys of b with a softmax scale of 1\.0, and that layer has 0\.5",
+        "e": r"layer f reads the keys of e with a soft-capping of 30\.0, and that layer has 0\.0",
+        "g": "layer h reads the keys of g, and has attention sinks",
+    }.items():
+        with pytest.raises(ValueError, match=message + ".*Use another model, or leave --kv-eviction out"):
+            sharing_targets(config, [target])

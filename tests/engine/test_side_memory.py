@@ -350,7 +350,8 @@ def test_weights_are_copied_only_where_they_are_packed(device: str, monkeypatch:
     linear = nn.Module()  # as far as ``ModelWeights`` looks at one
     linear.weight = nn.Parameter(torch.zeros(6, 4, device=device))
     linear.input_size_per_partition, linear.quant_method = 4, UnquantizedLinearMethod()
-    attention = SimpleNamespace(_k_scale_float=1.0, _v_scale_float=1.0)
+    impl = SimpleNamespace(logits_soft_cap=0.0, sinks=None)
+    attention = SimpleNamespace(_k_scale_float=1.0, _v_scale_float=1.0, impl=impl)
     parts = [AttentionParts(attention, None, linear, {})]
     monkeypatch.setattr(model, "attention_parts", lambda *_: parts)
     kept: dict[str, torch.Tensor] = {}

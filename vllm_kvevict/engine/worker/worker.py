@@ -93,7 +93,7 @@ class EvictionWorkerMixin(Worker):
         if is_global_first_rank():
             of_drafts = split_draft_layers(list(self.get_kv_cache_spec()))[1]
             of_model = {name: spec for name, spec in self.get_kv_cache_spec().items() if name not in of_drafts}
-            logger.info(evicted_part(of_model, self.vllm_config))
+            logger.info("%s", evicted_part(of_model, self.vllm_config))
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         check_fields()
