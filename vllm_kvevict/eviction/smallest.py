@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm_kvevict.cache.plan import min_kept_blocks
 from vllm_kvevict.eviction.method import Method
-from vllm_kvevict.options.names import BUDGET, PROTECT_MULTIMODAL
+from vllm_kvevict.options.names import PROTECT_MULTIMODAL
 
 
 def check_holds(budget: object, policy: str, method: Method, block_size: int, num_multimodal: int = 0) -> None:
@@ -27,7 +27,7 @@ def check_holds(budget: object, policy: str, method: Method, block_size: int, nu
         protected = f"{method.num_protected + num_multimodal} protected, {num_multimodal} of images, audio and video"
         remedy = f"say {PROTECT_MULTIMODAL} false"
     raise ValueError(
-        f"{BUDGET}: expected at least {smallest} tokens, got {budget}: blocks hold {block_size}, and {policy!r} needs "
+        f"kv_budget: expected at least {smallest} tokens, got {budget}: blocks hold {block_size}, and {policy!r} needs "
         f"{needed} tokens in every head ({protected}, {method.query_window} observed), {last}. Raise the budget, or "
         f"{remedy}"
     )
