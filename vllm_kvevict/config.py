@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vllm_kvevict.budgets import ALLOCATORS
 from vllm_kvevict.budgets.auto import AutoBudget
 from vllm_kvevict.budgets.curve import Calibration
-from vllm_kvevict.cache.plan import min_kept_blocks
 from vllm_kvevict.eviction.building import build_method, policy_named
 from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.smallest import check_holds
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.foreign.values import quoted
 from vllm_kvevict.options import reading
@@ -34,6 +34,7 @@ from vllm_kvevict.options.names import (
     MAX_NUM_SEQS,
     NONE,
     POLICY,
+    PROTECT_MULTIMODAL,
     checked_name,
     checked_switch,
 )
@@ -134,6 +135,17 @@ class EvictionConfig(BaseModel):
         Annotated[int, Field(ge=0)] | None,
         Option("Last tokens of the prompt that always stay.", _TOKENS, default="the policy's own"),
     ] = None
+    protect_multimodal: Annotated[
+        bool,
+        Option(
+            "Tokens of images, audio and video always stay. A prompt that has more of them than its budget holds is "
+            "refused; a fraction is raised to them.",
+            _SWITCH,
+            name=PROTECT_MULTIMODAL,
+            is_flag=True,
+            in_request=True,
+        ),
+    ] = False
     policy_options: Annotated[
         PolicyOptions, Option("Parameters of the policy, such as window.", "a mapping of names to values")
     ] = {}
@@ -322,23 +334,11 @@ class EvictionConfig(BaseModel):
 
     def check_block_size(self, block_size: int) -> None:
         """Raise ValueError if the budget cannot hold the tokens that must stay in blocks of ``block_size``."""
-        method = self.method()
         if self.interval not in (None, 1, block_size):
             raise ValueError(
                 f"{INTERVAL}: expected 1 or the size of a block ({block_size}), got {quoted(self.interval)}"
             )
-        num_blocks = min_kept_blocks(method.min_tokens, block_size, method.schedule.is_bounded)
-        smallest = (num_blocks - 1) * block_size + 1
-        if isinstance(self.budget, int) and self.budget < smallest:
-            last = "beside the block that new tokens fill"
-            if not method.schedule.is_bounded:
-                last = "of which the prompt's last block may hold but one"
-            raise ValueError(
-                f"kv_budget: expected at least {smallest} tokens, got {self.budget}: blocks hold {block_size}, and "
-                f"{self.policy!r} needs {method.min_tokens} tokens in every head ({method.num_protected} protected, "
-                f"{method.query_window} observed), {last}. Raise the budget, or start the server with a lower "
-                f"num_sink, num_recent or policy_options window in --kv-eviction-config"
-            )
+        check_holds(self.budget, self.policy, self.method(), block_size)
 
     def for_request(self, options: Mapping[str, Any] | None, block_size: int) -> EvictionConfig | None:
         """Return the config of one request, None if it asked for no eviction.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tests.engine.harness import Engine
+from tests.engine.harness import Engine, Prompt
 from vllm_kvevict.engine.offline.check.dense import DenseModel
 
 BLOCK = 32
@@ -182,7 +182,7 @@ def _but_the_next(running: Engine, request_id: str) -> list[list[list[int]]]:
 
 
 def run_and_watch(
-    running: Engine, prompt: list[int], per_token: bool = False, **params: Any
+    running: Engine, prompt: Prompt, per_token: bool = False, **params: Any
 ) -> tuple[list[int], list[int], dict[int, Any]]:
     """Return the answer, the blocks held after each step, and what each eviction has kept, by tokens at the time."""
     running.add(prompt, **params)

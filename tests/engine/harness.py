@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from vllm.platforms.cpu import CpuPlatform
 from tests.paged import pages_of
 from vllm_kvevict import kv_eviction_args
 from vllm_kvevict.engine.scheduler.managers import CacheInUse
+
+Prompt = list[int] | dict[str, Any]  # of tokens, or as vLLM takes it, with images
 
 
 class Engine:
@@ -61,12 +63,13 @@ class Engine:
 
         self.bridge.end_step = count
 
-    def add(self, prompt: list[int], request_id: str | None = None, **params: Any) -> str:
+    def add(self, prompt: Prompt, request_id: str | None = None, **params: Any) -> str:
         """Queue a greedy request; ``extra_args`` and every other sampling parameter may be given."""
         request_id = request_id or f"request-{self._next_id}"
         self._next_id += 1
         sampling = SamplingParams(**{"temperature": 0.0, "max_tokens": 16, "ignore_eos": True, **params})
-        self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": prompt}, sampling)
+        whole = prompt if isinstance(prompt, dict) else {"prompt_token_ids": prompt}
+        self.llm.llm_engine.add_request(request_id, whole, sampling)
         return request_id
 
     def step(self) -> list[RequestOutput]:
@@ -82,15 +85,15 @@ class Engine:
             last.update({output.request_id: output for output in self.step()})
         return last
 
-    def generate(self, prompts: list[list[int]], **params: Any) -> list[RequestOutput]:
+    def generate(self, prompts: Sequence[Prompt], **params: Any) -> list[RequestOutput]:
         ids = [self.add(prompt, **params) for prompt in prompts]
         outputs = self.run()
         return [outputs[request_id] for request_id in ids]
 
-    def tokens(self, prompts: list[list[int]], **params: Any) -> list[list[int]]:
+    def tokens(self, prompts: Sequence[Prompt], **params: Any) -> list[list[int]]:
         return [list(output.outputs[0].token_ids) for output in self.generate(prompts, **params)]
 
-    def check_as_alone(self, cases: list[tuple[list[int], dict[str, Any]]], max_tokens: int) -> None:
+    def check_as_alone(self, cases: Sequence[tuple[Prompt, dict[str, Any]]], max_tokens: int) -> None:
         """Requests (prompt, options) in one batch are answered as each of them alone."""
         alone = [self.tokens([prompt], max_tokens=max_tokens, extra_args=options)[0] for prompt, options in cases]
         ids = [self.add(prompt, max_tokens=max_tokens, extra_args=options) for prompt, options in cases]

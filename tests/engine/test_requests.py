@@ -44,7 +44,8 @@ def front_ends(vllm_config: Any) -> list[Any]:
     """Every way into the engine: functions of a prompt and of options that say whether both were handed on."""
 
     def process_inputs(self: Any, request_id: str, prompt: Any, params: Any) -> Any:
-        features = [object()] * len([each for spans in prompt.get("mm_placeholders", {}).values() for each in spans])
+        places = [place for of_kind in prompt.get("mm_placeholders", {}).values() for place in of_kind]
+        features = [SimpleNamespace(mm_position=place) for place in places]
         embeds, ids = prompt.get("prompt_embeds"), prompt.get("prompt_token_ids")
         return SimpleNamespace(prompt_token_ids=ids, prompt_embeds=embeds, mm_features=features or None)
 

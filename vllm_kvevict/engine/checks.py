@@ -5,11 +5,13 @@ from __future__ import annotations
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 
+from vllm_kvevict.cache.plan import budget_tokens
 from vllm_kvevict.config import EvictionConfig
 from vllm_kvevict.engine.fit import EmptyCache, PrefillPlan, SlidingWindow
 from vllm_kvevict.engine.models import check_needs, check_pseudo_tokens, missing_needs
 from vllm_kvevict.engine.reserve import reserve_of
 from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.smallest import check_holds
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.options.names import (
     AUTO,
@@ -88,6 +90,17 @@ def check_prompt(config: EvictionConfig, vllm_config: VllmConfig, has_embeds: bo
             f"{POLICY}: {config.policy!r} turns keys back by their places in the prompt, and this model gives tokens "
             f"of images, audio and video other positions; choose a policy that does not need the rotary embedding"
         )
+
+
+def check_protected(config: EvictionConfig, vllm_config: VllmConfig, num_tokens: int, num_multimodal: int) -> None:
+    """Raise ValueError if the budget of a prompt cannot hold its tokens of images, audio and video that must stay.
+
+    A prompt that is within its budget is not evicted, unless its answer is.
+    """
+    method = config.method()
+    is_evicted = method.schedule.evicts_answer or num_tokens > budget_tokens(num_tokens, config.most_kept)
+    if num_multimodal and is_evicted:
+        check_holds(config.budget, config.policy, method, vllm_config.cache_config.block_size, num_multimodal)
 
 
 def says_none(params: SamplingParams | None) -> bool:

@@ -83,19 +83,23 @@ class EmptyCache:
     windows: tuple[SlidingWindow, ...] = ()
     is_shared: bool = True
 
-    def plan_prefill(self, config: EvictionConfig, num_prompt: int, num_tokens: int) -> PrefillPlan | None:
+    def plan_prefill(
+        self, config: EvictionConfig, num_prompt: int, num_tokens: int, num_within: int = 0
+    ) -> PrefillPlan | None:
         """Return how a prefill of ``num_tokens`` is evicted, None if the budget holds all of the request for ever.
 
         Only a request that evicts its answer treats that as prompt when it was preempted and starts again. Any other
         one is evicted where its prompt ends, as before.
 
         num_prompt: tokens of its prompt, which the budget is a fraction of
+        num_within: of these, the ones that are protected beside both ends
         """
         method, auto = config.method(), config.auto_budget()
         schedule = method.schedule
         whole = num_prompt + schedule.num_deferred
         budget = budget_tokens(whole, config.most_kept)
-        sizes = (num_tokens if schedule.evicts_answer else num_prompt, budget, self.block_size, method.min_tokens)
+        min_tokens = method.min_tokens_with(num_within)
+        sizes = (num_tokens if schedule.evicts_answer else num_prompt, budget, self.block_size, min_tokens)
         eviction = schedule.first_eviction(*sizes) if auto is None else auto.plan_most(whole, self.block_size)
         if eviction is None:
             return None

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.config import EvictionConfig
+from vllm_kvevict.eviction.protection import Spans
 
 STEP = "kv_eviction_step"
 REPORTS = "kv_eviction_reports"
@@ -20,6 +21,7 @@ class PrefillEnd:
     fresh_block_ids: where its kept tokens go, as many as the plan has full blocks; None for its own last blocks
     is_late:         some way into its answer, which has filled the budget or is what the policy waited for
     goes_on:         whether it will be evicted again
+    spans:           what is protected beside both ends of its prompt
     """
 
     config: EvictionConfig
@@ -27,6 +29,7 @@ class PrefillEnd:
     fresh_block_ids: list[int] | None
     is_late: bool = False
     goes_on: bool = False
+    spans: Spans = ()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from vllm_kvevict.cache.plan import EvictionPlan, cdiv
 from vllm_kvevict.cache.staging import to_host
 from vllm_kvevict.eviction.held_scores import HeldScores
 from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.protection import Spans, marks_of, num_in, num_protected, raised
 from vllm_kvevict.eviction.results import checked_wish
 from vllm_kvevict.eviction.selection import protect
 
@@ -21,11 +22,13 @@ from vllm_kvevict.eviction.selection import protect
 class Allocation:
     """The budgets of several requests of one method, of which the host must know something of the scores.
 
+    spans:     of the requests, what is protected of each beside both ends
     on_device: [num_reqs, num_numbers] float64, this; what was measured of each request comes first
     """
 
     method: Method
     plans: Sequence[EvictionPlan]
+    spans: Sequence[Spans]
     batch: WishBatch
     on_device: torch.Tensor
     _on_host: torch.Tensor | None = field(init=False, default=None)
@@ -35,6 +38,7 @@ class Allocation:
         cls,
         method: Method,
         plans: Sequence[EvictionPlan],
+        spans: Sequence[Spans],
         scores: HeldScores,
         measures: torch.Tensor,
         lens: torch.Tensor | None = None,
@@ -44,7 +48,7 @@ class Allocation:
         Allocators see protected scores, NaN behind the tokens of a request: those of the package tile by tile, others
         all at once.
 
-        plans:    of the requests
+        plans, spans: of the requests
         scores:   of all layers
         measures: [num_reqs, num_layers, num_measures] float64, what the allocator has measured
         lens:     [num_reqs, num_layers, num_kv_heads] int64, tokens of each head; None if all requests have as many
@@ -52,19 +56,23 @@ class Allocation:
         Raises whatever an allocator raises.
         """
 
+        allocator, kv_lens = method.allocator, [plan.num_tokens for plan in plans]
+        marks = marks_of(spans, kv_lens, scores.shape[3], scores.device)
+
         def read(first: int, end: int) -> torch.Tensor:
             lens_of_layers = None if lens is None else lens[:, first:end]
-            return protect(scores.of_layers(first, end), method.num_sink, method.num_recent, lens_of_layers)
+            of_layers = raised(scores.of_layers(first, end), None if marks is None else marks[:, None, None])
+            return protect(of_layers, method.num_sink, method.num_recent, lens_of_layers)
 
-        allocator, kv_lens = method.allocator, [plan.num_tokens for plan in plans]
-        protected = [min(method.num_protected, kv_len) for kv_len in kv_lens]
+        protected = [num_protected(method, *of_request) for of_request in zip(spans, kv_lens, strict=True)]
         num_kept = [plan.num_kept_tokens for plan in plans]
         batch = WishBatch(read, scores.shape, scores.device, kv_lens, num_kept, protected, measures)
         parts = [measures.flatten(1)]
         if isinstance(allocator, BatchAllocator) and wishes_for_batches(type(allocator)):
             summary = allocator.summarise(batch)
             parts += [] if summary is None else [summary]
-        return cls(method, plans, batch, torch.cat([part.to(scores.device, torch.float64) for part in parts], dim=1))
+        on_device = torch.cat([part.to(scores.device, torch.float64) for part in parts], dim=1)
+        return cls(method, plans, spans, batch, on_device)
 
     @staticmethod
     def fetch(several: Sequence[Allocation]) -> None:
@@ -77,8 +85,8 @@ class Allocation:
 
         Raises whatever an allocator raises; ValueError or TypeError if it returns what is none of an answer.
         """
-        wishes = zip(self.plans, self._wishes(), strict=True)
-        return torch.stack([_pages(self.method, plan, wish) for plan, wish in wishes])
+        wishes = zip(self.plans, self.spans, self._wishes(), strict=True)
+        return torch.stack([_pages(self.method, plan, spans, wish) for plan, spans, wish in wishes])
 
     def _wishes(self) -> Iterator[torch.Tensor]:
         """Yield [num_layers, num_kv_heads] float64 on the CPU, what the allocator wishes for each request.
@@ -110,11 +118,12 @@ def _copied(several: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [on_host.view(part.shape) for on_host, part in zip(parts, several, strict=True)]
 
 
-def _pages(method: Method, plan: EvictionPlan, wish: torch.Tensor) -> torch.Tensor:
+def _pages(method: Method, plan: EvictionPlan, spans: Spans, wish: torch.Tensor) -> torch.Tensor:
     tokens = wish * (plan.num_kept_tokens * wish.numel() / wish.sum())
     # once the block of the tail is full it is emptied into the other pages: they must hold what is protected then
     tail = 0 if method.schedule.is_bounded else plan.num_tail_tokens
-    minimum = cdiv(max(method.num_protected + method.schedule.per_token - tail, 0), plan.block_size)
+    most_protected = method.num_protected + num_in(spans) + method.schedule.per_token
+    minimum = cdiv(max(most_protected - tail, 0), plan.block_size)
     return round_to_pages(
         (tokens - plan.num_tail_tokens).clamp(min=0),  # every head holds the tail, in a page of its own
         plan.num_full_blocks * wish.numel(),

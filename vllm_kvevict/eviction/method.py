@@ -50,7 +50,11 @@ class Method:
         A prefix-cache hit never covers the latter, so they are always computed and never scored in part. If each new
         token takes the slot of another one, that one is neither.
         """
-        return max(self.num_protected, self.query_window) + self.schedule.per_token
+        return self.min_tokens_with(0)
+
+    def min_tokens_with(self, num_within: int) -> int:
+        """Return ``min_tokens`` of a request of which so many tokens are protected beside both ends of its prompt."""
+        return max(self.num_protected + num_within, self.query_window) + self.schedule.per_token
 
 
 def are_equal(one: Method, other: Method) -> bool:

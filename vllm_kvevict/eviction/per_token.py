@@ -20,6 +20,7 @@ from vllm_kvevict.cache.residents import Residents
 from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.eviction.layers import scored_at_once
 from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.protection import Spans, marks_of
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies import scratch
@@ -37,6 +38,8 @@ class Peers:
     slots:      [num_reqs] int64, their rows of the page table
     ring_slots: [num_reqs] int64, where their last queries are; -1 if the policy looks at none
     max_pages:  most pages that a head of a layer holds
+    marks:      [num_reqs, num_positions] bool, which tokens are protected beside both ends of a prompt, and none of the
+                last position, which stands for all that follow; None: of no request any
     """
 
     method: Method
@@ -44,6 +47,7 @@ class Peers:
     slots: torch.Tensor
     ring_slots: torch.Tensor
     max_pages: int
+    marks: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -90,12 +94,17 @@ class TokenEvictor:
         is_victim = positions == victims[..., None]
         self._holes[slots] = self._slots_of(pages, is_victim.int().argmax(dim=-1, keepdim=True))
 
-    def peers(self, method: Method, req_ids: list[str]) -> Peers:
-        """Return what does not change from step to step of these requests."""
+    def peers(self, method: Method, req_ids: list[str], spans: Sequence[Spans] = ()) -> Peers:
+        """Return what does not change from step to step of these requests.
+
+        spans: of each, what is protected beside both ends of its prompt; empty: nothing of any
+        """
         slots = [self._page_table.slots[req_id] for req_id in req_ids]
         ring_slots = [self._ring.slots.get(req_id) for req_id in req_ids]
         most_pages = self._page_table.most_pages(req_ids)
-        return Peers(method, req_ids, self._staged(slots), self._staged(ring_slots), most_pages)
+        most = max((end for of_request in spans for _, end in of_request), default=0)
+        marks = marks_of(spans, [most] * len(spans), most + 1, self._holes.device)
+        return Peers(method, req_ids, self._staged(slots), self._staged(ring_slots), most_pages, marks)
 
     def _staged(self, slots: list[int]) -> torch.Tensor:
         return to_device(np.array(slots, dtype=np.int64), self._holes.device)
@@ -170,6 +179,9 @@ class TokenEvictor:
         recent = (num_tokens - method.num_recent)[:, None, None]
         # what is not held has position -1, and is no candidate either
         is_candidate = (inputs.positions >= method.num_sink) & (inputs.positions < recent)
+        if peers.marks is not None:
+            where = inputs.positions.clamp(0, peers.marks.shape[1] - 1)
+            is_candidate &= ~peers.marks.repeat_interleave(len(layers), 0).gather(1, where.flatten(1)).view_as(where)
         candidates = torch.where(is_candidate, torch.nan_to_num(scores, nan=-torch.inf), torch.inf)
         places = candidates.argmin(dim=2, keepdim=True).view(*pages.shape[:3], 1)
         self._holes[peers.slots, layers.start : layers.stop] = self._slots_of(pages, places)

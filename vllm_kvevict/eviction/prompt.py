@@ -35,6 +35,7 @@ from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.eviction.allocation import Allocation
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.observer import Choice, is_observed, show
+from vllm_kvevict.eviction.protection import Spans, marks_of, raised
 from vllm_kvevict.eviction.scoring import PromptScores
 from vllm_kvevict.eviction.selection import protect, select
 from vllm_kvevict.policies import scratch
@@ -42,6 +43,7 @@ from vllm_kvevict.policies.inputs import LayerWeights
 
 # What is held at once by each score of which the best are selected, and by each slot that is noted.
 _BYTES_PER_SCORE, _BYTES_PER_SLOT = 16, 28
+_BYTES_PER_RAISED = 4  # beside that, where some tokens are protected that stand between others
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Eviction:
 
     block_ids:       [num_blocks] int64, the request's block table
     fresh_block_ids: [num_full_blocks] int64, where the kept tokens go; None for the last blocks of the prompt
+    spans:           what is protected beside both ends of the prompt
     seconds:         what observing, scoring, allocation, selection and compaction took so far; of what is done for
                      several requests together, an equal part
     next_victims:    [num_layers, num_kv_heads] int64, positions of the lowest scores that were kept: the next tokens to
@@ -64,6 +67,7 @@ class Eviction:
     pool: PagePool
     block_ids: torch.Tensor
     fresh_block_ids: torch.Tensor | None = None
+    spans: Spans = ()
     seconds: float = 0.0
     next_victims: torch.Tensor | None = None
     are_known: torch.Tensor | None = field(init=False, default=None)
@@ -252,7 +256,7 @@ class Evictions:
         if missing:
             raise RuntimeError(f"layers {missing} were not scored at the end of the prefill; nothing was evicted")
         plans, scores = [eviction.plan for eviction in self.members], self._scores
-        self._allocation = Allocation.of(self._method, plans, scores.scores, scores.measures, self._lens)
+        self._allocation = Allocation.of(self._method, plans, self._spans, scores.scores, scores.measures, self._lens)
         self._took(start)
         return self._allocation
 
@@ -262,6 +266,10 @@ class Evictions:
         allocations = [evictions._allocation for evictions in several if evictions._allocation is not None]
         if allocations:
             Allocation.fetch(allocations)
+
+    @property
+    def _spans(self) -> list[Spans]:
+        return [eviction.spans for eviction in self.members]
 
     @cached_property
     def _lens(self) -> torch.Tensor | None:
@@ -297,11 +305,13 @@ class Evictions:
         tails = torch.tensor([plan.num_tail_tokens for plan in plans])[:, None]
         num_kept = to_device((num_full_pages.flatten(1) * self._pool.block_size + tails).numpy(), scores.device)
         num_reqs, num_heads, max_tokens = len(plans), num_kept.shape[1], scores.shape[3]
-        tiles = scratch.tiles([num_reqs * max_tokens * _BYTES_PER_SCORE] * num_heads)
+        marks = marks_of(self._spans, [plan.num_tokens for plan in plans], max_tokens, scores.device)
+        bytes_per_score = _BYTES_PER_SCORE + (0 if marks is None else _BYTES_PER_RAISED)
+        tiles = scratch.tiles([num_reqs * max_tokens * bytes_per_score] * num_heads)
         packed = None if len(tiles) == 1 else PackedMarks((num_reqs, num_heads, max_tokens), scores.device)
         protection, victims = (self._method.num_sink, self._method.num_recent), []
         for first, end in tiles:
-            of_heads = scores.of_heads(first, end)
+            of_heads = raised(scores.of_heads(first, end), None if marks is None else marks[:, None])
             of_lens = None if lens is None else lens[:, first:end]
             kept = select(of_heads, num_kept[:, first:end], *protection, of_lens)
             if packed is not None:

@@ -27,6 +27,7 @@ from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.eviction.held_scores import HeldScores
 from vllm_kvevict.eviction.layers import scored_at_once
 from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.protection import Spans, marks_of, raised
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.selection import protect, select
 from vllm_kvevict.eviction.token_order import TokenOrder
@@ -52,6 +53,7 @@ class ResidentEvictions:
     num_full_pages: [num_reqs, num_layers, num_kv_heads] int64, of these, the ones that stay; and one more that is
                     filled in part
     per_token:      as in ``EvictionPlan``
+    spans:          [num_reqs] what is protected of each beside both ends of its prompt; empty: nothing of any
     seconds:        what scoring, selection and compaction took so far, of all requests together
     next_victims:   [num_reqs, num_layers, num_kv_heads] as in ``Eviction``, once ``compact`` was called, if per_token
     """
@@ -65,6 +67,7 @@ class ResidentEvictions:
     num_pages: torch.Tensor
     num_full_pages: torch.Tensor
     per_token: bool = False
+    spans: Sequence[Spans] = ()
     seconds: float = 0.0
     next_victims: torch.Tensor = field(init=False)
     _sums: HeldScores | None = field(init=False, default=None)
@@ -98,6 +101,7 @@ class ResidentEvictions:
             self.num_pages[only],
             self.num_full_pages[only],
             self.per_token,
+            self.spans[only],
         )
         width = self._order.shape[3]
         alone._scores = self._scores.only(req, width)
@@ -269,8 +273,12 @@ class ResidentEvictions:
         protection, victims = (self.method.num_sink, self.method.num_recent), []
         shape = *num_kept.shape, self._order.shape[3]
         packed = None if len(self._order.tiles) == 1 else PackedMarks(shape, num_kept.device)
+        most = max(self.num_tokens)
+        marks = marks_of(self.spans, self.num_tokens, most, num_kept.device) if any(self.spans) else None
         for first, end in self._order.tiles:
             scores, lens = self._scores.of_heads(first, end), kv_lens[:, first:end]
+            if marks is not None:
+                scores = raised(scores, self._marked_in(first, end, marks))
             kept = select(scores, num_kept[:, first:end], *protection, lens)
             if packed is not None:
                 packed.put(first, kept)
@@ -283,6 +291,14 @@ class ResidentEvictions:
             self.next_victims = torch.cat(victims, dim=1).view_as(self.num_pages)
         self._kept = packed or Marks(kept)
         self._first_moves = self._moves(*self._order.tiles[0])
+
+    def _marked_in(self, first: int, end: int, marks: torch.Tensor) -> torch.Tensor:
+        """Return [num_reqs, end - first, num_slots] bool, ``marks`` [num_reqs, num_tokens] in the order of some heads.
+
+        There is no telling behind the tokens of a head.
+        """
+        positions = self.residents.positions[self._order.of_heads(first, end)[0]].to(torch.int64)
+        return marks.gather(1, positions.clamp_(0, marks.shape[1] - 1).flatten(1)).view_as(positions)
 
     def _moves(self, first: int, end: int) -> Moves:
         """Return where the tokens of some heads move from and to: what is kept fills the slots that stay."""

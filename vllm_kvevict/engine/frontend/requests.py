@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.inputs import PlaceholderRange
 
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.engine.checks import check_config, check_fits, check_prompt, empty_cache
+from vllm_kvevict.engine.checks import check_config, check_fits, check_prompt, check_protected, empty_cache
 from vllm_kvevict.engine.fit import EmptyCache
 from vllm_kvevict.engine.frontend import needs
 from vllm_kvevict.engine.frontend.metrics import UNKNOWN_OPTION, process_metrics
 from vllm_kvevict.engine.models import windows_of
+from vllm_kvevict.engine.multimodal import protected_by
 from vllm_kvevict.engine.settings import eviction_config, request_config
+from vllm_kvevict.eviction.protection import num_in
 from vllm_kvevict.options.names import AUTO, POLICY, VLLM_FIELD, is_ours
 from vllm_kvevict.options.table import options_of_requests
 
@@ -27,12 +31,12 @@ class PromptFacts:
 
     num_tokens: its length, 0 where that is not known
     has_embeds: whether some of it are embeddings, and not tokens
-    has_images: whether some of its tokens stand for images, audio or video
+    images:     where tokens of it stand for images, audio or video
     """
 
     num_tokens: int = 0
     has_embeds: bool = False
-    has_images: bool = False
+    images: Sequence[PlaceholderRange] = ()
 
 
 def with_checked_options(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,7 +49,8 @@ def with_checked_options(process_inputs: Callable[..., Any]) -> Callable[..., An
         request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
         embeds = request.prompt_embeds
         num_tokens = len(request.prompt_token_ids or (() if embeds is None else embeds))
-        _check(self.vllm_config, options, PromptFacts(num_tokens, embeds is not None, bool(request.mm_features)))
+        images = [feature.mm_position for feature in request.mm_features or ()]
+        _check(self.vllm_config, options, PromptFacts(num_tokens, embeds is not None, images))
         return request
 
     return wrapper
@@ -103,7 +108,8 @@ def _facts(prompt: Any) -> PromptFacts:
         return PromptFacts()
     embeds = prompt.get("prompt_embeds")
     num_tokens = len(prompt.get("prompt_token_ids") or (() if embeds is None else embeds))
-    return PromptFacts(num_tokens, embeds is not None, any((prompt.get("mm_placeholders") or {}).values()))
+    images = [*chain.from_iterable((prompt.get("mm_placeholders") or {}).values())]
+    return PromptFacts(num_tokens, embeds is not None, images)
 
 
 def _check_place(unread: Mapping[str, Any]) -> None:
@@ -122,15 +128,19 @@ def _check(vllm_config: VllmConfig, options: Mapping[str, Any], prompt: PromptFa
         return
     cache = _known_cache(vllm_config) if prompt.num_tokens else None
     fits = cache is None or cache.fits(None, prompt.num_tokens)
-    if not options and not server.during_prefill and server.budget != AUTO and fits and not prompt.has_images:
+    if not options and not server.during_prefill and server.budget != AUTO and fits and not prompt.images:
         return
+    num_multimodal = 0
     try:
         config = request_config(server, options, vllm_config.cache_config.block_size)
         if config is not None:
             check_config(config, vllm_config)
-            check_prompt(config, vllm_config, prompt.has_embeds, prompt.has_images)
+            num_multimodal = num_in(protected_by(config, prompt.images))
+            check_prompt(config, vllm_config, prompt.has_embeds, bool(prompt.images))
+            check_protected(config, vllm_config, prompt.num_tokens, num_multimodal)
         if cache is not None:
-            prefill = None if config is None else cache.plan_prefill(config, prompt.num_tokens, prompt.num_tokens)
+            sizes = prompt.num_tokens, prompt.num_tokens, num_multimodal
+            prefill = None if config is None else cache.plan_prefill(config, *sizes)
             check_fits(cache, prefill, prompt.num_tokens, by_request=config is None)
     except ValueError as error:
         raise _refusal(str(error)) from None

@@ -11,6 +11,7 @@ from vllm_kvevict.config import AUTO, EvictionConfig
 from vllm_kvevict.engine.fit import PrefillPlan
 from vllm_kvevict.engine.messages import ChunkEnd, PrefillEnd, StepEvictions
 from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.protection import Spans
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies import Need
 
@@ -74,6 +75,7 @@ class RequestLife:
 
     method:       of ``config``, built once: a third party's code may be in it
     prefill:      the one that goes on, or is next
+    spans:        what is protected beside both ends of its prompt
     num_tokens:   in the cache once every step that was scheduled is through
     evictions:    of this prefill and the answer behind it, in the order in which they were scheduled
     num_pending:  of these, those that no worker has reported yet
@@ -85,6 +87,7 @@ class RequestLife:
     config: EvictionConfig
     method: Method
     prefill: PrefillPlan
+    spans: Spans = ()
     state: State = State.WAITING
     num_tokens: int = 0
     evictions: list[EvictionPlan] = field(default_factory=list)
@@ -179,7 +182,9 @@ class RequestLife:
             blocks = BlocksToFree(plan.num_tokens, 0, plan.first_kept_block + len(self.fresh_blocks), self.fresh_blocks)
             self._evict(plan, blocks)
             fresh = None if self.prefill.in_place else [block.block_id for block in self.fresh_blocks]
-            step.ending[req_id] = PrefillEnd(self.config, plan, fresh, is_late=had_prefilled, goes_on=self._goes_on)
+            step.ending[req_id] = PrefillEnd(
+                self.config, plan, fresh, is_late=had_prefilled, goes_on=self._goes_on, spans=self.spans
+            )
         elif not had_prefilled:
             step.prefilling[req_id] = self.config
         elif num_tokens % due.block_size == 0:

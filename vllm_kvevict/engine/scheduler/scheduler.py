@@ -19,7 +19,14 @@ from vllm.v1.request import Request
 
 from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.config import AUTO, EvictionConfig
-from vllm_kvevict.engine.checks import check_config, check_fits, check_prompt, empty_cache, says_none
+from vllm_kvevict.engine.checks import (
+    check_config,
+    check_fits,
+    check_prompt,
+    check_protected,
+    empty_cache,
+    says_none,
+)
 from vllm_kvevict.engine.fit import SlidingWindow
 from vllm_kvevict.engine.messages import (
     REPORTS,
@@ -32,11 +39,13 @@ from vllm_kvevict.engine.messages import (
     pack,
 )
 from vllm_kvevict.engine.models import split_draft_layers
+from vllm_kvevict.engine.multimodal import spans_of
 from vllm_kvevict.engine.reserve import reserve_of
 from vllm_kvevict.engine.scheduler.life import RequestLife, State
 from vllm_kvevict.engine.scheduler.managers import EvictionManager, PrivateBlocks, cache_hits_up_to, window_of
 from vllm_kvevict.engine.scheduler.seats import Seats
 from vllm_kvevict.engine.settings import eviction_config, request_config
+from vllm_kvevict.eviction.protection import num_in
 from vllm_kvevict.foreign.code import contained, said
 
 logger = logging.getLogger("vllm.kvevict")
@@ -133,11 +142,13 @@ class EvictionSchedulerMixin(Scheduler):
             return None
         check_config(config, self.vllm_config)
         check_prompt(config, self.vllm_config, request.prompt_embeds is not None, bool(request.mm_features))
-        prefill = self._cache.plan_prefill(config, num_tokens, num_tokens)
+        spans = spans_of(config, request.mm_features)
+        check_protected(config, self.vllm_config, num_tokens, num_in(spans))
+        prefill = self._cache.plan_prefill(config, num_tokens, num_tokens, num_in(spans))
         # the last token of an answer is never computed
         if prefill is None or (prefill.is_late and num_tokens + request.max_tokens <= prefill.eviction.num_tokens):
             return None
-        return RequestLife(config, config.method(), prefill)
+        return RequestLife(config, config.method(), prefill, spans)
 
     def _limit_answer(self, request: Request, life: RequestLife | None) -> None:
         """Let an answer end where the cache can hold no more of it, as it does at the model's longest length.
@@ -178,7 +189,8 @@ class EvictionSchedulerMixin(Scheduler):
         life = self._lives.get(request.request_id)
         if life is None:
             return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
-        prefill = self._cache.plan_prefill(life.config, request.num_prompt_tokens, request.num_tokens)
+        sizes = request.num_prompt_tokens, request.num_tokens, num_in(life.spans)
+        prefill = self._cache.plan_prefill(life.config, *sizes)
         if prefill is not None:  # a longer prefill of the same prompt is evicted as well
             life.start(prefill)
         with cache_hits_up_to(life.max_cached_tokens):

@@ -149,4 +149,5 @@ class Answers:
             *self._page_table.rows(req_ids, num_tokens, [step.block_ids[req_id] for req_id in req_ids]),
             self._page_table.num_full_pages(req_ids),
             per_token,
+            [request.spans for request in requests],
         )

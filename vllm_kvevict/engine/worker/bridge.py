@@ -10,10 +10,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvevict.cache.pages import PagePool
-from vllm_kvevict.cache.plan import EvictionPlan
 from vllm_kvevict.cache.readers import Reader
 from vllm_kvevict.config import EvictionConfig
-from vllm_kvevict.engine.messages import STEP, EvictionReport, StepEvictions
+from vllm_kvevict.engine.messages import STEP, EvictionReport, PrefillEnd, StepEvictions
 from vllm_kvevict.engine.worker.agreement import Workers
 from vllm_kvevict.engine.worker.answers import Answers
 from vllm_kvevict.engine.worker.auto_budgets import AutoBudgets
@@ -179,7 +178,8 @@ class EvictionBridge:
             self._watched[req_id].num_tokens = num_tokens
         self.page_table.shrink(req_ids, evictions.num_tokens, evictions.per_token)
         if evictions.per_token:
-            self._replacing.add(req_ids, evictions.method, evictions.next_victims)
+            spans = [self._watched[req_id].spans for req_id in req_ids]
+            self._replacing.add(req_ids, evictions.method, spans, evictions.next_victims)
 
     def _stop_watching(self, req_id: str) -> None:
         """A request will not be evicted again."""
@@ -202,7 +202,8 @@ class EvictionBridge:
         evictions.note(self.residents, [request.take_states() for request in requests])
         victims = [eviction.next_victims for eviction in members if eviction.next_victims is not None]
         if victims:
-            self._replacing.add(req_ids, requests[0].method, torch.stack(victims))
+            spans = [request.spans for request in requests]
+            self._replacing.add(req_ids, requests[0].method, spans, torch.stack(victims))
 
     def _observe_answers(self, step: Step) -> None:
         """Show policies the queries since the last full block of requests whose prompt was not evicted, and score
@@ -217,7 +218,7 @@ class EvictionBridge:
         for req_id, end in decisions.ending.items():
             if end.is_late:
                 due[req_id] = end.plan.num_tokens
-                step.evictions[req_id] = self._first_eviction(req_id, end.plan, step)
+                step.evictions[req_id] = self._first_eviction(req_id, end, step)
         due = {req_id: num_tokens for req_id, num_tokens in due.items() if req_id not in self.failures}
         if not due:
             return
@@ -232,9 +233,10 @@ class EvictionBridge:
         for layer, of_layer in enumerate(queries):
             self.observe(prefills, self.readers.all_of(layer), of_layer, of_layer, self._weights.scale(layer))
 
-    def _first_eviction(self, req_id: str, plan: EvictionPlan, step: Step) -> Eviction:
-        method = self._watched[req_id].method
-        return Eviction(method, plan, self.pool, step.block_ids[req_id], step.fresh.get(req_id))
+    def _first_eviction(self, req_id: str, end: PrefillEnd, step: Step) -> Eviction:
+        request, fresh = self._watched[req_id], step.fresh.get(req_id)
+        request.spans = end.spans
+        return Eviction(request.method, end.plan, self.pool, step.block_ids[req_id], fresh, end.spans)
 
     def rows(self, common: CommonAttentionMetadata) -> StepRows | None:
         """Return what is special about this batch, None if stock attention serves all of it."""
@@ -282,7 +284,7 @@ class EvictionBridge:
                 continue
             eviction = None
             if end is not None:
-                eviction = step.evictions[req_id] = self._first_eviction(req_id, end.plan, step)
+                eviction = step.evictions[req_id] = self._first_eviction(req_id, end, step)
             block_ids, kv_len = step.block_ids[req_id], step.num_tokens[req_id]
             end_token = bounds[row + 1] - self.num_extra_tokens
             looks_ahead = end is not None and request.num_pseudo_tokens > 0

@@ -84,7 +84,7 @@ class DraftBridge(EvictionBridge):
         logger.warning("request %s: the draft model keeps its last tokens, it could not be scored", req_id)
         method = EvictionConfig(policy="streaming_llm", budget=end.config.most_kept).method()
         target = self._target.step.evictions[req_id]
-        eviction = Eviction(method, target.plan, self.pool, target.block_ids, target.fresh_block_ids)
+        eviction = Eviction(method, target.plan, self.pool, target.block_ids, target.fresh_block_ids, end.spans)
         no_query = torch.empty(0, self.pool.num_kv_heads, self.pool.head_size, device=target.block_ids.device)
         for layer in range(self.pool.num_layers):
             eviction.score_layer(layer, no_query, scale=1.0)

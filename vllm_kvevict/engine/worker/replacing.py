@@ -12,6 +12,7 @@ from vllm_kvevict.engine.worker.guard import Failures
 from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.eviction.method import Method
 from vllm_kvevict.eviction.per_token import Peers, Replacement, TokenEvictor
+from vllm_kvevict.eviction.protection import Spans
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.foreign.code import contained
 
@@ -24,17 +25,23 @@ class Replacing:
         self._page_table = page_table
         self._failures = failures
         self._methods: dict[str, Method] = {}
+        self._spans: dict[str, Spans] = {}
         self._known: tuple[list[str], int, list[tuple[Peers, torch.Tensor]]] = ([], -1, [])
 
-    def add(self, req_ids: list[str], method: Method, victims: torch.Tensor) -> None:
-        """From their next tokens on requests replace what they hold; victims: as for ``TokenEvictor.open_holes``."""
+    def add(self, req_ids: list[str], method: Method, spans: list[Spans], victims: torch.Tensor) -> None:
+        """From their next tokens on requests replace what they hold, but not what ``spans`` of each protect.
+
+        victims: as for ``TokenEvictor.open_holes``
+        """
         shared = next((known for known in self._methods.values() if _are_equal(known, method)), method)
         self._methods |= dict.fromkeys(req_ids, shared)
+        self._spans |= zip(req_ids, spans, strict=True)
         self._tokens.open_holes(req_ids, victims)
 
     def remove(self, req_id: str) -> None:
         """A request has ended, has failed, or starts again."""
         if self._methods.pop(req_id, None) is not None:
+            del self._spans[req_id]
             self._known = ([], -1, [])
 
     def rows(self, req_ids: list[str], common: CommonAttentionMetadata) -> list[Replacement]:
@@ -47,10 +54,7 @@ class Replacing:
                     # by identity: options of a third party's policy may be lists, which have no hash
                     rows.setdefault(id(self._methods[req_id]), []).append(row)
             groups = [
-                (
-                    self._tokens.peers(self._methods[req_ids[those[0]]], [req_ids[row] for row in those]),
-                    to_device(np.array(those), common.seq_lens.device),
-                )
+                (self._peers([req_ids[row] for row in those]), to_device(np.array(those), common.seq_lens.device))
                 for those in rows.values()
             ]
             self._known = (req_ids, self._page_table.generation, groups)
@@ -59,6 +63,9 @@ class Replacing:
             with self._failures.of(peers.req_ids, "the policy of a step"):
                 replacements.append(self._replacement(peers, those, common))
         return replacements
+
+    def _peers(self, req_ids: list[str]) -> Peers:
+        return self._tokens.peers(self._methods[req_ids[0]], req_ids, [self._spans[req_id] for req_id in req_ids])
 
     def _replacement(self, peers: Peers, rows: torch.Tensor, common: CommonAttentionMetadata) -> Replacement:
         """rows: [num_reqs] of the batch."""

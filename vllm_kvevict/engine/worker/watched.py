@@ -18,6 +18,7 @@ from vllm_kvevict.cache.readers import Reader, Readers
 from vllm_kvevict.cache.staging import to_device
 from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.eviction.method import Method
+from vllm_kvevict.eviction.protection import Spans
 from vllm_kvevict.eviction.results import checked
 from vllm_kvevict.eviction.traits import traits_of
 from vllm_kvevict.policies.base import Need
@@ -69,6 +70,7 @@ class WatchedRequest:
 
     queries: its last queries; none if the ring remembers them
     num_tokens: tokens whose queries were seen
+    spans: what is protected beside both ends of the prompt, known from the first eviction on
     auto_budget: how its budget is chosen; None if it is fixed
     likelihood: [*] float32 of each chunk, if its budget is chosen: negative log-likelihoods of those of its tokens that
         were looked at, nats; NaN where a token is none of the vocabulary
@@ -89,6 +91,7 @@ class WatchedRequest:
         self.outputs = LastRows(readers, method.query_window)
         self.states: list[Any] = [None] * len(readers.numbers)
         self.num_tokens = 0
+        self.spans: Spans = ()
         self.seconds = 0.0
 
     def check_states(self, shape: tuple[int, int], device: torch.device) -> None:
