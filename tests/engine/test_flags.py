@@ -118,8 +118,14 @@ def test_help_has_a_group_with_the_policies() -> None:
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     (group,) = [group for group in parser._action_groups if group.title == "KVEviction"]
     flags = [option for action in group._group_actions for option in action.option_strings]
-    names = ["kv-eviction", "kv-budget", "kv-budget-calibration", "kv-budget-allocator", "kv-evict-during-decode"]
-    names += ["no-kv-evict-during-decode", "kv-evict-during-prefill", "kv-evict-interval", "kv-evict-max-num-seqs"]
+    names = ["kv-eviction", "kv-budget", "kv-budget-calibration", "kv-budget-allocator", "kv-protect-multimodal"]
+    names += [
+        "kv-evict-during-decode",
+        "no-kv-evict-during-decode",
+        "kv-evict-during-prefill",
+        "kv-evict-interval",
+        "kv-evict-max-num-seqs",
+    ]
     names += ["kv-eviction-log-requests", "kv-request-options", "kv-eviction-config"]
     assert flags == [f"--{name}" for name in names]
     assert "snapkv" in group._group_actions[0].help
