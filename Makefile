@@ -23,6 +23,8 @@ V2 := VLLM_USE_V2_MODEL_RUNNER=1
 # what `make test` leaves to `make test-more`, and both to `make test-release`: CONTRIBUTING.md has the list
 NOT_ON_V1 := more or not_on_v1 or for_release
 MORE_ON_V2 := more or more_on_v2
+# of engines on V1, which is going away, `make test` runs these, and `make test-release` the others
+GUARDS_V1 := smoke or on_v1
 SMOKE := smoke and not ($(MORE_ON_V2))
 export TORCH_INDEX KVEVICT_MODELS
 
@@ -34,7 +36,8 @@ demo: model ## serve a real model with eviction and ask it about a long text
 
 test: lint models newest ## lint, types and the tests that guard every change
 	$(PYTEST) -m "not ($(NOT_ON_V1))" $(SERVER_TESTS) $(PYTEST_ARGS)
-	$(PYTEST) -m "not ($(NOT_ON_V1))" $(PARALLEL) $(addprefix --ignore=,$(SERVER_TESTS)) $(PYTEST_ARGS)
+	$(PYTEST) -m "not ($(NOT_ON_V1))" $(PARALLEL) --ignore=tests/engine $(addprefix --ignore=,$(SERVER_TESTS)) $(PYTEST_ARGS)
+	$(PYTEST) -m "($(GUARDS_V1)) and not ($(NOT_ON_V1))" $(PARALLEL) tests/engine $(PYTEST_ARGS)
 	$(NEWEST) $(V2) $(PYTEST) -m "not ($(MORE_ON_V2))" $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
 	$(NEWEST) $(V2) $(PYTEST) tests/e2e/test_data_parallel.py $(PYTEST_ARGS)
 	$(V2) $(PYTEST) -m "$(SMOKE)" $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
@@ -45,7 +48,8 @@ test-more: models newest ## the tests that `make test` leaves out; those of engi
 	$(PYTEST) -m more $(PARALLEL) --ignore=tests/engine $(addprefix --ignore=,$(SERVER_TESTS)) $(PYTEST_ARGS)
 	$(NEWEST) $(V2) $(PYTEST) -m "$(MORE_ON_V2)" $(PARALLEL) $(V2_TESTS) $(PYTEST_ARGS)
 
-test-release: models ## what neither of these runs: scripts around the plugin, each run whole; part of `make release`
+test-release: models ## what neither of these runs: scripts around the plugin, engines on V1; part of `make release`
+	$(PYTEST) -m "not ($(GUARDS_V1) or $(NOT_ON_V1))" $(PARALLEL) tests/engine $(PYTEST_ARGS)
 	$(PYTEST) -m for_release $(SERVER_TESTS) $(PYTEST_ARGS)
 	$(PYTEST) -m for_release $(PARALLEL) $(addprefix --ignore=,$(SERVER_TESTS)) $(PYTEST_ARGS)
 

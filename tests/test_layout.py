@@ -183,7 +183,7 @@ def test_the_list_of_the_second_tier_names_tests_and_cases(tmp_path: Path) -> No
     (tmp_path / "test_whole.py").write_text('pytestmark = [pytest.mark.more("c")]\n')
     assert second_tier.table(tmp_path).splitlines()[2:] == [
         "| `engine/test_some.py`, some cases, cases of `test_two` | never | `make test-more` | b |",
-        "| `engine/test_some.py`, `test_one` | `make test` | `make test-more` | a |",
+        "| `engine/test_some.py`, `test_one` | `make test-release` | `make test-more` | a |",
         "| `test_rare.py` | `make test-release` | never | d |",
         "| `test_whole.py` | `make test-more` | never | c |",
     ]

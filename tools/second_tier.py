@@ -16,13 +16,13 @@ from vllm_kvevict.commands.policies import with_text_between
 
 START = "<!-- second tier: python -m tools.second_tier --write CONTRIBUTING.md -->"
 END = "<!-- end of second tier -->"
-LATER = "`make test-more`"
+LATER, RELEASE = "`make test-more`", "`make test-release`"
 # marker -> when a test runs on V1 and on V2; tests that are not of tests/engine run on V1 only
 RUNNERS = {
     "more": ("never", LATER),
     "not_on_v1": ("never", "`make test`"),
-    "more_on_v2": ("`make test`", LATER),
-    "for_release": ("`make test-release`", "never"),
+    "more_on_v2": (RELEASE, LATER),
+    "for_release": (RELEASE, "never"),
 }
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig
+from vllm.distributed import parallel_state
 from vllm.outputs import RequestOutput
 from vllm.platforms.cpu import CpuPlatform
 
@@ -213,6 +214,9 @@ class Engine:
             assert self.scheduler._manager.in_use == CacheInUse()
 
 
+_RUNNING: list[str] = []  # models of the engines in this process
+
+
 @contextmanager
 def async_on_cpu() -> Iterator[None]:
     """vLLM's CPU platform switches async scheduling off at start-up, though the engine can run it there."""
@@ -246,10 +250,14 @@ def engine(
         **eviction,
         **kwargs,
     }
+    if not _RUNNING:  # one that did not start has left its process groups, and a mixture of experts needs one more
+        parallel_state.destroy_model_parallel()
     llm = LLM(str(model), **settings)
+    _RUNNING.append(str(model))
     try:
         yield Engine(llm)
     finally:
+        _RUNNING.remove(str(model))
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()

@@ -14,6 +14,8 @@ from tests.engine.harness import Engine, engine
 from tests.tiny_llama import VOCAB_SIZE, random_prompt
 from vllm_kvevict.engine.offline.check.dense import DenseModel
 
+pytestmark = pytest.mark.on_v1
+
 NUM_STEPS = 64
 KV_BYTES = 64 << 20
 MORE = pytest.mark.more("ragged layers are evicted from a full last block and in chunks, too")

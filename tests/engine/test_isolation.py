@@ -32,6 +32,8 @@ from tests.tiny_llama import random_prompt
 from vllm_kvevict import kv_eviction_args
 from vllm_kvevict.engine.scheduler.managers import CacheInUse
 
+pytestmark = pytest.mark.on_v1
+
 NUM_REQUESTS = int(os.environ.get("KVEVICT_ISOLATION_REQUESTS", 40 if USES_V2_RUNNER else 60))
 SEED = int(os.environ.get("KVEVICT_ISOLATION_SEED", 0))
 BLOCK = 32

@@ -11,6 +11,8 @@ import torch
 
 from vllm_kvevict.engine.worker.rows import BatchFolder, EvictedRows
 
+pytestmark = pytest.mark.on_v1
+
 HEADS = 3
 CPU = torch.device("cpu")
 

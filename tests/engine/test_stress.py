@@ -20,6 +20,8 @@ from tests.tiny_llama import random_prompt
 from tools.matrix.families import FAMILIES
 from tools.matrix.families import SETTINGS as OF_FAMILIES
 
+pytestmark = pytest.mark.on_v1
+
 NUM_REQUESTS = int(os.environ.get("KVEVICT_STRESS_REQUESTS", 50 if USES_V2_RUNNER else 60))
 MODELS = [
     ("tiny_llama", 1),

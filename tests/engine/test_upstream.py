@@ -27,6 +27,8 @@ from vllm_kvevict.engine import versions
 from vllm_kvevict.engine.frontend.install import install_flags
 from vllm_kvevict.options.names import is_ours
 
+pytestmark = pytest.mark.on_v1
+
 NEWEST = os.environ.get("KVEVICT_NEWEST", newest_vllm.NEWEST)
 VERSIONS = sorted({installed_vllm(), NEWEST})
 # what we read of objects whose types no annotation tells, in our code or in vLLM's: class -> attributes
