@@ -179,9 +179,13 @@ def test_the_list_of_the_second_tier_names_tests_and_cases(tmp_path: Path) -> No
     """
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine" / "test_some.py").write_text(dedent(some))
+    guard = some.replace("        CASES", "        pytestmark = pytest.mark.on_v1\n        CASES", 1)
+    (tmp_path / "engine" / "test_guard.py").write_text(dedent(guard))
     (tmp_path / "test_rare.py").write_text('pytestmark = pytest.mark.for_release("d")\n')
     (tmp_path / "test_whole.py").write_text('pytestmark = [pytest.mark.more("c")]\n')
     assert second_tier.table(tmp_path).splitlines()[2:] == [
+        "| `engine/test_guard.py`, some cases, cases of `test_two` | never | `make test-more` | b |",
+        "| `engine/test_guard.py`, `test_one` | `make test` | `make test-more` | a |",
         "| `engine/test_some.py`, some cases, cases of `test_two` | never | `make test-more` | b |",
         "| `engine/test_some.py`, `test_one` | `make test-release` | `make test-more` | a |",
         "| `test_rare.py` | `make test-release` | never | d |",

@@ -11,6 +11,8 @@ from tests.conftest import USES_V2_RUNNER
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
 
+pytestmark = pytest.mark.on_v1
+
 BUDGET, BLOCK = 96, 32
 
 

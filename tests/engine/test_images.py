@@ -64,7 +64,10 @@ class Seeing:
         ]
 
 
-pytestmark = pytest.mark.more_on_v2("on V1 the same prompts are evicted, in models whose images are causal")
+pytestmark = [
+    pytest.mark.on_v1,
+    pytest.mark.more_on_v2("on V1 the same prompts are evicted, in models whose images are causal"),
+]
 ON_V1 = pytest.mark.skipif(
     USES_V2_RUNNER, reason="what is protected is decided by scheduler and policies, on no runner"
 )

@@ -13,6 +13,8 @@ from tests.tiny_llama import random_prompt
 from vllm_kvevict.engine.offline.tasks import make_example
 from vllm_kvevict.eviction.record import recorded_evictions
 
+pytestmark = pytest.mark.on_v1
+
 TASKS = ("needle_noise", "needle_prose", "passkey", "key_value", "copying")
 
 

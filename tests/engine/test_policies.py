@@ -14,6 +14,8 @@ from tests.tiny_llama import random_prompt
 from vllm_kvevict.eviction.record import RecordedEviction, recorded_evictions
 from vllm_kvevict.policies import POLICIES, Need
 
+pytestmark = pytest.mark.on_v1
+
 BUDGET, NUM_TOKENS = 160, 1003
 # the runner hands over what policies need: on V2, whose interpreter takes its time, one policy for each kind of it
 OF_EACH_KIND = ["snapkv", "h2o", "obcache_k", "compactor", "criticalkv", "keydiff", "laq", "laq_deferred", "morphkv"]

@@ -22,6 +22,8 @@ from vllm_kvevict.engine.worker.model import ModelWeights
 from vllm_kvevict.engine.worker.sharing import sharing_targets
 from vllm_kvevict.policies import Need
 
+pytestmark = pytest.mark.on_v1
+
 BUDGET, NUM_KV_HEADS = 128, 2
 NUM_BLOCKS = BUDGET // BLOCK
 READERS = [[1], [3, 5, 7]]  # of the pages of each layer with full attention; the others have windows, and share, too
