@@ -63,6 +63,15 @@ def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tools.matrix.families import family_named
+
+    folder = tmp_path_factory.mktemp("tiny_gpt_oss")
+    family_named("gpt-oss").build(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     from tools.build_model import SMOLLM2, build_model
 

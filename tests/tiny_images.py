@@ -14,7 +14,6 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
-    Gemma3TextConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -24,6 +23,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
+from tests.tiny_gemma import tiny_gemma_config
 from tests.tiny_llama import VOCAB_SIZE, random_prompt, tiny_llama_config
 from tests.tiny_tokenizer import build_tiny_tokenizer
 
@@ -89,24 +89,8 @@ def build_tiny_llava(folder: Path) -> Path:
 def build_tiny_gemma3(folder: Path) -> Path:
     """Save a Gemma 3, whose images see all of themselves, and return its folder. Every other layer has a window."""
     torch.manual_seed(0)
-    text = Gemma3TextConfig(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        head_dim=32,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=48,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        query_pre_attn_scalar=32,
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
     config = Gemma3Config(
-        text_config=text,
+        text_config=tiny_gemma_config(["sliding_attention", "full_attention"] * 2, vocab_size=VOCAB),
         vision_config=SiglipVisionConfig(**_VISION, image_size=_PIXELS),
         mm_tokens_per_image=IMAGE_LEN,
         image_token_index=IMAGE,

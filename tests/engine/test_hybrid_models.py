@@ -11,7 +11,7 @@ import torch
 
 from tests.engine.harness import engine
 from tests.tiny_llama import VOCAB_SIZE, random_prompt
-from tools.matrix.families import FAMILIES, SETTINGS
+from tools.matrix.families import SETTINGS, family_named
 from vllm_kvevict.engine.models import windows_of
 from vllm_kvevict.engine.offline.check.dense import DenseModel
 from vllm_kvevict.engine.worker.evicted_part import evicted_part
@@ -23,7 +23,7 @@ NUM_STEPS = 70  # more than the window, and into a third block
 @pytest.fixture(scope="module")
 def tiny_llama4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_llama4")
-    next(family for family in FAMILIES if family.name == "Llama 4").build(folder)
+    family_named("Llama 4").build(folder)
     return folder
 
 

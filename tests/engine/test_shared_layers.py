@@ -15,7 +15,7 @@ from tests.conftest import USES_V2_RUNNER
 from tests.engine.dense_decode import BLOCK, Budget, Score, check_kept, h2o, run_and_watch, tova
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import VOCAB_SIZE, random_prompt
-from tools.matrix.families import FAMILIES
+from tools.matrix.families import family_named
 from vllm_kvevict.engine.models import windows_of
 from vllm_kvevict.engine.offline.check.dense import DenseModel
 from vllm_kvevict.engine.worker.model import ModelWeights
@@ -32,7 +32,7 @@ READERS = [[1], [3, 5, 7]]  # of the pages of each layer with full attention; th
 @pytest.fixture(scope="module")
 def tiny_gemma3n(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, num_layers = tmp_path_factory.mktemp("tiny_gemma3n"), 8
-    family = next(family for family in FAMILIES if family.name == "Gemma 3n")
+    family = family_named("Gemma 3n")
     more = {
         "num_hidden_layers": num_layers,
         "num_kv_shared_layers": 4,

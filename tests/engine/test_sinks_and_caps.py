@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from tests.engine.harness import engine
 from tests.engine.test_hybrid_models import check_logits
 from tests.tiny_llama import random_prompt
-from tools.matrix.families import FAMILIES, SETTINGS
+from tools.matrix.families import SETTINGS, family_named
 from vllm_kvevict.eviction.record import recorded_evictions
 
 NAMES = ("gpt-oss", "Gemma 2")
@@ -21,7 +21,7 @@ WINDOW = 16
 @pytest.fixture(scope="module", params=NAMES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    next(family for family in FAMILIES if family.name == request.param).build(folder)
+    family_named(request.param).build(folder)
     return folder
 
 

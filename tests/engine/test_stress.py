@@ -17,8 +17,6 @@ import pytest
 from tests.conftest import USES_V2_RUNNER
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
-from tools.matrix.families import FAMILIES
-from tools.matrix.families import SETTINGS as OF_FAMILIES
 
 pytestmark = pytest.mark.on_v1
 
@@ -28,7 +26,7 @@ MODELS = [
     pytest.param("tiny_gemma", 0, marks=pytest.mark.more("on V1 there are sinks beside sliding windows")),
 ]
 if not USES_V2_RUNNER:
-    MODELS += [("gpt-oss", 0)]
+    MODELS += [("tiny_gpt_oss", 0)]
 MAX_PROMPT = 1028
 OPTIONS: list[dict[str, Any] | None] = [
     None,
@@ -133,16 +131,12 @@ def run_at_random(
 @pytest.mark.feature("eviction while the answer grows")
 @pytest.mark.parametrize(("model", "seed"), MODELS)
 def test_every_answer_is_that_of_a_fresh_engine(request: pytest.FixtureRequest, model: str, seed: int) -> None:
-    if model.startswith("tiny"):
-        folder, settings = request.getfixturevalue(model), SETTINGS
-    else:
-        folder, settings = request.getfixturevalue("tmp_path"), SETTINGS | OF_FAMILIES
-        next(family for family in FAMILIES if family.name == model).build(folder)
+    folder = request.getfixturevalue(model)
     blocks = NUM_BLOCKS if model == "tiny_llama" else 2 * NUM_BLOCKS
     options = OPTIONS + LOOKAHEAD if model == "tiny_llama" else OPTIONS
-    with engine(folder, num_gpu_blocks_override=blocks, max_num_seqs=MAX_REQUESTS, **settings) as running:
+    with engine(folder, num_gpu_blocks_override=blocks, max_num_seqs=MAX_REQUESTS, **SETTINGS) as running:
         comparable = served_at_random(running, seed, options)
-    with engine(folder, enable_prefix_caching=False, **settings) as fresh:
+    with engine(folder, enable_prefix_caching=False, **SETTINGS) as fresh:
         check_answers(fresh, comparable)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from vllm_kvevict.kernels import select as selecting
 from vllm_kvevict.kernels.interface import SIGNATURES
+from vllm_kvevict.kernels.native import pointers
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -35,8 +36,7 @@ def select(
     kept = torch.empty(scores.shape, dtype=torch.bool)
     function = emulation().emulated_select
     function.argtypes, function.restype = SIGNATURES["kvevict_select"], None
-    pointers = selecting._pointers(scores, num_kept, kv_lens, kept)
-    function(*pointers, num_kept.numel(), scores.shape[-1], num_sink, num_recent)
+    function(*pointers(scores, num_kept, kv_lens, kept), num_kept.numel(), scores.shape[-1], num_sink, num_recent)
     return kept
 
 

@@ -493,3 +493,8 @@ FAMILIES = [
         overrides={"architectures": ["PanguEmbeddedForCausalLM"]},
     ),
 ]
+
+
+def family_named(name: str) -> Family:
+    """Return the family of that name. Raises KeyError if there is none."""
+    return {family.name: family for family in FAMILIES}[name]

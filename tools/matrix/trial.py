@@ -21,7 +21,7 @@ from vllm.model_executor.models import registry
 
 from tests.engine.harness import Engine, engine
 from tests.tiny_llama import random_prompt
-from tools.matrix.families import FAMILIES, SETTINGS, VOCAB_SIZE, Family
+from tools.matrix.families import SETTINGS, VOCAB_SIZE, Family, family_named
 from tools.matrix.oracle import Oracle
 from tools.matrix.rows import OK, POLICIES
 from vllm_kvevict.eviction.record import recorded_evictions
@@ -150,7 +150,7 @@ def _written(file: Path) -> Iterator[Callable[[dict[str, str]], None]]:
 def main(name: str, file: Path) -> None:
     """Try the family of that name."""
     registry._run_in_subprocess = lambda question: question()  # it would import vLLM once more for each model
-    family = next(each for each in FAMILIES if each.name == name)
+    family = family_named(name)
     with tempfile.TemporaryDirectory() as folder, _written(file) as tell:
         Trial(family, tell).run(Path(folder))
 

@@ -273,8 +273,7 @@ class ResidentEvictions:
         protection, victims = (self.method.num_sink, self.method.num_recent), []
         shape = *num_kept.shape, self._order.shape[3]
         packed = None if len(self._order.tiles) == 1 else PackedMarks(shape, num_kept.device)
-        most = max(self.num_tokens)
-        marks = marks_of(self.spans, self.num_tokens, most, num_kept.device) if any(self.spans) else None
+        marks = marks_of(self.spans, self.num_tokens, max(self.num_tokens), num_kept.device)
         for first, end in self._order.tiles:
             scores, lens = self._scores.of_heads(first, end), kv_lens[:, first:end]
             if marks is not None:

@@ -114,6 +114,11 @@ def function(name: str, device: torch.device) -> Callable[..., int] | None:
     return cast("Callable[..., int]", found)
 
 
+def pointers(*tensors: torch.Tensor | None) -> list[int | None]:
+    """Return the addresses of tensors, null for those that there are not, as compiled functions take them."""
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
 @functools.cache
 def cuda_function(name: str) -> Callable[..., None]:
     """Return a function that launches ``name`` on the current stream of the current device.

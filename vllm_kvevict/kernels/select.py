@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_kvevict.kernels.native import cuda_function, cuda_library, function
+from vllm_kvevict.kernels.native import cuda_function, cuda_library, function, pointers
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
 
@@ -57,7 +57,7 @@ def select(
         return select_reference(scores, num_kept, num_sink, num_recent, kv_lens)
     tensors = _contiguous(scores, num_kept, kv_lens)
     kept = torch.empty(scores.shape, dtype=torch.bool)
-    if kernel(*_pointers(*tensors, kept), num_kept.numel(), scores.shape[-1], num_sink, num_recent) != 0:
+    if kernel(*pointers(*tensors, kept), num_kept.numel(), scores.shape[-1], num_sink, num_recent) != 0:
         raise MemoryError(f"select: no scratch memory for {scores.shape[-1]} tokens per thread.")
     return kept
 
@@ -66,10 +66,6 @@ def _contiguous(
     scores: torch.Tensor, num_kept: torch.Tensor, kv_lens: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     return scores.contiguous(), num_kept.contiguous(), None if kv_lens is None else kv_lens.contiguous()
-
-
-def _pointers(*tensors: torch.Tensor | None) -> list[int | None]:
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 @operator(
@@ -101,8 +97,7 @@ def count_best(scores: torch.Tensor, totals: torch.Tensor) -> tuple[torch.Tensor
         return count_best_reference(scores, totals)
     scores, totals = scores.contiguous(), totals.contiguous()
     above, ties = (torch.empty(scores.shape[:2], dtype=torch.int64) for _ in range(2))
-    pointers = [tensor.data_ptr() for tensor in (scores, totals, above, ties)]
-    if kernel(*pointers, *scores.shape) != 0:
+    if kernel(*pointers(scores, totals, above, ties), *scores.shape) != 0:
         raise MemoryError(f"count_best: no scratch memory for {scores[0].numel()} scores per thread.")
     return above, ties
 
@@ -180,7 +175,7 @@ def select_cuda(
     tensors = _contiguous(scores, num_kept, kv_lens)
     kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     with torch.cuda.device(scores.device):
-        kernel(*_pointers(*tensors, kept), num_kept.numel(), scores.shape[-1], num_sink, num_recent)
+        kernel(*pointers(*tensors, kept), num_kept.numel(), scores.shape[-1], num_sink, num_recent)
     return kept
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from vllm_kvevict.kernels.native import function
+from vllm_kvevict.kernels.native import function, pointers
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
 from vllm_kvevict.kernels.paged import (
@@ -115,7 +115,7 @@ def slot_scores(batch: SlotBatch, group: Group, fusion: Fusion) -> torch.Tensor:
         batch.positions.data_ptr(), batch.last_seen.data_ptr(), scores.data_ptr(),
         DTYPE_CODES[batch.query.dtype], DTYPE_CODES[batch.keys.dtype],
         num_reqs, num_queries, num_heads, num_kv_heads, head_size, batch.keys.shape[1], num_slots,
-        batch.scale, _head_weight(batch, group), batch.softcap, None if batch.sinks is None else batch.sinks.data_ptr(),
+        batch.scale, _head_weight(batch, group), batch.softcap, *pointers(batch.sinks),
         GROUP_CODES[group], FUSION_CODES[fusion],
     )  # fmt: skip
     if status != 0:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vllm_kvevict.kernels.chunk_batch import ChunkBatch, check_batch, check_lengths, requests
-from vllm_kvevict.kernels.native import function
+from vllm_kvevict.kernels.native import function, pointers
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
 from vllm_kvevict.kernels.paged import DTYPE_CODES, LOG2_E, capped, softmax_with_sinks
@@ -64,7 +64,7 @@ def streaming_sums(batch: ChunkBatch, sums: torch.Tensor) -> None:
         sums.data_ptr(), sums.stride(0), columns.data_ptr(), parts_per_head,
         DTYPE_CODES[query.dtype], DTYPE_CODES[keys.dtype],
         num_reqs, num_heads, num_kv_heads, head_size, keys.shape[1], batch.max_kv_len, batch.scale,
-        batch.softcap, None if batch.sinks is None else batch.sinks.data_ptr(),
+        batch.softcap, *pointers(batch.sinks),
     )  # fmt: skip
     if status != 0:
         raise MemoryError(f"streaming_sums: no scratch memory for {num_heads} heads and {batch.max_kv_len} tokens.")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vllm_kvevict.kernels.native import function
+from vllm_kvevict.kernels.native import function, pointers
 from vllm_kvevict.kernels.operators import operator
 from vllm_kvevict.kernels.optional_triton import tl, triton
 from vllm_kvevict.kernels.paged import DTYPE_CODES, LOG2_E, capped, softmax_with_sinks
@@ -77,7 +77,7 @@ def window_scores(batch: WindowBatch, reduction: Reduction) -> torch.Tensor:
         num_reqs, window, num_heads, num_kv_heads, head_size, batch.values.shape[2], batch.keys.shape[1], max_kv_len,
         reduction.num_unscored(window),
         batch.scale, reduction.query_weight(window, num_heads // num_kv_heads), batch.value_scale,
-        batch.softcap, None if batch.sinks is None else batch.sinks.data_ptr(),
+        batch.softcap, *pointers(batch.sinks),
         GROUP_CODES[reduction.group], POOL_CODES[reduction.pool], WEIGHT_CODES[reduction.weight], reduction.pool_kernel,
     )  # fmt: skip
     if status != 0:

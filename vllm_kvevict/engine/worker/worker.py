@@ -70,7 +70,8 @@ class EvictionWorkerMixin(Worker):
         Nothing is taken for a model without layers that are evicted, which is refused once vLLM has grouped them.
         """
         config, runner = eviction_config(self.vllm_config), self.model_runner
-        specs = {name: spec for name, spec in self.get_kv_cache_spec().items() if is_evicted(spec)}
+        all_specs = self.get_kv_cache_spec()
+        specs = {name: spec for name, spec in all_specs.items() if is_evicted(spec)}
         layer_names, draft_names = split_draft_layers(list(specs))
         if config is None or not layer_names:
             return
@@ -91,9 +92,8 @@ class EvictionWorkerMixin(Worker):
         self.side_memory = SideMemory(self.vllm_config, config, taken)
         setattr(self.vllm_config, MISSING_NEEDS, self.missing_needs())
         if is_global_first_rank():
-            of_drafts = split_draft_layers(list(self.get_kv_cache_spec()))[1]
-            of_model = {name: spec for name, spec in self.get_kv_cache_spec().items() if name not in of_drafts}
-            logger.info("%s", evicted_part(of_model, self.vllm_config))
+            of_model, _ = split_draft_layers(list(all_specs))
+            logger.info("%s", evicted_part({name: all_specs[name] for name in of_model}, self.vllm_config))
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         check_fields()

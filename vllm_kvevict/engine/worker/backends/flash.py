@@ -114,11 +114,12 @@ class EvictionFlashImpl(EvictionImpl, FlashAttentionImpl):
         log_sums: [group, num_queries] float32, of the logits
         """
         sinks = self.sinks.float().view(self.num_kv_heads, -1)
+        log_sums = log_sums.t()  # [num_queries, group]
         if queries.index is None:  # KV heads take turns
-            of_queries = sinks.repeat(len(output) // self.num_kv_heads, 1)
+            above = (log_sums.unflatten(0, (-1, self.num_kv_heads)) - sinks).flatten(0, 1)
         else:
-            of_queries = sinks[queries.index % self.num_kv_heads]
-        output.mul_((log_sums.t() - of_queries).sigmoid_().unsqueeze(-1))
+            above = log_sums - sinks[queries.index % self.num_kv_heads]
+        output.mul_(above.sigmoid_().unsqueeze(-1))
 
 
 class EvictionFlashBackend(InterleavedBackend, FlashAttentionBackend):
